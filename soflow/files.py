@@ -1,0 +1,121 @@
+"""Files that are whole or absent, digests, natural order, and errors that a user can mend.
+
+Imports neither torch nor numpy: the evaluator's environment may have no torch.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+
+class UserError(ValueError):
+    """Something the user can mend; its text is the one line that they see."""
+
+
+def run_command(main: Callable[[], int | None]) -> None:
+    """Exit with main's status; a `UserError` becomes one line on stderr and status 1."""
+    try:
+        status = main() or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        status = 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        status = 130
+    sys.exit(status)
+
+
+def temporary_path(path: Path) -> Path:
+    """Where `path` is written until it is whole: one name, so that leftovers are overwritten."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
+    """A seekable binary file that appears as `path` only when the block ends without an error.
+
+    The bytes are on the disk before the name is (fsync, then os.replace). A file that stood there
+    before stays as it was until then, and stays for good when the block raises. Raises UserError
+    where the place cannot be written or another process is writing the same file.
+    """
+    path = Path(path)
+    partial = temporary_path(path)
+    try:
+        # Not "wb": that would empty the file of a process that holds the lock.
+        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+    with os.fdopen(descriptor, "r+b") as file:
+        if not _lock(file, partial):
+            raise UserError(f"{path}: another process is writing this file")
+        try:
+            file.truncate(0)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(partial, path)
+            _sync_folder(path.parent)
+        except BaseException as error:
+            partial.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                raise UserError(f"{path}: not written ({error.strerror or error})") from error
+            raise
+
+
+def _lock(file: IO[bytes], path: Path) -> bool:
+    """Whether `file`, open at `path`, is now ours alone."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # a file system without locks: os.replace alone has to do
+    # The former owner may have renamed the file between our opening and our locking it.
+    return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` durable, where the system lets a folder be synced."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def make_folder(folder: str | Path) -> Path:
+    """`folder`, created with its parents if need be and proven writable; else UserError."""
+    folder = Path(folder)
+    probe = folder / f".writable-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{folder}: not a writable folder ({error.strerror})") from error
+    return folder
+
+
+def sha256_of(path: str | Path) -> str:
+    """Hex SHA-256 of a file's bytes, read in pieces."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def natural_key(name: str) -> list[tuple[int, int, str]]:
+    """Sort key by which 2.npz comes before 10.npz."""
+    return [
+        (0, int(part), "") if part.isdecimal() else (1, 0, part)
+        for part in re.split(r"([0-9]+)", name)
+        if part
+    ]
