@@ -103,6 +103,12 @@ def make_folder(folder: str | Path) -> Path:
     return folder
 
 
+def one_line(error: BaseException) -> str:
+    """The first line of an error's text, or its kind where it has none; at most 200 characters."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
 def sha256_of(path: str | Path) -> str:
     """Hex SHA-256 of a file's bytes, read in pieces."""
     try:

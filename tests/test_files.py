@@ -1,0 +1,125 @@
+"""Files are whole or absent, and what goes wrong is said in one line."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from soflow.files import (
+    UserError,
+    atomic_write,
+    make_folder,
+    natural_key,
+    one_line,
+    run_command,
+    sha256_of,
+    temporary_path,
+)
+
+
+def test_file_appears_only_when_the_block_has_ended(tmp_path):
+    path = tmp_path / "a.bin"
+    with atomic_write(path) as file:
+        file.write(b"new")
+        assert not path.exists()
+    assert path.read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["a.bin"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_while_writing_leaves_the_former_file(tmp_path, error):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"former")
+    with pytest.raises(error), atomic_write(path) as file:
+        file.write(b"half")
+        raise error
+    assert path.read_bytes() == b"former"
+    assert os.listdir(tmp_path) == ["a.bin"]
+
+
+def test_leftover_of_a_killed_writer_is_overwritten_whole(tmp_path):
+    path = tmp_path / "a.bin"
+    temporary_path(path).write_bytes(b"a long leftover of a killed process")
+    with atomic_write(path) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["a.bin"]
+
+
+def test_second_writer_of_the_same_file_is_refused_and_harms_nothing(tmp_path):
+    path = tmp_path / "a.bin"
+    with atomic_write(path) as file:
+        file.write(b"first")
+        with pytest.raises(UserError, match=r"a\.bin: another process"), atomic_write(path):
+            pass
+    assert path.read_bytes() == b"first"
+
+
+def test_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/a\.bin: cannot be written"):
+        atomic_write(tmp_path / "file" / "a.bin").__enter__()
+    with pytest.raises(UserError, match="not a writable folder"):
+        make_folder(tmp_path / "file" / "below")
+
+
+def test_full_disk_is_named_and_the_former_file_stays(tmp_path):
+    write = (
+        "from soflow.files import atomic_write, run_command\n"
+        "def main():\n"
+        "    with atomic_write('a.bin') as file: file.write(bytes(1 << 20))\n"
+        "run_command(main)"
+    )
+    script = (
+        f"mount -t tmpfs -o size=64k none {tmp_path} && cd {tmp_path} && echo former > a.bin && "
+        f'{sys.executable} -c "{write}"; echo status $?; cat a.bin; ls -A'
+    )
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("this system denies the namespaces that a small disk needs")
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    result = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, env=environment
+    )
+    assert result.stderr == "error: a.bin: not written (No space left on device)\n"
+    assert result.stdout.split() == ["status", "1", "former", "a.bin"]
+
+
+@pytest.mark.parametrize(
+    ("main", "status", "line"),
+    [
+        (lambda: None, 0, ""),
+        (lambda: 3, 3, ""),
+        (lambda: (_ for _ in ()).throw(UserError("a.yaml: no")), 1, "error: a.yaml: no\n"),
+        (lambda: (_ for _ in ()).throw(KeyboardInterrupt), 130, "interrupted\n"),
+    ],
+)
+def test_command_ends_with_one_line_and_a_status(main, status, line, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        run_command(main)
+    assert exit_.value.code == status
+    assert capsys.readouterr().err == line
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run_command(lambda: 1 // 0)
+
+
+def test_digest_is_that_of_the_bytes(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    assert sha256_of(tmp_path / "a").startswith("ba7816bf8f01cfea414140de5dae2223")
+    with pytest.raises(UserError, match="absent: cannot be read"):
+        sha256_of(tmp_path / "absent")
+
+
+def test_numbers_in_names_sort_by_value():
+    names = ["b", "10.npz", "2.npz", "a", "1.npz", "a10b2", "a10b10", "a9", ""]
+    expected = ["", "1.npz", "2.npz", "10.npz", "a", "a9", "a10b2", "a10b10", "b"]
+    assert sorted(names, key=natural_key) == expected
+
+
+def test_an_error_is_told_in_one_short_line():
+    assert one_line(ValueError("first\nsecond")) == "first"
+    assert one_line(ValueError()) == "ValueError"
+    assert len(one_line(ValueError("x" * 1000))) == 200

@@ -1,0 +1,205 @@
+"""Pictures are decoded as Pillow does, cropped as ADM does, and turned into floats and back."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from soflow.files import UserError
+from soflow.images import (
+    centre_crop,
+    class_folders,
+    find_pictures,
+    read_image,
+    save_png,
+    tile,
+    to_images,
+    to_pixels,
+)
+
+
+def some_pixels(*shape):
+    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+
+
+# uint8 and back.
+
+
+def test_every_pixel_value_survives_the_round_trip():
+    pixels = np.arange(256, dtype=np.uint8)
+    np.testing.assert_array_equal(to_pixels(to_images(pixels)), pixels)
+    tensor = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_pixels(to_images(tensor)), tensor)
+    assert to_images(pixels).dtype == np.float32
+    assert to_images(tensor).dtype == torch.float32
+
+
+def test_arrays_and_tensors_give_the_same_pixels():
+    images = np.random.default_rng(0).normal(size=10_000).astype(np.float32)
+    pixels = to_pixels(images)
+    assert pixels.dtype == np.uint8
+    np.testing.assert_array_equal(to_pixels(torch.from_numpy(images)).numpy(), pixels)
+
+
+def test_floats_are_clamped_and_truncated():
+    images = np.array([-9, -1, 0, 0.0039, 0.0040, 1, 9], np.float32)
+    assert to_pixels(images).tolist() == [0, 0, 128, 128, 128, 255, 255]
+    assert to_pixels(np.array([0.9 / 127.5, 1.1 / 127.5], np.float32)).tolist() == [128, 129]
+
+
+def test_module_comes_without_torch():
+    code = (
+        "import sys, soflow.images, soflow.npz, soflow.files; assert 'torch' not in sys.modules; "
+        "import numpy; soflow.images.to_pixels(numpy.zeros(3)); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# Decoding.
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "CMYK", "1", "LA"])
+def test_every_kind_of_picture_is_read_as_pillow_converts_it(tmp_path, mode):
+    picture = Image.fromarray(some_pixels(6, 5, 3)).convert(mode)
+    path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
+    picture.save(path)
+    pixels = read_image(path)
+    assert pixels.dtype == np.uint8
+    np.testing.assert_array_equal(pixels, np.asarray(Image.open(path).convert("RGB")))
+
+
+def test_grey_pictures_count_as_rgb(tmp_path):
+    grey = some_pixels(4, 4, 1)
+    save_png(tmp_path / "a.png", grey)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), grey.repeat(3, axis=2))
+
+
+@pytest.mark.parametrize("extension", ["png", "jpg", "bmp", "tiff", "webp"])
+def test_a_picture_cut_short_is_named(tmp_path, extension):
+    path = tmp_path / f"a.{extension}"
+    Image.fromarray(some_pixels(40, 40, 3)).save(path)
+    data = path.read_bytes()
+    for size in (0, 4, len(data) // 2):
+        path.write_bytes(data[:size])
+        with pytest.raises(UserError, match=rf"a\.{extension}: not a readable picture") as caught:
+            read_image(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_absent_foreign_and_exploding_pictures_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"absent\.png"):
+        read_image(tmp_path / "absent.png")
+    Image.new("RGB", (4, 4)).save(tmp_path / "foreign.png", format="EPS")
+    with pytest.raises(UserError, match=r"foreign\.png: not a readable picture .*identify"):
+        read_image(tmp_path / "foreign.png")
+    Image.new("1", (10_000, 9_000)).save(tmp_path / "bomb.png")
+    with pytest.raises(UserError, match=r"bomb\.png: not a readable picture"):
+        read_image(tmp_path / "bomb.png")
+
+
+# The crop.
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "halvings"),
+    [(8, 8, 0), (9, 13, 0), (15, 20, 0), (16, 16, 1), (33, 70, 2), (5, 3, 0), (64, 65, 3)],
+)
+def test_crop_halves_with_box_then_resizes_then_cuts_the_middle(height, width, halvings):
+    pixels = some_pixels(height, width, 3)
+    picture = Image.fromarray(pixels)
+    for _ in range(halvings):
+        picture = picture.resize((picture.size[0] // 2, picture.size[1] // 2), Image.BOX)
+    short = min(picture.size)
+    resized = picture.resize([round(side * 8 / short) for side in picture.size], Image.BICUBIC)
+    left, top = (resized.size[0] - 8) // 2, (resized.size[1] - 8) // 2
+    expected = np.asarray(resized.crop((left, top, left + 8, top + 8)))
+    np.testing.assert_array_equal(centre_crop(pixels, 8), expected)
+
+
+def test_crop_of_a_picture_of_the_right_size_changes_nothing():
+    pixels = some_pixels(8, 8, 3)
+    np.testing.assert_array_equal(centre_crop(pixels, 8), pixels)
+    wide = some_pixels(8, 11, 3)
+    np.testing.assert_array_equal(centre_crop(wide, 8), wide[:, 1:9])
+
+
+def test_crop_of_a_thread_is_refused_by_name(tmp_path):
+    save_png(tmp_path / "thread.png", some_pixels(1, 50_000, 3))
+    with pytest.raises(UserError, match=r"thread\.png: .*too long and thin to crop: 50000 x 1"):
+        read_image(tmp_path / "thread.png", crop_size=256)
+
+
+def test_picture_is_cropped_as_it_is_read(tmp_path):
+    pixels = some_pixels(20, 30, 3)
+    save_png(tmp_path / "a.png", pixels)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png", 8), centre_crop(pixels, 8))
+
+
+# Folders.
+
+
+def make_files(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def test_classes_are_lexicographic_when_one_name_is_not_a_number(tmp_path):
+    make_files(tmp_path, "10/a.png", "2/a.png", "x/b.JPEG", "x/a.png", "2/10.png", "2/9.png")
+    files = class_folders(tmp_path)
+    assert files.class_names == ["10", "2", "x"]
+    assert files.labels == [0, 1, 1, 1, 2, 2]
+    names = [str(path.relative_to(tmp_path)) for path in files.paths]
+    assert names == ["10/a.png", "2/10.png", "2/9.png", "2/a.png", "x/a.png", "x/b.JPEG"]
+
+
+def test_classes_are_numeric_when_every_name_is_an_integer(tmp_path):
+    make_files(tmp_path, "10/a.png", "2/a.png", "0/a.png", "01/a.png")
+    assert class_folders(tmp_path).class_names == ["0", "01", "2", "10"]
+
+
+def test_other_files_and_hidden_names_are_passed_over(tmp_path):
+    make_files(tmp_path, "a/1.png", "a/notes.txt", "a/._1.png", ".cache/2.png", "README.md")
+    files = class_folders(tmp_path)
+    assert [path.name for path in files.paths] == ["1.png"]
+    assert files.class_names == ["a"]
+
+
+def test_pictures_below_a_folder_come_in_order(tmp_path):
+    make_files(tmp_path, "b.png", "a/2.png", "a/1.png", "a/deep/0.png", "c.jpg", ".git/x.png")
+    names = [str(path.relative_to(tmp_path)) for path in find_pictures(tmp_path)]
+    assert names == ["b.png", "c.jpg", "a/1.png", "a/2.png", "a/deep/0.png"]
+
+
+def test_folders_without_classes_or_pictures_are_named(tmp_path):
+    with pytest.raises(UserError, match="holds no class folders"):
+        class_folders(tmp_path)
+    (tmp_path / "cat").mkdir()
+    with pytest.raises(UserError, match="cat: holds no pictures"):
+        class_folders(tmp_path)
+    with pytest.raises(UserError, match="absent: cannot be read as a folder"):
+        find_pictures(tmp_path / "absent")
+
+
+# Grids.
+
+
+def test_tiles_fill_rows_first():
+    pixels = np.arange(6, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 3, 1), np.uint8)
+    grid = tile(pixels, 2, 3)
+    assert grid.shape == (4, 9, 1)
+    assert grid[::2, ::3, 0].tolist() == [[0, 1, 2], [3, 4, 5]]
+    with pytest.raises(ValueError, match="do not fill"):
+        tile(pixels, 2, 2)
+
+
+def test_png_gives_back_its_pixels_and_is_written_whole(tmp_path):
+    pixels = some_pixels(4, 6, 3)
+    save_png(tmp_path / "a.png", pixels)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), pixels)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+    with pytest.raises(ValueError, match="must be uint8"):
+        save_png(tmp_path / "a.png", pixels / 255)

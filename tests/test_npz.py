@@ -1,0 +1,325 @@
+"""Archives are written and read as streams, and nothing a file declares is believed."""
+
+import io
+import os
+import pickle
+import struct
+import tracemalloc
+import zipfile
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from soflow.files import UserError
+from soflow.npz import read_archive, write_images
+
+
+def some_pixels(count=5, height=3, width=4, channels=3):
+    return np.random.default_rng(0).integers(0, 256, (count, height, width, channels), np.uint8)
+
+
+def npy_bytes(header: str, data: bytes, version=(1, 0)) -> bytes:
+    text = header.encode() + b"\n"
+    length = struct.pack("<H" if version == (1, 0) else "<I", len(text))
+    return b"\x93NUMPY" + bytes(version) + length + text + data
+
+
+def header_text(descr="|u1", shape=(1, 2, 2, 3), order=False) -> str:
+    return f"{{'descr': {descr!r}, 'fortran_order': {order}, 'shape': {shape!r}, }}"
+
+
+def write_member(path, content: bytes, name="arr_0.npy", compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr(name, content)
+    return path
+
+
+def read_all(path, batch_images=2):
+    with read_archive(path) as archive:
+        return list(archive.batches(batch_images))
+
+
+def assert_refused(path, *words):
+    with pytest.raises(UserError) as caught:
+        read_all(path)
+    line = str(caught.value)
+    assert line.startswith(str(path))
+    assert "\n" not in line
+    for word in words:
+        assert word in line
+
+
+# Writing.
+
+
+def test_numpy_reads_what_the_writer_streamed(tmp_path):
+    pixels = some_pixels()
+    with write_images(tmp_path / "a.npz", 5) as writer:
+        writer.append(pixels[:3])
+        writer.append(pixels[3:])
+    with np.load(tmp_path / "a.npz") as archive:
+        assert archive.files == ["arr_0"]
+        np.testing.assert_array_equal(archive["arr_0"], pixels)
+
+
+@pytest.mark.parametrize("count", [4, 6])
+def test_archive_with_another_number_of_images_never_appears(tmp_path, count):
+    with pytest.raises(ValueError, match="images"), write_images(tmp_path / "a.npz", 5) as writer:
+        writer.append(some_pixels(count))
+    assert os.listdir(tmp_path) == []
+
+
+def test_writer_refuses_floats_and_a_change_of_size(tmp_path):
+    with pytest.raises(ValueError, match="float64"), write_images(tmp_path / "a.npz", 1) as writer:
+        writer.append(np.zeros((1, 2, 2, 3)))
+    with pytest.raises(ValueError, match="changed"), write_images(tmp_path / "a.npz", 2) as writer:
+        writer.append(some_pixels(1, 2, 2))
+        writer.append(some_pixels(1, 4, 4))
+
+
+# Reading.
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("batch_images", [1, 2, 5, 100])
+def test_reader_gives_the_images_in_order_and_batches(tmp_path, save, batch_images):
+    pixels = some_pixels()
+    save(tmp_path / "a.npz", pixels)
+    batches = read_all(tmp_path / "a.npz", batch_images)
+    assert [len(batch) for batch in batches[:-1]] == [batch_images] * (len(batches) - 1)
+    np.testing.assert_array_equal(np.concatenate(batches), pixels)
+
+
+def test_reader_takes_what_the_writer_wrote(tmp_path):
+    with write_images(tmp_path / "a.npz", 5) as writer:
+        writer.append(some_pixels())
+    np.testing.assert_array_equal(np.concatenate(read_all(tmp_path / "a.npz")), some_pixels())
+
+
+def test_header_of_version_2_is_read(tmp_path):
+    content = npy_bytes(header_text(), bytes(range(12)), (2, 0))
+    (batch,) = read_all(write_member(tmp_path / "a.npz", content))
+    assert batch.tobytes() == bytes(range(12))
+
+
+def test_large_images_come_in_small_batches(tmp_path):
+    shape = (5, 4096, 4096, 1)
+    with write_images(tmp_path / "a.npz", 5) as writer:
+        for _ in range(5):
+            writer.append(np.zeros((1, *shape[1:]), np.uint8))
+    with read_archive(tmp_path / "a.npz") as archive:
+        assert len(next(archive.batches(1000))) == 4
+
+
+def test_memory_is_that_of_one_batch(tmp_path):
+    with write_images(tmp_path / "a.npz", 640) as writer:
+        for _ in range(640):
+            writer.append(some_pixels(1, 64, 64))
+    tracemalloc.start()
+    with read_archive(tmp_path / "a.npz") as archive:
+        assert sum(len(batch) for batch in archive.batches(16)) == 640
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2 * 16 * 64 * 64 * 3 + (3 << 20)
+
+
+@pytest.mark.parametrize("dtype", ["<f2", "<f4", "<f8", ">f8"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_float_arrays_come_as_float64_of_the_expected_shape(tmp_path, dtype, order):
+    values = np.asarray(np.random.default_rng(0).normal(size=(3, 4)).astype(dtype), order=order)
+    np.savez(tmp_path / "a.npz", sigma=values, note="Größe")
+    with read_archive(tmp_path / "a.npz") as archive:
+        read = archive.floats("sigma", (3, 4))
+        assert read.dtype == np.float64
+        np.testing.assert_array_equal(read, values)
+        assert archive.text("note") == "Größe"
+        assert "sigma" in archive
+        assert "arr_0" not in archive
+        with pytest.raises(UserError, match=r"sigma: must be float \[4\], not .* \[3, 4\]"):
+            archive.floats("sigma", (4,))
+        with pytest.raises(UserError, match="has no mu"):
+            archive.floats("mu", (4,))
+        with pytest.raises(UserError, match="one short string"):
+            archive.text("sigma")
+
+
+def test_float_arrays_that_are_not_finite_are_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", mu=np.array([1.0, np.nan]))
+    with (
+        read_archive(tmp_path / "a.npz") as archive,
+        pytest.raises(UserError, match="mu: holds values that are not finite"),
+    ):
+        archive.floats("mu", (2,))
+
+
+# Files that are not what they should be.
+
+
+def test_absent_empty_and_foreign_files_are_named(tmp_path):
+    assert_refused(tmp_path / "absent.npz", "cannot be read")
+    (tmp_path / "empty.npz").touch()
+    assert_refused(tmp_path / "empty.npz", "is empty")
+    (tmp_path / "text.npz").write_text("hello")
+    assert_refused(tmp_path / "text.npz", "not a whole .npz")
+    (tmp_path / "folder.npz").mkdir()
+    assert_refused(tmp_path / "folder.npz", "cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"images": some_pixels()}, ["has no arr_0", "images"]),
+        ({"arr_0": np.zeros((2, 4, 4, 3))}, ["must be uint8", "float64 [2, 4, 4, 3]"]),
+        ({"arr_0": np.zeros((2, 4, 4), np.uint8)}, ["must be uint8 [N, H, W, C]", "[2, 4, 4]"]),
+        ({"arr_0": np.asfortranarray(some_pixels())}, ["Fortran"]),
+        ({"arr_0": np.zeros((0, 4, 4, 3), np.uint8)}, ["holds no images"]),
+        ({"arr_0": np.zeros((4, 0, 4, 3), np.uint8)}, ["holds no images"]),
+        ({"arr_0": np.array([some_pixels(), None], object)}, ["never unpickled"]),
+    ],
+)
+def test_other_arrays_are_refused_with_what_would_be_right(tmp_path, arrays, words):
+    np.savez(tmp_path / "a.npz", **arrays)
+    assert_refused(tmp_path / "a.npz", *words)
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, ("/tmp/soflow-payload-ran",)
+
+
+@pytest.mark.parametrize("descr", ["|O", "|u1", [("a", "|O")]])
+def test_a_pickle_in_an_array_is_never_run(tmp_path, descr):
+    data = pickle.dumps(Payload())
+    write_member(tmp_path / "a.npz", npy_bytes(header_text(descr, (1, 1, 1, 3)), data))
+    assert_refused(tmp_path / "a.npz", "arr_0")
+    assert not os.path.exists("/tmp/soflow-payload-ran")
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize(
+    "shape", [(1 << 30, 64, 64, 3), (-1, 2, 2, 3), (1, 2, 2, 2), (10**40, 1, 1, 1), (True,) * 4]
+)
+def test_size_declared_in_the_header_must_be_there(tmp_path, compression, shape):
+    content = npy_bytes(header_text(shape=shape), bytes(12))
+    write_member(tmp_path / "a.npz", content, compression=compression)
+    assert_refused(tmp_path / "a.npz", "12 are there")
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_size_declared_by_zip_and_header_alike_must_be_there(tmp_path, compression):
+    content = npy_bytes(header_text(shape=(1 << 30, 64, 64, 3)), bytes(12))
+    path = write_member(tmp_path / "a.npz", content, compression=compression)
+    declared = len(content) - 12 + (1 << 30) * 64 * 64 * 3
+    data = bytearray(path.read_bytes())
+    directory = data.rindex(b"PK\x01\x02")
+    # A zip64 record: the 32-bit sizes are all ones and the true ones follow as an extra field.
+    name_end = directory + 46 + len("arr_0.npy")
+    sizes = (declared, len(data) if compression else declared)
+    extra = struct.pack("<HHQQ", 1, 16, *sizes)
+    data[directory + 20 : directory + 28] = b"\xff" * 8
+    data[directory + 30 : directory + 32] = struct.pack("<H", len(extra))
+    data[name_end:name_end] = extra
+    end = data.rindex(b"PK\x05\x06")
+    (size,) = struct.unpack("<I", data[end + 12 : end + 16])
+    data[end + 12 : end + 16] = struct.pack("<I", size + len(extra))
+    path.write_bytes(data)
+    assert_refused(path, "declares", "cannot hold")
+
+
+def test_a_header_that_unpacks_to_gigabytes_is_not_unpacked(tmp_path):
+    content = b"\x93NUMPY\x02\x00" + struct.pack("<I", 1 << 28) + bytes(1 << 28)
+    path = write_member(tmp_path / "a.npz", content, compression=zipfile.ZIP_DEFLATED)
+    del content
+    tracemalloc.start()
+    assert_refused(path, "not a readable npy array")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8 << 20
+
+
+def test_a_directory_of_many_megabytes_is_not_read(tmp_path):
+    size = 8 << 20
+    end = struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, 1, 1, size, 0, 0)
+    (tmp_path / "a.npz").write_bytes(bytes(size) + end)
+    assert_refused(tmp_path / "a.npz", f"a single record of {size} bytes")
+
+
+def test_images_of_enormous_sides_are_refused(tmp_path):
+    content = npy_bytes(header_text(shape=(1, 1 << 14, 1 << 14, 1)), bytes(1 << 28))
+    path = write_member(tmp_path / "a.npz", content, compression=zipfile.ZIP_DEFLATED)
+    assert_refused(path, "larger than")
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_file_cut_anywhere_is_named(tmp_path, save):
+    save(tmp_path / "a.npz", some_pixels())
+    data = (tmp_path / "a.npz").read_bytes()
+    for size in range(0, len(data), len(data) // 20):
+        (tmp_path / "a.npz").write_bytes(data[:size])
+        assert_refused(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_flipped_pixels_are_noticed_by_the_checksum(tmp_path, save):
+    save(tmp_path / "a.npz", some_pixels())
+    data = bytearray((tmp_path / "a.npz").read_bytes())
+    data[len(data) // 2] ^= 255
+    (tmp_path / "a.npz").write_bytes(data)
+    assert_refused(tmp_path / "a.npz", "damaged")
+
+
+def test_other_compression_encryption_and_header_versions_are_refused(tmp_path):
+    content = npy_bytes(header_text(), bytes(12))
+    write_member(tmp_path / "a.npz", content, compression=zipfile.ZIP_LZMA)
+    assert_refused(tmp_path / "a.npz", "neither stored nor deflated")
+    write_member(tmp_path / "a.npz", npy_bytes(header_text(), bytes(12), (3, 0)))
+    assert_refused(tmp_path / "a.npz", "header 3.0")
+    data = bytearray(write_member(tmp_path / "a.npz", content).read_bytes())
+    data[6] |= 1
+    data[data.rindex(b"PK\x01\x02") + 8] |= 1
+    (tmp_path / "a.npz").write_bytes(data)
+    assert_refused(tmp_path / "a.npz", "encrypted")
+
+
+@pytest.mark.parametrize(
+    "name", ["../arr_0.npy", "/arr_0.npy", "arr_0", "ARR_0.npy", "arr_0.npy/", "arr_0\0.npy"]
+)
+def test_members_of_odd_names_are_not_taken_for_images(tmp_path, name):
+    write_member(tmp_path / "a.npz", npy_bytes(header_text(), bytes(12)), name)
+    assert_refused(tmp_path / "a.npz", "arr_0")
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["", "(" * 9000, "{" * 9000, "[]", "{'descr': '|u1'}", "__import__('os')", "-" * 9000 + "1"],
+)
+def test_hostile_headers_are_refused(tmp_path, header):
+    write_member(tmp_path / "a.npz", npy_bytes(header, bytes(12)))
+    assert_refused(tmp_path / "a.npz", "not a readable npy array")
+
+
+WHOLE = io.BytesIO()
+np.savez(WHOLE, arr_0=some_pixels(), mu=np.arange(3.0))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, len(WHOLE.getvalue()) - 1), st.binary(max_size=6))))
+def test_any_damage_gives_the_same_images_or_one_line(tmp_path_factory, damages):
+    data = bytearray(WHOLE.getvalue())
+    for position, replacement in damages:
+        data[position : position + len(replacement)] = replacement
+    path = tmp_path_factory.getbasetemp() / "damaged.npz"
+    path.write_bytes(data)
+    try:
+        with read_archive(path) as archive:
+            pixels = np.concatenate(list(archive.batches(2)))
+            if "mu" in archive:
+                archive.floats("mu", (3,))
+    except UserError as error:
+        assert str(path) in str(error)
+        assert "\n" not in str(error)
+    else:
+        assert pixels.dtype == np.uint8
+        assert pixels.ndim == 4
