@@ -33,8 +33,8 @@ def fill_weights(network: torch.nn.Module) -> None:
     for name, tensor in network.state_dict().items():
         if name.endswith(("pos_embed", "resample_filter")):
             continue
-        random_state = np.random.RandomState(zlib.crc32(name.encode()))
-        draw = torch.from_numpy(random_state.standard_normal(tuple(tensor.shape)).astype(np.float32))
+        source = np.random.RandomState(zlib.crc32(name.encode()))
+        draw = torch.from_numpy(source.standard_normal(tuple(tensor.shape)).astype(np.float32))
         if tensor.dim() >= 2:
             value = 0.02 * draw
         else:

@@ -1,0 +1,236 @@
+"""Sample images from a checkpoint into an .npz (`arr_0`, uint8 [N, H, W, C]).
+
+    python inference.py --config configs/digits.yaml --ckpt-steps 2000 --num-samples 1000
+    torchrun --nproc-per-node=8 inference.py --config SoFlow/XL-2-cond/config.yaml \\
+        --ckpt-steps 1200000 --eval-batch-size 128 --eval-NFE 2
+    python inference.py --config configs/digits.yaml --ckpt-steps 2000 --num-samples 100 \\
+        --labels 0,1,2,3,4,5,6,7,8,9 --grid digits.png
+
+The images come from the averaged weights of ckpts/{steps}.pt in the config's working_dir and go to
+evals/{steps}_{NFE}NFE_{seed}.npz there. Guidance was trained in: there is no scale to choose.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from models import SoFlow, build_model
+from soflow.checkpoint import check_weights, checkpoint_path, read_checkpoint
+from soflow.config import Config, load_config
+from soflow.data import SOURCES
+from soflow.distributed import Processes, processes
+from soflow.files import UserError, make_folder, run_command
+from soflow.logbook import weights_digest, write_record
+from soflow.npz import read_archive
+from soflow.randomness import GivenLabels, PerImageStream, SamplingStream
+from soflow.sampling import (
+    FirstImages,
+    Sampled,
+    SampleRequest,
+    sample_pixels,
+    save_grid,
+    write_samples,
+)
+
+
+class Sampler(NamedTuple):
+    """A model ready to sample from, and what it makes."""
+
+    model: SoFlow
+    shape: tuple[int, int, int]  # [C, H, W]
+    num_classes: int
+    weights_sha256: str
+
+
+def load_sampler(config: Config, path: Path, device: torch.device) -> Sampler:
+    """The averaged model of a checkpoint; channels and classes come from it, not from the data."""
+    content = read_checkpoint(path)
+    refuse_other_model(config, content.get("config", {}), path)
+    channels, num_classes = data_of(config, content, path)
+    with torch.device("meta"):
+        model = build_model(**config.model_arguments(channels, num_classes))
+    check_weights(model, content["ema_model"], str(path))
+    model.to_empty(device=device).eval().requires_grad_(False)
+    model.load_state_dict(content["ema_model"])
+    shape = (channels, config.data_size, config.data_size)
+    return Sampler(model, shape, num_classes, weights_digest(content["ema_model"]))
+
+
+def refuse_other_model(config: Config, recorded: Mapping[str, Any], path: Path) -> None:
+    """UserError where the config describes another model than the one that was trained.
+
+    A different path or solution form would load, and sample noise.
+    """
+    differing = [
+        f"{key} {recorded[key]!r} in the checkpoint, {value!r} in the config"
+        for key, value in config.model_arguments(0, 0).items()
+        if key in recorded and recorded[key] != value
+    ]
+    if differing:
+        raise UserError(f"{path}: trained with another config: {'; '.join(differing)}")
+
+
+def data_of(config: Config, content: Mapping[str, Any], path: Path) -> tuple[int, int]:
+    """Channels and classes that a checkpoint was trained on."""
+    if "data" in content:
+        return content["data"]["channels"], content["data"]["num_classes"]
+    source = SOURCES[config.dataset_type]
+    if source.num_classes is None:
+        raise UserError(f"{path}: does not say how many classes its {config.dataset_type} had")
+    return source.channels, source.num_classes
+
+
+def run_inference(arguments: argparse.Namespace, config: Config, own: Processes) -> None:
+    """Sample what the command line asks for; all processes take part."""
+    folder = find_working_dir(config, Path(arguments.config))
+    source = Path(arguments.ckpt or checkpoint_path(folder / "ckpts", arguments.ckpt_steps))
+    output = folder / "evals" / f"{source.stem}_{config.eval_NFE}NFE_{arguments.seed}.npz"
+    if own.is_main:
+        make_folder(output.parent)
+        refuse_to_shrink(output, config.eval_num_samples)
+    sampler = load_sampler(config, source, own.device)
+    request = SampleRequest(
+        config.eval_num_samples,
+        config.eval_batch_size,
+        config.eval_NFE,
+        choose_stream(arguments, config, sampler),
+    )
+    rows, columns = config.eval_demo_shape
+    first = FirstImages(rows * columns)
+    with tqdm(total=request.num_images, unit="image", disable=None if own.is_main else True) as bar:
+
+        def report(batch: Sampled) -> None:
+            first.add(batch)
+            bar.update(len(batch.pixels))
+
+        batches = sample_pixels(sampler.model, request, own, decode=lambda x_0: x_0)
+        write_samples(output, batches, request.num_images, own.is_main, report)
+    if not own.is_main:
+        return
+    write_record(
+        output,
+        config,
+        own,
+        arguments.seed,
+        num_images=request.num_images,
+        NFE=request.num_jumps,
+        labels=arguments.labels or "uniform",
+        noise_stream="image",
+        checkpoint=str(source),
+        weights_sha256=sampler.weights_sha256,
+    )
+    print(f"{request.num_images} images in {output}")
+    if arguments.grid:
+        save_grid(Path(arguments.grid), first.by_class(), columns)
+        print(f"the first of them, by class, in {arguments.grid}")
+
+
+def find_working_dir(config: Config, config_path: Path) -> Path:
+    """The config's working_dir, which has to be there; UserError with a hint otherwise."""
+    folder = Path(config.working_dir)
+    if folder.is_dir():
+        return folder
+    beside = config_path.resolve().parent
+    hint = "start in the folder that it is relative to"
+    if (beside / "ckpts").is_dir():
+        hint += f", or add --set working_dir={beside}, the config's own folder"
+    raise UserError(f"{config_path}: working_dir: {config.working_dir} does not exist; {hint}")
+
+
+def refuse_to_shrink(output: Path, num_images: int) -> None:
+    """UserError where a larger archive of the same name would be replaced."""
+    if not output.exists():
+        return
+    with read_archive(output) as archive:
+        present = archive.images_header().shape[0]
+    if present > num_images:
+        raise UserError(
+            f"{output}: has {present} images, and {num_images} would replace them; "
+            f"move it away, or choose another --seed"
+        )
+
+
+def choose_stream(
+    arguments: argparse.Namespace, config: Config, sampler: Sampler
+) -> SamplingStream:
+    """The source of noise and labels that the command line asks for."""
+    num_classes = sampler.num_classes if config.is_conditional else None
+    stream = PerImageStream(arguments.seed, num_classes, sampler.shape)
+    if arguments.labels is None:
+        return stream
+    if num_classes is None:
+        raise UserError(f"--labels: {config.model_type} is unconditional and takes none")
+    for label in arguments.labels:
+        if not 0 <= label < num_classes:
+            raise UserError(
+                f"--labels: {label} is not a class; they go from 0 to {num_classes - 1}"
+            )
+    return GivenLabels(stream, arguments.labels)
+
+
+def parse_labels(text: str) -> list[int]:
+    """The labels of a comma-separated list."""
+    try:
+        return [int(label) for label in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list such as 3,7,7") from None
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line's options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML config of the run")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument(
+        "--ckpt-steps", type=int, metavar="K", help="sample from ckpts/K.pt of the working_dir"
+    )
+    which.add_argument("--ckpt", metavar="FILE", help="sample from this checkpoint instead")
+    parser.add_argument(
+        "--eval-batch-size", type=int, default=32, metavar="B", help="images at a time, per process"
+    )
+    parser.add_argument("--eval-NFE", type=int, default=1, metavar="N", help="jumps per image")
+    parser.add_argument("--seed", type=int, default=42, help="of labels and noise (default 42)")
+    parser.add_argument(
+        "--num-samples", type=int, metavar="N", help="images (default: eval_num_samples, 50000)"
+    )
+    parser.add_argument(
+        "--labels", type=parse_labels, metavar="3,7,7", help="classes in turn, repeated to fill"
+    )
+    parser.add_argument(
+        "--grid", metavar="FILE.png", help="also draw the first images (eval_demo_shape), by class"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="replace a value of the config (repeatable)",
+    )
+    parser.add_argument("--cfg-scale", "--guidance-scale", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    arguments = parse_arguments(argv)
+    if arguments.cfg_scale is not None:
+        raise UserError("there is no guidance scale when sampling: guidance was trained in")
+    overrides = [
+        f"eval_batch_size={arguments.eval_batch_size}",
+        f"eval_NFE={arguments.eval_NFE}",
+    ]
+    if arguments.num_samples is not None:
+        overrides.append(f"eval_num_samples={arguments.num_samples}")
+    config = load_config(arguments.config, [*arguments.set, *overrides])
+    with processes(config.device, config.timeout_minutes) as own:
+        run_inference(arguments, config, own)
+
+
+if __name__ == "__main__":
+    run_command(main)

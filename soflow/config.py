@@ -1,0 +1,423 @@
+"""What may be asked for: the frozen `Config`, loaded from YAML, checked, and resolved once.
+
+The keys and their defaults are the reference's, so that released configs mean here what they mean
+there; keys of our own have defaults that keep the reference's behaviour.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from soflow.files import UserError, atomic_write
+
+DIT_SIZES = ("Nano", "Ti", "S", "B", "M", "L", "XL")
+
+
+def operational(default: Any) -> Any:
+    """A field that may change when a run continues: it is still the same experiment."""
+    return field(default=default, metadata={"operational": True})
+
+
+@dataclass(frozen=True)
+class Config:
+    """One experiment; every field but `working_dir` has a default.
+
+    Fields made by `operational` may change between the parts of a continued run. Fields that
+    default to None for lack of a recipe are filled in by `resolve`.
+    """
+
+    working_dir: str = operational("")  # folder of the run, relative to the current directory
+    # Model
+    noising_type: Literal["Linear", "Trig"] = "Linear"
+    coefficient_type: Literal["Euler", "Trig"] = "Euler"
+    model_type: str = "DiT-B-4"  # DiT-SIZE-PATCH or UNet
+    unet_dropout: float = 0.30  # probability; the DiT has none
+    # Data
+    dataset_type: Literal["Imagenet", "CIFAR10", "Digits", "ImageFolder"] = "Imagenet"
+    data_size: int = 32  # side, in pixels or latents
+    dataset_path: str | None = operational(None)  # folder; Digits needs none
+    augment_probability: float | None = None  # recipe: 0.12 for a UNet on CIFAR10, else 0
+    # Objective
+    velocity_loss_ratio: float = 0.75  # share of the global batch for flow matching
+    p: float = 1.0  # exponent of the loss weight
+    eps: float = 0.01  # added to the squared error in the loss weight
+    time_mean: tuple[float, float, float] = (-0.2, -1.0, 0.2)  # flow matching t, consistency s, t
+    time_std: tuple[float, float, float] = (1.0, 0.8, 0.8)  # of the same three, before the sigmoid
+    cfg_scale: float = 1.0  # guidance scale; 1 is no guidance
+    mix_ratio: float = 1.0  # share of the guided velocity in the target
+    cfg_drop_rate: float = 0.0  # probability that a label is dropped
+    cfg_decay_time: float = 1.0  # time beyond which guidance fades
+    l_schedule: Literal["Const", "Linear", "Cosine", "Exponent"] = "Exponent"
+    l_init_ratio: float = 0.1  # gap fraction at the first step
+    l_end_ratio: float = 0.002  # gap fraction at the last step
+    # Training
+    total_steps: int = 400_000
+    ema_decay_rate: float = 0.9999  # per step
+    ema_every_steps: int | None = None  # recipe: 16 on CIFAR10, else 1
+    optimizer: Literal["AdamW", "RAdam"] | None = None  # recipe: RAdam on CIFAR10, else AdamW
+    learning_rate: float = operational(1e-4)
+    betas: tuple[float, float] = operational((0.9, 0.99))
+    weight_decay: float = operational(0.0)
+    batch_size: int = 256  # samples per step, over all processes
+    accumulation_steps: int = operational(1)  # parts that each process cuts its share into
+    num_workers: int = operational(12)  # loader processes; 0 loads in the training process
+    prefetch_factor: int | None = operational(6)  # batches ahead, per worker
+    seed: int = 42
+    # Results, in steps; 0 or null switches one off
+    eval_steps: int | None = operational(25_000)
+    eval_batch_size: int = operational(125)  # images per process
+    eval_NFE: int = operational(1)  # noqa: N815 - jumps per image; the reference's key
+    eval_num_samples: int = operational(50_000)  # images
+    eval_demo_steps: int | None = operational(1_000)
+    eval_demo_shape: tuple[int, int] = operational((4, 8))  # rows, columns
+    ckpt_saving_steps: int | None = operational(200_000)
+    logging_steps: int | None = operational(100)
+    # Machine
+    device: Literal["auto", "cuda", "mps", "cpu"] = operational("auto")
+    timeout_minutes: float = operational(30.0)  # silence after which a process gives up on another
+
+    @property
+    def is_conditional(self) -> bool:
+        """Whether the network is told the class: the UNet is unconditional."""
+        return self.model_type != "UNet"
+
+    @property
+    def flow_matching_count(self) -> int:
+        """How many of the global batch's samples go to flow matching."""
+        return int(self.velocity_loss_ratio * self.batch_size)
+
+    def model_arguments(self, data_channels: int, num_classes: int) -> dict[str, Any]:
+        """What `build_model` takes, for this config on data of so many channels and classes."""
+        return {
+            "model_type": self.model_type,
+            "data_channels": data_channels,
+            "data_size": self.data_size,
+            "num_classes": num_classes,
+            "cfg_drop_rate": self.cfg_drop_rate,
+            "noising_type": self.noising_type,
+            "coefficient_type": self.coefficient_type,
+            "dropout": self.unet_dropout,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only, as YAML, JSON and `torch.load(weights_only=True)` know them."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in dataclasses.asdict(self).items()
+        }
+
+    def digest(self) -> str:
+        """SHA-256 of the resolved config."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+TYPES = typing.get_type_hints(Config)
+
+
+# Loading
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The resolved config of a YAML file with `KEY=VALUE` overrides; UserError names what is wrong.
+
+    Numeric strings are numbers (YAML reads 1e-4 as a string), whole numbers are floats, and
+    `Triangular` is read as `Trig`.
+    """
+    values = {key: (value, f"{path}: {key}") for key, value in _read_yaml(path).items()}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"--set {override}: not of the form KEY=VALUE")
+        values[key] = (_parse_yaml(text, f"--set {override}"), f"--set {key}")
+    return _build(values, str(path))
+
+
+def config_from_dict(values: Mapping[str, Any], source: str) -> Config:
+    """The resolved config of plain values, such as a checkpoint holds."""
+    return _build({key: (value, f"{source}: {key}") for key, value in values.items()}, source)
+
+
+def _build(values: Mapping[str, tuple[Any, str]], source: str) -> Config:
+    """Check and resolve values that each come with the place they were written at."""
+    converted = {}
+    for key, (value, place) in values.items():
+        if key not in FIELDS:
+            raise UserError(f"{place}: unknown key{suggest(key, FIELDS)}")
+        converted[key] = _convert(TYPES[key], value, place)
+    places = {key: place for key, (_, place) in values.items()}
+    for key in FIELDS:
+        places.setdefault(key, f"{source}: {key} (default)")
+    config = resolve(Config(**converted))
+    _check_ranges(config, places)
+    _check_together(config, places)
+    return config
+
+
+def resolve(config: Config) -> Config:
+    """Fill the fields that the data set's recipe decides where the config is silent."""
+    is_cifar = config.dataset_type == "CIFAR10"
+    recipe = {
+        "optimizer": "RAdam" if is_cifar else "AdamW",
+        "ema_every_steps": 16 if is_cifar else 1,
+        "augment_probability": 0.12 if is_cifar and not config.is_conditional else 0.0,
+    }
+    missing = {key: value for key, value in recipe.items() if getattr(config, key) is None}
+    return dataclasses.replace(config, **missing)
+
+
+def suggest(word: str, choices: Sequence[str] | Mapping[str, Any]) -> str:
+    """ "; did you mean ...?" or nothing."""
+    close = difflib.get_close_matches(str(word), list(choices), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML without aliases (they can explode) and without silently repeated keys."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "aliases are not supported", mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key} stands here twice", key_node.start_mark
+                )
+            seen.add(str(key))
+        return super().construct_mapping(node, deep)
+
+
+def _parse_yaml(text: str, place: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{place}{line}: not valid YAML ({problem})") from None
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
+    path = Path(path)
+    try:
+        text = path.read_bytes().decode()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text file in UTF-8") from None
+    values = _parse_yaml(text, str(path))
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise UserError(f"{path}: not a mapping of keys to values, such as `batch_size: 256`")
+    return values
+
+
+# Types
+
+_NAMES = {int: "a whole number", float: "a number", str: "a text"}
+
+
+def _convert(kind: Any, value: Any, place: str) -> Any:
+    """`value` as `kind`; UserError says what it should have been."""
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        kind = next(part for part in typing.get_args(kind) if part is not type(None))
+    match typing.get_origin(kind):
+        case typing.Literal:
+            return _convert_choice(typing.get_args(kind), value, place)
+        case origin if origin is tuple:
+            return _convert_list(typing.get_args(kind), value, place)
+    number = _number(value) if kind in (int, float) else None
+    if kind is float and number is not None:
+        return float(number)
+    if kind is int and number is not None and number == int(number):
+        return int(number)
+    if kind is str and isinstance(value, str):
+        return value
+    raise UserError(f"{place}: {value!r} is not {_NAMES[kind]}")
+
+
+def _convert_choice(choices: Sequence[str], value: Any, place: str) -> str:
+    if value == "Triangular" and "Trig" in choices:
+        return "Trig"
+    if value not in choices:
+        raise UserError(
+            f"{place}: {value!r} is not one of {', '.join(choices)}{suggest(value, choices)}"
+        )
+    return value
+
+
+def _convert_list(kinds: Sequence[type], value: Any, place: str) -> tuple:
+    if not isinstance(value, list | tuple) or len(value) != len(kinds):
+        names = "numbers" if kinds[0] is float else "whole numbers"
+        raise UserError(f"{place}: {value!r} is not a list of {len(kinds)} {names}")
+    return tuple(_convert(kind, item, place) for kind, item in zip(kinds, value, strict=True))
+
+
+def _number(value: Any) -> int | float | None:
+    """`value` as a finite number, if it is one or spells one."""
+    if isinstance(value, str):
+        try:
+            value = float(value) if re.search(r"[.eE]", value) else int(value)
+        except ValueError:
+            return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return value
+
+
+# Ranges
+
+Check = tuple[Callable[[Any], bool], str]
+
+
+def _each(check: Check) -> Check:
+    holds, wanted = check
+    return (lambda values: all(holds(value) for value in values)), f"{wanted} each"
+
+
+_POSITIVE: Check = (lambda value: value > 0, "above 0")
+_NOT_NEGATIVE: Check = (lambda value: value is None or value >= 0, "0 or more")
+_AT_LEAST_ONE: Check = (lambda value: value is None or value >= 1, "1 or more")
+_SHARE: Check = (lambda value: 0 <= value <= 1, "between 0 and 1")
+_BELOW_ONE: Check = (lambda value: 0 <= value < 1, "at least 0 and below 1")
+_RATIO: Check = (lambda value: 0 < value <= 1, "above 0 and at most 1")
+
+_RANGES: dict[str, Check] = {
+    "unet_dropout": _BELOW_ONE,
+    "data_size": _AT_LEAST_ONE,
+    "augment_probability": _SHARE,
+    "velocity_loss_ratio": _SHARE,
+    "p": _NOT_NEGATIVE,
+    "eps": _POSITIVE,
+    "time_std": _each(_POSITIVE),
+    "cfg_scale": _AT_LEAST_ONE,
+    "mix_ratio": _SHARE,
+    "cfg_drop_rate": _BELOW_ONE,
+    "cfg_decay_time": _NOT_NEGATIVE,
+    "l_init_ratio": _RATIO,
+    "l_end_ratio": _RATIO,
+    "total_steps": _AT_LEAST_ONE,
+    "ema_decay_rate": _SHARE,
+    "ema_every_steps": _AT_LEAST_ONE,
+    "learning_rate": _NOT_NEGATIVE,
+    "betas": _each(_BELOW_ONE),
+    "weight_decay": _NOT_NEGATIVE,
+    "batch_size": _AT_LEAST_ONE,
+    "accumulation_steps": _AT_LEAST_ONE,
+    "num_workers": _NOT_NEGATIVE,
+    "prefetch_factor": _AT_LEAST_ONE,
+    "seed": _NOT_NEGATIVE,
+    "eval_steps": _NOT_NEGATIVE,
+    "eval_batch_size": _AT_LEAST_ONE,
+    "eval_NFE": _AT_LEAST_ONE,
+    "eval_num_samples": _AT_LEAST_ONE,
+    "eval_demo_steps": _NOT_NEGATIVE,
+    "eval_demo_shape": _each(_AT_LEAST_ONE),
+    "ckpt_saving_steps": _NOT_NEGATIVE,
+    "logging_steps": _NOT_NEGATIVE,
+    "timeout_minutes": _POSITIVE,
+}
+
+
+def _check_ranges(config: Config, places: Mapping[str, str]) -> None:
+    for key, (holds, wanted) in _RANGES.items():
+        value = getattr(config, key)
+        if not holds(value):
+            raise UserError(f"{places[key]}: {_shown(value)} must be {wanted}")
+
+
+def _check_together(config: Config, places: Mapping[str, str]) -> None:
+    """Refuse values that are fine alone and contradict each other."""
+
+    def refuse(key: str, reason: str) -> typing.NoReturn:
+        raise UserError(f"{places[key]}: {_shown(getattr(config, key))} {reason}")
+
+    if not config.working_dir.strip():
+        refuse("working_dir", "must name the folder of the run")
+    if config.is_conditional:
+        match = re.fullmatch(r"DiT-([A-Za-z]+)-([1-9][0-9]*)", config.model_type)
+        if match is None or match[1] not in DIT_SIZES:
+            choices = [f"DiT-{size}-2" for size in DIT_SIZES]
+            refuse(
+                "model_type",
+                f"is neither UNet nor DiT-SIZE-PATCH with SIZE one of {', '.join(DIT_SIZES)}"
+                f"{suggest(config.model_type, ['UNet', *choices])}",
+            )
+        if config.data_size % int(match[2]):
+            refuse("model_type", f"has a patch that does not divide data_size {config.data_size}")
+        if config.augment_probability > 0:
+            refuse("augment_probability", "needs model_type UNet: a DiT takes no augmentation")
+    else:
+        if config.cfg_scale > 1:
+            refuse("cfg_scale", "needs labels, and the UNet is unconditional; use 1, or a DiT")
+        if config.dataset_type == "Imagenet":
+            refuse("model_type", "is for pixels (CIFAR10, ImageFolder), not for Imagenet's latents")
+    if config.cfg_scale > 1 and config.cfg_drop_rate == 0:
+        refuse("cfg_drop_rate", "leaves no null class, which cfg_scale > 1 needs; 0.1 is usual")
+    if config.cfg_scale == 1 and config.cfg_drop_rate > 0:
+        refuse("cfg_drop_rate", "must be 0 where cfg_scale is 1 (no guidance)")
+    if config.dataset_type == "Digits" and config.data_size != 8:
+        refuse("data_size", "must be 8 for Digits")
+    if config.dataset_type == "CIFAR10" and config.data_size != 32:
+        refuse("data_size", "must be 32 for CIFAR10")
+
+
+def _shown(value: Any) -> str:
+    return str(list(value)) if isinstance(value, tuple) else repr(value)
+
+
+# A run's recorded config
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved config, every key of it."""
+    text = yaml.safe_dump(config.to_dict(), sort_keys=False, default_flow_style=None)
+    with atomic_write(path) as file:
+        file.write(f"# The resolved config of this run.\n{text}".encode())
+
+
+def changed_keys(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """The keys in which two configs differ, with the old and the new value."""
+    before, after = old.to_dict(), new.to_dict()
+    return {key: (before[key], after[key]) for key in FIELDS if before[key] != after[key]}
+
+
+def refuse_another_experiment(
+    old: Config, new: Config, allowed: Sequence[str], source: str
+) -> list[str]:
+    """One line per key that changed; UserError where that makes it another experiment.
+
+    `allowed` names the keys whose change the user has agreed to.
+    """
+    changes = changed_keys(old, new)
+    refused = {
+        key: change
+        for key, change in changes.items()
+        if not FIELDS[key].metadata.get("operational") and key not in allowed
+    }
+    if refused:
+        listed = ", ".join(f"{key} {before!r} -> {now!r}" for key, (before, now) in refused.items())
+        flags = " ".join(f"--allow-changed {key}" for key in refused)
+        raise UserError(
+            f"{source} is of another experiment: {listed}; "
+            f"use another working_dir, or say {flags} to continue all the same"
+        )
+    return [f"{key} changed: {before!r} -> {now!r}" for key, (before, now) in changes.items()]

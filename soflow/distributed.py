@@ -1,0 +1,111 @@
+"""Processes and devices: started by torchrun or alone; nccl on CUDA, gloo elsewhere."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from soflow.files import UserError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all that work together, and the device it computes on."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one process that writes files and talks."""
+        return self.rank == 0
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """`values` summed over the processes; every process gets the sum."""
+        if self.world_size > 1:
+            values = values.clone()
+            dist.all_reduce(values)
+        return values
+
+    def gather_on_main(self, values: Tensor) -> list[Tensor] | None:
+        """The processes' `values` (one shape) in rank order; None on all but the main process."""
+        if self.world_size == 1:
+            return [values]
+        gathered = [torch.empty_like(values) for _ in range(self.world_size)]
+        dist.gather(values, gathered if self.is_main else None)
+        return gathered if self.is_main else None
+
+    def agree(self, value: object) -> object:
+        """The main process's `value`, on every process."""
+        if self.world_size == 1:
+            return value
+        shared = [value]
+        dist.broadcast_object_list(shared, device=self.device)
+        return shared[0]
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device called `name`: auto (the best there is), cuda, mps or cpu."""
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    if not available[name]:
+        there = ", ".join(kind for kind, is_there in available.items() if is_there)
+        raise UserError(f"device: {name!r} is not available on this machine; there is {there}")
+    if name != "cuda":
+        return torch.device(name)
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"process {local_rank} of this machine has no GPU of its own: there are "
+            f"{torch.cuda.device_count()}; start at most that many processes (--nproc-per-node)"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def usable_cores() -> int:
+    """Processor cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def processes(device: str, timeout_minutes: float) -> Iterator[Processes]:
+    """This run's processes, connected for the length of the block where torchrun started several.
+
+    A process that hears nothing from another for `timeout_minutes` gives up.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    chosen = choose_device(device, local_rank)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    elif world_size > 1:
+        # torchrun gives each process one thread; share out the machine's instead.
+        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        torch.set_num_threads(max(1, usable_cores() // local_world_size))
+    if world_size > 1:
+        dist.init_process_group(
+            "nccl" if chosen.type == "cuda" else "gloo",
+            timeout=timedelta(minutes=timeout_minutes),
+            device_id=chosen if chosen.type == "cuda" else None,
+        )
+    try:
+        yield Processes(rank, local_rank, world_size, chosen)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,153 @@
+"""What a run says: log.txt, the progress bar, interval means, and the record beside each result."""
+
+import functools
+import hashlib
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import soflow
+from soflow.config import Config
+from soflow.distributed import Processes
+from soflow.files import UserError, atomic_write
+
+
+class Logbook:
+    """Lines for log.txt and the screen, and a progress bar where the screen is a terminal.
+
+    Silent on all but the main process.
+    """
+
+    def __init__(self, path: Path, is_main: bool):
+        self.path, self.is_main = path, is_main
+        self._bar: tqdm | None = None
+
+    def line(self, text: str) -> None:
+        """Write one line, with the time of day in the file."""
+        if not self.is_main:
+            return
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error
+
+    def start_bar(self, done: int, total: int, unit: str) -> None:
+        """Show a progress bar with the time left, if somebody is looking."""
+        if self.is_main:  # disable=None: only on a terminal
+            self._bar = tqdm(total=total, initial=done, unit=unit, dynamic_ncols=True, disable=None)
+
+    def advance(self, count: int = 1) -> None:
+        """Move the bar, if there is one."""
+        if self._bar is not None:
+            self._bar.update(count)
+
+    def close_bar(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+class Interval:
+    """Sums of metrics between two log lines; they stay on the device until they are wanted."""
+
+    def __init__(self):
+        self._sums: torch.Tensor | None = None
+        self._steps = 0
+        self._started = time.monotonic()
+
+    def add(self, values: torch.Tensor) -> None:
+        """Add one step's [metrics]."""
+        self._sums = values.clone() if self._sums is None else self._sums.add_(values)
+        self._steps += 1
+
+    def close(self, processes: Processes) -> tuple[list[float], float, int]:
+        """Metrics summed over the processes and averaged over the steps, seconds, and the steps."""
+        sums = processes.sum_over_ranks(self._sums)
+        means = (sums / self._steps).tolist()
+        seconds, steps = time.monotonic() - self._started, self._steps
+        self.__init__()
+        return means, seconds, steps
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Most memory held so far, in GB: on the GPU by torch, elsewhere resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, as 1:02:03."""
+    return str(timedelta(seconds=round(seconds)))
+
+
+@functools.cache
+def code_version() -> str:
+    """The version, with the git commit and whether it was changed, where that is known."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return soflow.__version__
+    try:
+        described = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return soflow.__version__
+    commit = described.stdout.strip() if described.returncode == 0 else ""
+    return f"{soflow.__version__}+{commit}" if commit else soflow.__version__
+
+
+def device_name(device: torch.device) -> str:
+    """The device's kind and product name."""
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    return f"{device.type} ({platform.processor() or platform.machine()})"
+
+
+def weights_digest(weights: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of a state dict's names and values, however they are stored."""
+    digest = hashlib.sha256()
+    for name, tensor in weights.items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def write_record(
+    path: Path, config: Config, processes: Processes, seed: int, **details: Any
+) -> None:
+    """Write beside the result `path`, as {stem}.json, what it was made by and from."""
+    record = {
+        "file": path.name,
+        "made_at": datetime.now().astimezone().isoformat(timespec="seconds"),
+        **details,
+        "seed": seed,
+        "code_version": code_version(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": device_name(processes.device),
+        "processes": processes.world_size,
+        "threads": torch.get_num_threads(),
+        "config_sha256": config.digest(),
+        "config": config.to_dict(),
+    }
+    with atomic_write(path.with_suffix(".json")) as file:
+        file.write(json.dumps(record, indent=2).encode() + b"\n")

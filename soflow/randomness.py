@@ -1,0 +1,95 @@
+"""Who draws what: every draw belongs to a seed, a purpose and a position, and to nothing else.
+
+No generator's state is ever saved or shared: continuing at step k, or sampling image i in another
+batch or process, derives the same generators again.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def derive_seed(seed: int, purpose: str, *position: int, bits: int = 63) -> int:
+    """A non-negative integer of `bits` bits (at most 256), from SHA-256 of its arguments."""
+    text = "/".join([str(seed), purpose, *map(str, position)])
+    digest = hashlib.sha256(text.encode()).digest()
+    return int.from_bytes(digest, "big") >> (256 - bits)
+
+
+def generator(
+    seed: int, purpose: str, *position: int, device: torch.device | str = "cpu"
+) -> torch.Generator:
+    """A fresh torch generator for one purpose at one position."""
+    return torch.Generator(device).manual_seed(derive_seed(seed, purpose, *position))
+
+
+def draw_logit_normal(count: int, mean: float, std: float, source: torch.Generator) -> Tensor:
+    """[count] draws of sigmoid(std N + mean), on the CPU."""
+    return torch.sigmoid(std * torch.randn(count, generator=source) + mean)
+
+
+def draw_null_mask(count: int, drop_rate: float, source: torch.Generator) -> Tensor:
+    """[count] bool on the CPU, True with probability drop_rate."""
+    return torch.rand(count, generator=source) < drop_rate
+
+
+class ImageDraws(NamedTuple):
+    """All that a batch of images is made from: labels [B] and, per jump, noise [B, C, H, W]."""
+
+    labels: Tensor | None
+    noises: list[Tensor]
+
+
+class SamplingStream(Protocol):
+    """A source of labels and noise for images identified by their place in the output."""
+
+    def draw(self, images: Sequence[int], num_jumps: int) -> ImageDraws: ...
+
+
+class PerImageStream:
+    """Draws that depend on (seed, image index) alone: any batch size, process or device.
+
+    Drawn by NumPy's counter-based Philox generator, whose normals do not depend on the processor's
+    vector width, as torch's do.
+    """
+
+    def __init__(self, seed: int, num_classes: int | None, shape: tuple[int, int, int]):
+        self.seed, self.num_classes, self.shape = seed, num_classes, shape
+
+    def draw(self, images: Sequence[int], num_jumps: int) -> ImageDraws:
+        """Labels and noises of `images`; the first noise is the same for any number of jumps."""
+        noises = [
+            torch.from_numpy(np.stack([self._noise(image, jump) for image in images]))
+            for jump in range(num_jumps)
+        ]
+        labels = None
+        if self.num_classes is not None:
+            labels = torch.tensor([self._label(image) for image in images])
+        return ImageDraws(labels, noises)
+
+    def _label(self, image: int) -> int:
+        return int(self._source("sampling label", image).integers(self.num_classes))
+
+    def _noise(self, image: int, jump: int) -> np.ndarray:
+        source = self._source("sampling noise", image, jump)
+        return source.standard_normal(self.shape, dtype=np.float32)
+
+    def _source(self, purpose: str, *position: int) -> np.random.Generator:
+        key = derive_seed(self.seed, purpose, *position, bits=128)
+        return np.random.Generator(np.random.Philox(key=key))
+
+
+class GivenLabels:
+    """Another stream's noise with labels from a list, repeated to fill: image i takes label i."""
+
+    def __init__(self, stream: SamplingStream, labels: Sequence[int]):
+        self.stream, self.labels = stream, labels
+
+    def draw(self, images: Sequence[int], num_jumps: int) -> ImageDraws:
+        drawn = self.stream.draw(images, num_jumps)
+        labels = torch.tensor([self.labels[image % len(self.labels)] for image in images])
+        return ImageDraws(labels, drawn.noises)

@@ -1,0 +1,170 @@
+"""From noise to images: the one sampler, which training and inference both call."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from soflow.distributed import Processes
+from soflow.images import save_png, tile, to_pixels
+from soflow.npz import write_images
+from soflow.randomness import SamplingStream
+
+MIN_TILE_PIXELS = 48  # so that a grid of 8 x 8 digits can be seen
+FRAME_GREY = 96
+
+# B images of a batch, C channels, H = W side; images are float -1..1, pixels uint8 [B, H, W, C]
+
+
+class Model(Protocol):
+    """What the sampler needs of a SoFlow."""
+
+    def solution(self, x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor: ...
+
+    def interpolate(self, x_0: Tensor, x_1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+@torch.inference_mode()
+def sample(model: Model, noises: Sequence[Tensor], labels: Tensor | None = None) -> Tensor:
+    """x_0, [B, C, H, W], in as many jumps as there are noises, [B, C, H, W] each.
+
+    Jump i starts at t_i = 1 - i/n, from the first noise or from the last jump's x_0 brought back to
+    t_i with a fresh noise, and ends at 0. The labels are [B], or None for the null class.
+    """
+    x = noises[0]
+    zeros = x.new_zeros(len(x))
+    for jump, noise in enumerate(noises):
+        t = torch.full_like(zeros, 1 - jump / len(noises))
+        if jump > 0:
+            x, _ = model.interpolate(x, noise, t)
+        x = model.solution(x, t, zeros, labels)
+    return x
+
+
+class Round(NamedTuple):
+    """Images that the processes make together: rank r's come after those of the ranks below it."""
+
+    first_image: int
+    images_per_process: int
+
+    def images_of(self, rank: int) -> range:
+        """Places in the output of the images that process `rank` makes."""
+        start = self.first_image + rank * self.images_per_process
+        return range(start, start + self.images_per_process)
+
+
+def plan_rounds(num_images: int, world_size: int, batch_size: int) -> Iterator[Round]:
+    """Rounds of at most batch_size images per process, ceil(num_images / world_size) in all.
+
+    The last places may lie beyond num_images, by less than world_size: those are to be cut.
+    """
+    per_process = -(-num_images // world_size)
+    for start in range(0, per_process, batch_size):
+        yield Round(start * world_size, min(batch_size, per_process - start))
+
+
+class SampleRequest(NamedTuple):
+    """How many images, in batches of how many per process, in how many jumps, from which draws."""
+
+    num_images: int
+    batch_size: int
+    num_jumps: int
+    stream: SamplingStream
+
+
+class Sampled(NamedTuple):
+    """Images made: pixels uint8 [B, H, W, C], and labels [B] where there are classes."""
+
+    pixels: np.ndarray
+    labels: np.ndarray | None
+
+
+def sample_pixels(
+    model: Model,
+    request: SampleRequest,
+    processes: Processes,
+    decode: Callable[[Tensor], Tensor],
+) -> Iterator[Sampled]:
+    """Images in output order, on the main process; the others yield nothing.
+
+    All processes have to iterate to the end. `decode` turns x_0 into images.
+    """
+    for work in plan_rounds(request.num_images, processes.world_size, request.batch_size):
+        draws = request.stream.draw(work.images_of(processes.rank), request.num_jumps)
+        noises = [noise.to(processes.device) for noise in draws.noises]
+        labels = None if draws.labels is None else draws.labels.to(processes.device)
+        images = decode(sample(model, noises, labels))
+        pixels = to_pixels(images.float()).permute(0, 2, 3, 1).contiguous()
+        wanted = request.num_images - work.first_image
+        all_pixels = _gather(pixels, wanted, processes)
+        all_labels = None if labels is None else _gather(labels, wanted, processes)
+        if processes.is_main:
+            yield Sampled(all_pixels, all_labels)
+
+
+def _gather(values: Tensor, wanted: int, processes: Processes) -> np.ndarray | None:
+    """The processes' values in rank order, at most `wanted` of them, on the main process."""
+    gathered = processes.gather_on_main(values)
+    return None if gathered is None else torch.cat(gathered)[:wanted].cpu().numpy()
+
+
+def write_samples(
+    path: Path,
+    batches: Iterator[Sampled],
+    num_images: int,
+    is_main: bool,
+    report: Callable[[Sampled], None] = lambda batch: None,
+) -> None:
+    """Stream `sample_pixels` to an .npz, which appears only when all images are in it.
+
+    Every process calls this; the main one writes, and tells `report` of every batch written.
+    """
+    if not is_main:
+        for _ in batches:
+            raise AssertionError("only the main process gets images")
+        return
+    with write_images(path, num_images) as writer:
+        for batch in batches:
+            writer.append(batch.pixels)
+            report(batch)
+
+
+def save_grid(path: Path, pixels: np.ndarray, columns: int) -> None:
+    """Write uint8 [N, H, W, C] as one picture, row by row; small images are enlarged."""
+    zoom = max(1, MIN_TILE_PIXELS // pixels.shape[1])
+    missing = np.zeros((-len(pixels) % columns, *pixels.shape[1:]), np.uint8)
+    filled = np.concatenate([pixels, missing]).repeat(zoom, axis=1).repeat(zoom, axis=2)
+    framed = np.pad(filled, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=FRAME_GREY)
+    save_png(path, tile(framed, len(framed) // columns, columns))
+
+
+class FirstImages:
+    """The first `wanted` images of a stream of batches, for a picture of them."""
+
+    def __init__(self, wanted: int):
+        self.wanted = wanted
+        self._batches: list[Sampled] = []
+
+    def add(self, batch: Sampled) -> None:
+        """Keep what is still wanted of the batch."""
+        missing = self.wanted - sum(len(kept.pixels) for kept in self._batches)
+        if missing > 0:
+            labels = None if batch.labels is None else batch.labels[:missing]
+            self._batches.append(Sampled(batch.pixels[:missing], labels))
+
+    def by_class(self) -> np.ndarray:
+        """Their pixels, sorted by label where there are labels."""
+        pixels = np.concatenate([batch.pixels for batch in self._batches])
+        if self._batches[0].labels is None:
+            return pixels
+        labels = np.concatenate([batch.labels for batch in self._batches])
+        return pixels[np.argsort(labels, kind="stable")]
+
+
+def labels_by_row(num_classes: int, shape: tuple[int, int]) -> list[int]:
+    """One class per row of a grid of (rows, columns), spread evenly over the classes."""
+    rows, columns = shape
+    return [row * num_classes // rows for row in range(rows) for _ in range(columns)]

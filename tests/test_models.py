@@ -1,0 +1,500 @@
+"""The mathematics: golden numbers of the reference, autograd, and a network known exactly."""
+
+import math
+
+import goldens
+import pytest
+import torch
+from torch import nn
+
+import dit
+import models
+from models import (
+    Batch,
+    ConsistencyTimes,
+    Objective,
+    Samples,
+    SoFlow,
+    build_model,
+    consistency_times,
+    gap_fraction,
+    guidance_decay,
+)
+from soflow import config
+
+OUTPUT_TOLERANCE = 1e-5
+GRADIENT_TOLERANCE = 1e-4
+UNGUIDED = Objective(cfg_scale=1.0, mix_ratio=1.0, cfg_decay_time=1.0, p=1.0, eps=0.01)
+GUIDED = Objective(cfg_scale=3.0, mix_ratio=0.25, cfg_decay_time=0.8, p=1.0, eps=0.01)
+
+
+# Golden numbers
+
+
+@pytest.fixture(scope="module", params=["dit_b4_guided", "dit_trig_guided", "unet"])
+def golden(request):
+    """A model filled by rule, and the reference's arrays and settings for it."""
+    arrays, meta = goldens.load(request.param)
+    channels, classes = (3, 10) if meta["model_type"] == "UNet" else (4, 1000)
+    model = build_model(
+        meta["model_type"],
+        channels,
+        32,
+        classes,
+        meta["cfg_drop_rate"],
+        meta["noising_type"],
+        meta["coefficient_type"],
+    ).eval()
+    goldens.fill_weights(model.network)
+    return model, arrays, meta
+
+
+def conditions(arrays) -> dict:
+    return {
+        name: arrays[f"in_{name}"]
+        for name in ("labels", "augment_labels")
+        if f"in_{name}" in arrays
+    }
+
+
+def test_network_velocity_and_solution_equal_the_reference(golden):
+    model, arrays, _ = golden
+    x, t, s = arrays["in_x0"], arrays["in_t"], arrays["in_s"]
+    given = conditions(arrays)
+    with torch.no_grad():
+        outputs = {
+            "network": model.network(x, t, t - s, **given),
+            "velocity": model.velocity(x, t, **given),
+            "solution": model.solution(x, t, s, **given),
+        }
+        if "network_uncond" in arrays:
+            outputs["network_uncond"] = model.network(x, t, t - s)
+    for name, output in outputs.items():
+        assert goldens.relative_error(output, arrays[name]) < OUTPUT_TOLERANCE, name
+
+
+@pytest.mark.parametrize("loss", ["vel", "con"])
+def test_losses_and_gradients_equal_the_reference(golden, loss):
+    model, arrays, meta = golden
+    objective = Objective(
+        **{key: meta[key] for key in ("cfg_scale", "mix_ratio", "cfg_decay_time", "p", "eps")}
+    )
+    x_0, x_1, t = arrays["in_x0"], arrays["in_x1"], arrays["in_t"]
+    rest = (arrays.get("in_labels"), arrays["in_cfg_mask"], objective)
+    augment_labels = arrays.get("in_augment_labels")
+    model.zero_grad()
+    if loss == "vel":
+        terms = model.flow_matching_loss(x_0, x_1, t, *rest, augment_labels=augment_labels)
+    else:
+        terms = model.consistency_loss(
+            x_0, x_1, t, arrays["in_l"], arrays["in_s"], *rest, augment_labels=augment_labels
+        )
+    terms.loss.backward()
+    assert goldens.relative_error(torch.stack(terms).detach(), arrays[loss]) < OUTPUT_TOLERANCE
+    norms = torch.tensor([0.0 if p.grad is None else p.grad.norm() for p in model.parameters()])
+    assert goldens.relative_error(norms, arrays[f"{loss}_gradnorm"]) < GRADIENT_TOLERANCE
+
+
+def test_schedules_equal_the_reference():
+    golden, _ = goldens.load("schedules")
+    t, s = golden["t"], golden["s"]
+
+    def agrees(actual, name):
+        assert goldens.relative_error(actual, golden[name]) < OUTPUT_TOLERANCE, name
+
+    for kind, path in models.PATHS.items():
+        point = path(t)
+        for name, value in zip(("alpha", "beta", "alpha_grad", "beta_grad"), point, strict=True):
+            agrees(value, f"{kind}/{name}")
+    for kind, form in models.SOLUTION_FORMS.items():
+        at = form(t, s)
+        agrees(at.a, f"{kind}/a")
+        agrees(at.b, f"{kind}/b")
+        assert torch.allclose(at.a_s, golden[f"{kind}/a_grad_s"], atol=1e-6)
+        agrees(at.b_s, f"{kind}/b_grad_s")
+    for tau in ("0.5", "0.8", "1.0"):
+        agrees(guidance_decay(t, float(tau)), f"decay/{tau}")
+    for schedule in ("Const", "Linear", "Cosine", "Exponent"):
+        rows = [
+            t + (s - t) * gap_fraction(schedule, step, 400, 0.1, 0.002)
+            for step in (0, 100, 250, 400)
+        ]
+        agrees(torch.stack(rows), f"middle/{schedule}")
+
+
+@pytest.mark.parametrize("entry", [name for name in goldens.manifest()])
+def test_state_dict_has_the_names_shapes_order_and_kinds_of_released_checkpoints(entry):
+    expected = goldens.manifest()[entry]
+    model_type = entry.removesuffix("-nodrop")
+    channels, classes = (3, 10) if entry == "UNet" else (4, 1000)
+    drop_rate = 0.0 if entry in ("UNet", "DiT-B-4-nodrop") else 0.1
+    with torch.device("meta"):
+        model = build_model(model_type, channels, 32, classes, drop_rate)
+    parameters = {name for name, _ in model.named_parameters()}
+    found = [
+        [
+            name,
+            list(tensor.shape),
+            str(tensor.dtype).removeprefix("torch."),
+            "param" if name in parameters else "buffer",
+        ]
+        for name, tensor in model.state_dict().items()
+    ]
+    assert found == expected
+
+
+def test_initial_weights_have_the_spread_of_the_reference():
+    expected = goldens.initial_std()["DiT-B-4"]
+    torch.manual_seed(0)
+    model = build_model("DiT-B-4", 4, 32, 1000, 0.1)
+    for name, tensor in model.state_dict().items():
+        mean, std, elements = expected[name]
+        # Five standard errors of a mean and of a standard deviation, and the stored rounding.
+        slack = 5 / math.sqrt(elements)
+        assert abs(tensor.mean().item() - mean) <= slack * std + 1e-5, name
+        assert abs(tensor.std(correction=0).item() - std) <= slack * std + 1e-4 * std, name
+
+
+def test_positions_are_fixed_and_tell_columns_from_rows():
+    model = build_model("DiT-Nano-2", 1, 8, 10, 0.1)
+    table = model.network.pos_embed
+    assert not table.requires_grad
+    grid = table.detach().view(4, 4, 128)  # row, column, width
+    assert torch.equal(grid[0, :, :64], grid[3, :, :64])  # first half: the column alone
+    assert torch.equal(grid[:, 0, 64:], grid[:, 3, 64:])  # second half: the row alone
+    first = grid[0, 2, :64]
+    assert torch.allclose(first[0], torch.tensor(2.0).sin())  # frequency 1, sine first
+    assert torch.allclose(first[32], torch.tensor(2.0).cos())
+
+
+# Autograd
+
+
+def derivative(function, at: torch.Tensor) -> torch.Tensor:
+    return torch.autograd.functional.jvp(function, at, torch.ones_like(at))[1]
+
+
+@pytest.mark.parametrize("kind", models.PATHS)
+def test_path_derivatives_equal_autograd(kind):
+    t = torch.linspace(0.01, 0.99, 23, dtype=torch.float64)
+    point = models.PATHS[kind](t)
+    path = models.PATHS[kind]
+    assert torch.allclose(point.alpha_prime, derivative(lambda t: path(t).alpha, t))
+    assert torch.allclose(point.beta_prime, derivative(lambda t: path(t).beta, t))
+
+
+@pytest.mark.parametrize("kind", models.SOLUTION_FORMS)
+def test_solution_form_derivatives_equal_autograd_and_it_is_the_identity_at_s_equal_t(kind):
+    t = torch.linspace(0.01, 0.99, 23, dtype=torch.float64)
+    s = t.flip(0) * 0.7
+    form = models.SOLUTION_FORMS[kind]
+    assert torch.allclose(form(t, s).a_s, derivative(lambda s: form(t, s).a, s))
+    assert torch.allclose(form(t, s).b_s, derivative(lambda s: form(t, s).b, s))
+    assert torch.equal(form(t, t).a, torch.ones_like(t))
+    assert torch.equal(form(t, t).b, torch.zeros_like(t))
+
+
+# Toy networks in float64
+
+
+class ExactNetwork(nn.Module):
+    """F of the data set that is one image c, for Linear and Euler: (x - c) / t."""
+
+    def __init__(self, c: torch.Tensor):
+        super().__init__()
+        self.c = c
+
+    def forward(self, x, t, gap, labels=None):
+        return (x - self.c) / t.view(-1, 1, 1, 1)
+
+
+class ToyNetwork(nn.Module):
+    """A smooth network with classes (the last row of its table is the null class)."""
+
+    null_label = 3
+    uses_dropout_seed = True
+
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Conv2d(2, 2, 3, padding=1)
+        self.table = nn.Embedding(4, 2)
+        self.calls: list[tuple] = []
+
+    def forward(self, x, t, gap, labels=None, dropout_seed=None):
+        if labels is None:
+            labels = torch.full((len(x),), self.null_label)
+        self.calls.append((len(x), torch.is_grad_enabled(), labels.tolist(), dropout_seed))
+        shift = (1 + t + 2 * gap)[:, None] * self.table(labels)
+        return torch.tanh(self.mix(x) + shift[:, :, None, None])
+
+
+def draws(batch: int, channels: int = 2, seed: int = 0):
+    source = torch.Generator().manual_seed(seed)
+    x_0, x_1 = (
+        torch.randn(batch, channels, 4, 4, generator=source, dtype=torch.float64) for _ in range(2)
+    )
+    t, s = (torch.rand(batch, generator=source, dtype=torch.float64) for _ in range(2))
+    return x_0, x_1, consistency_times(t, s, ratio=0.1)
+
+
+def toy_model(**kinds) -> SoFlow:
+    torch.manual_seed(1)
+    return SoFlow(ToyNetwork(), **kinds).double()
+
+
+def test_the_exact_network_has_no_loss_and_solves_the_path():
+    c = torch.randn(1, 2, 4, 4, dtype=torch.float64)
+    model = SoFlow(ExactNetwork(c))
+    _, x_1, times = draws(6)
+    x_0 = c.expand(6, -1, -1, -1)
+    flow_matching = model.flow_matching_loss(x_0, x_1, times.t, None, None, UNGUIDED)
+    consistency = model.consistency_loss(x_0, x_1, *times, None, None, UNGUIDED)
+    assert flow_matching.squared_error < 1e-20
+    assert consistency.squared_error < 1e-18
+    assert abs(consistency.loss) < 1e-9
+    x_t, _ = model.interpolate(x_0, x_1, times.t)
+    x_s, _ = model.interpolate(x_0, x_1, times.s)
+    assert torch.allclose(model.solution(x_t, times.t, times.s), x_s)
+    assert torch.allclose(model.solution(x_t, times.t, times.t), x_t)
+    zero = torch.zeros_like(times.t)
+    assert torch.allclose(model.solution(x_1, torch.ones_like(zero), zero), x_0)
+
+
+@pytest.mark.parametrize("kind", models.SOLUTION_FORMS)
+def test_velocity_is_the_derivative_of_the_solution(kind):
+    model = toy_model(coefficient_type=kind)
+    x_0, _, times = draws(4)
+    labels = torch.tensor([0, 1, 2, 1])
+    slope = derivative(lambda s: model.solution(x_0, times.t, s, labels), times.t)
+    # The network is not differentiated: b(t, t) = 0 multiplies its derivative.
+    assert torch.allclose(model.velocity(x_0, times.t, labels), slope)
+
+
+@pytest.mark.parametrize("kind", models.SOLUTION_FORMS)
+@pytest.mark.parametrize("p", [0.0, 0.75])
+def test_surrogate_gradient_is_that_of_the_squared_error_it_stands_for(kind, p):
+    model = toy_model(coefficient_type=kind)
+    objective = Objective(1.0, 1.0, 1.0, p, 0.01)
+    x_0, x_1, times = draws(5)
+    labels = torch.tensor([0, 1, 2, 0, 1])
+    surrogate = model.consistency_loss(x_0, x_1, *times, labels, None, objective).loss
+    gradients = torch.autograd.grad(surrogate, model.parameters())
+
+    t, l, s = times  # noqa: E741
+    x_t, velocity_t = model.interpolate(x_0, x_1, t)
+    f_t = model.solution(x_t, t, s, labels)
+    f_l = model.solution(x_t + velocity_t * (l - t).view(-1, 1, 1, 1), l, s, labels).detach()
+    squared = (f_t - f_l).square().flatten(1).mean(1)
+    weight = 1 / (squared / (t - l) ** 2 + objective.eps) ** p
+    b = model.solution_form(t, s).b.abs()
+    plain = (weight.detach() * squared / (2 * b * (t - l))).mean()
+    for one, other in zip(gradients, torch.autograd.grad(plain, model.parameters()), strict=True):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
+
+
+# Guidance
+
+
+def test_guided_target_is_the_stated_mixture():
+    model = toy_model()
+    x_0, x_1, times = draws(4)
+    labels, null_mask = torch.tensor([0, 1, 2, 1]), torch.tensor([False, True, False, False])
+    samples = Samples(x_0, x_1, labels, null_mask)
+    x_t, velocity_t = model.interpolate(x_0, x_1, times.t)
+    target = model._guided_velocity(x_t, times.t, velocity_t, samples, GUIDED)
+    null_velocity = model.velocity(x_t, times.t, torch.full((4,), 3))
+    kappa = guidance_decay(times.t, GUIDED.cfg_decay_time).view(-1, 1, 1, 1)
+    guided = velocity_t + kappa * (GUIDED.cfg_scale - 1) * (velocity_t - null_velocity)
+    expected = 0.25 * guided + 0.75 * model.velocity(x_t, times.t, labels)
+    expected[1] = velocity_t[1]
+    assert torch.allclose(target, expected)
+    assert not target.requires_grad
+
+
+def test_decay_is_one_up_to_its_time_and_zero_at_noise():
+    t = torch.tensor([0.0, 0.5, 0.8, 0.9, 1.0], dtype=torch.float64)
+    kappa = guidance_decay(t, 0.8)
+    expected = 1 - math.exp(-0.025)  # d = 1/2 at t = 0.9
+    assert torch.allclose(kappa, torch.tensor([1, 1, 1, expected, 0], dtype=torch.float64))
+    assert torch.equal(guidance_decay(t, 1.0), torch.ones_like(t))
+
+
+@pytest.mark.parametrize(
+    ("mix_ratio", "loss", "no_grad_passes"),
+    [(0.25, "flow_matching", [2]), (1.0, "flow_matching", [2]),
+     (0.25, "consistency", [2, 2, 3]), (1.0, "consistency", [2, 3])],
+)  # fmt: skip
+def test_guidance_runs_only_the_passes_and_samples_it_needs(mix_ratio, loss, no_grad_passes):
+    model = toy_model()
+    x_0, x_1, times = draws(3)
+    labels, null_mask = torch.tensor([0, 1, 2]), torch.tensor([False, False, True])
+    objective = Objective(3.0, mix_ratio, 1.0, 1.0, 0.01)
+    if loss == "flow_matching":
+        model.flow_matching_loss(x_0, x_1, times.t, labels, null_mask, objective)
+    else:
+        model.consistency_loss(x_0, x_1, *times, labels, null_mask, objective)
+    calls = model.network.calls
+    assert [size for size, has_grad, *_ in calls if not has_grad] == no_grad_passes
+    (with_gradient,) = [call for call in calls if call[1]]
+    assert with_gradient[2] == [0, 1, 3]  # the dropped label became the null class
+
+
+def test_a_batch_of_dropped_labels_needs_no_guidance_pass():
+    model = toy_model()
+    x_0, x_1, times = draws(2)
+    null_mask = torch.tensor([True, True])
+    model.flow_matching_loss(x_0, x_1, times.t, torch.tensor([0, 1]), null_mask, GUIDED)
+    assert len(model.network.calls) == 1
+
+
+def test_guidance_without_labels_or_without_a_null_class_is_refused():
+    model = toy_model()
+    x_0, x_1, times = draws(2)
+    with pytest.raises(ValueError, match="needs labels"):
+        model.flow_matching_loss(x_0, x_1, times.t, None, None, GUIDED)
+    model = build_model("DiT-Nano-2", 2, 4, 3, cfg_drop_rate=0.0)
+    with pytest.raises(ValueError, match="no null class"):
+        model.velocity(x_0.float(), times.t.float())
+    with pytest.raises(ValueError, match="no null class"):
+        model.flow_matching_loss(
+            x_0, x_1, times.t, torch.tensor([0, 1]), torch.tensor([True, False]), UNGUIDED
+        )
+
+
+# Times
+
+
+def test_consistency_times_are_ordered_and_apart_at_the_edges():
+    t = torch.tensor([0.0, 0.5, 1.0, 0.5, 0.3])
+    s = torch.tensor([0.9, 0.2, 1.0, 0.5, 0.0])
+    for ratio in (1.0, 0.1, 1e-9):
+        times = consistency_times(t, s, ratio)
+        assert (times.t >= 1e-4).all()
+        assert (times.s <= times.l + 1e-7).all()
+        assert (times.t - times.l >= 0.99e-4).all()
+    assert torch.allclose(consistency_times(t, s, 0.5).l[1], torch.tensor(0.35))
+
+
+def test_gap_fraction_runs_from_init_to_end():
+    for schedule in ("Linear", "Cosine", "Exponent"):
+        fractions = [gap_fraction(schedule, step, 100, 0.1, 0.002) for step in (0, 50, 100)]
+        assert fractions[0] == pytest.approx(0.1)
+        assert fractions[2] == pytest.approx(0.002)
+        assert fractions[0] > fractions[1] > fractions[2]
+    assert gap_fraction("Const", 7, 100, 0.1, 0.002) == 0.002
+    assert gap_fraction("Exponent", 50, 100, 0.1, 0.001) == pytest.approx(0.01)
+    with pytest.raises(ValueError, match="l_schedule 'Step'"):
+        gap_fraction("Step", 0, 1, 0.1, 0.1)
+
+
+# One step on parts of a batch
+
+
+def part(x_0, x_1, times, labels, null_mask, rows, V, counts) -> Batch:
+    """A `Batch` of some rows, of which those below V are for flow matching."""
+    fm = [row for row in rows if row < V]
+    con = [row for row in rows if row >= V]
+    return Batch(
+        Samples(x_0[fm], x_1[fm], labels[fm], null_mask[fm]),
+        times.t[fm],
+        Samples(x_0[con], x_1[con], labels[con], null_mask[con]),
+        ConsistencyTimes(*(time[con] for time in times)),
+        *counts,
+    )
+
+
+def test_parts_of_a_batch_add_up_to_the_whole_and_to_the_weighted_losses():
+    model = toy_model()
+    x_0, x_1, times = draws(8)
+    labels = torch.arange(8) % 3
+    null_mask = torch.tensor([False, True] * 4)
+    V, counts = 5, (5, 3)
+
+    def step(parts):
+        model.zero_grad()
+        terms = []
+        for rows in parts:
+            result = model(part(x_0, x_1, times, labels, null_mask, rows, V, counts), GUIDED)
+            result.loss.backward()
+            terms.append(
+                torch.stack([result.loss, *result.flow_matching, *result.consistency]).detach()
+            )
+        return torch.stack(terms).sum(0), [p.grad.clone() for p in model.parameters()]
+
+    whole, whole_gradients = step([range(8)])
+    cut, cut_gradients = step([[0, 1, 5], [2, 3, 4], [6, 7]])
+    assert torch.allclose(whole, cut)
+    for one, other in zip(whole_gradients, cut_gradients, strict=True):
+        assert torch.allclose(one, other)
+
+    velocity = model.flow_matching_loss(
+        x_0[:V], x_1[:V], times.t[:V], labels[:V], null_mask[:V], GUIDED
+    )
+    consistency = model.consistency_loss(
+        x_0[V:], x_1[V:], *(time[V:] for time in times), labels[V:], null_mask[V:], GUIDED
+    )
+    expected = 5 / 8 * velocity.loss + 3 / 8 * consistency.loss
+    assert torch.allclose(whole, torch.stack([expected, *velocity, *consistency]))
+
+
+def test_forward_draws_nothing():
+    model = toy_model().eval()
+    x_0, x_1, times = draws(4)
+    labels, null_mask = torch.zeros(4, dtype=torch.long), torch.zeros(4, dtype=torch.bool)
+    before = torch.get_rng_state()
+    model(part(x_0, x_1, times, labels, null_mask, range(4), 2, (2, 2)), GUIDED)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_both_consistency_passes_get_the_same_dropout_seed():
+    model = toy_model().train()
+    x_0, x_1, times = draws(2)
+    model.consistency_loss(x_0, x_1, *times, torch.tensor([0, 1]), None, UNGUIDED)
+    seeds = [seed for *_, seed in model.network.calls]
+    assert len(seeds) == 2
+    assert seeds[0] is not None
+    assert seeds[0] == seeds[1]
+
+
+# Building
+
+
+def test_every_size_is_known_to_the_config_too():
+    assert tuple(dit.SIZES) == config.DIT_SIZES
+
+
+@pytest.mark.parametrize("size", dit.SIZES)
+@pytest.mark.parametrize("patch", [1, 2, 4, 8])
+def test_every_size_takes_every_patch_that_divides_the_data(size, patch):
+    with torch.device("meta"):
+        model = build_model(f"DiT-{size}-{patch}", 3, 16, 10, 0.1)
+    assert model.network.pos_embed.shape == (1, (16 // patch) ** 2, dit.SIZES[size].width)
+
+
+def test_network_keeps_the_shape_of_the_data_for_any_patch():
+    for patch in (1, 2, 4):
+        model = build_model(f"DiT-Nano-{patch}", 3, 8, 10, 0.1)
+        output = model.velocity(torch.randn(2, 3, 8, 8), torch.rand(2))
+        assert output.shape == (2, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("DiT-B", 3, 8, 10, 0.1), "SIZE one of Nano, Ti, S, B, M, L, XL"),
+        (("DiT-Q-2", 3, 8, 10, 0.1), "SIZE one of"),
+        (("VGG", 3, 8, 10, 0.1), "nor UNet"),
+        (("DiT-B-3", 3, 8, 10, 0.1), "patch 3 does not divide data_size 8"),
+        (("DiT-Nano-2", 3, 8, 10, 0.1, "Cubic"), "noising_type 'Cubic'"),
+        (("DiT-Nano-2", 3, 8, 10, 0.1, "Linear", "euler"), "coefficient_type 'euler'"),
+    ],
+)
+def test_unknown_names_and_unfit_patches_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        build_model(*arguments)
+
+
+def test_times_of_the_wrong_shape_are_refused():
+    model = toy_model()
+    with pytest.raises(ValueError, match="one per sample"):
+        model.velocity(torch.zeros(2, 2, 4, 4, dtype=torch.float64), torch.rand(3))
