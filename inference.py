@@ -166,9 +166,7 @@ def choose_stream(
         raise UserError(f"--labels: {config.model_type} is unconditional and takes none")
     for label in arguments.labels:
         if not 0 <= label < num_classes:
-            raise UserError(
-                f"--labels: {label} is not a class; they go from 0 to {num_classes - 1}"
-            )
+            raise UserError(f"--labels: {label} is not a class; those are 0 to {num_classes - 1}")
     return GivenLabels(stream, arguments.labels)
 
 

@@ -122,7 +122,7 @@ def test_schedules_equal_the_reference():
         agrees(torch.stack(rows), f"middle/{schedule}")
 
 
-@pytest.mark.parametrize("entry", [name for name in goldens.manifest()])
+@pytest.mark.parametrize("entry", list(goldens.manifest()))
 def test_state_dict_has_the_names_shapes_order_and_kinds_of_released_checkpoints(entry):
     expected = goldens.manifest()[entry]
     model_type = entry.removesuffix("-nodrop")

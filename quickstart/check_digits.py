@@ -1,0 +1,73 @@
+"""Judge sampled digits against the real ones: are they the class asked for, and are they copies?
+
+    python quickstart/check_digits.py SAMPLES.npz [SAMPLES.npz ...]
+
+For archives sampled with `--labels 0,1,2,3,4,5,6,7,8,9`. Prints, per archive, the share whose class
+by a vote of the 3 nearest training digits is the one asked for, and the median distance to the
+nearest training digit, beside both figures of the 600 digits that training never saw.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from sklearn.neighbors import KNeighborsClassifier
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from soflow.data import digits_split
+from soflow.files import UserError, run_command
+from soflow.npz import read_archive
+
+NUM_NEIGHBOURS = 3
+NUM_CLASSES = 10
+
+
+def flatten(pixels: np.ndarray) -> np.ndarray:
+    """uint8 [N, 8, 8, 1] -> [N, 64] in 0..1."""
+    return pixels.reshape(len(pixels), -1) / 255
+
+
+def read_samples(path: str) -> np.ndarray:
+    """The digits of an archive, uint8 [N, 8, 8, 1]."""
+    with read_archive(path) as archive:
+        pixels = np.concatenate(list(archive.batches(1_000)))
+    if pixels.shape[1:] != (8, 8, 1):
+        raise UserError(f"{path}: holds images of {list(pixels.shape[1:])}, not digits [8, 8, 1]")
+    return pixels
+
+
+def judge(
+    neighbours: KNeighborsClassifier, pixels: np.ndarray, labels: np.ndarray
+) -> tuple[float, float]:
+    """The share classified as labelled, and the median distance to the nearest training digit."""
+    features = flatten(pixels)
+    distances, _ = neighbours.kneighbors(features, n_neighbors=1)
+    return float(np.mean(neighbours.predict(features) == labels)), float(np.median(distances))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("samples", nargs="+", metavar="SAMPLES.npz")
+    paths = parser.parse_args(argv).samples
+    split = digits_split()
+    neighbours = KNeighborsClassifier(NUM_NEIGHBOURS)
+    neighbours.fit(flatten(split.training_pixels), split.training_labels)
+    rows = {"600 held-out digits": (split.held_out_pixels, split.held_out_labels)}
+    for path in paths:
+        pixels = read_samples(path)
+        rows[f"{len(pixels)} in {path}"] = (pixels, np.arange(len(pixels)) % NUM_CLASSES)
+    width = max(map(len, rows))
+    print(f"{'':{width}}  right class  median distance to the nearest training digit")
+    for name, (pixels, labels) in rows.items():
+        share, distance = judge(neighbours, pixels, labels)
+        print(f"{name:{width}}  {share:11.3f}  {distance:.3f}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,184 @@
+"""Checkpoints: found by name, read without trust, refused with a reason."""
+
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from soflow.checkpoint import (
+    TrainState,
+    check_weights,
+    find_checkpoints,
+    newest_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
+from soflow.data import DataSpec
+from soflow.files import UserError
+
+SPEC = DataSpec(1, 8, ("a", "b"), 100)
+
+
+def fresh_state(width: int = 3, **options) -> TrainState:
+    torch.manual_seed(width)
+    model = nn.Sequential(nn.Linear(2, width), nn.Linear(width, 1))
+    return TrainState.fresh(model, torch.optim.AdamW(model.parameters(), **options))
+
+
+def step(state: TrainState) -> None:
+    state.model(torch.ones(4, 2)).square().sum().backward()
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    state.finished_steps += 1
+
+
+def save(state: TrainState, path) -> None:
+    save_checkpoint(path, state.state_dict(steps_per_epoch=2), SPEC, {"seed": 1})
+
+
+def test_state_comes_back_and_goes_on_the_same(tmp_path):
+    one, other = fresh_state(), fresh_state()
+    for _ in range(5):
+        step(one)
+    save(one, tmp_path / "5.pt")
+    content = read_checkpoint(tmp_path / "5.pt")
+    assert content["finished_steps"] == 5
+    assert content["finished_epochs"] == 2
+    assert content["data"]["class_names"] == ["a", "b"]
+    assert other.load_state_dict(content, "5.pt") == []
+    step(one)
+    step(other)
+    assert other.finished_steps == 6
+    for left, right in zip(one.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_average_starts_as_a_copy_of_its_own():
+    state = fresh_state()
+    step(state)
+    assert not torch.equal(state.model[0].weight, state.ema_model[0].weight)
+    assert not any(p.requires_grad for p in state.ema_model.parameters())
+    assert not state.ema_model.training
+
+
+def test_settings_stay_those_of_the_config_and_the_change_is_said():
+    old, new = fresh_state(lr=0.1, betas=(0.9, 0.99)), fresh_state(lr=0.2, betas=(0.9, 0.99))
+    step(old)
+    notes = new.load_state_dict(old.state_dict(1), "1.pt")
+    assert notes == ["lr is 0.2 now; it was 0.1 in 1.pt"]
+    assert new.optimizer.param_groups[0]["lr"] == 0.2
+    assert new.optimizer.state[new.model[0].weight]["step"] == 1
+
+
+def test_only_whole_numbers_with_the_ending_are_checkpoints(tmp_path):
+    names = ["0.pt", "10.pt", "9.pt", "007.pt", "1.pt.tmp", ".5.pt.tmp", "a.pt", "-1.pt", "3.json",
+             "2.pt2", "٣.pt"]  # fmt: skip
+    for name in names:
+        (tmp_path / name).touch()
+    assert list(find_checkpoints(tmp_path)) == [0, 9, 10]
+    assert find_checkpoints(tmp_path / "none") == {}
+
+
+def test_newest_readable_checkpoint_is_chosen(tmp_path):
+    state = fresh_state()
+    for name in (0, 2, 11):
+        state.finished_steps = name
+        save(state, tmp_path / f"{name}.pt")
+    (tmp_path / "11.pt").write_bytes((tmp_path / "11.pt").read_bytes()[:-100])
+    (tmp_path / "30.pt").mkdir()
+    (tmp_path / "20.pt").write_text("not a checkpoint")
+    said: list[str] = []
+    path, content = newest_checkpoint(tmp_path, said.append)
+    assert path.name == "2.pt"
+    assert content["finished_steps"] == 2
+    assert [line.split(":")[1].strip().rpartition("/")[2] for line in said] == [
+        "30.pt", "20.pt", "11.pt",
+    ]  # fmt: skip
+    assert newest_checkpoint(tmp_path / "none", said.append) is None
+
+
+class Payload:
+    """A pickle that would run code."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("where", ["file", "entry", "zip"])
+def test_pickled_code_is_never_run(tmp_path, where):
+    path, trace = tmp_path / "1.pt", tmp_path / "trace"
+    content = fresh_state().state_dict(1)
+    if where == "file":
+        path.write_bytes(pickle.dumps(Payload(trace)))
+    else:
+        content["optimizer"]["state"][0] = Payload(trace)
+        torch.save(content, path, _use_new_zipfile_serialization=where == "zip")
+    with pytest.raises(UserError, match=r"1\.pt: not a readable checkpoint"):
+        read_checkpoint(path)
+    assert not trace.exists()
+
+
+def test_absent_step_lists_those_there_are(tmp_path):
+    for name in (10, 0, 9):
+        save(fresh_state(), tmp_path / f"{name}.pt")
+    with pytest.raises(UserError, match=r"5\.pt: does not exist; .* has the steps 0, 9, 10"):
+        read_checkpoint(tmp_path / "5.pt")
+    with pytest.raises(UserError, match=r"the folder .*none does not exist"):
+        read_checkpoint(tmp_path / "none" / "5.pt")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"model": {}}, "it lacks ema_model, optimizer, finished_steps, finished_epochs"),
+        ([1], "not a training checkpoint"),
+        ({key: {} for key in ("model", "ema_model", "optimizer")}
+         | {"finished_steps": "5", "finished_epochs": 0}, "finished_steps is str"),
+    ],
+)  # fmt: skip
+def test_files_that_are_no_training_checkpoint_are_refused(tmp_path, content, message):
+    torch.save(content, tmp_path / "1.pt")
+    with pytest.raises(UserError, match=message):
+        read_checkpoint(tmp_path / "1.pt")
+
+
+def test_weights_of_another_model_are_refused_with_the_difference():
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    weights = dict(model.state_dict())
+    check_weights(model, weights, "x.pt")
+    weights["0.weight"] = torch.zeros(5, 2)
+    weights["2.weight"] = weights.pop("1.weight")
+    weights["3.weight"] = torch.zeros(1)
+    with pytest.raises(UserError) as refusal:
+        check_weights(model, weights, "x.pt")
+    assert str(refusal.value) == (
+        "x.pt: weights of another model: 1 missing (1.weight); 2 not in the model (2.weight, ...); "
+        "1 of another shape (0.weight [5, 2] in the file, [3, 2] in the model)"
+    )
+    with pytest.raises(UserError, match="not a mapping"):
+        check_weights(model, [1], "x.pt")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda optimizer: optimizer.clear(), "not an optimizer's"),
+        (lambda optimizer: optimizer["param_groups"][0]["params"].pop(), "of 3 parameters, this"),
+        (lambda optimizer: optimizer["state"][0].update(exp_avg=torch.zeros(9)),
+         r"parameter 0 has shape \[9\], the parameter \[3, 2\]"),
+    ],
+)  # fmt: skip
+def test_optimizer_state_that_does_not_fit_changes_nothing(spoil, message):
+    old, new = fresh_state(), fresh_state()
+    step(old)
+    content = old.state_dict(1)
+    spoil(content["optimizer"])
+    before = [p.clone() for p in new.model.parameters()]
+    with pytest.raises(UserError, match=message):
+        new.load_state_dict(content, "1.pt")
+    assert new.finished_steps == 0
+    assert all(map(torch.equal, before, new.model.parameters()))

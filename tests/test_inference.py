@@ -1,0 +1,149 @@
+"""Sampling from checkpoints as a user does it."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from commands import ROOT, digits_settings, succeed
+from PIL import Image
+
+import inference
+import train
+from soflow.files import UserError
+from soflow.npz import read_archive
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a run of six steps."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    train.main(digits_settings(folder))
+    return folder
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of the run, and a function that samples from it in this process."""
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+
+    def sample(*flags: str, steps: int = 6) -> np.ndarray:
+        arguments = ["--config", str(trained / "config.yaml"), f"--set=working_dir={folder}"]
+        which = (
+            [] if any(flag.startswith("--ckpt") for flag in flags) else [f"--ckpt-steps={steps}"]
+        )
+        before = set((folder / "evals").glob("*.npz"))
+        inference.main([*arguments, *which, *flags])
+        (made,) = set((folder / "evals").glob("*.npz")) - before or before
+        with read_archive(made) as archive:
+            return np.concatenate(list(archive.batches(100)))
+
+    sample.folder = folder
+    return sample
+
+
+def test_archive_and_record_stand_under_the_name_of_the_reference(run):
+    pixels = run("--num-samples=7", "--eval-NFE=2", "--seed=5")
+    assert pixels.shape == (7, 8, 8, 1)
+    path = run.folder / "evals" / "6_2NFE_5.npz"
+    with np.load(path) as archive:
+        assert np.array_equal(archive["arr_0"], pixels)
+    record = json.loads(path.with_suffix(".json").read_text())
+    assert record["NFE"] == 2
+    assert record["seed"] == 5
+    assert record["num_images"] == 7
+    assert record["checkpoint"].endswith("6.pt")
+    weights = torch.load(run.folder / "ckpts" / "6.pt", weights_only=True)["ema_model"]
+    assert record["weights_sha256"] == inference.weights_digest(weights)
+
+
+def test_recorded_config_is_left_alone(run):
+    before = (run.folder / "config.yaml").read_bytes()
+    run("--num-samples=2", "--set=logging_steps=1")
+    assert (run.folder / "config.yaml").read_bytes() == before
+
+
+def test_averaged_weights_are_sampled(run):
+    path = run.folder / "ckpts" / "6.pt"
+    content = torch.load(path, weights_only=True)
+    before = run("--num-samples=3")
+    for tensor in content["model"].values():
+        tensor.zero_()
+    torch.save(content, path)
+    assert np.array_equal(run("--num-samples=3"), before)
+    for tensor in content["ema_model"].values():
+        tensor.zero_()
+    torch.save(content, path)
+    assert not np.array_equal(run("--num-samples=3"), before)
+
+
+def test_images_are_the_same_for_any_batch_size(run):
+    whole = run("--num-samples=9", "--eval-batch-size=9").astype(int)
+    for batch_size in (1, 4):
+        cut = run("--num-samples=9", f"--eval-batch-size={batch_size}").astype(int)
+        assert np.abs(cut - whole).max() <= 1
+
+
+def test_grid_shows_the_first_images(run, tmp_path):
+    run("--num-samples=8", "--labels=1,0", f"--grid={tmp_path / 'grid.png'}")
+    with Image.open(tmp_path / "grid.png") as picture:
+        assert picture.size == (100, 100)  # eval_demo_shape [2, 2]
+
+
+def test_checkpoint_given_by_its_path_is_sampled(run, tmp_path):
+    moved = tmp_path / "moved.pt"
+    shutil.copy(run.folder / "ckpts" / "0.pt", moved)
+    assert run(f"--ckpt={moved}", "--num-samples=2").shape == (2, 8, 8, 1)
+    assert (run.folder / "evals" / "moved_1NFE_42.npz").exists()
+
+
+def test_data_set_is_not_opened(run, monkeypatch):
+    monkeypatch.setattr("soflow.data.digits_split", lambda: pytest.fail("opened the data set"))
+    run("--num-samples=1")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--ckpt-steps=5"], r"5\.pt: does not exist; .* has the steps 0, 6"),
+        (["--labels=3,10"], "--labels: 10 is not a class; those are 0 to 9"),
+        (["--cfg-scale=4"], "no guidance scale when sampling: guidance was trained in"),
+        (["--set=working_dir=nowhere"], "working_dir: nowhere does not exist.*add --set working_d"),
+        (["--num-samples=0"], "eval_num_samples: 0 must be 1 or more"),
+        (["--set=coefficient_type=Trig"], "coefficient_type 'Euler' in the checkpoint, 'Trig' in"),
+        (["--set=model_type=DiT-Nano-4"], "model_type 'DiT-Nano-2' in the checkpoint"),
+        (["--ckpt=/nowhere/3.pt"], "the folder /nowhere does not exist"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused_in_one_line(run, flags, message):
+    with pytest.raises(UserError, match=message) as refusal:
+        run(*flags)
+    assert "\n" not in str(refusal.value)
+    assert not list(run.folder.glob("evals/*"))
+
+
+def test_checkpoint_of_another_model_without_a_record_is_refused(run):
+    path = run.folder / "ckpts" / "6.pt"
+    content = torch.load(path, weights_only=True)
+    torch.save({key: content[key] for key in list(content)[:5]}, path)
+    assert run("--num-samples=1").shape == (1, 8, 8, 1)  # Digits: one channel, ten classes
+    with pytest.raises(UserError, match=r"weights of another model: .* of another shape"):
+        run("--num-samples=1", "--seed=1", "--set=model_type=DiT-Nano-4")
+
+
+def test_more_images_are_not_replaced_by_fewer(run):
+    run("--num-samples=4")
+    with pytest.raises(UserError, match="has 4 images, and 3 would replace them"):
+        run("--num-samples=3")
+    assert len(run("--num-samples=4")) == 4
+
+
+def test_command_samples_in_a_process_of_its_own(run):
+    said = succeed(
+        "inference.py", "--config", run.folder / "config.yaml", "--ckpt-steps", 6,
+        "--num-samples", 3, f"--set=working_dir={run.folder}",
+    )  # fmt: skip
+    assert "3 images in" in said
+    assert ROOT.name not in said.partition("images in")[0]

@@ -1,0 +1,97 @@
+"""Every draw belongs to its seed, purpose and position."""
+
+import numpy as np
+import pytest
+import torch
+
+from soflow.randomness import (
+    GivenLabels,
+    PerImageStream,
+    derive_seed,
+    draw_logit_normal,
+    draw_null_mask,
+    generator,
+)
+
+SHAPE = (3, 8, 8)
+
+
+def test_seeds_differ_by_seed_purpose_and_position_and_never_change():
+    seeds = {
+        derive_seed(*key)
+        for key in ((0, "noise"), (1, "noise"), (0, "times"), (0, "noise", 1), (0, "noise", 1, 1))
+    }
+    assert len(seeds) == 5
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    # A fixed value: seeds made today must be those of next year.
+    assert derive_seed(42, "noise", 7, 0) == 4_799_446_856_563_491_915
+
+
+def test_a_generator_is_made_anew_and_touches_no_other():
+    before = torch.get_rng_state()
+    draws = [torch.randn(5, generator=generator(1, "noise", 3)) for _ in range(2)]
+    assert torch.equal(*draws)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_per_image_draws_do_not_depend_on_the_batch():
+    stream = PerImageStream(7, 10, SHAPE)
+    whole = stream.draw(range(12), num_jumps=2)
+    pieces = [stream.draw(images, num_jumps=2) for images in (range(5), range(5, 6), range(6, 12))]
+    assert torch.equal(whole.labels, torch.cat([piece.labels for piece in pieces]))
+    for jump in range(2):
+        assert torch.equal(whole.noises[jump], torch.cat([piece.noises[jump] for piece in pieces]))
+    assert whole.noises[0].shape == (12, *SHAPE)
+    assert whole.noises[0].dtype == torch.float32
+
+
+def test_number_of_jumps_changes_neither_labels_nor_first_noise():
+    stream = PerImageStream(7, 10, SHAPE)
+    one, two = stream.draw(range(4), 1), stream.draw(range(4), 2)
+    assert torch.equal(one.labels, two.labels)
+    assert torch.equal(one.noises[0], two.noises[0])
+    assert not torch.equal(two.noises[0], two.noises[1])
+
+
+def test_per_image_noise_is_normal_and_labels_are_uniform():
+    draws = PerImageStream(0, 10, SHAPE).draw(range(2_000), 1)
+    noise = draws.noises[0].double()
+    count = noise.numel()
+    assert abs(noise.mean()) < 5 / count**0.5
+    assert abs(noise.var() - 1) < 5 * (2 / count) ** 0.5
+    assert abs((noise**4).mean() - 3) < 5 * (96 / count) ** 0.5
+    counts = torch.bincount(draws.labels, minlength=10)
+    assert (counts - 200).abs().max() < 5 * (2_000 * 0.1 * 0.9) ** 0.5
+    # Images are independent of one another.
+    first, second = noise[:-1].flatten(), noise[1:].flatten()
+    assert abs((first * second).mean()) < 5 / count**0.5
+
+
+def test_seeds_make_other_images():
+    one, other = (PerImageStream(seed, 10, SHAPE).draw([3], 1) for seed in (1, 2))
+    assert not torch.equal(one.noises[0], other.noises[0])
+
+
+def test_without_classes_there_are_no_labels():
+    assert PerImageStream(1, None, SHAPE).draw([0, 1], 1).labels is None
+
+
+def test_given_labels_repeat_and_leave_the_noise_alone():
+    stream = PerImageStream(7, 10, SHAPE)
+    draws = GivenLabels(stream, [3, 7, 7]).draw(range(2, 7), 1)
+    assert draws.labels.tolist() == [7, 3, 7, 7, 3]
+    assert torch.equal(draws.noises[0], stream.draw(range(2, 7), 1).noises[0])
+
+
+def test_times_are_logit_normal():
+    times = draw_logit_normal(20_000, -0.9, 1.6, generator(0, "times"))
+    logits = torch.logit(times.double())
+    assert logits.mean().item() == pytest.approx(-0.9, abs=5 * 1.6 / 20_000**0.5)
+    assert logits.std().item() == pytest.approx(1.6, abs=5 * 1.6 / 40_000**0.5)
+
+
+def test_labels_are_dropped_at_their_rate():
+    mask = draw_null_mask(20_000, 0.1, generator(0, "mask"))
+    assert mask.dtype == torch.bool
+    assert abs(mask.double().mean().item() - 0.1) < 5 * np.sqrt(0.09 / 20_000)
+    assert not draw_null_mask(100, 0.0, generator(0, "mask")).any()

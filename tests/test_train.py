@@ -1,0 +1,289 @@
+"""Training: exact continuation, results that are due, refusals before any work."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from commands import ROOT, digits_settings, succeed
+from PIL import Image
+
+import train
+from soflow.files import UserError, temporary_path
+from soflow.npz import read_archive
+
+
+def load(folder: Path, step: int) -> dict:
+    return torch.load(folder / "ckpts" / f"{step}.pt", weights_only=True)
+
+
+def assert_equal(one, other, at: str = "checkpoint") -> None:
+    """Bit for bit, through all containers."""
+    assert type(one) is type(other), at
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), at
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), at
+        for key in one:
+            assert_equal(one[key], other[key], f"{at}/{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), at
+        for index, pair in enumerate(zip(one, other, strict=True)):
+            assert_equal(*pair, f"{at}/{index}")
+    else:
+        assert one == other, at
+
+
+def state_of(checkpoint: dict) -> dict:
+    """What has to be equal: all but the config, whose working_dir differs."""
+    return {key: value for key, value in checkpoint.items() if key != "config"}
+
+
+@pytest.fixture
+def small_run(tmp_path):
+    """A folder and a function that trains in it, in this process, with some settings replaced."""
+
+    def start(*flags: str, folder: str = "run", **values):
+        train.main([*digits_settings(tmp_path / folder, **values), *flags])
+        return tmp_path / folder
+
+    return start
+
+
+def test_six_steps_equal_three_a_new_process_and_three(tmp_path):
+    # 100 samples a step: an epoch has 11 steps, so that the break is in the middle of one, and
+    # evals and demos lie between the halves of one run only.
+    settings = {"batch_size": 100, "num_workers": 2, "ckpt_saving_steps": 3}
+    whole = ["train.py", *digits_settings(tmp_path / "whole", **settings)]
+    parts = ["train.py", *digits_settings(tmp_path / "parts", **settings, eval_steps=2)]
+    assert "fresh run" in succeed(*whole)
+    succeed(*parts, "--set=eval_demo_steps=1")
+    (tmp_path / "parts" / "ckpts" / "6.pt").unlink()
+    assert "resumed at step 3" in succeed(*parts)
+    assert_equal(state_of(load(tmp_path / "whole", 6)), state_of(load(tmp_path / "parts", 6)))
+
+
+def test_accumulation_in_two_runs_equals_one(small_run):
+    whole = small_run(folder="whole", accumulation_steps=3)
+    broken = small_run(folder="broken", accumulation_steps=3, ckpt_saving_steps=2)
+    for step in (4, 6):
+        (broken / "ckpts" / f"{step}.pt").unlink()
+    small_run(folder="broken", accumulation_steps=3, ckpt_saving_steps=2)
+    assert_equal(state_of(load(whole, 6)), state_of(load(broken, 6)))
+
+
+def test_the_first_and_the_last_step_are_saved_and_a_finished_run_does_nothing(small_run, capsys):
+    folder = small_run()
+    assert sorted(path.name for path in (folder / "ckpts").glob("*.pt")) == ["0.pt", "6.pt"]
+    before = {path: path.stat().st_mtime_ns for path in (folder / "ckpts").iterdir()}
+    capsys.readouterr()
+    small_run()
+    assert "finished: all 6 steps are done" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in (folder / "ckpts").iterdir()} == before
+
+
+def test_checkpoint_has_the_form_of_the_reference(small_run):
+    folder = small_run()
+    checkpoint = load(folder, 6)
+    assert list(checkpoint)[:5] == [
+        "model", "ema_model", "optimizer", "finished_steps", "finished_epochs",
+    ]  # fmt: skip
+    assert checkpoint["finished_steps"] == 6
+    assert checkpoint["finished_epochs"] == 0
+    assert list(checkpoint["model"]) == list(checkpoint["ema_model"])
+    assert all(name.startswith("network.") for name in checkpoint["model"])
+    assert all(tensor.dtype == torch.float32 for tensor in checkpoint["ema_model"].values())
+    (group,) = checkpoint["optimizer"]["param_groups"]
+    assert group["params"] == list(range(len(checkpoint["model"])))
+    # Entry 0 is pos_embed, which takes no gradient.
+    assert sorted(checkpoint["optimizer"]["state"]) == group["params"][1:]
+    assert next(iter(checkpoint["model"])) == "network.pos_embed"
+    assert set(checkpoint["optimizer"]["state"][1]) == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def test_checkpoint_with_the_references_five_keys_alone_resumes(small_run):
+    whole = small_run(folder="whole")
+    small_run(folder="five", ckpt_saving_steps=3)
+    folder = whole.parent / "five"
+    checkpoint = load(folder, 3)
+    for step in (0, 6):
+        (folder / "ckpts" / f"{step}.pt").unlink()
+    five = {key: checkpoint[key] for key in list(checkpoint)[:5]}
+    torch.save(five, folder / "ckpts" / "3.pt")
+    (folder / "config.yaml").unlink()
+    small_run(folder="five", ckpt_saving_steps=3)
+    assert_equal(state_of(load(whole, 6)), state_of(load(folder, 6)))
+
+
+def test_results_that_are_due_are_made_with_their_records(small_run):
+    folder = small_run(eval_steps=3, eval_demo_steps=2, eval_batch_size=4, eval_NFE=2)
+    assert sorted(path.name for path in (folder / "figs").iterdir()) == ["2.png", "4.png", "6.png"]
+    with Image.open(folder / "figs" / "2.png") as picture:
+        assert picture.size == (2 * 50, 2 * 50)
+    evals = sorted(path.name for path in (folder / "evals").iterdir())
+    assert evals == ["3.json", "3.npz", "6.json", "6.npz"]
+    with read_archive(folder / "evals" / "6.npz") as archive:
+        assert archive.images_header().shape == (10, 8, 8, 1)
+    record = json.loads((folder / "evals" / "6.json").read_text())
+    assert record["num_images"] == 10
+    assert record["NFE"] == 2
+    assert record["seed"] == 42
+    assert record["config"]["batch_size"] == 12
+    assert len(record["config_sha256"]) == len(record["weights_sha256"]) == 64
+    assert json.loads((folder / "ckpts" / "6.json").read_text())["finished_steps"] == 6
+    assert not list(folder.rglob("*.tmp"))
+
+
+def test_a_result_missing_at_the_step_of_the_last_checkpoint_is_made_on_resume(small_run):
+    folder = small_run(eval_steps=6, eval_demo_steps=6)
+    for path in (folder / "evals" / "6.npz", folder / "figs" / "6.png"):
+        content = path.read_bytes()
+        path.unlink()
+        small_run(eval_steps=6, eval_demo_steps=6)
+        assert path.read_bytes() == content
+
+
+def test_log_has_all_metrics_and_how_the_run_started(small_run):
+    folder = small_run()
+    text = (folder / "log.txt").read_text()
+    assert "fresh run" in text
+    assert "12 = 1 process x 12 x 1 accumulation" in text
+    assert text.count("Step: ") == 3
+    for word in ("Step: 6/6 (100.0%)", *train.METRICS, "Memory", "Seconds", "ETA"):
+        assert word in text
+
+
+def test_recorded_config_loads_to_the_same_config_and_is_never_overwritten(small_run, capsys):
+    folder = small_run()
+    recorded = (folder / "config.yaml").read_text()
+    assert yaml.safe_load(recorded)["optimizer"] == "AdamW"
+    train.main(["--config", str(folder / "config.yaml")])
+    assert "finished" in capsys.readouterr().out
+    small_run(logging_steps=3)
+    assert "logging_steps changed: 2 -> 3" in capsys.readouterr().out
+    assert (folder / "config.yaml").read_text() == recorded
+
+
+def test_another_experiment_in_the_same_folder_is_refused(small_run):
+    folder = small_run()
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(UserError) as refusal:
+        small_run(seed=1, p=0.5)
+    message = str(refusal.value)
+    assert "p 1.0 -> 0.5" in message
+    assert "seed 42 -> 1" in message
+    assert "--allow-changed p --allow-changed seed" in message
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    small_run("--allow-changed", "total_steps", total_steps=8)
+    assert load(folder, 8)["finished_steps"] == 8
+
+
+def test_changed_learning_rate_takes_effect_and_is_said(small_run, capsys):
+    folder = small_run(ckpt_saving_steps=3)
+    (folder / "ckpts" / "6.pt").unlink()
+    small_run(ckpt_saving_steps=3, learning_rate=0.5)
+    assert "learning_rate changed: 0.002 -> 0.5" in capsys.readouterr().out
+    assert load(folder, 6)["optimizer"]["param_groups"][0]["lr"] == 0.5
+
+
+def test_unreadable_newest_checkpoint_is_named_and_the_one_before_is_used(small_run, capsys):
+    folder = small_run(ckpt_saving_steps=3)
+    whole = load(folder, 6)
+    newest = folder / "ckpts" / "6.pt"
+    newest.write_bytes(newest.read_bytes()[:5000])
+    capsys.readouterr()
+    small_run(ckpt_saving_steps=3)
+    said = capsys.readouterr().out
+    assert "passed over" in said
+    assert str(newest) in said
+    assert "resumed at step 3" in said
+    assert_equal(whole, load(folder, 6))
+
+
+def test_a_run_whose_checkpoints_are_all_unreadable_is_not_started_afresh(small_run):
+    folder = small_run()
+    for path in (folder / "ckpts").glob("*.pt"):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="none of its 2 checkpoints can be read"):
+        small_run()
+
+
+def test_killed_save_leaves_previous_checkpoint_loadable(tmp_path):
+    """The process is killed inside a write; what is there loads, and the run goes on."""
+    settings = digits_settings(tmp_path / "run", total_steps=400, ckpt_saving_steps=1)
+    partial = tmp_path / "run" / "ckpts"
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.execv(os.sys.executable, [os.sys.executable, str(ROOT / "train.py"), *settings])
+    killed = False
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not killed:
+        writing = list(partial.glob(".*.pt.tmp"))
+        if writing and not writing[0].name.startswith(".0."):
+            os.kill(pid, signal.SIGKILL)
+            killed = True
+    os.waitpid(pid, 0)
+    assert killed
+    steps = sorted(int(path.stem) for path in partial.glob("*.pt"))
+    for step in steps:
+        assert load(tmp_path / "run", step)["finished_steps"] == step
+    last = steps[-1] + 1
+    said = succeed(
+        "train.py", *settings, f"--set=total_steps={last}", "--allow-changed=total_steps"
+    )
+    assert f"resumed at step {steps[-1]}" in said
+    assert not temporary_path(partial / f"{last}.pt").exists()
+
+
+def test_dry_run_says_what_a_run_takes_and_leaves_nothing(small_run, capsys):
+    folder = small_run("--dry-run", ckpt_saving_steps=2, eval_steps=3)
+    said = capsys.readouterr().out
+    assert not folder.exists()
+    assert yaml.safe_load(said)["ema_every_steps"] == 1
+    assert "1,323,780 parameters" in said
+    assert "12 = 1 process x 12 x 1 accumulation" in said
+    # 1,323,780 float32 weights and their average, two moments of all but pos_embed.
+    weights, trained = 1_323_780, 1_323_780 - 16 * 128
+    assert f"4 checkpoints of {(2 * weights + 2 * trained) * 4 / 1e6:.3g} MB" in said
+    assert "2 evals of 640 B" in said
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"batch_size": 2000}, "batch_size: 2000 is more than the 1197 examples of Digits"),
+        ({"accumulation_steps": 5}, "12 cannot be cut into 1 processes x 5"),
+        ({"device": "cuda"}, "'cuda' is not available on this machine"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_a_folder_is_made(small_run, tmp_path, values, message):
+    with pytest.raises(UserError, match=message):
+        small_run(**values)
+    assert not (tmp_path / "run").exists()
+
+
+def test_working_dir_below_a_file_is_refused_in_one_line(small_run, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="not a writable folder"):
+        small_run(folder="file/run")
+
+
+def test_checkpoint_of_another_model_is_refused_with_the_difference(small_run):
+    folder = small_run(model_type="DiT-Nano-4", folder="other")
+    target = folder.parent / "run"
+    small_run()
+    for path in (target / "ckpts").glob("*.pt"):
+        path.unlink()
+    checkpoint = {key: value for key, value in load(folder, 6).items() if key != "config"}
+    torch.save(checkpoint, target / "ckpts" / "6.pt")
+    with pytest.raises(UserError) as refusal:
+        small_run()
+    assert "weights of another model" in str(refusal.value)
+    assert "network.pos_embed [1, 4, 128] in the file, [1, 16, 128] in the model" in str(
+        refusal.value
+    )
