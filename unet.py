@@ -1,0 +1,264 @@
+"""The UNet backbone: the unconditional DDPM++ network of EDM, with the gap t - s as second time.
+
+Architecture: Song et al. 2021 (arXiv 2011.13456) as rearranged by Karras et al. 2022 (arXiv
+2206.00364, appendix F). Names, shapes and order of the parameters are those of the released
+checkpoints.
+"""
+
+# B batch, C channels, H height, W width, N pixels of a level (H x W)
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from soflow.files import UserError
+
+STEM_WIDTH = 128
+WIDTH = 256  # of every level
+TIME_FEATURES = 256  # for each of t and the gap
+EMBEDDING_WIDTH = 2 * TIME_FEATURES
+AUGMENT_LABELS = 6
+LEVELS = 3
+ATTENTION_LEVEL = 1
+ENCODER_BLOCKS = 4  # a level; the decoder has one more, for the level's first stored output
+
+# Gain on the Xavier-uniform bound, by how a layer's name ends; 1 for all others. Branches that
+# start near zero make every block start near its skip connection.
+INITIAL_GAINS = {"qkv": 0.2**0.5, "conv1": 1e-5, "proj": 1e-5, "aux_conv": 1e-5}
+
+Resampling = Literal["down", "up"]
+
+
+def _time_features(times: Tensor) -> Tensor:
+    """[sin | cos] of times [B] at geometric frequencies from 1 down to 1/10000: [B, 256]."""
+    half = TIME_FEATURES // 2
+    exponents = torch.arange(half, device=times.device, dtype=times.dtype) / (half - 1)
+    angles = times[:, None] * 10000.0**-exponents
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+
+
+def _dropout(h: Tensor, probability: float, generator: torch.Generator | None) -> Tensor:
+    """Training-time dropout of `h`, its mask drawn from `generator` or torch's global state."""
+    if generator is None:
+        return F.dropout(h, probability)
+    # Always drawn in float32, so that the masks do not depend on the precision of h.
+    kept = torch.rand(h.shape, generator=generator, device=h.device, dtype=torch.float32)
+    return h * (kept >= probability) / (1 - probability)
+
+
+class _Convolution(nn.Conv2d):
+    """A convolution that keeps the size, after halving or doubling it where it resamples."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: int, resample: Resampling | None = None
+    ):
+        super().__init__(in_channels, out_channels, kernel, padding=kernel // 2)
+        self.resample = resample
+        if resample:
+            taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+            self.register_buffer("resample_filter", torch.outer(taps, taps)[None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.resample:
+            x = self._resample(x)
+        return super().forward(x)
+
+    def _resample(self, x: Tensor) -> Tensor:
+        C = x.shape[1]
+        weight = self.resample_filter.expand(C, 1, 4, 4)
+        if self.resample == "down":
+            return F.conv2d(x, weight, stride=2, padding=1, groups=C)
+        return F.conv_transpose2d(x, 4 * weight, stride=2, padding=1, groups=C)
+
+
+class _Block(nn.Module):
+    """A residual block told the time by an embedding, with self-attention after it on request."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        dropout: float,
+        resample: Resampling | None = None,
+        attention: bool = False,
+    ):
+        super().__init__()
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.dropout = dropout
+        self.attention = attention
+        self.norm0 = _norm(in_channels)
+        self.conv0 = _Convolution(in_channels, out_channels, 3, resample)
+        self.affine = nn.Linear(EMBEDDING_WIDTH, out_channels)
+        self.norm1 = _norm(out_channels)
+        self.conv1 = _Convolution(out_channels, out_channels, 3)
+        self.skip = nn.Identity()
+        if resample or in_channels != out_channels:
+            self.skip = _Convolution(in_channels, out_channels, 1, resample)
+        if attention:
+            self.norm2 = _norm(out_channels)
+            self.qkv = _Convolution(out_channels, 3 * out_channels, 1)
+            self.proj = _Convolution(out_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, embedding: Tensor, generator: torch.Generator | None) -> Tensor:
+        h = self.conv0(F.silu(self.norm0(x)))
+        h = h + self.affine(embedding)[:, :, None, None]
+        h = F.silu(self.norm1(h))
+        if self.training and self.dropout > 0:
+            h = _dropout(h, self.dropout, generator)
+        # The sum of two independent terms of unit variance has variance 2.
+        y = (self.conv1(h) + self.skip(x)) * 0.5**0.5
+        if self.attention:
+            y = (self.proj(self._attend(self.norm2(y))) + y) * 0.5**0.5
+        return y
+
+    def _attend(self, y: Tensor) -> Tensor:
+        """Single-head self-attention over the pixels of y [B, C, H, W], computed in float32."""
+        B, C, H, W = y.shape
+        qkv = self.qkv(y)
+        # Channel 3 c + j holds part j of feature c: [B, C, 3, N] -> three of [B, 1 head, N, C].
+        parts = qkv.reshape(B, C, 3, H * W).permute(2, 0, 3, 1).unsqueeze(2)
+        parts = parts.to(torch.promote_types(qkv.dtype, torch.float32))
+        # Autocast would bring the attention weights down to half precision again, and the fused
+        # kernels, which never store the weights, insist on contiguous features.
+        with torch.autocast(y.device.type, enabled=False):
+            attended = F.scaled_dot_product_attention(*parts.contiguous())
+        return attended.to(qkv.dtype).transpose(2, 3).reshape(B, C, H, W)
+
+
+def _encoder(sizes: list[int], data_channels: int, dropout: float) -> nn.ModuleDict:
+    entries = {f"{sizes[0]}x{sizes[0]}_conv": _Convolution(data_channels, STEM_WIDTH, 3)}
+    width = STEM_WIDTH
+    for level, size in enumerate(sizes):
+        if level > 0:
+            entries[f"{size}x{size}_down"] = _Block(width, WIDTH, dropout, resample="down")
+        for index in range(ENCODER_BLOCKS):
+            attention = level == ATTENTION_LEVEL
+            block = _Block(width, WIDTH, dropout, attention=attention)
+            entries[f"{size}x{size}_block{index}"] = block
+            width = WIDTH
+    return nn.ModuleDict(entries)
+
+
+def _decoder(
+    sizes: list[int], stored_widths: list[int], data_channels: int, dropout: float
+) -> nn.ModuleDict:
+    """The way back from the smallest size; its blocks widen by what the encoder has stored."""
+    stored_widths = stored_widths.copy()
+    entries: dict[str, nn.Module] = {}
+    for level, size in reversed(list(enumerate(sizes))):
+        if level == LEVELS - 1:
+            entries[f"{size}x{size}_in0"] = _Block(WIDTH, WIDTH, dropout, attention=True)
+            entries[f"{size}x{size}_in1"] = _Block(WIDTH, WIDTH, dropout)
+        else:
+            entries[f"{size}x{size}_up"] = _Block(WIDTH, WIDTH, dropout, resample="up")
+        for index in range(ENCODER_BLOCKS + 1):
+            attention = level == ATTENTION_LEVEL and index == ENCODER_BLOCKS
+            block = _Block(WIDTH + stored_widths.pop(), WIDTH, dropout, attention=attention)
+            entries[f"{size}x{size}_block{index}"] = block
+    entries[f"{sizes[0]}x{sizes[0]}_aux_norm"] = _norm(WIDTH)
+    entries[f"{sizes[0]}x{sizes[0]}_aux_conv"] = _Convolution(WIDTH, data_channels, 3)
+    return nn.ModuleDict(entries)
+
+
+class UNet(nn.Module):
+    """F(x, t, s) for pixels, without labels: 55.7 million parameters at any size.
+
+    Its three levels see data_size, data_size / 2 and data_size / 4 pixels a side, and their names
+    say so. Attention stands at the middle level (16 pixels where data_size is 32) and once at the
+    smallest, whatever the size: its cost grows with the fourth power of data_size.
+    Raises UserError for a data_size that cannot be halved twice, or a dropout outside [0, 1).
+    """
+
+    uses_labels = False
+    uses_augment_labels = True
+
+    def __init__(self, data_size: int = 32, data_channels: int = 3, dropout: float = 0.30):
+        super().__init__()
+        factor = 2 ** (LEVELS - 1)
+        if data_size < factor or data_size % factor:
+            raise UserError(
+                f"data_size {data_size}: the UNet halves it {LEVELS - 1} times, so it must be "
+                f"a positive multiple of {factor}"
+            )
+        if not 0 <= dropout < 1:
+            raise UserError(f"dropout {dropout}: must be at least 0 and below 1")
+        self.data_shape = (data_channels, data_size, data_size)
+        sizes = [data_size // 2**level for level in range(LEVELS)]
+        self.map_augment = nn.Linear(AUGMENT_LABELS, EMBEDDING_WIDTH, bias=False)
+        self.map_layer0 = nn.Linear(EMBEDDING_WIDTH, EMBEDDING_WIDTH)
+        self.map_layer1 = nn.Linear(EMBEDDING_WIDTH, EMBEDDING_WIDTH)
+        self.enc = _encoder(sizes, data_channels, dropout)
+        stored_widths = [entry.out_channels for entry in self.enc.values()]
+        self.dec = _decoder(sizes, stored_widths, data_channels, dropout)
+        self._draw_weights()
+
+    def _draw_weights(self) -> None:
+        for name, layer in self.named_modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                gains = [gain for end, gain in INITIAL_GAINS.items() if name.endswith(end)]
+                nn.init.xavier_uniform_(layer.weight, *gains)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        gap: Tensor,
+        labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+        dropout_seed: int | None = None,
+    ) -> Tensor:
+        """F(x, t, t - gap), shaped like x [B, C, H, W].
+
+        t and gap are [B], in [0, 1]. augment_labels [B, 6]; None means not augmented. In training
+        mode equal `dropout_seed`s give equal dropout masks and leave every other random state as
+        it was; None draws the masks from torch's global state. In evaluation mode nothing is
+        dropped. Raises ValueError for labels, and for shapes other than these.
+        """
+        if labels is not None:
+            raise ValueError("the UNet is unconditional: it takes no labels")
+        self._check_shapes(x, t, gap, augment_labels)
+        generator = None
+        if self.training and dropout_seed is not None:
+            generator = torch.Generator(x.device).manual_seed(dropout_seed)
+        embedding = self._embed(t, gap, augment_labels)
+        stem, *blocks = self.enc.values()
+        stored = [stem(x)]
+        for block in blocks:
+            stored.append(block(stored[-1], embedding, generator))
+        h = stored[-1]
+        *blocks, norm, conv = self.dec.values()
+        for block in blocks:
+            if h.shape[1] < block.in_channels:
+                h = torch.cat([h, stored.pop()], dim=1)
+            h = block(h, embedding, generator)
+        return conv(F.silu(norm(h)))
+
+    def _embed(self, t: Tensor, gap: Tensor, augment_labels: Tensor | None) -> Tensor:
+        """What the blocks are told of times and augmentation: [B, 512]."""
+        if augment_labels is None:
+            # Adds nothing, yet gives every parameter a gradient, which DDP insists on.
+            augment_labels = t.new_zeros(len(t), AUGMENT_LABELS)
+        embedding = torch.cat([_time_features(t), _time_features(gap)], dim=1)
+        embedding = embedding + self.map_augment(augment_labels)
+        embedding = F.silu(self.map_layer0(embedding))
+        return F.silu(self.map_layer1(embedding))
+
+    def _check_shapes(
+        self, x: Tensor, t: Tensor, gap: Tensor, augment_labels: Tensor | None
+    ) -> None:
+        B = len(x)
+        expected = {"x": (x, (B, *self.data_shape)), "t": (t, (B,)), "gap": (gap, (B,))}
+        if augment_labels is not None:
+            expected["augment_labels"] = (augment_labels, (B, AUGMENT_LABELS))
+        for name, (tensor, shape) in expected.items():
+            if tensor.shape != shape:
+                raise ValueError(f"{name} is {tuple(tensor.shape)}, not {shape}")
