@@ -97,7 +97,7 @@ def run_inference(arguments: argparse.Namespace, config: Config, own: Processes)
         config.eval_num_samples,
         config.eval_batch_size,
         config.eval_NFE,
-        choose_stream(arguments, config, sampler),
+        choose_stream(arguments, config, sampler, own),
     )
     rows, columns = config.eval_demo_shape
     first = FirstImages(rows * columns)
@@ -119,7 +119,7 @@ def run_inference(arguments: argparse.Namespace, config: Config, own: Processes)
         num_images=request.num_images,
         NFE=request.num_jumps,
         labels=arguments.labels or "uniform",
-        noise_stream="image",
+        noise_stream=arguments.noise_stream,
         checkpoint=str(source),
         weights_sha256=sampler.weights_sha256,
     )
@@ -155,7 +155,7 @@ def refuse_to_shrink(output: Path, num_images: int) -> None:
 
 
 def choose_stream(
-    arguments: argparse.Namespace, config: Config, sampler: Sampler
+    arguments: argparse.Namespace, config: Config, sampler: Sampler, own: Processes
 ) -> SamplingStream:
     """The source of noise and labels that the command line asks for."""
     num_classes = sampler.num_classes if config.is_conditional else None
@@ -196,6 +196,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=42, help="of labels and noise (default 42)")
     parser.add_argument(
         "--num-samples", type=int, metavar="N", help="images (default: eval_num_samples, 50000)"
+    )
+    parser.add_argument(
+        "--noise-stream",
+        choices=("image", "reference"),
+        default="image",
+        help="image (default): each image's draws depend on seed and index alone; "
+        "reference: as the published code draws, by process and batch",
     )
     parser.add_argument(
         "--labels", type=parse_labels, metavar="3,7,7", help="classes in turn, repeated to fill"

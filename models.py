@@ -227,8 +227,9 @@ class SoFlow(nn.Module):
     ) -> Tensor:
         """d/ds f(x, t, s) at s = t, which is a_s(t, t) x + b_s(t, t) F(x, t, t)."""
         form = self.solution_form(t, t)
+        kept_part = widen(form.a_s, x_t) * x_t
         output = self._run(x_t, t, t, labels, augment_labels, dropout_seed)
-        return widen(form.a_s, x_t) * x_t + widen(form.b_s, x_t) * output
+        return kept_part + widen(form.b_s, x_t) * output
 
     def solution(
         self,

@@ -10,8 +10,9 @@ Everything goes into the config's working_dir: config.yaml, log.txt, ckpts/, eva
 
 import argparse
 import contextlib
+import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ import yaml
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from models import Batch, Objective, Samples, SoFlow, build_model, consistency_times, gap_fraction
+from drawing import draw_batch
+from models import Batch, Objective, SoFlow, build_model
 from soflow.checkpoint import (
     TrainState,
     checkpoint_path,
@@ -64,9 +66,6 @@ from soflow.randomness import (
     GivenLabels,
     PerImageStream,
     derive_seed,
-    draw_logit_normal,
-    draw_null_mask,
-    generator,
 )
 from soflow.sampling import (
     Sampled,
@@ -123,26 +122,9 @@ def train(run: Run) -> None:
 
 
 def training_step(run: Run, parts: Iterator[RawBatch]) -> Tensor:
-    """One optimizer step on the next global batch; this process's share of METRICS, on the device.
-
-    Gradients of the parts add up, and are exchanged between the processes once, with the last.
-    """
-    config, state, plan = run.config, run.state, run.plan
-    objective = Objective(
-        config.cfg_scale, config.mix_ratio, config.cfg_decay_time, config.p, config.eps
-    )
-    metrics = torch.zeros(len(METRICS), device=run.processes.device)
-    own_parts = plan.parts_of(run.processes.rank)
-    for part in own_parts:
-        batch = draw_batch(run, next(parts), part)
-        with exchange_gradients(run.parallel_model, part == own_parts[-1]):
-            terms = run.parallel_model(batch, objective)
-            # DistributedDataParallel averages over the processes; the objective is a sum.
-            (terms.loss * plan.world_size).backward()
-        metrics[:4] += torch.stack([*terms.flow_matching[1:], *terms.consistency[1:]])
-    parameters = [p for p in state.model.parameters() if p.grad is not None]
-    grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
-    metrics[4] = grad_norm / plan.world_size  # the same on every process, and to be summed
+    """One optimizer step on the next global batch; returns this process's share of METRICS."""
+    config, state = run.config, run.state
+    metrics = accumulate_gradients(run, draw_batches(run, parts))
     state.optimizer.step()
     state.optimizer.zero_grad()
     state.finished_steps += 1
@@ -151,65 +133,41 @@ def training_step(run: Run, parts: Iterator[RawBatch]) -> Tensor:
     return metrics
 
 
+def draw_batches(run: Run, parts: Iterator[RawBatch]) -> Iterator[Batch]:
+    """This process's parts of the next global batch, one by one."""
+    step, device = run.state.finished_steps, run.processes.device
+    for part in run.plan.parts_of(run.processes.rank):
+        yield draw_batch(run.config, run.plan, run.data, next(parts), step, part, device)
+
+
+def accumulate_gradients(run: Run, batches: Iterator[Batch]) -> Tensor:
+    """Leave the whole batch's gradient in the model; returns this process's share of METRICS.
+
+    They stay on the device. The gradients of this process's parts add up, and are exchanged once,
+    with the last.
+    """
+    config, plan = run.config, run.plan
+    objective = Objective(
+        config.cfg_scale, config.mix_ratio, config.cfg_decay_time, config.p, config.eps
+    )
+    metrics = torch.zeros(len(METRICS), device=run.processes.device)
+    for index, batch in enumerate(batches, start=1):
+        with exchange_gradients(run.parallel_model, index == plan.accumulation_steps):
+            terms = run.parallel_model(batch, objective)
+            # DistributedDataParallel averages over the processes; the objective is a sum.
+            (terms.loss * plan.world_size).backward()
+        metrics[:4] += torch.stack([*terms.flow_matching[1:], *terms.consistency[1:]])
+    gradients = [p.grad for p in run.state.model.parameters() if p.grad is not None]
+    # The same on every process, and to be summed over them.
+    metrics[4] = nn.utils.get_total_norm(gradients) / plan.world_size
+    return metrics
+
+
 def exchange_gradients(model: nn.Module, exchange: bool) -> contextlib.AbstractContextManager:
     """A block whose backward pass exchanges gradients between processes, or keeps them back."""
     if isinstance(model, DistributedDataParallel) and not exchange:
         return model.no_sync()
     return contextlib.nullcontext()
-
-
-def draw_batch(run: Run, raw: RawBatch, part: int) -> Batch:
-    """Draw all that one part of the next step needs: noise, times, dropped labels, seeds.
-
-    Every draw belongs to (seed, purpose, step, part), so that a continued run draws the same.
-    """
-    config, plan, device = run.config, run.plan, run.processes.device
-    step = run.state.finished_steps
-
-    def source(purpose: str, on: torch.device | str = "cpu") -> torch.Generator:
-        return generator(config.seed, purpose, step, part, device=on)
-
-    stored = raw.stored.to(device, non_blocking=True)
-    x_0 = run.data.clean(stored, source("latents", device))
-    x_1 = torch.randn(x_0.shape, generator=source("noise", device), device=device)
-    labels = raw.labels.to(device, non_blocking=True) if config.is_conditional else None
-    null_mask = None
-    if config.cfg_drop_rate > 0:
-        null_mask = draw_null_mask(len(x_0), config.cfg_drop_rate, source("null mask"))
-
-    V = len(plan.flow_matching_samples(part))
-    t, drawn_s, drawn_t = (
-        draw_logit_normal(count, mean, std, source(purpose)).to(device, non_blocking=True)
-        for purpose, count, mean, std in zip(
-            ("flow matching t", "consistency s", "consistency t"),
-            (V, len(x_0) - V, len(x_0) - V),
-            config.time_mean,
-            config.time_std,
-            strict=True,
-        )
-    )
-    ratio = gap_fraction(
-        config.l_schedule, step, config.total_steps, config.l_init_ratio, config.l_end_ratio
-    )
-
-    def samples(rows: slice, loss: str) -> Samples:
-        return Samples(
-            x_0[rows],
-            x_1[rows],
-            None if labels is None else labels[rows],
-            None if null_mask is None else null_mask[rows],
-            None,
-            derive_seed(config.seed, f"{loss} dropout", step, part),
-        )
-
-    return Batch(
-        samples(slice(None, V), "flow matching"),
-        t,
-        samples(slice(V, None), "consistency"),
-        consistency_times(drawn_t, drawn_s, ratio),
-        plan.flow_matching_count,
-        plan.consistency_count,
-    )
 
 
 def is_due(finished_steps: int, every: int | None) -> bool:
@@ -255,7 +213,12 @@ def make_checkpoint(run: Run, path: Path) -> None:
     if run.processes.is_main:
         order = DataOrder(len(run.data), run.config.batch_size, run.config.seed)
         state = run.state.state_dict(order.steps_per_epoch)
-        save_checkpoint(path, state, run.data.spec, run.config.to_dict())
+        extra = {
+            "data": run.data.spec.to_dict(),
+            "config": run.config.to_dict(),
+            "parts": dataclasses.asdict(run.plan),
+        }
+        save_checkpoint(path, {**state, **extra})
         write_record(
             path, run.config, run.processes, run.config.seed, finished_steps=state["finished_steps"]
         )
@@ -332,14 +295,14 @@ def start_run(config: Config, own: Processes, allowed: Sequence[str]) -> Run:
     parallel_model: nn.Module = model
     if own.world_size > 1:
         parallel_model = DistributedDataParallel(
-            model, broadcast_buffers=False, gradient_as_bucket_view=True
+            model, forward_sync_buffers=False, gradient_as_bucket_view=True
         )
     # After DistributedDataParallel has made the weights equal, so that the average is of them.
     state = TrainState.fresh(model, build_optimizer(config, model))
     started = f"fresh run in {folder}"
     if checkpoint:
         path, content = checkpoint
-        notes += state.load_state_dict(content, str(path))
+        notes += [*state.load_state_dict(content, str(path)), *compare_parts(plan, content)]
         started = f"resumed at step {state.finished_steps} from {path}"
     for note in (started, *notes):
         logbook.line(note)
@@ -382,6 +345,17 @@ def compare_with_record(
     if recorded is None:
         return []
     return refuse_another_experiment(recorded, config, allowed, str(source))
+
+
+def compare_parts(plan: BatchPlan, content: Mapping[str, Any]) -> list[str]:
+    """A line where the batch was cut otherwise before: noise is drawn by part."""
+    before = content.get("parts", dataclasses.asdict(plan))
+    if before == dataclasses.asdict(plan):
+        return []
+    return [
+        f"batch cut as {plan} now; it was {BatchPlan(**before)}: "
+        "the order of the data goes on, the noise is another"
+    ]
 
 
 def build_optimizer(config: Config, model: SoFlow) -> torch.optim.Optimizer:

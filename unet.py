@@ -176,8 +176,7 @@ class UNet(nn.Module):
     Raises UserError for a data_size that cannot be halved twice, or a dropout outside [0, 1).
     """
 
-    uses_labels = False
-    uses_augment_labels = True
+    uses_dropout_seed = True
 
     def __init__(self, data_size: int = 32, data_channels: int = 3, dropout: float = 0.30):
         super().__init__()

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from soflow.data import DataSpec
 from soflow.files import UserError, atomic_write
 
 REFERENCE_KEYS = ("model", "ema_model", "optimizer", "finished_steps", "finished_epochs")
@@ -102,12 +101,10 @@ def _name(path: Path) -> re.Match | None:
     return re.fullmatch(r"(0|[1-9][0-9]*)\.pt", path.name, re.ASCII)
 
 
-def save_checkpoint(
-    path: Path, state: Mapping[str, Any], spec: DataSpec, config: Mapping[str, Any]
-) -> None:
-    """Write a checkpoint: the reference's entries, what the data were, and the resolved config."""
+def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a checkpoint: tensors, plain types, and dicts and lists of them."""
     with atomic_write(path) as file:
-        torch.save({**state, "data": spec.to_dict(), "config": dict(config)}, file)
+        torch.save(dict(content), file)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -368,6 +368,8 @@ def _check_together(config: Config, places: Mapping[str, str]) -> None:
     else:
         if config.cfg_scale > 1:
             refuse("cfg_scale", "needs labels, and the UNet is unconditional; use 1, or a DiT")
+        if config.data_size % 4:
+            refuse("data_size", "must be a multiple of 4 for the UNet, which halves it twice")
         if config.dataset_type == "Imagenet":
             refuse("model_type", "is for pixels (CIFAR10, ImageFolder), not for Imagenet's latents")
     if config.cfg_scale > 1 and config.cfg_drop_rate == 0:

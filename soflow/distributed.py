@@ -106,6 +106,10 @@ def processes(device: str, timeout_minutes: float) -> Iterator[Processes]:
         )
     try:
         yield Processes(rank, local_rank, world_size, chosen)
+        if world_size > 1:
+            # Leave together: a process that tears its connections down while another still writes
+            # a last file has been seen to abort.
+            dist.barrier()
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

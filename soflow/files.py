@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
@@ -18,12 +19,21 @@ class UserError(ValueError):
     """Something the user can mend; its text is the one line that they see."""
 
 
+PATIENCE_SECONDS = 3  # torchrun ends the others within a tenth of a second of one's end
+
+
 def run_command(main: Callable[[], int | None]) -> None:
     """Exit with main's status; a `UserError` becomes one line on stderr and status 1."""
+    rank = os.environ.get("RANK", "0")
     try:
         status = main() or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        if rank == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            # What all processes meet the first one says, and torchrun then ends the rest.
+            time.sleep(PATIENCE_SECONDS)
+            print(f"error (process {rank}): {error}", file=sys.stderr, flush=True)
         status = 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

@@ -83,6 +83,38 @@ class PerImageStream:
         return np.random.Generator(np.random.Philox(key=key))
 
 
+class ReferenceStream:
+    """The reference's draws: one generator per process on its device, used batch after batch.
+
+    Per batch: labels (also where the network takes none), the first noise, then one noise per
+    re-noising. What is drawn depends on the batch size and on the number of processes.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        rank: int,
+        num_classes: int,
+        shape: tuple[int, int, int],
+        is_conditional: bool,
+        device: torch.device,
+    ):
+        self.num_classes, self.shape = num_classes, shape
+        self.is_conditional, self.device = is_conditional, device
+        self._source = torch.Generator(device).manual_seed(seed + rank)
+
+    def draw(self, images: Sequence[int], num_jumps: int) -> ImageDraws:
+        """The next draws for a batch of as many images; which images does not matter."""
+        labels = torch.randint(
+            self.num_classes, (len(images),), generator=self._source, device=self.device
+        )
+        size = (len(images), *self.shape)
+        noises = [
+            torch.randn(size, generator=self._source, device=self.device) for _ in range(num_jumps)
+        ]
+        return ImageDraws(labels if self.is_conditional else None, noises)
+
+
 class GivenLabels:
     """Another stream's noise with labels from a list, repeated to fill: image i takes label i."""
 
@@ -90,6 +122,5 @@ class GivenLabels:
         self.stream, self.labels = stream, labels
 
     def draw(self, images: Sequence[int], num_jumps: int) -> ImageDraws:
-        drawn = self.stream.draw(images, num_jumps)
         labels = torch.tensor([self.labels[image % len(self.labels)] for image in images])
-        return ImageDraws(labels, drawn.noises)
+        return self.stream.draw(images, num_jumps)._replace(labels=labels)

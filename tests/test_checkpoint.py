@@ -14,10 +14,7 @@ from soflow.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from soflow.data import DataSpec
 from soflow.files import UserError
-
-SPEC = DataSpec(1, 8, ("a", "b"), 100)
 
 
 def fresh_state(width: int = 3, **options) -> TrainState:
@@ -34,7 +31,7 @@ def step(state: TrainState) -> None:
 
 
 def save(state: TrainState, path) -> None:
-    save_checkpoint(path, state.state_dict(steps_per_epoch=2), SPEC, {"seed": 1})
+    save_checkpoint(path, {**state.state_dict(steps_per_epoch=2), "data": {"names": ["a", "b"]}})
 
 
 def test_state_comes_back_and_goes_on_the_same(tmp_path):
@@ -45,7 +42,7 @@ def test_state_comes_back_and_goes_on_the_same(tmp_path):
     content = read_checkpoint(tmp_path / "5.pt")
     assert content["finished_steps"] == 5
     assert content["finished_epochs"] == 2
-    assert content["data"]["class_names"] == ["a", "b"]
+    assert content["data"] == {"names": ["a", "b"]}
     assert other.load_state_dict(content, "5.pt") == []
     step(one)
     step(other)

@@ -14,15 +14,6 @@ from unet import UNet
 PREFIX = "network."
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads that wait for each other on busy cores make small passes many times slower."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def on_meta(**settings) -> UNet:
     with torch.device("meta"):
         return UNet(**settings)
@@ -224,11 +215,6 @@ def test_images_of_a_batch_do_not_mix(network):
     x, t = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.ones(2)
     both = network(x, t, t)
     torch.testing.assert_close(network(x[1:], t[1:], t[1:]), both[1:], rtol=1e-4, atol=1e-5)
-
-
-def test_it_says_which_labels_it_uses():
-    assert not UNet.uses_labels
-    assert UNet.uses_augment_labels
 
 
 # Parts

@@ -1,0 +1,9 @@
+"""One thread for every test: two waiting for each other on a busy machine are far slower."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)

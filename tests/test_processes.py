@@ -1,0 +1,141 @@
+"""Several processes, by torchrun and gloo: the same objective, images and continuation."""
+
+import shutil
+
+import pytest
+import torch
+import worker
+from commands import ROOT, digits_settings, run, succeed
+from test_train import assert_equal, load, state_of
+
+from drawing import draw_batch
+from models import Batch, ConsistencyTimes, Samples
+from soflow.data import BatchPlan, PixelData, RawBatch
+from soflow.distributed import Processes
+from soflow.randomness import PerImageStream
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+ALONE = Processes(0, 0, 1, torch.device("cpu"))
+
+
+def whole_batch() -> Batch:
+    """One drawn batch of 16 digits."""
+    source = torch.Generator().manual_seed(3)
+    pixels = torch.randint(256, (16, 1, 8, 8), generator=source, dtype=torch.uint8)
+    labels = torch.arange(16) % 10
+    plan = BatchPlan(16, 10, 1, 1)
+    data = PixelData(pixels, labels, tuple("0123456789"))
+    return draw_batch(
+        worker.CONFIG, plan, data, RawBatch(pixels, labels), 7, 0, torch.device("cpu")
+    )
+
+
+def cut(batch: Batch, num_parts: int) -> list[Batch]:
+    """The batch in parts, as the plan cuts it."""
+    plan = BatchPlan(16, 10, num_parts, 1)
+
+    def rows(samples: Samples, chosen: range) -> Samples:
+        fields = (samples.x_0, samples.x_1, samples.labels, samples.null_mask)
+        return Samples(*(field[list(chosen)] for field in fields))
+
+    parts = []
+    for part in range(num_parts):
+        velocity = plan.flow_matching_samples(part)
+        consistency = [place - 10 for place in plan.consistency_samples(part)]
+        parts.append(
+            Batch(
+                rows(batch.flow_matching, velocity),
+                batch.flow_matching_t[list(velocity)],
+                rows(batch.consistency, consistency),
+                ConsistencyTimes(*(time[consistency] for time in batch.consistency_times)),
+                10,
+                6,
+            )
+        )
+    return parts
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What one process finds, and what two do."""
+    folder = tmp_path_factory.mktemp("processes")
+    results = {}
+    for name, num_parts, launch in (("one", 1, []), ("two", 2, TORCHRUN)):
+        torch.save(cut(whole_batch(), num_parts), folder / f"{name}.in")
+        succeed(*launch, ROOT / "tests/worker.py", folder / f"{name}.in", folder / f"{name}.out")
+        results[name] = torch.load(folder / f"{name}.out", weights_only=True)
+    return results
+
+
+def assert_close(one: dict, other: dict) -> None:
+    assert torch.allclose(one["metrics"], other["metrics"], rtol=1e-4)
+    for left, right in zip(one["gradients"], other["gradients"], strict=True):
+        assert (left - right).norm() <= 1e-4 * left.norm() + 1e-7
+
+
+def test_one_drawn_batch_has_the_same_gradient_over_one_and_two_processes(found):
+    assert found["one"]["gradients"]["metrics"][4] > 0
+    assert_close(found["one"]["gradients"], found["two"]["gradients"])
+
+
+def test_one_drawn_batch_has_the_same_gradient_in_four_accumulation_steps(found):
+    accumulated = worker.gradients(ALONE, cut(whole_batch(), 4), BatchPlan(16, 10, 1, 4))
+    assert_close(found["one"]["gradients"], accumulated)
+
+
+def test_two_processes_sample_the_images_that_one_does(found):
+    one, two = found["one"]["per image"], found["two"]["per image"]
+    assert torch.equal(one["labels"], two["labels"])
+    assert one["pixels"].shape == (11, 8, 8, 1)
+    assert (one["pixels"].int() - two["pixels"].int()).abs().max() <= 1
+    assert torch.equal(one["labels"], PerImageStream(42, 10, (1, 8, 8)).draw(range(11), 0).labels)
+
+
+def test_reference_stream_of_two_processes_is_drawn_and_joined_as_the_reference_does(found):
+    """11 images over 2 processes: 6 each, in batches of 4 and 2, joined in rank order, cut."""
+    sources = [torch.Generator().manual_seed(42 + rank) for rank in range(2)]
+    model = worker.toy_model().eval()
+    expected_labels, expected_images = [], []
+    for size in (4, 2):
+        for source in sources:
+            labels = torch.randint(10, (size,), generator=source)
+            first, second = (torch.randn(size, 1, 8, 8, generator=source) for _ in range(2))
+            one, half, zero = torch.ones(size), torch.full((size,), 0.5), torch.zeros(size)
+            with torch.no_grad():
+                x_0 = model.solution(first, one, zero, labels)
+                x_0 = model.solution(0.5 * x_0 + 0.5 * second, half, zero, labels)
+            expected_labels.append(labels)
+            expected_images.append(x_0)
+    pixels = (127.5 * torch.cat(expected_images) + 128).clamp(0, 255).byte().permute(0, 2, 3, 1)
+    two = found["two"]["reference"]
+    assert torch.equal(two["labels"], torch.cat(expected_labels)[:11])
+    assert (two["pixels"].int() - pixels[:11].int()).abs().max() <= 1
+
+
+def test_two_processes_train_stop_and_continue_exactly_and_one_goes_on_from_there(tmp_path):
+    def settings(name: str) -> list[str]:
+        return digits_settings(tmp_path / name, ckpt_saving_steps=3, accumulation_steps=2)
+
+    said = succeed(*TORCHRUN, "train.py", *settings("whole"), "--set=eval_steps=6")
+    assert "12 = 2 processes x 3 x 2 accumulation" in said
+    assert said.count("fresh run") == 1
+    assert (tmp_path / "whole" / "evals" / "6.npz").exists()
+    for name in ("two", "one"):
+        shutil.copytree(tmp_path / "whole", tmp_path / name)
+        (tmp_path / name / "ckpts" / "6.pt").unlink()
+    succeed(*TORCHRUN, "train.py", *settings("two"))
+    assert_equal(state_of(load(tmp_path / "whole", 6)), state_of(load(tmp_path / "two", 6)))
+
+    said = succeed("train.py", *settings("one"))
+    assert "12 = 1 process x 6 x 2 accumulation now" in said
+    assert "the order of the data goes on, the noise is another" in said
+    assert load(tmp_path / "one", 6)["finished_steps"] == 6
+
+
+def test_a_batch_that_cannot_be_cut_is_refused_in_one_line_by_all(tmp_path):
+    finished = run(*TORCHRUN, "train.py", *digits_settings(tmp_path / "run", batch_size=13))
+    assert finished.returncode != 0
+    errors = [line for line in finished.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert "batch_size: 13 cannot be cut into 2 processes x 1 accumulation_steps" in errors[0]
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,90 @@
+"""What the processes of test_processes.py do: run by torchrun, or alone."""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from models import Batch, build_model
+from soflow.checkpoint import TrainState
+from soflow.config import Config, resolve
+from soflow.data import BatchPlan
+from soflow.distributed import Processes, processes
+from soflow.randomness import PerImageStream, ReferenceStream
+from soflow.sampling import SampleRequest, sample_pixels
+from train import Run, accumulate_gradients
+
+SHAPE = (1, 8, 8)
+CONFIG = resolve(
+    Config(
+        working_dir="unused",
+        model_type="DiT-Nano-4",
+        dataset_type="Digits",
+        data_size=8,
+        batch_size=16,
+        cfg_scale=2.0,
+        mix_ratio=0.5,
+        cfg_drop_rate=0.1,
+    )
+)
+
+
+def toy_model():
+    """A small DiT all of whose weights matter, unlike those of a fresh one."""
+    torch.manual_seed(0)
+    model = build_model(**CONFIG.model_arguments(data_channels=1, num_classes=10))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def gradients(own: Processes, batches: list[Batch], plan: BatchPlan) -> dict:
+    """Metrics summed over the processes, and the gradients, of this process's batches."""
+    model = toy_model()
+    parallel = DistributedDataParallel(model) if own.world_size > 1 else model
+    state = TrainState.fresh(model, torch.optim.AdamW(model.parameters()))
+    run = Run(CONFIG, own, data=None, plan=plan, state=state, parallel_model=parallel, logbook=None)
+    metrics = accumulate_gradients(run, iter(batches))
+    return {
+        "metrics": own.sum_over_ranks(metrics),
+        "gradients": [p.grad for p in model.parameters() if p.grad is not None],
+    }
+
+
+def samples(own: Processes, stream, num_images: int) -> dict:
+    """Pixels and labels of a request for two jumps in batches of four."""
+    request = SampleRequest(num_images, 4, 2, stream)
+    batches = list(sample_pixels(toy_model().eval(), request, own, decode=lambda x_0: x_0))
+    if not own.is_main:
+        return {}
+    return {
+        "pixels": torch.cat([torch.from_numpy(batch.pixels) for batch in batches]),
+        "labels": torch.cat([torch.from_numpy(batch.labels) for batch in batches]),
+    }
+
+
+def reference_stream(own: Processes) -> ReferenceStream:
+    return ReferenceStream(42, own.rank, 10, SHAPE, is_conditional=True, device=own.device)
+
+
+def main(source: str, target: str) -> None:
+    """Work on the parts in `source`; the main process writes what came out to `target`."""
+    parts = torch.load(source, weights_only=False)
+    with processes("cpu", timeout_minutes=2) as own:
+        torch.set_num_threads(1)
+        plan = BatchPlan(16, 10, own.world_size, len(parts) // own.world_size)
+        found = {
+            "gradients": gradients(own, [parts[part] for part in plan.parts_of(own.rank)], plan),
+            "per image": samples(own, PerImageStream(42, 10, SHAPE), 11),
+            "reference": samples(own, reference_stream(own), 11),
+        }
+        if own.is_main:
+            torch.save(found, target)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
