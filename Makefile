@@ -8,9 +8,10 @@ LABELS = 0,1,2,3,4,5,6,7,8,9
 .PHONY: quickstart test clean
 
 .venv/soflow: requirements_soflow.txt
-	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" * (sys.version_info < (3, 11)))'
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed; say which: make PYTHON=python3.12 $(MAKECMDGOALS)")'
+	@echo "Installing into .venv: a few minutes, a few gigabytes"
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --disable-pip-version-check --progress-bar on -r $<
+	.venv/bin/pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
 .venv/dev: .venv/soflow requirements_soflow_eval.txt requirements_soflow_dev.txt
