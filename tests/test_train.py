@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -287,3 +288,17 @@ def test_checkpoint_of_another_model_is_refused_with_the_difference(small_run):
     assert "network.pos_embed [1, 4, 128] in the file, [1, 16, 128] in the model" in str(
         refusal.value
     )
+
+
+def test_the_first_twenty_steps_follow_the_stored_curve(small_run):
+    """A refactoring must not move them; `golden/digits_curve.json` says how they were made."""
+    stored = json.loads((ROOT / "tests" / "golden" / "digits_curve.json").read_text())
+    folder = small_run(**stored["settings"])
+    found = {
+        name: [float(value) for value in re.findall(rf"{name}: ([-0-9.]+)", log)]
+        for log in [(folder / "log.txt").read_text()]
+        for name in stored["curve"]
+    }
+    assert found == {
+        name: pytest.approx(values, rel=2e-3) for name, values in stored["curve"].items()
+    }
