@@ -9,8 +9,9 @@ from torch import Tensor
 
 from augmentation import augment, draw_augmentation
 from models import Batch, ConsistencyTimes, Samples, consistency_times, gap_fraction
+from soflow.batches import BatchPlan
 from soflow.config import Config
-from soflow.data import BatchPlan, PixelData, RawBatch
+from soflow.data import PixelData, RawBatch
 from soflow.randomness import derive_seed, draw_logit_normal, draw_null_mask, generator
 
 # B samples of the part, V of them for flow matching

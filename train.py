@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from drawing import draw_batch
 from models import Batch, Objective, SoFlow, build_model
+from soflow.batches import BatchPlan, DataOrder, build_loader
 from soflow.checkpoint import (
     TrainState,
     checkpoint_path,
@@ -41,15 +42,7 @@ from soflow.config import (
     save_config,
     suggest,
 )
-from soflow.data import (
-    SOURCES,
-    BatchPlan,
-    DataOrder,
-    PixelData,
-    RawBatch,
-    build_data,
-    build_loader,
-)
+from soflow.data import SOURCES, PixelData, RawBatch, build_data
 from soflow.distributed import Processes, processes
 from soflow.ema import is_ema_step, update_ema
 from soflow.files import UserError, make_folder, run_command

@@ -10,7 +10,8 @@ from test_train import assert_equal, load, state_of
 
 from drawing import draw_batch
 from models import Batch, ConsistencyTimes, Samples
-from soflow.data import BatchPlan, PixelData, RawBatch
+from soflow.batches import BatchPlan
+from soflow.data import PixelData, RawBatch
 from soflow.distributed import Processes
 from soflow.randomness import PerImageStream
 

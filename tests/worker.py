@@ -9,9 +9,9 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models import Batch, build_model
+from soflow.batches import BatchPlan
 from soflow.checkpoint import TrainState
 from soflow.config import Config, resolve
-from soflow.data import BatchPlan
 from soflow.distributed import Processes, processes
 from soflow.randomness import PerImageStream, ReferenceStream
 from soflow.sampling import SampleRequest, sample_pixels

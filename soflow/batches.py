@@ -1,0 +1,131 @@
+"""What a batch is: the parts of a global batch, the order of samples, and their loader."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from soflow.config import Config
+from soflow.data import PixelData
+from soflow.files import UserError
+from soflow.randomness import generator
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How a global batch is cut into parts: by process first, then by accumulation step.
+
+    Part q of P takes part of the flow matching samples, which come first in the global batch, and
+    part of the consistency samples; all parts have the same size.
+    """
+
+    batch_size: int
+    flow_matching_count: int
+    world_size: int
+    accumulation_steps: int
+
+    def __post_init__(self):
+        if self.batch_size % self.num_parts:
+            raise UserError(
+                f"batch_size: {self.batch_size} cannot be cut into {self.world_size} processes x "
+                f"{self.accumulation_steps} accumulation_steps = {self.num_parts} equal parts"
+            )
+
+    @property
+    def num_parts(self) -> int:
+        """Parts of a global batch, over all processes."""
+        return self.world_size * self.accumulation_steps
+
+    @property
+    def consistency_count(self) -> int:
+        """Consistency samples of the global batch."""
+        return self.batch_size - self.flow_matching_count
+
+    def parts_of(self, rank: int) -> range:
+        """The parts that process `rank` takes in turn."""
+        return range(rank * self.accumulation_steps, (rank + 1) * self.accumulation_steps)
+
+    def flow_matching_samples(self, part: int) -> range:
+        """Places in the global batch of the part's flow matching samples."""
+        return range(self._bound(part), self._bound(part + 1))
+
+    def consistency_samples(self, part: int) -> range:
+        """Places in the global batch of the part's consistency samples."""
+        size = self.batch_size // self.num_parts
+        first = self.flow_matching_count
+        # What flow matching leaves of the part: so that parts are equal though shares are not.
+        return range(
+            first + part * size - self._bound(part),
+            first + (part + 1) * size - self._bound(part + 1),
+        )
+
+    def _bound(self, part: int) -> int:
+        return self.flow_matching_count * part // self.num_parts
+
+    def __str__(self) -> str:
+        processes = "process" if self.world_size == 1 else "processes"
+        size = self.batch_size // self.num_parts
+        return (
+            f"{self.batch_size} = {self.world_size} {processes} x {size} "
+            f"x {self.accumulation_steps} accumulation"
+        )
+
+
+class DataOrder:
+    """Which example stands where: a new permutation for each epoch, the last samples dropped."""
+
+    def __init__(self, num_examples: int, batch_size: int, seed: int):
+        self.num_examples, self.batch_size, self.seed = num_examples, batch_size, seed
+        self.steps_per_epoch = num_examples // batch_size
+        self._permutation = lru_cache(maxsize=1)(self._draw_permutation)
+
+    def _draw_permutation(self, epoch: int) -> Tensor:
+        source = generator(self.seed, "data order", epoch)
+        return torch.randperm(self.num_examples, generator=source)
+
+    def global_batch(self, step: int) -> Tensor:
+        """[batch_size] example indices of the step that follows `step` finished steps."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        start = place * self.batch_size
+        return self._permutation(epoch)[start : start + self.batch_size]
+
+
+class PartSampler(Sampler[list[int]]):
+    """The example indices of a process's parts, step after step, from any step on."""
+
+    def __init__(self, order: DataOrder, plan: BatchPlan, rank: int, steps: range):
+        self.order, self.plan, self.rank, self.steps = order, plan, rank, steps
+
+    def __len__(self) -> int:
+        return len(self.steps) * self.plan.accumulation_steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self.steps:
+            batch = self.order.global_batch(step)
+            for part in self.plan.parts_of(self.rank):
+                places = [
+                    *self.plan.flow_matching_samples(part),
+                    *self.plan.consistency_samples(part),
+                ]
+                yield batch[places].tolist()
+
+
+def build_loader(
+    data: PixelData, config: Config, plan: BatchPlan, rank: int, start_step: int, pin_memory: bool
+) -> DataLoader:
+    """The `RawBatch`es of this process's parts from `start_step` to the last step."""
+    order = DataOrder(len(data), config.batch_size, config.seed)
+    sampler = PartSampler(order, plan, rank, range(start_step, config.total_steps))
+    return DataLoader(
+        data,
+        sampler=sampler,
+        batch_size=None,  # the sampler yields whole parts
+        num_workers=config.num_workers,
+        prefetch_factor=config.prefetch_factor if config.num_workers else None,
+        pin_memory=pin_memory,
+        # A generator of its own: starting workers must not draw from anybody else's.
+        generator=generator(config.seed, "loader workers"),
+    )
