@@ -6,10 +6,12 @@ Imports neither torch nor numpy: the evaluator's environment may have no torch.
 import contextlib
 import fcntl
 import hashlib
+import http.client
 import os
 import re
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
@@ -111,6 +113,32 @@ def make_folder(folder: str | Path) -> Path:
     except OSError as error:
         raise UserError(f"{folder}: not a writable folder ({error.strerror})") from error
     return folder
+
+
+def download(url: str, path: str | Path, timeout_seconds: float = 30) -> None:
+    """Fetch `url` to `path`, with progress on stderr; whole or not at all.
+
+    Raises UserError where the server cannot be reached, refuses, or ends early.
+    """
+    try:
+        with (
+            urllib.request.urlopen(url, timeout=timeout_seconds) as response,
+            atomic_write(path) as file,
+        ):
+            total_bytes = int(response.headers.get("Content-Length") or 0)
+            done_bytes = 0
+            while piece := response.read(1 << 20):
+                file.write(piece)
+                done_bytes += len(piece)
+                of_total = f" of {total_bytes / 1e6:.1f}" if total_bytes else ""
+                print(f"\r{path}: {done_bytes / 1e6:.1f}{of_total} MB", end="", file=sys.stderr)
+            print(file=sys.stderr)
+            if total_bytes and done_bytes != total_bytes:
+                raise UserError(f"{url}: ended after {done_bytes} of {total_bytes} bytes")
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{url}: cannot be fetched ({one_line(error)})") from error
 
 
 def one_line(error: BaseException) -> str:

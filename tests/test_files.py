@@ -1,14 +1,17 @@
 """Files are whole or absent, and what goes wrong is said in one line."""
 
+import http.server
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
 from soflow.files import (
     UserError,
     atomic_write,
+    download,
     make_folder,
     natural_key,
     one_line,
@@ -123,3 +126,46 @@ def test_an_error_is_told_in_one_short_line():
     assert one_line(ValueError("first\nsecond")) == "first"
     assert one_line(ValueError()) == "ValueError"
     assert len(one_line(ValueError("x" * 1000))) == 200
+
+
+# Downloads.
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(404 if self.path == "/absent" else 200)
+        self.send_header("Content-Length", "9" if self.path == "/short" else "5")
+        self.end_headers()
+        self.wfile.write(b"bytes")
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as served:
+        threading.Thread(target=served.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{served.server_port}"
+        served.shutdown()
+
+
+def test_download_arrives_whole_with_progress(tmp_path, server, capsys):
+    download(f"{server}/whole", tmp_path / "a.pb")
+    assert (tmp_path / "a.pb").read_bytes() == b"bytes"
+    assert "a.pb: 0.0 of 0.0 MB" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [("absent", "absent: cannot be fetched .*404"), ("short", "short: .*5 of 9 bytes")],
+)
+def test_download_that_fails_is_named_and_leaves_nothing(tmp_path, server, name, line):
+    with pytest.raises(UserError, match=line):
+        download(f"{server}/{name}", tmp_path / "a.pb")
+    assert os.listdir(tmp_path) == []
+
+
+def test_server_that_cannot_be_reached_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:9/a: cannot be fetched .*refused"):
+        download("http://127.0.0.1:9/a", tmp_path / "a.pb")
