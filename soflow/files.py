@@ -88,8 +88,37 @@ def _lock(file: IO[bytes], path: Path) -> bool:
         return False
     except OSError:
         return True  # a file system without locks: os.replace alone has to do
-    # The former owner may have renamed the file between our opening and our locking it.
-    return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+    # The former owner may have taken the name away between our opening and our locking the file.
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def one_at_a_time(path: str | Path) -> Iterator[bool]:
+    """A block that one process at a time enters; True for those that had to wait for another.
+
+    `path` is the lock: a file that is there while somebody is in the block. Dying unlocks it. Where
+    the file system has no locks, nobody waits.
+    """
+    path = Path(path)
+    has_waited = False
+    while True:
+        try:
+            file = open(path, "ab")  # noqa: SIM115 - closed below, or with the block
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+        with file:
+            if not _lock(file, path):
+                has_waited = True
+                fcntl.flock(file, fcntl.LOCK_EX)
+                continue  # the former owner has removed this file: lock the next one
+            try:
+                yield has_waited
+            finally:
+                path.unlink(missing_ok=True)
+            return
 
 
 def _sync_folder(folder: Path) -> None:
