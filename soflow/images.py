@@ -5,6 +5,8 @@
 
 import os
 import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -17,6 +19,11 @@ from soflow.files import UserError, atomic_write, one_line
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 # Named, because some of Pillow's other decoders start programs (EPS) or open further files.
 FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+# How files of these formats begin (RIFF: WebP; P1 to P6: PPM and its kin).
+SIGNATURES = (
+    *(b"\xff\xd8\xff", b"\x89PNG", b"BM", b"RIFF", b"II*\0", b"MM\0*"),
+    *(b"P1", b"P2", b"P3", b"P4", b"P5", b"P6"),
+)
 MAX_PIXELS = 89_478_485  # where Pillow begins to warn of decompression bombs: 256 MiB of RGB
 
 Array = TypeVar("Array")  # numpy.ndarray or torch.Tensor
@@ -85,17 +92,66 @@ def class_folders(folder: str | Path) -> LabelledFiles:
     class folder, or one without pictures.
     """
     folder = Path(folder)
-    names = [entry.name for entry in _entries(folder) if entry.is_dir()]
-    if not names:
-        raise UserError(f"{folder}: holds no class folders")
-    if all(name.isascii() and name.isdecimal() for name in names):
-        names.sort(key=int)
+    names = class_names(folder)
     files = LabelledFiles([], [], names)
     for label, name in enumerate(names):
         paths = find_pictures(folder / name)
         files.paths.extend(paths)
         files.labels.extend([label] * len(paths))
     return files
+
+
+def class_names(folder: str | Path) -> list[str]:
+    """The class folders of `folder`, in the order of `class_folders`; UserError without any."""
+    names = [entry.name for entry in _entries(Path(folder)) if entry.is_dir()]
+    if not names:
+        raise UserError(
+            f"{folder}: holds no class folders; put the pictures of each class into a folder there"
+        )
+    if all(name.isascii() and name.isdecimal() for name in names):
+        names.sort(key=int)
+    return names
+
+
+def refuse_non_pictures(paths: Sequence[Path]) -> None:
+    """UserError names files that are no pictures, at most five of them.
+
+    Affordable for a million files: it reads the first bytes of each, and decodes only those that do
+    not begin as a picture does. What is damaged further on is left for `read_image` to find.
+    """
+    chunks = [paths[start : start + 500] for start in range(0, len(paths), 500)]
+    refusals = []
+    # Threads, because a file on a network drive takes long to open and no work.
+    with ThreadPoolExecutor(16) as pool:
+        for suspects in pool.map(_without_signature, chunks):
+            for path in suspects:
+                try:
+                    read_image(path)
+                except UserError as error:
+                    refusals.append(str(error))
+            if len(refusals) >= 5:
+                pool.shutdown(cancel_futures=True)
+                break
+    if refusals:
+        raise UserError("; ".join(refusals[:5]))
+
+
+def _without_signature(paths: Sequence[Path]) -> list[Path]:
+    """Those of `paths` that do not begin as a picture does, or cannot be opened."""
+    return [path for path in paths if not _first_bytes(path).startswith(SIGNATURES)]
+
+
+def _first_bytes(path: Path) -> bytes:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return b""
+    try:
+        return os.read(descriptor, 8)
+    except OSError:
+        return b""
+    finally:
+        os.close(descriptor)
 
 
 def find_pictures(folder: str | Path) -> list[Path]:
