@@ -11,7 +11,7 @@ from augmentation import augment, draw_augmentation
 from models import Batch, ConsistencyTimes, Samples, consistency_times, gap_fraction
 from soflow.batches import BatchPlan
 from soflow.config import Config
-from soflow.data import PixelData, RawBatch
+from soflow.data import RawBatch, TrainingData
 from soflow.randomness import derive_seed, draw_logit_normal, draw_null_mask, generator
 
 # B samples of the part, V of them for flow matching
@@ -80,7 +80,7 @@ class PartDraws:
 def draw_batch(
     config: Config,
     plan: BatchPlan,
-    data: PixelData,
+    data: TrainingData,
     raw: RawBatch,
     step: int,
     part: int,

@@ -42,7 +42,7 @@ from soflow.config import (
     save_config,
     suggest,
 )
-from soflow.data import SOURCES, PixelData, RawBatch, build_data
+from soflow.data import SOURCES, RawBatch, TrainingData, build_data, count_classes
 from soflow.distributed import Processes, processes
 from soflow.ema import is_ema_step, update_ema
 from soflow.files import UserError, make_folder, run_command
@@ -78,7 +78,7 @@ class Run:
 
     config: Config
     processes: Processes
-    data: PixelData
+    data: TrainingData
     plan: BatchPlan
     state: TrainState
     parallel_model: nn.Module  # state.model, reducing gradients where there are several processes
@@ -93,7 +93,7 @@ class Run:
 def train(run: Run) -> None:
     """Train from where the state is to the last step, making every result that is due."""
     config, state = run.config, run.state
-    loader = build_loader(
+    parts = build_loader(
         run.data,
         config,
         run.plan,
@@ -101,7 +101,6 @@ def train(run: Run) -> None:
         state.finished_steps,
         pin_memory=run.processes.device.type == "cuda",
     )
-    parts = iter(loader)
     interval = Interval()
     make_results(run, only_missing=True)
     run.logbook.start_bar(state.finished_steps, config.total_steps, "step")
@@ -316,7 +315,7 @@ def find_checkpoint(
 
 def compare_with_record(
     config: Config,
-    data: PixelData,
+    data: TrainingData,
     folder: Path,
     checkpoint: tuple[Path, dict[str, Any]] | None,
     allowed: Sequence[str],
@@ -369,10 +368,10 @@ def describe_model(config: Config, model: nn.Module) -> str:
 
 
 def dry_run(config: Config) -> None:
-    """Print what a run would be and need, without data, device or files."""
+    """Print what a run would be and need, without device or files; of data, only class names."""
     source = SOURCES[config.dataset_type]
     with torch.device("meta"):
-        model = build_model(**config.model_arguments(source.channels, source.num_classes))
+        model = build_model(**config.model_arguments(source.channels, count_classes(config)))
     plan = BatchPlan(
         config.batch_size,
         config.flow_matching_count,

@@ -6,10 +6,10 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from soflow.config import Config
-from soflow.data import PixelData
+from soflow.data import RawBatch, TrainingData
 from soflow.files import UserError
 from soflow.randomness import generator
 
@@ -113,14 +113,52 @@ class PartSampler(Sampler[list[int]]):
                 yield batch[places].tolist()
 
 
+@dataclass(frozen=True)
+class _Refusal:
+    """What a `UserError` said in a loader worker.
+
+    Raised there, it would reach the training process with the worker's traceback in its text, and
+    no longer be the one line that the user should see.
+    """
+
+    text: str
+
+
+class _Guarded(Dataset):
+    """`data`, whose UserErrors are handed over instead of raised."""
+
+    def __init__(self, data: TrainingData):
+        self.data = data
+
+    def __getitem__(self, indices: list[int]) -> RawBatch | _Refusal:
+        try:
+            return self.data[indices]
+        except UserError as error:
+            return _Refusal(str(error))
+
+
+def _released(loaded: RawBatch | _Refusal) -> RawBatch:
+    if isinstance(loaded, _Refusal):
+        raise UserError(loaded.text)
+    return loaded
+
+
 def build_loader(
-    data: PixelData, config: Config, plan: BatchPlan, rank: int, start_step: int, pin_memory: bool
-) -> DataLoader:
-    """The `RawBatch`es of this process's parts from `start_step` to the last step."""
+    data: TrainingData,
+    config: Config,
+    plan: BatchPlan,
+    rank: int,
+    start_step: int,
+    pin_memory: bool,
+) -> Iterator[RawBatch]:
+    """The batches of this process's parts from `start_step` to the last step.
+
+    UserError comes at the batch that has an example which cannot be read.
+    """
     order = DataOrder(len(data), config.batch_size, config.seed)
     sampler = PartSampler(order, plan, rank, range(start_step, config.total_steps))
-    return DataLoader(
-        data,
+    loader = DataLoader(
+        _Guarded(data),
         sampler=sampler,
         batch_size=None,  # the sampler yields whole parts
         num_workers=config.num_workers,
@@ -129,3 +167,4 @@ def build_loader(
         # A generator of its own: starting workers must not draw from anybody else's.
         generator=generator(config.seed, "loader workers"),
     )
+    return map(_released, loader)

@@ -1,7 +1,9 @@
 """The data sets: what each is made of, and how it is loaded and checked."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -9,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from soflow.cifar10 import load_training_set
 from soflow.config import Config
 from soflow.files import UserError
-from soflow.images import to_images
+from soflow.images import class_folders, class_names, read_image, refuse_non_pictures, to_images
 
 # N examples, B samples of a part, C channels, H = W side
 
@@ -56,23 +59,62 @@ class RawBatch(NamedTuple):
     labels: Tensor
 
 
-class PixelData(Dataset):
-    """Images in memory: uint8 [N, C, H, W] with labels [N]."""
+class TrainingData(Dataset):
+    """A data set: `spec`, and examples by lists of indices; `labels` is int64 [N]."""
 
-    def __init__(self, pixels: Tensor, labels: Tensor, class_names: tuple[str, ...]):
-        self.pixels, self.labels = pixels, labels
-        self.spec = DataSpec(pixels.shape[1], pixels.shape[2], class_names, len(pixels))
+    def __init__(self, spec: DataSpec, labels: Tensor):
+        self.spec, self.labels = spec, labels
 
     def __len__(self) -> int:
-        return len(self.pixels)
+        return self.spec.num_examples
 
     def __getitem__(self, indices: list[int]) -> RawBatch:
-        chosen = torch.tensor(indices)
-        return RawBatch(self.pixels[chosen], self.labels[chosen])
+        return RawBatch(self.stored(indices), self.labels[indices])
+
+    def stored(self, indices: list[int]) -> Tensor:
+        """[B, ...], as `clean` takes it."""
+        raise NotImplementedError
 
     def clean(self, stored: Tensor, source: torch.Generator) -> Tensor:
-        """x_0, float -1..1, of stored pixels on any device; nothing is drawn for pixels."""
+        """x_0, float -1..1, of uint8 pixels [B, C, H, W] on any device; pixels draw nothing."""
         return to_images(stored)
+
+
+class PixelData(TrainingData):
+    """Images in memory: uint8 [N, C, H, W]."""
+
+    def __init__(self, pixels: Tensor, labels: Tensor, class_names: tuple[str, ...]):
+        super().__init__(
+            DataSpec(pixels.shape[1], pixels.shape[2], class_names, len(pixels)), labels
+        )
+        self.pixels = pixels
+
+    def stored(self, indices: list[int]) -> Tensor:
+        """uint8 [B, C, H, W]."""
+        return self.pixels[indices]
+
+
+class FolderData(TrainingData):
+    """Pictures in class folders, RGB, decoded and cropped to `size` when they are asked for."""
+
+    def __init__(self, folder: Path, size: int):
+        files = class_folders(folder)
+        refuse_non_pictures(files.paths)
+        spec = DataSpec(3, size, tuple(files.class_names), len(files.paths))
+        super().__init__(spec, torch.tensor(files.labels))
+        # One array instead of a million objects: a loader worker that only counts references to
+        # these would come to hold a copy of each.
+        self._paths = np.array([os.fsencode(path) for path in files.paths])
+
+    def stored(self, indices: list[int]) -> Tensor:
+        """uint8 [B, 3, H, W]; UserError names a file that cannot be decoded."""
+        paths = [os.fsdecode(path) for path in self._paths[indices]]
+        return channels_first(np.stack([read_image(path, self.spec.size) for path in paths]))
+
+
+def channels_first(pixels: np.ndarray) -> Tensor:
+    """[N, C, H, W] of [N, H, W, C], contiguous."""
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
 class DigitsSplit(NamedTuple):
@@ -97,31 +139,73 @@ def digits_split() -> DigitsSplit:
     return DigitsSplit(pixels[training], labels[training], pixels[held_out], labels[held_out])
 
 
-def load_digits_data(config: Config) -> PixelData:
+def load_digits_data(config: Config) -> TrainingData:
     """The digits to train on."""
     split = digits_split()
-    pixels = torch.from_numpy(split.training_pixels).permute(0, 3, 1, 2).contiguous()
     names = tuple(str(digit) for digit in range(10))
-    return PixelData(pixels, torch.from_numpy(split.training_labels), names)
+    labels = torch.from_numpy(split.training_labels)
+    return PixelData(channels_first(split.training_pixels), labels, names)
+
+
+def load_cifar10_data(config: Config) -> TrainingData:
+    """CIFAR-10's 50,000 training images."""
+    training = load_training_set(data_folder(config))
+    labels = torch.from_numpy(training.labels)
+    return PixelData(channels_first(training.pixels), labels, training.class_names)
+
+
+def load_folder_data(config: Config) -> TrainingData:
+    """The pictures in the class folders of dataset_path."""
+    return FolderData(data_folder(config), config.data_size)
+
+
+def data_folder(config: Config) -> Path:
+    """The config's dataset_path; UserError where it is not set."""
+    if not config.dataset_path:
+        folder = SOURCES[config.dataset_type].folder
+        raise UserError(f"dataset_path: not set; {config.dataset_type} needs {folder}")
+    return Path(config.dataset_path).expanduser()
 
 
 class Source(NamedTuple):
-    """A kind of data set: what it is made of, and how to load it."""
+    """A kind of data set: what it is made of, how to load it, and what dataset_path holds."""
 
     channels: int
     num_classes: int | None  # None: known only from the data themselves
-    load: Callable[[Config], PixelData]
+    load: Callable[[Config], TrainingData]
+    folder: str = ""
 
 
-SOURCES = {"Digits": Source(1, 10, load_digits_data)}
+SOURCES = {
+    "Digits": Source(1, 10, load_digits_data),
+    "CIFAR10": Source(
+        3, 10, load_cifar10_data, "a folder for torchvision's CIFAR-10, which is fetched if need be"
+    ),
+    "ImageFolder": Source(
+        3, None, load_folder_data, "a folder in which each class has a folder of pictures"
+    ),
+}
 
 
-def build_data(config: Config) -> PixelData:
+def count_classes(config: Config) -> int:
+    """How many classes the config's data set has, by a look at its folder where need be."""
+    known = SOURCES[config.dataset_type].num_classes
+    return len(class_names(data_folder(config))) if known is None else known
+
+
+def build_data(config: Config) -> TrainingData:
     """The data set that the config names; UserError where it is missing, damaged or too small."""
     data = SOURCES[config.dataset_type].load(config)
+    where = config.dataset_path or config.dataset_type
     if len(data) < config.batch_size:
         raise UserError(
-            f"batch_size: {config.batch_size} is more than the {len(data)} examples "
-            f"of {config.dataset_path or config.dataset_type}"
+            f"batch_size: {config.batch_size} is more than the {len(data)} examples of {where}"
         )
+    # Here and not on the device, where a wrong label ends the process without saying so.
+    for label in data.labels.aminmax():
+        if not 0 <= label < data.spec.num_classes:
+            raise UserError(
+                f"{where}: has a label {label}; its {data.spec.num_classes} classes go from 0 to "
+                f"{data.spec.num_classes - 1}"
+            )
     return data

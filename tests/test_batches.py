@@ -1,0 +1,187 @@
+"""Every sample of a batch is used once, in an order that any step can be continued from."""
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from soflow.batches import BatchPlan, DataOrder, PartSampler, build_loader
+from soflow.config import config_from_dict
+from soflow.data import PixelData, TrainingData
+from soflow.files import UserError
+
+
+def all_parts(plan):
+    return [
+        (list(plan.flow_matching_samples(part)), list(plan.consistency_samples(part)))
+        for rank in range(plan.world_size)
+        for part in plan.parts_of(rank)
+    ]
+
+
+# How a global batch is cut.
+
+
+@given(
+    st.integers(1, 9), st.integers(1, 5), st.integers(1, 5), st.floats(0, 1, allow_subnormal=False)
+)
+def test_parts_are_equal_and_take_every_sample_once(part_size, world_size, accumulation, share):
+    batch_size = part_size * world_size * accumulation
+    count = int(share * batch_size)
+    parts = all_parts(BatchPlan(batch_size, count, world_size, accumulation))
+    assert {len(first) + len(second) for first, second in parts} == {part_size}
+    flow_matching = [place for first, _ in parts for place in first]
+    consistency = [place for _, second in parts for place in second]
+    assert flow_matching == list(range(count))
+    assert consistency == list(range(count, batch_size))
+    sizes = [len(first) for first, _ in parts]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_processes_and_accumulation_cut_the_same_parts():
+    plans = [BatchPlan(24, 18, *cut) for cut in ((6, 1), (1, 6), (2, 3), (3, 2))]
+    assert [all_parts(plan) for plan in plans[1:]] == [all_parts(plans[0])] * 3
+
+
+def test_plan_is_said_in_one_line():
+    assert str(BatchPlan(256, 192, 2, 2)) == "256 = 2 processes x 64 x 2 accumulation"
+    assert str(BatchPlan(256, 192, 1, 1)) == "256 = 1 process x 256 x 1 accumulation"
+
+
+def test_batch_that_cannot_be_cut_is_refused_with_its_arithmetic():
+    with pytest.raises(
+        UserError, match=r"batch_size: 10 .* 2 processes x 2 accumulation_steps = 4"
+    ):
+        BatchPlan(10, 5, 2, 2)
+
+
+# In which order the examples come.
+
+
+def epoch_of(order, epoch):
+    first = epoch * order.steps_per_epoch
+    return torch.cat([order.global_batch(first + step) for step in range(order.steps_per_epoch)])
+
+
+def test_every_epoch_is_a_part_of_a_new_permutation():
+    order = DataOrder(num_examples=103, batch_size=10, seed=1)
+    epochs = [epoch_of(order, epoch).tolist() for epoch in range(4)]
+    for examples in epochs:
+        assert len(set(examples)) == len(examples) == 100
+        assert set(examples) <= set(range(103))
+    assert len(set(map(tuple, epochs))) == 4
+    assert len({frozenset(examples) for examples in epochs}) > 1, "the dropped ones change, too"
+    other_seed = DataOrder(num_examples=103, batch_size=10, seed=2)
+    assert epoch_of(other_seed, 0).tolist() != epochs[0]
+
+
+def test_order_of_a_step_does_not_depend_on_the_steps_before_it():
+    order = DataOrder(num_examples=23, batch_size=5, seed=1)
+    in_turn = [order.global_batch(step).tolist() for step in range(12)]
+    for step in (11, 3, 8, 0, 4):
+        assert order.global_batch(step).tolist() == in_turn[step]
+        assert DataOrder(23, 5, 1).global_batch(step).tolist() == in_turn[step]
+
+
+def test_order_is_the_same_for_ever():
+    order = DataOrder(num_examples=10, batch_size=5, seed=42)
+    assert order.global_batch(0).tolist() == [6, 2, 8, 1, 3]
+
+
+@pytest.mark.parametrize("start", [1, 4, 5, 9])
+def test_sampler_that_starts_at_a_step_gives_the_tail_of_the_whole(start):
+    order, plan = DataOrder(23, 4, 1), BatchPlan(4, 3, 1, 2)
+    whole = list(PartSampler(order, plan, 0, range(10)))
+    tail = PartSampler(order, plan, 0, range(start, 10))
+    assert list(tail) == whole[2 * start :]
+    assert len(tail) == len(whole[2 * start :])
+
+
+@pytest.mark.parametrize("cut", [(4, 1), (1, 4), (2, 2)])
+def test_examples_of_a_step_do_not_depend_on_how_it_is_cut(cut):
+    order, plan = DataOrder(60, 8, 1), BatchPlan(8, 6, *cut)
+    parts = [list(PartSampler(order, plan, rank, range(9))) for rank in range(plan.world_size)]
+    for step in range(9):
+        own = slice(step * plan.accumulation_steps, (step + 1) * plan.accumulation_steps)
+        examples = [example for rank in parts for part in rank[own] for example in part]
+        assert Counter(examples) == Counter(order.global_batch(step).tolist())
+
+
+def test_flow_matching_samples_come_first_in_each_part():
+    order, plan = DataOrder(60, 8, 1), BatchPlan(8, 6, 2, 1)
+    batch = order.global_batch(0).tolist()
+    first, second = (next(iter(PartSampler(order, plan, rank, range(1)))) for rank in (0, 1))
+    assert first == [*batch[:3], batch[6]]
+    assert second == [*batch[3:6], batch[7]]
+
+
+# Loading.
+
+
+def numbered_data(count=40):
+    pixels = torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 2, 2)
+    return PixelData(pixels, torch.arange(count) % 3, ("a", "b", "c"))
+
+
+def loader_of(data, num_workers, start_step=0, rank=0):
+    values = {
+        "working_dir": "x",
+        "batch_size": 8,
+        "total_steps": 12,
+        "num_workers": num_workers,
+        "prefetch_factor": 2,
+    }
+    config = config_from_dict(values, "test")
+    return build_loader(data, config, BatchPlan(8, 6, 2, 1), rank, start_step, pin_memory=False)
+
+
+def test_workers_give_the_batches_that_none_give():
+    data = numbered_data()
+    alone, helped = (list(loader_of(data, count)) for count in (0, 2))
+    assert len(alone) == len(helped) == 12
+    for one, other in zip(alone, helped, strict=True):
+        assert torch.equal(one.stored, other.stored)
+        assert torch.equal(one.labels, other.labels)
+    order = DataOrder(40, 8, 42)
+    batch = order.global_batch(7)
+    assert alone[7].stored[:, 0, 0, 0].tolist() == batch[[0, 1, 2, 6]].tolist()
+    assert alone[7].labels.tolist() == (batch[[0, 1, 2, 6]] % 3).tolist()
+
+
+def test_loader_goes_on_from_any_step_and_draws_from_nobody():
+    data = numbered_data()
+    state = torch.get_rng_state()
+    whole, tail = list(loader_of(data, 2)), list(loader_of(data, 2, start_step=7))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [part.labels.tolist() for part in tail] == [part.labels.tolist() for part in whole[7:]]
+
+
+class Unreadable(TrainingData):
+    def __init__(self):
+        data = numbered_data()
+        super().__init__(data.spec, data.labels)
+
+    def stored(self, indices):
+        if 3 in indices:
+            raise UserError("cat/3.png: not a readable picture (truncated)")
+        return torch.zeros(len(indices), 1, 2, 2, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_error_that_a_user_can_mend_leaves_a_worker_as_it_was_raised(num_workers):
+    parts = loader_of(Unreadable(), num_workers)
+    with pytest.raises(UserError, match=r"^cat/3\.png: not a readable picture \(truncated\)$"):
+        list(parts)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_before_the_one_that_cannot_be_read_are_given(num_workers):
+    order, plan = DataOrder(40, 8, 42), BatchPlan(8, 6, 2, 1)
+    readable = [3 not in part for part in PartSampler(order, plan, 0, range(12))].index(False)
+    parts = loader_of(Unreadable(), num_workers)
+    for _ in range(readable):
+        next(parts)
+    with pytest.raises(UserError):
+        next(parts)

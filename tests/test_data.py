@@ -1,0 +1,295 @@
+"""Data sets: what each is made of, and what is refused before training starts."""
+
+import hashlib
+
+import numpy as np
+import pytest
+import standins
+import torch
+from commands import ROOT, run
+from PIL import Image
+
+import soflow.data
+import train
+from soflow.batches import BatchPlan, build_loader
+from soflow.config import config_from_dict
+from soflow.data import PixelData, Source, build_data, count_classes, digits_split
+from soflow.files import UserError
+from soflow.images import read_image
+
+
+def config_of(dataset_type, path=None, **values):
+    sizes = {"Digits": 8, "CIFAR10": 32, "ImageFolder": 16}
+    return config_from_dict(
+        {
+            "working_dir": "x",
+            "model_type": "DiT-Nano-4",
+            "dataset_type": dataset_type,
+            "dataset_path": None if path is None else str(path),
+            "data_size": sizes[dataset_type],
+            "batch_size": 4,
+            "total_steps": 8,
+            "num_workers": 0,
+            **values,
+        },
+        "test",
+    )
+
+
+def refusal(config):
+    with pytest.raises(UserError) as caught:
+        build_data(config)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def first_steps(config, data):
+    return build_loader(data, config, BatchPlan(4, 3, 1, 1), 0, 0, pin_memory=False)
+
+
+# Digits.
+
+
+def test_split_of_the_digits_is_fixed_and_disjoint():
+    split = digits_split()
+    assert split.training_pixels.shape == (1197, 8, 8, 1)
+    assert split.held_out_pixels.shape == (600, 8, 8, 1)
+    digest = hashlib.sha256(b"".join(array.tobytes() for array in split))
+    assert digest.hexdigest() == "8264a8e50e2102390e2c09b3018a37a6961705131b3d51460f22262a0d10148e"
+    # Some of the digits look the same pixel for pixel; as a multiset the halves are the whole.
+    from sklearn.datasets import load_digits
+
+    whole = np.round(load_digits().images * (255 / 16)).astype(np.uint8).reshape(1797, 64)
+    halves = np.concatenate([split.training_pixels, split.held_out_pixels]).reshape(1797, 64)
+    assert sorted(map(bytes, whole)) == sorted(map(bytes, halves))
+
+
+def test_digits_are_grey_images_from_black_to_white():
+    data = build_data(config_of("Digits"))
+    assert data.spec.to_dict() == {
+        "channels": 1,
+        "size": 8,
+        "num_classes": 10,
+        "class_names": [*"0123456789"],
+        "num_examples": 1197,
+    }
+    raw = data[[5, 0, 5]]
+    assert raw.stored.shape == (3, 1, 8, 8)
+    assert torch.equal(raw.stored[0], raw.stored[2])
+    np.testing.assert_array_equal(raw.stored[1, 0], digits_split().training_pixels[0, :, :, 0])
+    images = data.clean(data[range(1197)].stored, torch.Generator())
+    assert images.dtype == torch.float32
+    assert images.aminmax() == (-1, 1)
+
+
+# CIFAR-10.
+
+
+def test_cifar10_is_bytes_in_memory_with_channels_first(tmp_path, monkeypatch):
+    pixels = standins.write_cifar10(tmp_path, monkeypatch)
+    data = build_data(config_of("CIFAR10", tmp_path))
+    assert data.spec.shape == (3, 32, 32)
+    assert data.spec.class_names == standins.CIFAR_NAMES
+    assert data.pixels.dtype == torch.uint8
+    assert data.pixels.is_contiguous()
+    np.testing.assert_array_equal(data.pixels.permute(0, 2, 3, 1), pixels)
+    raw = data[[49, 3]]
+    np.testing.assert_array_equal(raw.stored[0].permute(1, 2, 0), pixels[49])
+    assert raw.labels.tolist() == [9, 3]
+    assert raw.labels.dtype == torch.int64
+
+
+def test_damaged_cifar10_is_refused_with_its_file(tmp_path, monkeypatch):
+    standins.write_cifar10(tmp_path, monkeypatch)
+    path = tmp_path / standins.CIFAR_FOLDER / "data_batch_4"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert refusal(config_of("CIFAR10", tmp_path)).startswith(f"{path}: not the published file")
+
+
+# Folders of pictures.
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photographs")
+    standins.write_image_folder(folder)
+    return folder
+
+
+def test_folder_alone_makes_a_data_set(photographs):
+    data = build_data(config_of("ImageFolder", photographs))
+    assert data.spec.shape == (3, 16, 16)
+    assert data.spec.class_names == ("cat", "china", "cup", "flower")
+    assert len(data) == data.spec.num_examples == 24
+    raw = data[[23, 0]]
+    assert raw.labels.tolist() == [3, 0]
+    assert raw.stored.dtype == torch.uint8
+    assert raw.stored.is_contiguous()
+    expected = read_image(photographs / "flower" / "5.jpg", 16)
+    np.testing.assert_array_equal(raw.stored[0].permute(1, 2, 0), expected)
+    assert count_classes(config_of("ImageFolder", photographs)) == 4
+
+
+def test_every_kind_of_picture_becomes_rgb_of_one_size(tmp_path):
+    photograph = Image.fromarray(standins.photographs()["cat"])
+    kinds = {
+        "grey.png": photograph.convert("L").crop((0, 0, 90, 50)),
+        "palette.png": photograph.convert("P").crop((0, 0, 40, 41)),
+        "alpha.webp": photograph.convert("RGBA").crop((0, 0, 16, 16)),
+        "small.jpg": photograph.crop((0, 0, 9, 12)),
+        "deep/print.TIFF": photograph.convert("CMYK").crop((0, 0, 33, 17)),
+    }
+    for name, picture in kinds.items():
+        (tmp_path / "cat" / name).parent.mkdir(parents=True, exist_ok=True)
+        picture.save(tmp_path / "cat" / name)
+    (tmp_path / "cat" / "notes.txt").write_text("not a picture, and not named like one")
+    data = build_data(config_of("ImageFolder", tmp_path))
+    raw = data[list(range(5))]
+    assert raw.stored.shape == (5, 3, 16, 16)
+    alpha, grey = raw.stored[0], raw.stored[1]
+    np.testing.assert_array_equal(
+        alpha.permute(1, 2, 0), np.asarray(Image.open(tmp_path / "cat/alpha.webp").convert("RGB"))
+    )
+    assert torch.equal(grey[0], grey[1])
+    assert torch.equal(grey[0], grey[2])
+
+
+@pytest.mark.parametrize(
+    ("names", "in_order"),
+    [(["10", "2", "0"], ("0", "2", "10")), (["10", "2", "b"], ("10", "2", "b"))],
+)
+def test_classes_are_numeric_only_if_all_names_are(tmp_path, names, in_order):
+    for level, name in enumerate(names):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (16, 16), (level, 0, 0)).save(tmp_path / name / "a.png")
+    data = build_data(config_of("ImageFolder", tmp_path, batch_size=3))
+    assert data.spec.class_names == in_order
+    raw = data[[0, 1, 2]]
+    assert raw.labels.tolist() == [0, 1, 2]
+    assert raw.stored[:, 0, 0, 0].tolist() == [names.index(name) for name in in_order]
+
+
+def test_names_that_are_not_text_are_read(tmp_path):
+    folder = tmp_path / "caf\udce9"
+    folder.mkdir()
+    Image.new("RGB", (16, 16)).save(folder / "\udcff.png")
+    data = build_data(config_of("ImageFolder", tmp_path, batch_size=1))
+    assert data[[0]].stored.shape == (1, 3, 16, 16)
+
+
+def test_files_that_are_no_pictures_are_named_at_the_start(photographs, tmp_path):
+    standins.write_image_folder(tmp_path / "photographs")
+    folder = tmp_path / "photographs"
+    (folder / "cat" / "page.jpg").write_text("<html>not found</html>")
+    (folder / "cup" / "empty.png").touch()
+    (folder / "cup" / "link.png").symlink_to(folder / "absent.png")
+    said = refusal(config_of("ImageFolder", folder))
+    for name in ("cat/page.jpg", "cup/empty.png", "cup/link.png"):
+        assert f"{folder / name}: not a readable picture (" in said
+    assert said.count("not a readable picture") == 3
+
+
+def test_of_very_many_files_that_are_no_pictures_five_are_named(tmp_path):
+    (tmp_path / "cat").mkdir()
+    for number in range(2000):
+        (tmp_path / "cat" / f"{number}.jpg").touch()
+    assert refusal(config_of("ImageFolder", tmp_path)).count("not a readable picture") == 5
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_picture_damaged_further_on_is_named_when_its_batch_comes(tmp_path, num_workers):
+    standins.write_image_folder(tmp_path, per_class=2)
+    path = tmp_path / "cup" / "broken.png"
+    Image.fromarray(standins.photographs()["cup"]).save(path)
+    path.write_bytes(path.read_bytes()[:5000])
+    config = config_of(
+        "ImageFolder", tmp_path, num_workers=num_workers, prefetch_factor=num_workers or None
+    )
+    data = build_data(config)
+    with pytest.raises(UserError, match=f"^{path}: not a readable picture [^\n]*$"):
+        list(first_steps(config, data))
+
+
+def test_folders_without_classes_or_pictures_are_refused(tmp_path):
+    config = config_of("ImageFolder", tmp_path)
+    assert "holds no class folders; put the pictures of each class" in refusal(config)
+    (tmp_path / "cat").mkdir()
+    assert refusal(config).startswith(f"{tmp_path / 'cat'}: holds no pictures")
+    absent = config_of("ImageFolder", tmp_path / "absent")
+    assert "absent: cannot be read as a folder" in refusal(absent)
+
+
+# What all have in common.
+
+
+@pytest.mark.parametrize("dataset_type", ["CIFAR10", "ImageFolder"])
+@pytest.mark.parametrize("path", [None, ""])
+def test_path_that_is_not_set_is_asked_for(dataset_type, path):
+    said = refusal(config_of(dataset_type, path))
+    assert said.startswith(f"dataset_path: not set; {dataset_type} needs a folder")
+
+
+def test_data_smaller_than_a_batch_are_refused(photographs):
+    said = refusal(config_of("ImageFolder", photographs, batch_size=25))
+    assert said == f"batch_size: 25 is more than the 24 examples of {photographs}"
+
+
+@pytest.mark.parametrize("label", [-1, 3])
+def test_label_out_of_range_is_refused_before_it_reaches_a_device(monkeypatch, label):
+    data = PixelData(
+        torch.zeros(5, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 2, 0, label]), (*"abc",)
+    )
+    monkeypatch.setitem(soflow.data.SOURCES, "Digits", Source(1, 3, lambda _: data))
+    said = refusal(config_of("Digits"))
+    assert said == f"Digits: has a label {label}; its 3 classes go from 0 to 2"
+
+
+# In training.
+
+
+def options(folder, path, *flags, **values):
+    settings = {
+        "working_dir": folder,
+        "dataset_type": "ImageFolder",
+        "dataset_path": path,
+        "data_size": 16,
+        "model_type": "DiT-Nano-4",
+        "total_steps": 2,
+        "batch_size": 8,
+        "num_workers": 2,
+        "eval_demo_steps": 2,
+        "eval_demo_shape": "[4, 2]",
+        "eval_steps": 0,
+        **values,
+    }
+    flags += tuple(f"--set={key}={value}" for key, value in settings.items())
+    return ["--config", str(ROOT / "configs" / "digits.yaml"), *flags]
+
+
+def test_photographs_train_to_a_grid_and_their_classes_are_recorded(photographs, tmp_path):
+    train.main(options(tmp_path, photographs))
+    assert (tmp_path / "figs" / "2.png").exists()
+    checkpoint = torch.load(tmp_path / "ckpts" / "2.pt", weights_only=True)
+    assert checkpoint["data"]["class_names"] == ["cat", "china", "cup", "flower"]
+    assert checkpoint["data"]["channels"] == 3
+    table = checkpoint["model"]["network.y_embedder.embedding_table.weight"]
+    assert len(table) == 4 + 1, "the classes and the null class"
+
+
+def test_dry_run_looks_up_the_classes_of_a_folder(photographs, tmp_path, capsys):
+    train.main(options(tmp_path / "run", photographs, "--dry-run"))
+    four = capsys.readouterr().out
+    assert "DiT-Nano-4, " in four
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="dataset_path: not set; ImageFolder needs a folder"):
+        train.main(options(tmp_path / "run", "null", "--dry-run"))
+
+
+def test_unreadable_picture_ends_training_in_one_line(tmp_path):
+    standins.write_image_folder(tmp_path / "photographs", per_class=2)
+    path = tmp_path / "photographs" / "cup" / "0.jpg"
+    path.write_bytes(path.read_bytes()[:300])
+    ended = run("train.py", *options(tmp_path / "run", tmp_path / "photographs", total_steps=20))
+    assert ended.returncode == 1
+    assert ended.stderr.startswith(f"error: {path}: not a readable picture (")
+    assert ended.stderr.count("\n") == 1
