@@ -4,6 +4,7 @@ Imports neither torch nor numpy: the evaluator's environment may have no torch.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import http.client
@@ -142,6 +143,30 @@ def make_folder(folder: str | Path) -> Path:
     except OSError as error:
         raise UserError(f"{folder}: not a writable folder ({error.strerror})") from error
     return folder
+
+
+def append_line(path: str | Path, line: str) -> None:
+    """Append `line`, whole: where that fails, the file keeps what it held and UserError is raised.
+
+    A last line without its end, left by a killed process, is closed first, so that it stays alone.
+    """
+    try:
+        with open(path, "a+b", buffering=0) as file:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 1))
+            start = b"" if file.read(1) in (b"", b"\n") else b"\n"
+            data = start + line.encode(errors="surrogateescape") + b"\n"
+            try:
+                if file.write(data) != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(size)
+                raise
+    except OSError as error:
+        raise UserError(f"{path}: not written ({error.strerror or error})") from error
 
 
 def download(url: str, path: str | Path, timeout_seconds: float = 30) -> None:

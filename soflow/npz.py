@@ -33,6 +33,7 @@ class ImageWriter:
         self._member, self._path, self._num_images = member, path, num_images
         self._image_shape: tuple[int, ...] | None = None
         self.written_images = 0
+        self.further_arrays: dict[str, np.ndarray] = {}  # written after the images
 
     def append(self, pixels: np.ndarray) -> None:
         """Write `pixels`, uint8 [B, H, W, C]; every batch has the same H, W, C."""
@@ -58,13 +59,14 @@ def write_images(path: str | Path, num_images: int) -> Iterator[ImageWriter]:
     """A writer of exactly `num_images` images; `path` appears only when all of them are in it."""
     path = Path(path)
     with atomic_write(path) as file:
-        with (
-            zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
             # The size is unknown when the member starts, so its header must have room for zip64.
-            archive.open(zipfile.ZipInfo(MEMBER), "w", force_zip64=True) as member,
-        ):
-            writer = ImageWriter(member, path, num_images)
-            yield writer
+            with archive.open(zipfile.ZipInfo(MEMBER), "w", force_zip64=True) as member:
+                writer = ImageWriter(member, path, num_images)
+                yield writer
+            for name, array in writer.further_arrays.items():
+                with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, array, allow_pickle=False)
         if writer.written_images != num_images:
             raise ValueError(f"{writer.written_images} of {num_images} images were written")
 
@@ -156,17 +158,24 @@ class ArchiveReader:
                     _fill(member, pixels)
                 yield pixels
 
-    def floats(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """The float array `name` as float64; UserError unless it has `shape` and is finite."""
+    def floats(self, name: str, shape: tuple[int, ...], dtype=np.float64) -> np.ndarray:
+        """The float array `name` as `dtype`; UserError unless it has `shape` and is finite."""
         header = self.header(name)
         if header.dtype.kind != "f" or header.dtype.itemsize > 8 or header.shape != shape:
             self._refuse(
                 name, f"must be float {list(shape)}, not {header.dtype} {list(header.shape)}"
             )
-        values = self._read(name, header).astype(np.float64)
+        values = self._read(name, header).astype(dtype, copy=False)
         if not np.isfinite(values).all():
             self._refuse(name, "holds values that are not finite")
         return values
+
+    def integer(self, name: str) -> int:
+        """The one integer in `name`."""
+        header = self.header(name)
+        if header.dtype.kind not in "iu" or header.shape != ():
+            self._refuse(name, f"must be one integer, not {header.dtype} {list(header.shape)}")
+        return int(self._read(name, header)[()])
 
     def text(self, name: str) -> str:
         """The one string in `name`."""

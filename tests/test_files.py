@@ -1,5 +1,6 @@
 """Files are whole or absent, and what goes wrong is said in one line."""
 
+import errno
 import http.server
 import os
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 
 from soflow.files import (
     UserError,
+    append_line,
     atomic_write,
     download,
     make_folder,
@@ -128,7 +130,32 @@ def test_an_error_is_told_in_one_short_line():
     assert len(one_line(ValueError("x" * 1000))) == 200
 
 
-# Downloads.
+# Lines and downloads.
+
+
+def test_lines_are_appended_whole_and_a_torn_one_stays_alone(tmp_path):
+    path = tmp_path / "log.txt"
+    append_line(path, "first")
+    append_line(path, "odd name \udcff")
+    assert path.read_bytes() == b"first\nodd name \xff\n"
+    path.write_bytes(b"first\ntor")
+    append_line(path, "second")
+    assert path.read_bytes() == b"first\ntor\nsecond\n"
+    with pytest.raises(UserError, match=r"log\.txt/below: not written"):
+        append_line(path / "below", "line")
+
+
+def test_a_line_that_does_not_fit_on_the_disk_leaves_no_part_of_itself(tmp_path, monkeypatch):
+    path = tmp_path / "log.txt"
+    path.write_bytes(b"first\n")
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left"):
+        append_line(path, "second")
+    assert path.read_bytes() == b"first\n"
 
 
 class Handler(http.server.BaseHTTPRequestHandler):

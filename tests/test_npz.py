@@ -79,6 +79,20 @@ def test_writer_refuses_floats_and_a_change_of_size(tmp_path):
         writer.append(some_pixels(1, 4, 4))
 
 
+def test_further_arrays_follow_the_images(tmp_path):
+    with write_images(tmp_path / "a.npz", 5) as writer:
+        writer.append(some_pixels())
+        writer.further_arrays["mu"] = np.arange(3.0)
+        writer.further_arrays["count"] = np.array(7)
+    with np.load(tmp_path / "a.npz") as archive:
+        assert archive.files == ["arr_0", "mu", "count"]
+        assert archive["mu"].tolist() == [0, 1, 2]
+    with read_archive(tmp_path / "a.npz") as archive:
+        assert archive.integer("count") == 7
+        with pytest.raises(UserError, match="mu: must be one integer"):
+            archive.integer("mu")
+
+
 # Reading.
 
 
