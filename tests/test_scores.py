@@ -1,0 +1,174 @@
+"""The measures agree with their definitions, written out plainly, and with closed forms."""
+
+import warnings
+
+import numpy as np
+import pytest
+import scipy.linalg
+
+from soflow import scores
+from soflow.scores import (
+    Manifold,
+    Moments,
+    Statistics,
+    frechet_distance,
+    inception_score,
+    precision_recall,
+    softmax,
+)
+
+
+def gaussian_features(count, width, seed, shift=0.0):
+    random_state = np.random.RandomState(seed)
+    mixing = random_state.normal(size=(width, width)) / width**0.5
+    return random_state.normal(size=(count, width)) @ mixing + shift
+
+
+def statistics_of(features):
+    return Statistics(features.mean(axis=0), np.cov(features, rowvar=False))
+
+
+# Means and covariances.
+
+
+@pytest.mark.parametrize("batch", [1, 7, 1000, 5000])
+@pytest.mark.parametrize("offset", [0.0, 1e5])
+def test_streamed_statistics_are_those_of_numpy(batch, offset):
+    features = gaussian_features(2345, 12, 0) + offset
+    moments = Moments()
+    for start in range(0, len(features), batch):
+        moments.add(features[start : start + batch])
+    found, expected = moments.statistics(), statistics_of(features)
+    np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-12)
+    np.testing.assert_allclose(found.covariance, expected.covariance, rtol=1e-8, atol=1e-10)
+
+
+# Frechet distance.
+
+
+@pytest.mark.parametrize("width", [2, 16, 100])
+def test_frechet_distance_is_that_of_the_matrix_square_root(width):
+    a = statistics_of(gaussian_features(4 * width, width, 1))
+    b = statistics_of(gaussian_features(4 * width, width, 2, shift=0.1))
+    root = scipy.linalg.sqrtm(a.covariance @ b.covariance).real
+    expected = ((a.mean - b.mean) ** 2).sum() + np.trace(a.covariance + b.covariance - 2 * root)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-6)
+
+
+def test_frechet_distance_of_independent_features_adds_up():
+    a = Statistics(np.array([1.0, 2.0]), np.diag([4.0, 9.0]))
+    b = Statistics(np.array([0.0, 4.0]), np.diag([1.0, 0.0]))
+    assert frechet_distance(a, b) == pytest.approx(1 + 4 + (2 - 1) ** 2 + (3 - 0) ** 2, abs=1e-12)
+
+
+@pytest.mark.parametrize("count", [5, 50, 200])
+def test_frechet_distance_to_itself_is_zero_even_with_few_images(count):
+    a = statistics_of(gaussian_features(count, 100, 3))
+    assert abs(frechet_distance(a, a)) < 1e-5 * np.trace(a.covariance)
+
+
+def test_frechet_distance_with_fewer_images_than_features_is_exact_and_silent():
+    features = [gaussian_features(30, 100, seed) for seed in (4, 5)]
+    a, b = map(statistics_of, features)
+    # tr sqrt(S1 S2) is the sum of the singular values of X1 X2' / 29, X the centred features.
+    centred = [values - values.mean(axis=0) for values in features]
+    root_trace = np.linalg.svd(centred[0] @ centred[1].T / 29, compute_uv=False).sum()
+    squared = ((a.mean - b.mean) ** 2).sum()
+    expected = squared + np.trace(a.covariance) + np.trace(b.covariance) - 2 * root_trace
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        distance = frechet_distance(a, b)
+    assert type(distance) is float
+    assert distance == pytest.approx(expected, rel=1e-6)
+
+
+# Inception Score.
+
+
+def plain_inception_score(p, split):
+    values = []
+    for start in range(0, len(p), split):
+        part = p[start : start + split]
+        marginal = part.mean(axis=0)
+        kl = [
+            sum(q * np.log(q / m) for q, m in zip(row, marginal, strict=True) if q > 0)
+            for row in part
+        ]
+        values.append(np.exp(np.mean(kl)))
+    return np.mean(values)
+
+
+@pytest.mark.parametrize("split", [10, 25, 60, 1000])
+def test_inception_score_is_the_mean_over_splits_a_short_one_counting_as_one(split):
+    features = gaussian_features(60, 5, 6)
+    weights = gaussian_features(5, 4, 7) * 3
+    logits = features @ weights
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    expected = plain_inception_score(p, split)
+    assert inception_score(features, weights, split) == pytest.approx(expected, rel=1e-10)
+
+
+def test_inception_score_of_sure_and_balanced_classes_is_their_number():
+    features = 1000.0 * np.eye(4)[np.arange(40) % 4]  # probabilities are exactly 0 and 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert inception_score(features, np.eye(4)) == pytest.approx(4)
+        assert inception_score(np.zeros((8, 4)), np.eye(4)) == pytest.approx(1)
+
+
+def test_softmax_of_huge_logits_is_finite():
+    np.testing.assert_allclose(
+        softmax(np.array([[1e30, 0.0], [-1e30, -1e30]])), [[1, 0], [0.5, 0.5]]
+    )
+
+
+# Precision and recall.
+
+
+def plain_precision_recall(samples, reference):
+    def distances(a, b):
+        return ((a[:, None] - b[None]) ** 2).sum(axis=2)
+
+    def radii(a):
+        squared = distances(a, a)
+        return np.array([np.sort(np.delete(row, i))[2] for i, row in enumerate(squared)])
+
+    cross = distances(samples, reference)
+    precision = np.mean((cross <= radii(reference)[None]).any(axis=1))
+    recall = np.mean((cross <= radii(samples)[:, None]).any(axis=0))
+    return precision, recall
+
+
+@pytest.mark.parametrize("block_rows", [7, 50, 1000])
+@pytest.mark.parametrize(("count", "shift"), [(50, 0.0), (80, 0.4), (90, 100.0)])
+def test_precision_and_recall_are_those_of_plain_numpy(monkeypatch, block_rows, count, shift):
+    monkeypatch.setattr(scores, "BLOCK_ROWS", block_rows)
+    samples = gaussian_features(count, 6, 8, shift).astype(np.float32)
+    reference = gaussian_features(70, 6, 8).astype(np.float32)
+    found = precision_recall(Manifold.of(samples), Manifold.of(reference))
+    expected = plain_precision_recall(samples.astype(np.float64), reference.astype(np.float64))
+    assert (found.precision, found.recall) == pytest.approx(expected, abs=1e-12)
+
+
+def test_identical_sets_cover_each_other_and_distant_ones_do_not():
+    features = gaussian_features(40, 300, 9).astype(np.float32) + 50
+    same = precision_recall(Manifold.of(features), Manifold.of(features))
+    assert (same.precision, same.recall) == (1.0, 1.0)
+    apart = precision_recall(Manifold.of(features + 1000), Manifold.of(features))
+    assert (apart.precision, apart.recall) == (0.0, 0.0)
+
+
+def test_copies_of_one_image_lie_inside_each_others_empty_balls():
+    copies = np.repeat(gaussian_features(1, 2048, 10).astype(np.float32) + 3, 40, axis=0)
+    reference = np.concatenate([copies[:1], gaussian_features(9, 2048, 11).astype(np.float32)])
+    found = precision_recall(Manifold.of(copies), Manifold.of(reference))
+    assert found.precision == 1.0
+    assert found.recall == pytest.approx(0.1)
+
+
+def test_an_image_is_not_its_own_neighbour():
+    features = np.array([[0.0], [1.0], [3.0], [6.0], [100.0]], np.float32)
+    assert Manifold.of(features).squared_radii.tolist() == [36, 25, 9, 36, 99**2]
+    with pytest.raises(ValueError, match="3 features have no neighbour number 3"):
+        Manifold.of(features[:3])
