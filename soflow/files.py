@@ -76,6 +76,8 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
             _sync_folder(path.parent)
         except BaseException as error:
             partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                file.close()  # here, where what a full disk does not take any more harms nothing
             if isinstance(error, OSError):
                 raise UserError(f"{path}: not written ({error.strerror or error})") from error
             raise

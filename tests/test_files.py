@@ -69,11 +69,13 @@ def test_place_that_cannot_be_written_is_named(tmp_path):
         make_folder(tmp_path / "file" / "below")
 
 
-def test_full_disk_is_named_and_the_former_file_stays(tmp_path):
+@pytest.mark.parametrize("size", [1000, 100_000])
+def test_full_disk_is_named_and_the_former_file_stays(tmp_path, size):
     write = (
         "from soflow.files import atomic_write, run_command\n"
         "def main():\n"
-        "    with atomic_write('a.bin') as file: file.write(bytes(1 << 20))\n"
+        "    with atomic_write('a.bin') as file:\n"
+        f"        for _ in range(1000): file.write(bytes({size}))\n"
         "run_command(main)"
     )
     script = (
