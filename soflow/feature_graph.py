@@ -1,0 +1,208 @@
+"""Frozen TensorFlow graphs that turn pixels into features: find, fetch, check, run.
+
+Any graph will do that has the tensors of the 2015 Inception graph: input `ExpandDims:0` (NHWC float
+0..255, RGB), `pool_3:0`, `mixed_6/conv:0`, and class weights as second input of
+`softmax/logits/MatMul`. TensorFlow is imported only when a graph is loaded.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from soflow.files import UserError, download, one_line, sha256_of
+
+DEFAULT_NAME = "classify_image_graph_def.pb"
+URL = (
+    "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/"
+    "classify_image_graph_def.pb"
+)
+
+INPUT, POOL, SPATIAL, LOGITS = "ExpandDims", "pool_3", "mixed_6/conv", "softmax/logits/MatMul"
+SPATIAL_CHANNELS = 7
+
+# Features, spatial features and classes of the Inception graph, and the size of its weights. Its
+# digest is not published, so this is how distances are known to deserve the name FID.
+INCEPTION_WIDTHS = (2048, 7 * 17 * 17, 1008)
+INCEPTION_BYTES = range(80_000_000, 110_000_000)
+
+# What reads or writes files, or calls back into Python, without being marked as stateful.
+IMPURE = re.compile("File|PyFunc|Dataset|Reader")
+
+
+@dataclass(frozen=True)
+class Features:
+    """Of a batch: `pool` [B, D] and `spatial` [B, 7 h w] (as NHWC), float32."""
+
+    pool: np.ndarray
+    spatial: np.ndarray
+
+
+def find_graph(path: str | Path | None, beside: Path, sha256: str | None = None) -> Path:
+    """The graph's file: `path`, or the default name here or in `beside`, or downloaded to here.
+
+    Raises UserError where it is absent and cannot be fetched, or where its digest is not `sha256`.
+    """
+    if path is None:
+        places = [Path(DEFAULT_NAME), beside / DEFAULT_NAME]
+        path = next((place for place in places if place.is_file()), None)
+        if path is None:
+            path = places[0]
+            try:
+                download(URL, path)
+            except UserError as error:
+                raise UserError(
+                    f"no Inception graph: {error}; fetch {URL} yourself and put it here as "
+                    f"{DEFAULT_NAME}, or name it with --inception"
+                ) from error
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such graph; --inception names a frozen graph, a .pb file")
+    if sha256 is not None and (actual := sha256_of(path)) != sha256.lower():
+        raise UserError(f"{path}: SHA-256 is {actual}, not {sha256} (--inception_sha256)")
+    return path
+
+
+class FeatureGraph:
+    """A loaded graph. `sha256` and `name` say which; `is_inception` whether distances are FID.
+
+    `class_weights` is [D, K]; `widths` are (D, spatial width, K) for images [height, width, 3].
+    """
+
+    def __init__(self, path: Path, image_shape: tuple[int, ...], batch_images: int = 64):
+        # The level has to be set before the import; warnings of drivers are not ours to print.
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+        import tensorflow
+
+        self._tf = tensorflow
+        self.path, self.name, self.sha256 = path, path.name, sha256_of(path)
+        self.batch_images = batch_images
+        self.tensorflow_version = tensorflow.__version__
+        graph_def = self._read()
+        self._session = self._load(graph_def)
+        self.class_weights = self._class_weights(graph_def)
+        probe = self._run(np.zeros((1, *image_shape[:2], 3), np.uint8))
+        self.widths = (probe.pool.shape[1], probe.spatial.shape[1], self.class_weights.shape[1])
+        if self.class_weights.shape[0] != self.widths[0]:
+            raise UserError(
+                f"{path}: {POOL} gives {self.widths[0]} features, but {LOGITS} has weights "
+                f"{list(self.class_weights.shape)}"
+            )
+        self.is_inception = (
+            self.widths == INCEPTION_WIDTHS and path.stat().st_size in INCEPTION_BYTES
+        )
+
+    @property
+    def device(self) -> str:
+        """What the graph runs on, in words."""
+        gpus = self._tf.config.list_physical_devices("GPU")
+        return f"{len(gpus)} GPU" if gpus else f"CPU ({os.cpu_count()} cores)"
+
+    def features(self, pixels: np.ndarray) -> Iterator[Features]:
+        """Features of uint8 [N, H, W, 1 or 3] in batches; grey images count as RGB."""
+        for start in range(0, len(pixels), self.batch_images):
+            yield self._run(pixels[start : start + self.batch_images])
+
+    def _run(self, pixels: np.ndarray) -> Features:
+        rgb = np.broadcast_to(pixels, (*pixels.shape[:3], 3))
+        try:
+            pool, spatial = self._session.run(
+                [f"{POOL}:0", f"{SPATIAL}:0"], {f"{INPUT}:0": rgb.astype(np.float32)}
+            )
+        except self._tf.errors.OpError as error:
+            raise UserError(
+                f"{self.path}: cannot be run on images {list(rgb.shape[1:])}: "
+                f"{one_line(error.message)}"
+            ) from error
+        if pool.size % len(rgb) or spatial.ndim != 4 or len(spatial) != len(rgb):
+            raise UserError(
+                f"{self.path}: for {len(rgb)} images, {POOL} gives {list(pool.shape)} and "
+                f"{SPATIAL} {list(spatial.shape)}, not [N, .., D] and [N, h, w, channels]"
+            )
+        pool = pool.reshape(len(rgb), -1).astype(np.float32, copy=False)
+        spatial = spatial[..., :SPATIAL_CHANNELS].reshape(len(rgb), -1)
+        if not (np.isfinite(pool).all() and np.isfinite(spatial).all()):
+            raise UserError(
+                f"{self.path}: gives features that are not finite on {self.device}; on a GPU, try "
+                "again with CUDA_VISIBLE_DEVICES= set to nothing"
+            )
+        return Features(pool, spatial.astype(np.float32, copy=False))
+
+    def _read(self):
+        """The part of the graph that our tensors need, its input replaced by a free placeholder."""
+        v1 = self._tf.compat.v1
+        whole = v1.GraphDef()
+        try:
+            whole.ParseFromString(self.path.read_bytes())
+        except Exception as error:  # protobuf's error classes are not public
+            raise UserError(f"{self.path}: not a frozen graph ({one_line(error)})") from error
+        nodes = {node.name: node for node in whole.node}
+        missing = [name for name in (INPUT, POOL, SPATIAL, LOGITS) if name not in nodes]
+        if missing or len(nodes[LOGITS].input) < 2:
+            raise UserError(
+                f"{self.path}: not a graph for scores, it lacks {', '.join(missing) or LOGITS}"
+            )
+        # The published graph takes one image at a time; every operation after its input takes many.
+        placeholder = v1.NodeDef(name=INPUT, op="Placeholder")
+        placeholder.attr["dtype"].type = self._tf.float32.as_datatype_enum
+        placeholder.attr["shape"].shape.CopyFrom(
+            self._tf.TensorShape([None, None, None, 3]).as_proto()
+        )
+        nodes[INPUT].CopyFrom(placeholder)
+        part = v1.GraphDef(versions=whole.versions, library=whole.library)
+        part.node.extend(nodes[name] for name in _needed(nodes, [POOL, SPATIAL, LOGITS]))
+        self._refuse_impure(part)
+        return part
+
+    def _refuse_impure(self, graph_def) -> None:
+        from tensorflow.python.framework import op_def_registry
+
+        bodies = [function.node_def for function in graph_def.library.function]
+        for node in [*graph_def.node, *(node for body in bodies for node in body)]:
+            definition = op_def_registry.get(node.op)
+            if IMPURE.search(node.op) or (definition is not None and definition.is_stateful):
+                raise UserError(
+                    f"{self.path}: operation {node.op} ({node.name}) could reach outside the "
+                    "graph; only pure, frozen graphs are run"
+                )
+
+    def _load(self, graph_def):
+        v1 = self._tf.compat.v1
+        graph = self._tf.Graph()
+        with graph.as_default():
+            try:
+                self._tf.import_graph_def(graph_def, name="")
+            except Exception as error:  # kinds differ between operations and versions
+                raise UserError(f"{self.path}: not a usable graph ({one_line(error)})") from error
+        config = v1.ConfigProto()
+        config.gpu_options.allow_growth = True
+        return v1.Session(graph=graph, config=config)
+
+    def _class_weights(self, graph_def) -> np.ndarray:
+        logits = next(node for node in graph_def.node if node.name == LOGITS)
+        try:
+            name = logits.input[1]
+            weights = self._session.run(name if ":" in name else f"{name}:0")
+        except (ValueError, KeyError, self._tf.errors.OpError) as error:
+            raise UserError(
+                f"{self.path}: {LOGITS} has no constant weights ({one_line(error)})"
+            ) from error
+        if weights.ndim != 2:
+            raise UserError(f"{self.path}: weights of {LOGITS} are {list(weights.shape)}, not 2-D")
+        return weights
+
+
+def _needed(nodes: dict, wanted: list[str]) -> list[str]:
+    """Names of the nodes that `wanted` depend on, themselves included."""
+    found: set[str] = set()
+    waiting = list(wanted)
+    while waiting:
+        name = waiting.pop()
+        if name in nodes and name not in found:
+            found.add(name)
+            # inputs are written as name, name:output or ^name (a control input)
+            waiting += [source.lstrip("^").split(":")[0] for source in nodes[name].input]
+    return [name for name in nodes if name in found]
