@@ -1,0 +1,405 @@
+"""Score image files against a reference: FID, sFID, Inception Score, precision and recall.
+
+    python evaluator.py --ref_batch R.npz --sample_batch_dir runs/a/evals
+    python evaluator.py --ref_batch R.npz --sample_batch_dir runs/a/evals --watch
+    python evaluator.py --write_ref R.npz --images folder-of-pictures --image_size 256
+    python evaluator.py --write_ref R.npz --images cifar-10-batches-py
+
+Every .npz in the folder (uint8 `arr_0` [N, H, W, C]) gets a line in its eval_results.txt and a
+record in its eval_results.jsonl; what has them is passed over. Needs TensorFlow, with or without a
+GPU, and no torch. Distances are called FID only with the Inception graph, else FD.
+"""
+
+import argparse
+import contextlib
+import json
+import platform
+import re
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from soflow import __version__
+from soflow.feature_graph import DEFAULT_NAME, FeatureGraph, find_graph
+from soflow.files import UserError, append_line, make_folder, natural_key, run_command, sha256_of
+from soflow.references import (
+    Reference,
+    archive_images,
+    find_images,
+    load_reference,
+    measure,
+    write_reference,
+)
+from soflow.scores import Manifold, frechet_distance, inception_score, precision_recall
+
+COMMON_IMAGES = 50_000  # what published scores are made of
+COLUMNS = ("IS", "FID", "sFID", "FD", "sFD", "prec", "recall")
+LINE = re.compile(r"(?P<file>.+) # (?P<scores>IS: .+)", re.DOTALL)
+
+
+# One file.
+
+
+def score_file(path: Path, reference: Reference, graph: FeatureGraph) -> dict:
+    """The record of one sample file: scores by column, and everything they came from.
+
+    Raises UserError where the file is damaged, changes meanwhile, or is of another size.
+    """
+    start_seconds = time.monotonic()
+    images = archive_images(path)
+    if images.size != reference.images.size:
+        raise UserError(
+            f"{path}: images are {images.size}, those of {reference.images.name} are "
+            f"{reference.images.size}"
+        )
+    stamp = Stamp.of(path)
+    sha256 = sha256_of(path)
+    measured = measure(images, graph)
+    if Stamp.of(path) != stamp:
+        raise UserError(f"{path}: changed while it was being scored")
+    coverage = precision_recall(Manifold.of(measured.features), reference.manifold)
+    distance = "FID" if graph.is_inception else "FD"
+    scores = {
+        "IS": inception_score(measured.features, graph.class_weights),
+        distance: frechet_distance(measured.pool, reference.pool),
+        f"s{distance}": frechet_distance(measured.spatial, reference.spatial),
+        "prec": coverage.precision,
+        "recall": coverage.recall,
+    }
+    return {
+        "file": path.name,
+        "scores": scores,
+        "num_images": images.num_images,
+        "image_shape": images.image_shape,
+        "notes": notes(images.num_images, reference, max(graph.widths[:2])),
+        "size_bytes": stamp.size_bytes,
+        "modified_ns": stamp.modified_ns,
+        "sha256": sha256,
+        "reference": {
+            "name": reference.images.name,
+            "sha256": reference.sha256,
+            "num_images": reference.images.num_images,
+            "statistics_from": reference.origin,
+            "statistics_images": reference.count,
+        },
+        "graph": {"name": graph.name, "sha256": graph.sha256, "widths": graph.widths},
+        "versions": {
+            "soflow": __version__,
+            "tensorflow": graph.tensorflow_version,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+        "device": graph.device,
+        "seconds": round(time.monotonic() - start_seconds, 3),
+        "scored_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def notes(num_images: int, reference: Reference, width: int) -> list[str]:
+    """What a reader of the scores has to know about the numbers of images."""
+    found = []
+    for whose, count in (("samples", num_images), ("reference", reference.count)):
+        if count is not None and count < COMMON_IMAGES:
+            biased = f"{whose}: {count} images, fewer than {COMMON_IMAGES}; distances are too large"
+            found.append(biased)
+        if count is not None and count < width + 1:
+            found.append(f"{whose}: fewer images than features + 1 = {width + 1}")
+    return found
+
+
+# What is known of a folder.
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """Size and time of a file: what tells whether it is the one that was scored."""
+
+    size_bytes: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> "Stamp":
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+        return cls(status.st_size, status.st_mtime_ns)
+
+
+@dataclass
+class Results:
+    """eval_results.txt, which people read and older runs left, and eval_results.jsonl, the truth.
+
+    A record is written before its line; a line that a killed process did not write is added when
+    the folder is opened again.
+    """
+
+    folder: Path
+    lines: dict[str, list[str]] = field(default_factory=dict)  # file name -> scores as text
+    records: dict[str, dict] = field(default_factory=dict)  # file name -> its last record
+
+    @classmethod
+    def open(cls, folder: Path) -> "Results":
+        results = cls(folder)
+        for text in _whole_lines(folder / "eval_results.txt"):
+            if match := LINE.fullmatch(text.rstrip()):
+                results.lines.setdefault(match["file"], []).append(match["scores"])
+        for text in _whole_lines(folder / "eval_results.jsonl"):
+            if record := _parse_record(text):
+                results.records[record["file"]] = record
+        for name, record in results.records.items():
+            if format_scores(record["scores"]) not in results.lines.get(name, []):
+                results._add_line(name, record)
+        return results
+
+    def has(self, name: str, stamp: Stamp, reference_sha256: str, graph_sha256: str) -> bool:
+        """Whether a file is scored: by a line without a record, or by a record that still fits."""
+        record = self.records.get(name)
+        if record is None:
+            return name in self.lines
+        return (
+            record.get("size_bytes") == stamp.size_bytes
+            and record.get("modified_ns") == stamp.modified_ns
+            and _digest(record, "reference") == reference_sha256
+            and _digest(record, "graph") == graph_sha256
+        )
+
+    def add(self, record: dict) -> None:
+        """Keep a new record and its line."""
+        append_line(self.folder / "eval_results.jsonl", json.dumps(record))
+        self.records[record["file"]] = record
+        self._add_line(record["file"], record)
+
+    def _add_line(self, name: str, record: dict) -> None:
+        text = format_scores(record["scores"])
+        append_line(self.folder / "eval_results.txt", f"{name} # {text}")
+        self.lines.setdefault(name, []).append(text)
+
+    def table(self) -> str:
+        """All files with their last scores, in natural order."""
+        rows = {name: parse_scores(texts[-1]) for name, texts in self.lines.items()}
+        columns = [column for column in COLUMNS if any(column in row for row in rows.values())]
+        width = max(map(len, rows), default=4)
+        lines = [f"{'file':{width}}" + "".join(f"{column:>12}" for column in columns)]
+        for name in sorted(rows, key=natural_key):
+            cells = (rows[name].get(column) for column in columns)
+            texts = ("-" if cell is None else f"{cell:.4f}" for cell in cells)
+            lines.append(f"{name:{width}}" + "".join(f"{text:>12}" for text in texts))
+        return printable("\n".join(lines))
+
+
+def format_scores(scores: dict[str, float]) -> str:
+    """`IS: .., FID: .., sFID: .., prec: .., recall: ..` in full precision."""
+    return ", ".join(f"{column}: {scores[column]!r}" for column in COLUMNS if column in scores)
+
+
+def parse_scores(text: str) -> dict[str, float]:
+    """The inverse of `format_scores`; what it does not understand is left out."""
+    scores = {}
+    for column, number in re.findall(r"(\w+): ([^\s,]+)", text):
+        with contextlib.suppress(ValueError):
+            scores[column] = float(number)
+    return scores
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """Lines of a file that end; what follows the last line end was torn by a killed process."""
+    try:
+        text = path.read_bytes().decode(errors="surrogateescape") if path.exists() else ""
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    return text.split("\n")[:-1]
+
+
+def _parse_record(text: str) -> dict | None:
+    """A record as `score_file` makes it, or None: torn lines and other content are passed over."""
+    try:
+        record = json.loads(text)
+        scores = {column: float(value) for column, value in record["scores"].items()}
+        return {**record, "file": str(record["file"]), "scores": scores}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _digest(record: dict, part: str) -> str | None:
+    value = record.get(part)
+    return value.get("sha256") if isinstance(value, dict) else None
+
+
+# The commands.
+
+SCORING_ONLY = ("ref_batch", "sample_batch_dir", "watch", "delete_evaluated", "no_cache")
+MAKING_ONLY = ("write_ref", "images", "image_size", "ref_images")
+
+
+class Session:
+    """A folder being scored; the graph and the reference are loaded when the first file asks."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        self._arguments = arguments
+        self._folder = Path(arguments.sample_batch_dir)
+        if not self._folder.is_dir():
+            raise UserError(f"{self._folder}: no such folder (--sample_batch_dir)")
+        make_folder(self._folder)  # proves that results can be written before hours are spent
+        self._reference_images = archive_images(arguments.ref_batch)
+        self._reference_sha256 = sha256_of(arguments.ref_batch)
+        self._graph_path = find_graph_of(arguments)
+        self._graph_sha256 = sha256_of(self._graph_path)
+        print(f"graph {self._graph_path}, SHA-256 {self._graph_sha256}")
+        self.results = Results.open(self._folder)
+        self._loaded: tuple[Reference, FeatureGraph] | None = None
+        self.failed: dict[Path, Stamp] = {}
+
+    def files(self) -> dict[Path, Stamp]:
+        """All .npz of the folder in natural order; those that cannot be read are left out."""
+        found = {}
+        try:
+            names = sorted((path.name for path in self._folder.iterdir()), key=natural_key)
+        except OSError as error:
+            raise UserError(f"{self._folder}: cannot be read ({error.strerror})") from error
+        for path in (self._folder / name for name in names if name.endswith(".npz")):
+            with contextlib.suppress(UserError):
+                if not path.is_dir():
+                    found[path] = Stamp.of(path)
+        return found
+
+    def score(self, path: Path, stamp: Stamp) -> None:
+        """Score `path` unless that was done or has failed on the same content; say what came."""
+        if self.failed.get(path) == stamp or self._is_done(path, stamp):
+            return
+        reference, graph = self._load()
+        try:
+            if "\n" in path.name:
+                raise UserError(f"{str(path)!r}: rename it, results have one line per file")
+            record = score_file(path, reference, graph)
+        except UserError as error:
+            self.failed[path] = stamp
+            print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
+            return
+        self.results.add(record)
+        self.failed.pop(path, None)
+        print(f"{printable(path.name)} # {format_scores(record['scores'])}")
+        print(f"  {record['num_images']} images in {record['seconds']:.1f} s", flush=True)
+        for note in record["notes"]:
+            print(f"  {note}", flush=True)
+        if self._arguments.delete_evaluated and not path.samefile(self._arguments.ref_batch):
+            delete(path)
+
+    def _is_done(self, path: Path, stamp: Stamp) -> bool:
+        return self.results.has(path.name, stamp, self._reference_sha256, self._graph_sha256)
+
+    def _load(self) -> tuple[Reference, FeatureGraph]:
+        if self._loaded is None:
+            graph = FeatureGraph(
+                self._graph_path, self._reference_images.image_shape, self._arguments.batch_size
+            )
+            print(f"TensorFlow {graph.tensorflow_version} on {graph.device}", flush=True)
+            use_cache = not self._arguments.no_cache
+            self._loaded = load_reference(self._arguments.ref_batch, graph, use_cache), graph
+        return self._loaded
+
+
+def score_folder(arguments: argparse.Namespace) -> int:
+    """Score every file of the folder; 1 where one could not be scored."""
+    session = Session(arguments)
+    files = session.files()
+    if not files and arguments.watch is None:
+        raise UserError(f"{arguments.sample_batch_dir}: holds no .npz to score")
+    try:
+        for path, stamp in files.items():
+            session.score(path, stamp)
+        while arguments.watch is not None:
+            watch_once(session, arguments.watch)
+    except KeyboardInterrupt:
+        if arguments.watch is None:
+            raise
+    print(session.results.table())
+    for path in session.failed:
+        print(f"not scored: {printable(path.name)}", file=sys.stderr)
+    return 1 if session.failed else 0
+
+
+def watch_once(session: Session, seconds: float) -> None:
+    """Wait, then score what the wait has not changed: others may still be writing the rest."""
+    before = session.files()
+    time.sleep(seconds)
+    for path, stamp in session.files().items():
+        if before.get(path) == stamp:
+            session.score(path, stamp)
+
+
+def delete(path: Path) -> None:
+    """Remove a file whose scores are kept."""
+    try:
+        path.unlink()
+    except OSError as error:
+        raise UserError(f"{path}: scored, but cannot be deleted ({error.strerror})") from error
+
+
+def printable(text: str) -> str:
+    """`text` with those bytes of file names replaced that are not UTF-8."""
+    return text.encode(errors="replace").decode()
+
+
+def find_graph_of(arguments: argparse.Namespace) -> Path:
+    beside = Path(__file__).resolve().parent
+    return find_graph(arguments.inception, beside, arguments.inception_sha256)
+
+
+def make_reference(arguments: argparse.Namespace) -> int:
+    """Write the reference file that was asked for."""
+    images = find_images(arguments.images, arguments.image_size)
+    graph = FeatureGraph(find_graph_of(arguments), images.image_shape, arguments.batch_size)
+    print(f"graph {graph.path}, SHA-256 {graph.sha256}")
+    write_reference(arguments.write_ref, images, graph, arguments.ref_images)
+    print(f"{arguments.write_ref}: {images.num_images} images, {images.size}")
+    return 0
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    watch_help = "keep scoring what appears, looking every so many seconds (60)"
+    add = parser.add_argument
+    add("--ref_batch", metavar="R.npz", help="reference file to score against")
+    add("--sample_batch_dir", metavar="DIR", help="folder whose .npz files are scored")
+    add("--watch", type=positive, nargs="?", const=60, metavar="SECONDS", help=watch_help)
+    add("--delete_evaluated", action="store_true", help="delete each file once it is scored")
+    add("--no_cache", action="store_true", help="neither read nor write the reference's cache")
+    add("--write_ref", metavar="OUT.npz", help="make a reference file from --images")
+    add("--images", metavar="SOURCE", help="folder of pictures, an .npz, or CIFAR-10's batches")
+    add("--image_size", type=positive, help="centre crop of pictures to this many pixels")
+    add("--ref_images", type=positive, help="images to keep in the reference file (all)")
+    add("--inception", metavar="PATH", help=f"frozen graph (default: {DEFAULT_NAME})")
+    add("--inception_sha256", metavar="HEX", help="digest that the graph must have")
+    add("--batch_size", type=positive, default=64, help="images per run of the graph (64)")
+    arguments = parser.parse_args(argv)
+    chosen = vars(arguments)
+    scoring = all(chosen[key] for key in ("ref_batch", "sample_batch_dir"))
+    making = all(chosen[key] for key in ("write_ref", "images"))
+    stray = SCORING_ONLY if making else MAKING_ONLY
+    if scoring == making:
+        parser.error("give --ref_batch and --sample_batch_dir, or --write_ref and --images")
+    if given := [f"--{key}" for key in stray if chosen[key]]:
+        parser.error(f"{', '.join(given)}: not used with {'--write_ref' if making else 'scoring'}")
+    return arguments
+
+
+def positive(text: str) -> int:
+    """A whole number above zero, for the command line."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, not {text}")
+    return int(text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; the exit status."""
+    arguments = parse_arguments(argv)
+    return make_reference(arguments) if arguments.write_ref else score_folder(arguments)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,281 @@
+"""What samples are held against: image sets, their features, reference files and the cache.
+
+A reference file is an .npz with uint8 `arr_0` [N, H, W, C] and, if it likes, the statistics `mu`,
+`sigma` (pool features) and `mu_s`, `sigma_s` (spatial features). Ours also say which graph made
+these (`graph`, `graph_sha256`) and of how many images (`count`, `image_shape`).
+"""
+
+# N images, D width of the features.
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from soflow import cifar10
+from soflow.feature_graph import FeatureGraph
+from soflow.files import UserError, atomic_write, sha256_of
+from soflow.images import find_pictures, read_image
+from soflow.npz import ArchiveReader, read_archive, write_images
+from soflow.scores import NEIGHBOUR, Manifold, Moments, Statistics
+
+READ_IMAGES = 256
+CACHE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images of one shape [H, W, 1 or 3] from somewhere; `batches()` streams them as uint8."""
+
+    name: str
+    num_images: int
+    image_shape: tuple[int, ...]
+    batches: Callable[[], Iterator[np.ndarray]]
+
+    def __post_init__(self):
+        if self.image_shape[2] not in (1, 3):
+            raise UserError(
+                f"{self.name}: images must have 1 or 3 channels, not {list(self.image_shape)}"
+            )
+        if self.num_images <= NEIGHBOUR:
+            raise UserError(
+                f"{self.name}: {self.num_images} images are too few, at least {NEIGHBOUR + 1}"
+            )
+
+    @property
+    def size(self) -> str:
+        """Sides and colours, as errors name them; grey counts as RGB."""
+        return f"{self.image_shape[1]} x {self.image_shape[0]} RGB"
+
+
+def archive_images(path: str | Path) -> ImageSet:
+    """The images of an .npz."""
+    with read_archive(path) as archive:
+        num_images, *image_shape = archive.images_header().shape
+
+    def batches() -> Iterator[np.ndarray]:
+        with read_archive(path) as archive:
+            yield from archive.batches(READ_IMAGES)
+
+    return ImageSet(str(path), num_images, tuple(image_shape), batches)
+
+
+def folder_images(folder: str | Path, image_size: int | None = None) -> ImageSet:
+    """The pictures in `folder` and below, RGB; with `image_size`, their centre crops."""
+    paths = find_pictures(folder)
+    image_shape = read_image(paths[0], image_size).shape
+
+    def picture(path: Path) -> np.ndarray:
+        pixels = read_image(path, image_size)
+        if pixels.shape != image_shape:
+            raise UserError(
+                f"{path}: is {list(pixels.shape)}, {paths[0].name} is {list(image_shape)}; "
+                "--image_size crops all to one size"
+            )
+        return pixels
+
+    def batches() -> Iterator[np.ndarray]:
+        for start in range(0, len(paths), READ_IMAGES):
+            yield np.stack([picture(path) for path in paths[start : start + READ_IMAGES]])
+
+    return ImageSet(str(folder), len(paths), image_shape, batches)
+
+
+def cifar10_images(folder: str | Path) -> ImageSet:
+    """CIFAR-10's training images; UserError unless all five batch files are there."""
+    paths = cifar10.training_batches(folder)
+    if len(paths) != 5:
+        raise UserError(f"{folder}: {len(paths)} of CIFAR-10's five data_batch files")
+    num_images = sum(len(cifar10.read_batch(path).labels) for path in paths)
+
+    def batches() -> Iterator[np.ndarray]:
+        for path in paths:
+            yield cifar10.read_batch(path).pixels
+
+    return ImageSet(str(folder), num_images, cifar10.IMAGE_SHAPE, batches)
+
+
+def find_images(source: str | Path, image_size: int | None = None) -> ImageSet:
+    """The images of `source`: an .npz, a folder with CIFAR-10's batches, or one of pictures."""
+    if Path(source).is_dir() and not cifar10.training_batches(source):
+        return folder_images(source, image_size)
+    if image_size is not None:
+        raise UserError(f"{source}: --image_size is for folders of pictures")
+    return cifar10_images(source) if Path(source).is_dir() else archive_images(source)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a graph sees in an image set: pool features [N, D] float32, and both statistics."""
+
+    features: np.ndarray
+    pool: Statistics
+    spatial: Statistics
+
+
+def measure(images: ImageSet, graph: FeatureGraph, each_batch=lambda pixels: None) -> Measured:
+    """Run `graph` over all images; `each_batch` sees every batch of pixels on its way.
+
+    Only the pool features are kept, N D float32.
+    """
+    features = np.empty((images.num_images, graph.widths[0]), np.float32)
+    pool, spatial = Moments(), Moments()
+    done = 0
+    # disable=None: a progress bar on terminals only
+    with tqdm(total=images.num_images, desc=images.name, unit="img", disable=None) as progress:
+        for pixels in images.batches():
+            each_batch(pixels)
+            for batch in graph.features(pixels):
+                features[done : done + len(batch.pool)] = batch.pool
+                pool.add(batch.pool)
+                spatial.add(batch.spatial)
+                done += len(batch.pool)
+                progress.update(len(batch.pool))
+    return Measured(features, pool.statistics(), spatial.statistics())
+
+
+# Reference files.
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A reference file, ready to be compared with."""
+
+    images: ImageSet
+    sha256: str
+    count: int | None  # images behind the statistics, None where the file does not say
+    origin: str  # of the statistics: "file" or "images"
+    manifold: Manifold
+    pool: Statistics
+    spatial: Statistics
+
+
+def write_reference(
+    path: str | Path, images: ImageSet, graph: FeatureGraph, keep_images: int | None = None
+) -> None:
+    """Write a reference file: statistics of all `images`, and `keep_images` of them (or all).
+
+    The kept ones are spread evenly, so that a folder sorted by class keeps some of every class.
+    """
+    num_images = images.num_images
+    kept = keep_images or num_images
+    if not NEIGHBOUR < kept <= num_images:
+        raise UserError(f"--ref_images {kept}: must be in {NEIGHBOUR + 1}..{num_images}")
+    wanted = np.zeros(num_images, bool)
+    wanted[np.arange(kept) * num_images // kept] = True
+    with write_images(path, kept) as writer:
+        seen = 0
+
+        def keep(pixels: np.ndarray) -> None:
+            nonlocal seen
+            writer.append(pixels[wanted[seen : seen + len(pixels)]])
+            seen += len(pixels)
+
+        measured = measure(images, graph, keep)
+        writer.further_arrays.update(
+            mu=measured.pool.mean,
+            sigma=measured.pool.covariance,
+            mu_s=measured.spatial.mean,
+            sigma_s=measured.spatial.covariance,
+            graph=np.array(graph.name),
+            graph_sha256=np.array(graph.sha256),
+            count=np.array(num_images),
+            image_shape=np.array(images.image_shape),
+        )
+
+
+def load_reference(path: str | Path, graph: FeatureGraph, use_cache: bool = True) -> Reference:
+    """The reference at `path` as `graph` sees it, from the cache beside it where that fits.
+
+    Raises UserError where the file is damaged, or its statistics are another graph's.
+    """
+    path = Path(path)
+    images = archive_images(path)
+    sha256 = sha256_of(path)
+    with read_archive(path) as archive:
+        _refuse_other_graph(archive, graph)
+        own = {
+            "pool": _statistics(archive, "mu", "sigma", graph.widths[0]),
+            "spatial": _statistics(archive, "mu_s", "sigma_s", graph.widths[1]),
+        }
+        count = archive.integer("count") if "count" in archive else None
+    origin = "images" if None in own.values() else "file"
+    if origin == "images":
+        count = images.num_images
+    cache = cache_path(path, graph)
+    key = f"{CACHE_VERSION} {sha256} {graph.sha256}"
+    arrays = _read_cache(cache, key, images.num_images, graph) if use_cache else None
+    if arrays is None:
+        measured = measure(images, graph)
+        pool, spatial = own["pool"] or measured.pool, own["spatial"] or measured.spatial
+        arrays = Manifold.of(measured.features), pool, spatial
+        if use_cache:
+            _write_cache(cache, key, *arrays)
+    return Reference(images, sha256, count, origin, *arrays)
+
+
+def _refuse_other_graph(archive: ArchiveReader, graph: FeatureGraph) -> None:
+    if "graph_sha256" not in archive:
+        return
+    made_by = archive.text("graph_sha256")
+    if made_by != graph.sha256:
+        name = archive.text("graph") if "graph" in archive else "another graph"
+        raise UserError(
+            f"{archive.path}: its statistics were made by {name} ({made_by[:12]}), not by "
+            f"{graph.name} ({graph.sha256[:12]}); make it again with --write_ref"
+        )
+
+
+def _statistics(archive: ArchiveReader, mean: str, covariance: str, width: int):
+    """Statistics of `width` stored under these names, None where neither is there."""
+    if mean not in archive and covariance not in archive:
+        return None
+    return Statistics(archive.floats(mean, (width,)), archive.floats(covariance, (width, width)))
+
+
+# The cache: features and radii are most of the time of a run with few files.
+
+
+def cache_path(reference: Path, graph: FeatureGraph) -> Path:
+    """Where the features of `reference` by `graph` are kept; not an .npz, lest it be scored."""
+    return reference.with_name(f"{reference.name}.{graph.sha256[:12]}.cache")
+
+
+def _read_cache(path: Path, key: str, num_images: int, graph: FeatureGraph):
+    if not path.exists():
+        return None
+    width, spatial_width, _ = graph.widths
+    try:
+        with read_archive(path) as archive:
+            if archive.text("key") != key:
+                return None
+            features = archive.floats("features", (num_images, width), np.float32)
+            radii = archive.floats("squared_radii", (num_images,), np.float32)
+            pool = _statistics(archive, "mu", "sigma", width)
+            spatial = _statistics(archive, "mu_s", "sigma_s", spatial_width)
+    except UserError as error:
+        print(f"cache computed again: {error}", file=sys.stderr)
+        return None
+    return (Manifold(features, radii), pool, spatial) if pool and spatial else None
+
+
+def _write_cache(
+    path: Path, key: str, manifold: Manifold, pool: Statistics, spatial: Statistics
+) -> None:
+    try:
+        with atomic_write(path) as file:
+            np.savez(
+                file,
+                key=np.array(key),
+                features=manifold.features,
+                squared_radii=manifold.squared_radii,
+                mu=pool.mean,
+                sigma=pool.covariance,
+                mu_s=spatial.mean,
+                sigma_s=spatial.covariance,
+            )
+    except UserError as error:
+        print(f"no cache: {error}", file=sys.stderr)
