@@ -297,8 +297,13 @@ class Session:
                 self._graph_path, self._reference_images.image_shape, self._arguments.batch_size
             )
             print(f"TensorFlow {graph.tensorflow_version} on {graph.device}", flush=True)
-            use_cache = not self._arguments.no_cache
-            self._loaded = load_reference(self._arguments.ref_batch, graph, use_cache), graph
+            reference = load_reference(
+                self._arguments.ref_batch,
+                self._reference_sha256,
+                graph,
+                use_cache=not self._arguments.no_cache,
+            )
+            self._loaded = reference, graph
         return self._loaded
 
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from soflow import cifar10
 from soflow.feature_graph import FeatureGraph
-from soflow.files import UserError, atomic_write, sha256_of
+from soflow.files import UserError, atomic_write
 from soflow.images import find_pictures, read_image
 from soflow.npz import ArchiveReader, read_archive, write_images
 from soflow.scores import NEIGHBOUR, Manifold, Moments, Statistics
@@ -187,14 +187,16 @@ def write_reference(
         )
 
 
-def load_reference(path: str | Path, graph: FeatureGraph, use_cache: bool = True) -> Reference:
+def load_reference(
+    path: str | Path, sha256: str, graph: FeatureGraph, use_cache: bool = True
+) -> Reference:
     """The reference at `path` as `graph` sees it, from the cache beside it where that fits.
 
-    Raises UserError where the file is damaged, or its statistics are another graph's.
+    `sha256` is the file's digest, the key of the cache. Raises UserError where the file is damaged,
+    or its statistics are another graph's.
     """
     path = Path(path)
     images = archive_images(path)
-    sha256 = sha256_of(path)
     with read_archive(path) as archive:
         _refuse_other_graph(archive, graph)
         own = {

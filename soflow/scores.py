@@ -7,6 +7,7 @@ Kynkaanniemi et al. 2019 (precision and recall); splits, neighbours and names as
 
 # N images, D width of the features, K classes.
 
+import contextlib
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -30,7 +31,12 @@ class Statistics:
 
     @functools.cached_property
     def factor(self) -> np.ndarray:
-        """A [D, R] with A A' = covariance, where R counts the positive eigenvalues."""
+        """A with A A' = covariance: Cholesky's where all eigenvalues are positive, as it is cheap.
+
+        Else, with fewer images than features or dead ones, [D, R] with R positive eigenvalues.
+        """
+        with contextlib.suppress(np.linalg.LinAlgError):
+            return np.linalg.cholesky(self.covariance)
         values, vectors = np.linalg.eigh(self.covariance)
         positive = values > 0
         return vectors[:, positive] * np.sqrt(values[positive])

@@ -6,11 +6,18 @@ BATCH_NORM = "BatchNormWithGlobalNormalization"  # gone since GraphDef version 9
 
 
 def write_toy_graph(
-    path: Path, features: int = 16, classes: int = 10, seed: int = 0, of_2015: bool = False
+    path: Path,
+    features: int = 16,
+    classes: int = 10,
+    seed: int = 0,
+    stride: int = 2,
+    layers: int = 0,
+    of_2015: bool = False,
 ) -> Path:
     """Write the graph; like the published one it is declared for one image at a time.
 
-    `of_2015` puts the old batch normalisation between the layers, in the old GraphDef version.
+    `layers` convolutions more make it as slow as wanted; `of_2015` puts the old batch normalisation
+    between the layers, in the old GraphDef version.
     """
     import tensorflow as tf
 
@@ -24,11 +31,20 @@ def write_toy_graph(
     with graph.as_default():
         image = tf.compat.v1.placeholder(tf.float32, [None, None, 3], name="image")
         batch = ops.ExpandDims(input=image, axis=0, name="ExpandDims")
-        centred = ops.Mul(x=ops.Sub(x=batch, y=128.0), y=1 / 128)
+        hidden = ops.Mul(x=ops.Sub(x=batch, y=128.0), y=1 / 128)
+        channels = 3
+        for layer in range(layers):
+            hidden = ops.Conv2D(
+                input=hidden,
+                filter=weights(10 + layer, [3, 3, channels, 32], (2 / 9 / channels) ** 0.5),
+                strides=[1, 1, 1, 1],
+                padding="SAME",
+            )
+            hidden, channels = ops.Relu(features=hidden), 32
         conv = ops.Conv2D(
-            input=centred,
-            filter=weights(1, [3, 3, 3, 9], 0.3),
-            strides=[1, 2, 2, 1],
+            input=hidden,
+            filter=weights(1, [3, 3, channels, 9], 0.3),
+            strides=[1, stride, stride, 1],
             padding="SAME",
             name="mixed_6/conv",
         )
