@@ -1,0 +1,85 @@
+"""Score sampled digits against the 600 held-out ones: a table of FD, sFD, precision and recall.
+
+    python quickstart/score.py runs/digits/evals/1000_1NFE_42.npz [MORE.npz ...]
+
+600 images a row: each archive's first ones, then the training digits (what good looks like) and
+Gaussian noise (what bad looks like). Features of quickstart/digit_classifier.pb, by evaluator.py.
+"""
+
+import argparse
+import contextlib
+import io
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import evaluator
+from soflow.data import digits_split
+from soflow.files import UserError, run_command
+from soflow.images import to_pixels
+from soflow.npz import read_archive, write_images
+
+GRAPH = Path(__file__).with_name("digit_classifier.pb")
+NUM_IMAGES = 600
+COLUMNS = ("FD", "sFD", "prec", "recall")
+
+
+def first_images(path: str) -> np.ndarray:
+    """The first 600 digits of an archive, uint8 [600, 8, 8, 1]."""
+    with read_archive(path) as archive:
+        shape = archive.images_header().shape
+        if shape[0] < NUM_IMAGES or shape[1:] != (8, 8, 1):
+            raise UserError(f"{path}: must hold {NUM_IMAGES} digits [8, 8, 1], not {list(shape)}")
+        return next(archive.batches(NUM_IMAGES))
+
+
+def score(rows: dict[str, np.ndarray], reference: np.ndarray) -> dict[str, dict[str, float]]:
+    """Scores by row and column, from one run of the evaluator over all rows."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place, "rows")
+        folder.mkdir()
+        files = {f"{number}.npz": name for number, name in enumerate(rows)}
+        archives = {Path(place, "reference.npz"): reference}
+        archives |= {folder / file: rows[name] for file, name in files.items()}
+        for path, pixels in archives.items():
+            with write_images(path, len(pixels)) as writer:
+                writer.append(pixels)
+        flags = {
+            "--ref_batch": Path(place, "reference.npz"),
+            "--sample_batch_dir": folder,
+            "--inception": GRAPH,
+        }
+        with contextlib.redirect_stdout(io.StringIO()):
+            status = evaluator.main([str(word) for pair in flags.items() for word in pair])
+        if status:
+            raise UserError("not all rows could be scored")
+        records = evaluator.Results.open(folder).records
+        return {files[file]: record["scores"] for file, record in records.items()}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("samples", nargs="+", metavar="SAMPLES.npz")
+    paths = parser.parse_args(argv).samples
+    split = digits_split()
+    noise = np.random.RandomState(0).standard_normal((NUM_IMAGES, 8, 8, 1))
+    rows = {path: first_images(path) for path in paths}
+    rows["training digits"] = split.training_pixels[:NUM_IMAGES]
+    rows["Gaussian noise"] = to_pixels(noise)
+    scores = score(rows, split.held_out_pixels)
+    width = max(map(len, rows))
+    print(f"{f'{NUM_IMAGES} images a row':{width}}" + "".join(f"{name:>10}" for name in COLUMNS))
+    for name in rows:
+        print(f"{name:{width}}" + "".join(f"{scores[name][column]:10.3f}" for column in COLUMNS))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,48 @@
+"""The kept digit classifier knows digits, and its scores tell good ones from bad ones."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from soflow.data import digits_split
+from soflow.feature_graph import FeatureGraph
+from soflow.files import UserError
+from soflow.npz import write_images
+
+QUICKSTART = Path(__file__).resolve().parent.parent / "quickstart"
+sys.path.insert(0, str(QUICKSTART))
+
+import score  # noqa: E402
+
+
+def test_kept_graph_recognises_digits_that_it_never_saw():
+    split = digits_split()
+    graph = FeatureGraph(score.GRAPH, (8, 8, 1))
+    assert graph.widths == (48, 4 * 4 * 7, 10)
+    assert not graph.is_inception
+    features = np.concatenate([batch.pool for batch in graph.features(split.held_out_pixels)])
+    found = (features @ graph.class_weights).argmax(axis=1)
+    assert (found == split.held_out_labels).mean() > 0.97
+
+
+def test_table_puts_training_digits_near_blurred_ones_between_and_noise_far(tmp_path, capsys):
+    pixels = digits_split().training_pixels[-1000:]
+    with write_images(tmp_path / "blurred.npz", 1000) as writer:
+        writer.append((pixels // 2 + np.roll(pixels // 2, 1, axis=2)).astype(np.uint8))
+    score.main([str(tmp_path / "blurred.npz")])
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split() == ["600", "images", "a", "row", "FD", "sFD", "prec", "recall"]
+    scores = np.array([row.split()[-4:] for row in rows], float)
+    blurred, training, noise = scores
+    assert (training[:2] < blurred[:2]).all()
+    assert (blurred[:2] < noise[:2]).all()
+    assert (training[2:] > 0.85).all()
+    assert (noise[2:] < 0.05).all()
+
+
+def test_archives_that_are_not_600_digits_are_named(tmp_path):
+    np.savez(tmp_path / "a.npz", np.zeros((599, 8, 8, 1), np.uint8))
+    with pytest.raises(UserError, match=r"a\.npz: must hold 600 digits .* not \[599, 8, 8, 1\]"):
+        score.main([str(tmp_path / "a.npz")])
