@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 from PIL import Image
+from test_npz import header_text, npy_bytes, write_member
 from test_scores import plain_inception_score, plain_precision_recall
 from toy_graph import write_toy_graph
 
@@ -350,6 +351,18 @@ def test_old_result_file_is_understood(place, capsys):
     assert rows[3][:3] == ["deleted.npz", "1.0000", "2.0000"]
 
 
+def test_old_result_file_that_ends_in_the_middle_of_a_number_does_not_count(place):
+    place.add("a.npz")
+    place.add("b.npz")
+    (place.samples / "eval_results.txt").write_text(
+        "a.npz # IS: 1.0, FID: 2.0, sFID: 3.0, prec: 0.1, recall: 0.25\n"
+        "b.npz # IS: 1.0, FID: 2.0, sFID: 3.0, prec: 0.1, recall: 0.2"
+    )
+    assert place.run() == 0
+    assert [record["file"] for record in place.records] == ["b.npz"]
+    assert place.names == ["a.npz", "b.npz", "b.npz"]
+
+
 def test_another_reference_or_graph_scores_again(place, other_toy):
     place.add("a.npz")
     place.run()
@@ -642,6 +655,7 @@ def test_own_reference_from_cifar10_holds_its_training_images_in_order(place):
 
 def bad_archives():
     pixels = some_pixels(1)
+    terabytes = npy_bytes(header_text(shape=(1 << 30, 64, 64, 3)), b"few")
     return {
         "cut": lambda path: path.write_bytes(path.read_bytes()[:5000]),
         "empty": lambda path: path.write_bytes(b""),
@@ -649,6 +663,7 @@ def bad_archives():
         "floats": lambda path: np.savez(path, pixels / 255),
         "flat": lambda path: np.savez(path, pixels.reshape(60, -1)),
         "pickled": lambda path: np.savez(path, np.array([pixels, None], object)),
+        "terabytes": lambda path: write_member(path, terabytes),
         "none": lambda path: np.savez(path, pixels[:0]),
         "three": lambda path: np.savez(path, pixels[:3]),
         "rgba": lambda path: np.savez(path, some_pixels(1, channels=4)),
