@@ -26,6 +26,7 @@ from soflow import __version__
 from soflow.feature_graph import DEFAULT_NAME, FeatureGraph, find_graph
 from soflow.files import UserError, append_line, make_folder, natural_key, run_command, sha256_of
 from soflow.references import (
+    Measured,
     Reference,
     archive_images,
     find_images,
@@ -60,18 +61,9 @@ def score_file(path: Path, reference: Reference, graph: FeatureGraph) -> dict:
     measured = measure(images, graph)
     if Stamp.of(path) != stamp:
         raise UserError(f"{path}: changed while it was being scored")
-    coverage = precision_recall(Manifold.of(measured.features), reference.manifold)
-    distance = "FID" if graph.is_inception else "FD"
-    scores = {
-        "IS": inception_score(measured.features, graph.class_weights),
-        distance: frechet_distance(measured.pool, reference.pool),
-        f"s{distance}": frechet_distance(measured.spatial, reference.spatial),
-        "prec": coverage.precision,
-        "recall": coverage.recall,
-    }
     return {
         "file": path.name,
-        "scores": scores,
+        "scores": compare(measured, reference, graph),
         "num_images": images.num_images,
         "image_shape": images.image_shape,
         "notes": notes(images.num_images, reference, max(graph.widths[:2])),
@@ -95,6 +87,19 @@ def score_file(path: Path, reference: Reference, graph: FeatureGraph) -> dict:
         "device": graph.device,
         "seconds": round(time.monotonic() - start_seconds, 3),
         "scored_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def compare(samples: Measured, reference: Reference, graph: FeatureGraph) -> dict[str, float]:
+    """The scores by column; distances have the name that the graph gives them."""
+    distance = "FID" if graph.is_inception else "FD"
+    coverage = precision_recall(Manifold.of(samples.features), reference.manifold)
+    return {
+        "IS": inception_score(samples.features, graph.class_weights),
+        distance: frechet_distance(samples.pool, reference.pool),
+        f"s{distance}": frechet_distance(samples.spatial, reference.spatial),
+        "prec": coverage.precision,
+        "recall": coverage.recall,
     }
 
 
