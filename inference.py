@@ -31,6 +31,9 @@ from soflow.sampling import (
     FirstImages,
     Sampled,
     SampleRequest,
+    decoder_record,
+    decoding,
+    find_decoder,
     sample_pixels,
     save_grid,
     write_samples,
@@ -92,6 +95,7 @@ def run_inference(arguments: argparse.Namespace, config: Config, own: Processes)
     if own.is_main:
         make_folder(output.parent)
         refuse_to_shrink(output, config.eval_num_samples)
+    find_decoder(config)
     sampler = load_sampler(config, source, own.device)
     request = SampleRequest(
         config.eval_num_samples,
@@ -101,13 +105,16 @@ def run_inference(arguments: argparse.Namespace, config: Config, own: Processes)
     )
     rows, columns = config.eval_demo_shape
     first = FirstImages(rows * columns)
-    with tqdm(total=request.num_images, unit="image", disable=None if own.is_main else True) as bar:
+    with (
+        decoding(config, own.device) as decode,
+        tqdm(total=request.num_images, unit="image", disable=None if own.is_main else True) as bar,
+    ):
 
         def report(batch: Sampled) -> None:
             first.add(batch)
             bar.update(len(batch.pixels))
 
-        batches = sample_pixels(sampler.model, request, own, decode=lambda x_0: x_0)
+        batches = sample_pixels(sampler.model, request, own, decode)
         write_samples(output, batches, request.num_images, own.is_main, report)
     if not own.is_main:
         return
@@ -122,6 +129,7 @@ def run_inference(arguments: argparse.Namespace, config: Config, own: Processes)
         noise_stream=arguments.noise_stream,
         checkpoint=str(source),
         weights_sha256=sampler.weights_sha256,
+        **decoder_record(config),
     )
     print(f"{request.num_images} images in {output}")
     if arguments.grid:

@@ -63,11 +63,15 @@ from soflow.randomness import (
 from soflow.sampling import (
     Sampled,
     SampleRequest,
+    decoder_record,
+    decoding,
+    find_decoder,
     labels_by_row,
     sample_pixels,
     save_grid,
     write_samples,
 )
+from soflow.vae import PIXELS_PER_LATENT
 
 METRICS = ("Vel_MSE", "Vel_Weight", "Con_MSE", "Con_Weight", "Grad_Norm")
 
@@ -245,12 +249,14 @@ def make_eval(run: Run, path: Path) -> None:
             noise_stream="image",
             finished_steps=run.state.finished_steps,
             weights_sha256=weights_digest(run.state.ema_model.state_dict()),
+            **decoder_record(config),
         )
 
 
 def sampled(run: Run, request: SampleRequest) -> Iterator[Sampled]:
     """The averaged model's images, on the main process; all processes have to iterate."""
-    return sample_pixels(run.state.ema_model, request, run.processes, decode=lambda x_0: x_0)
+    with decoding(run.config, run.processes.device) as decode:
+        yield from sample_pixels(run.state.ema_model, request, run.processes, decode)
 
 
 def sample_request(run: Run, num_images: int) -> SampleRequest:
@@ -266,6 +272,8 @@ def sample_request(run: Run, num_images: int) -> SampleRequest:
 
 def start_run(config: Config, own: Processes, allowed: Sequence[str]) -> Run:
     """Check all that can be checked, then build the run, fresh or from its newest checkpoint."""
+    if makes_pixels(config):
+        find_decoder(config)
     data = build_data(config)
     plan = BatchPlan(
         config.batch_size, config.flow_matching_count, own.world_size, config.accumulation_steps
@@ -300,6 +308,12 @@ def start_run(config: Config, own: Processes, allowed: Sequence[str]) -> Run:
         logbook.line(note)
     logbook.line(f"{describe_model(config, model)} on {device_name(own.device)}; batch {plan}")
     return Run(config, own, data, plan, state, parallel_model, logbook)
+
+
+def makes_pixels(config: Config) -> bool:
+    """Whether a run makes any demo or eval."""
+    everies = (config.eval_demo_steps, config.eval_steps)
+    return any(due_steps(config.total_steps, every) for every in everies)
 
 
 def find_checkpoint(
@@ -404,9 +418,9 @@ def due_steps(total_steps: int, every: int | None) -> range:
 
 
 def pixel_bytes(config: Config, data_channels: int) -> int:
-    """Bytes of one sampled image: the VAE turns a latent into 8 x 8 RGB pixels."""
-    if config.dataset_type == "Imagenet":
-        return 3 * (8 * config.data_size) ** 2
+    """Bytes of one sampled image."""
+    if config.is_latent:
+        return 3 * (PIXELS_PER_LATENT * config.data_size) ** 2
     return data_channels * config.data_size**2
 
 

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import yaml
 
 from soflow.files import UserError, atomic_write
+from soflow.vae import VAE_NAME
 
 DIT_SIZES = ("Nano", "Ti", "S", "B", "M", "L", "XL")
 
@@ -48,6 +49,10 @@ class Config:
     data_size: int = 32  # side, in pixels or latents
     dataset_path: str | None = operational(None)  # folder; Digits needs none
     augment_probability: float | None = None  # recipe: 0.12 for a UNet on CIFAR10, else 0
+    # Operational, since one and the same VAE has a name here and a folder there; that it made the
+    # latents is checked against their file.
+    vae: str = operational(VAE_NAME)  # folder, or name on the Hugging Face Hub; Imagenet only
+    vae_batch_size: int = operational(16)  # images decoded at a time; bounds memory, per process
     # Objective
     velocity_loss_ratio: float = 0.75  # share of the global batch for flow matching
     p: float = 1.0  # exponent of the loss weight
@@ -91,6 +96,11 @@ class Config:
     def is_conditional(self) -> bool:
         """Whether the network is told the class: the UNet is unconditional."""
         return self.model_type != "UNet"
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether x_0 is a VAE's latent, to be decoded, rather than an image."""
+        return self.dataset_type == "Imagenet"
 
     @property
     def flow_matching_count(self) -> int:
@@ -304,6 +314,7 @@ _RANGES: dict[str, Check] = {
     "unet_dropout": _BELOW_ONE,
     "data_size": _AT_LEAST_ONE,
     "augment_probability": _SHARE,
+    "vae_batch_size": _AT_LEAST_ONE,
     "velocity_loss_ratio": _SHARE,
     "p": _NOT_NEGATIVE,
     "eps": _POSITIVE,
@@ -370,7 +381,7 @@ def _check_together(config: Config, places: Mapping[str, str]) -> None:
             refuse("cfg_scale", "needs labels, and the UNet is unconditional; use 1, or a DiT")
         if config.data_size % 4:
             refuse("data_size", "must be a multiple of 4 for the UNet, which halves it twice")
-        if config.dataset_type == "Imagenet":
+        if config.is_latent:
             refuse("model_type", "is for pixels (CIFAR10, ImageFolder), not for Imagenet's latents")
     if config.cfg_scale > 1 and config.cfg_drop_rate == 0:
         refuse("cfg_drop_rate", "leaves no null class, which cfg_scale > 1 needs; 0.1 is usual")

@@ -15,6 +15,7 @@ from soflow.cifar10 import load_training_set
 from soflow.config import Config
 from soflow.files import UserError
 from soflow.images import class_folders, class_names, read_image, refuse_non_pictures, to_images
+from soflow.vae import LATENT_CHANNELS
 
 # N examples, B samples of a part, C channels, H = W side
 
@@ -167,6 +168,11 @@ def data_folder(config: Config) -> Path:
     return Path(config.dataset_path).expanduser()
 
 
+def load_latents_data(config: Config) -> TrainingData:
+    """The latents to train on."""
+    raise UserError("dataset_type: training on Imagenet's latents is not there yet")
+
+
 class Source(NamedTuple):
     """A kind of data set: what it is made of, how to load it, and what dataset_path holds."""
 
@@ -184,6 +190,7 @@ SOURCES = {
     "ImageFolder": Source(
         3, None, load_folder_data, "a folder in which each class has a folder of pictures"
     ),
+    "Imagenet": Source(LATENT_CHANNELS, 1000, load_latents_data, "the folder of its latents"),
 }
 
 

@@ -1,5 +1,6 @@
 """From noise to images: the one sampler, which training and inference both call."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -8,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from soflow import vae
+from soflow.config import Config
 from soflow.distributed import Processes
 from soflow.images import save_png, tile, to_pixels
 from soflow.npz import write_images
@@ -80,6 +83,40 @@ class Sampled(NamedTuple):
 
     pixels: np.ndarray
     labels: np.ndarray | None
+
+
+def find_decoder(config: Config) -> vae.FoundVae | None:
+    """What the config's x_0 are decoded by, for `decoding`; None where they are images already.
+
+    Quick where the VAE is on this machine, so that its absence is noticed before the work.
+    """
+    return vae.find_vae(config.vae) if config.is_latent else None
+
+
+def decoder_record(config: Config) -> dict[str, str | float]:
+    """What a result's record says of the decoder; nothing where there is none."""
+    found = find_decoder(config)
+    if found is None:
+        return {}
+    return {
+        "vae": found.name,
+        "vae_revision": found.revision,
+        "latent_scale": vae.LATENT_SCALE,
+    }
+
+
+@contextlib.contextmanager
+def decoding(config: Config, device: torch.device) -> Iterator[Callable[[Tensor], Tensor]]:
+    """The function from x_0 to images, float -1..1; a VAE is in memory for the block alone."""
+    found = find_decoder(config)
+    if found is None:
+        yield lambda x_0: x_0
+        return
+    loaded = vae.load_vae(found, device)
+    try:
+        yield lambda x_0: vae.decode(loaded, x_0, config.vae_batch_size)
+    finally:
+        vae.release(loaded)
 
 
 def sample_pixels(

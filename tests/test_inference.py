@@ -8,9 +8,12 @@ import pytest
 import torch
 from commands import ROOT, digits_settings, succeed
 from PIL import Image
+from tiny_vae import make_tiny_vae
 
 import inference
 import train
+from models import build_model
+from soflow.config import Config, save_config
 from soflow.files import UserError
 from soflow.npz import read_archive
 
@@ -147,3 +150,51 @@ def test_command_samples_in_a_process_of_its_own(run):
     )  # fmt: skip
     assert "3 images in" in said
     assert ROOT.name not in said.partition("images in")[0]
+
+
+# Latents
+
+
+@pytest.fixture
+def released(tmp_path):
+    """Options for a folder like a released one: a config, and a checkpoint of the five entries."""
+    config = Config(
+        working_dir=str(tmp_path),
+        model_type="DiT-Nano-2",
+        data_size=4,
+        vae=str(make_tiny_vae(tmp_path / "vae")),
+        eval_demo_shape=(2, 2),
+    )
+    torch.manual_seed(0)
+    model = build_model(**config.model_arguments(data_channels=4, num_classes=1000))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    weights = model.state_dict()
+    optimizer = {"state": {}, "param_groups": []}
+    content = {"model": weights, "ema_model": weights, "optimizer": optimizer}
+    (tmp_path / "ckpts").mkdir()
+    torch.save({**content, "finished_steps": 9, "finished_epochs": 0}, tmp_path / "ckpts" / "9.pt")
+    save_config(config, tmp_path / "config.yaml")
+    return ["--config", str(tmp_path / "config.yaml"), "--ckpt-steps=9", "--num-samples=5"]
+
+
+def test_latents_are_decoded_to_rgb_and_the_record_says_by_what(released, tmp_path):
+    inference.main([*released, "--eval-NFE=2", f"--grid={tmp_path / 'grid.png'}"])
+    with np.load(tmp_path / "evals" / "9_2NFE_42.npz") as archive:
+        pixels = archive["arr_0"]
+    assert pixels.shape == (5, 32, 32, 3)
+    assert pixels.std() > 1
+    record = json.loads((tmp_path / "evals" / "9_2NFE_42.json").read_text())
+    assert record["vae"] == str(tmp_path / "vae")
+    assert record["latent_scale"] == 0.18215
+    with Image.open(tmp_path / "grid.png") as picture:
+        assert picture.mode == "RGB"
+    inference.main([*released, "--eval-NFE=2", "--seed=42", "--set=vae_batch_size=1"])
+    with np.load(tmp_path / "evals" / "9_2NFE_42.npz") as archive:
+        assert np.abs(archive["arr_0"].astype(int) - pixels).max() <= 1
+
+
+def test_absent_vae_is_noticed_before_the_checkpoint_is_read(released, monkeypatch):
+    monkeypatch.setattr("inference.read_checkpoint", lambda path: pytest.fail("read it"))
+    with pytest.raises(UserError, match="vae: /nowhere: no such folder"):
+        inference.main([*released, "--set=vae=/nowhere"])

@@ -1,0 +1,147 @@
+"""The VAE between images and latents: its name and scale, where it is found, encode and decode.
+
+diffusers takes seconds to import and is imported only where a VAE is loaded.
+"""
+
+import functools
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from soflow.files import UserError, one_line
+
+VAE_NAME = "stabilityai/sd-vae-ft-mse"
+LATENT_SCALE = 0.18215  # x_0 = LATENT_SCALE times the VAE's own latent
+LATENT_CHANNELS = 4
+PIXELS_PER_LATENT = 8  # along a side
+
+CONFIG_FILE = "config.json"
+WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+
+# B images, C = 4 latent channels, h = w latent side, H = W = 8 h pixel side
+
+
+@dataclass(frozen=True)
+class FoundVae:
+    """A VAE whose files are on this machine."""
+
+    name: str  # as the user named it
+    folder: Path
+    revision: str  # the hub's commit, or nothing for a folder of the user's own
+
+
+def find_vae(name: str) -> FoundVae:
+    """The VAE called `name`, a folder or a name on the Hugging Face Hub, fetched if need be.
+
+    The hub's own settings hold (HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT, ...). UserError where it is
+    absent and cannot be fetched, has no weights, or is no VAE of 4 channels and 8 pixels a latent.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        found = FoundVae(name, folder, "")
+    elif re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
+        folder = _fetch(name)
+        found = FoundVae(name, folder, folder.name)  # the hub's cache has a folder per commit
+    else:
+        raise UserError(
+            f"vae: {name}: no such folder, and not a name on the Hugging Face Hub such as "
+            f"{VAE_NAME}"
+        )
+    if not any((found.folder / file).is_file() for file in WEIGHT_FILES):
+        raise UserError(f"vae: {found.folder}: has no weights ({' or '.join(WEIGHT_FILES)})")
+    _check_kind(found.folder / CONFIG_FILE)
+    return found
+
+
+@functools.cache  # one commit for the whole process, though the hub may get another meanwhile
+def _fetch(name: str) -> Path:
+    """The folder of a VAE of the hub in the hub's cache."""
+    # diffusers asks for these two and no more; a pickle off the net is not opened.
+    wanted = [CONFIG_FILE, WEIGHT_FILES[0]]
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except ImportError as error:
+        raise UserError(f"vae: {name}: {_cannot_import(error)}") from error
+    except Exception as error:  # the hub's client raises many kinds
+        raise UserError(
+            f"vae: {name}: not on this machine, and not fetched ({one_line(error)}); where there "
+            f"is a network, run `hf download {name} --local-dir FOLDER`, bring the folder here and "
+            "say vae: FOLDER"
+        ) from error
+
+
+def _cannot_import(error: ImportError) -> str:
+    return f"{one_line(error)}; pip install -r requirements_soflow.txt"
+
+
+def _check_kind(path: Path) -> None:
+    """UserError where the config of a VAE at `path` is not of the kind that latents are made by."""
+    try:
+        described = json.loads(path.read_bytes())
+        levels, channels = len(described["block_out_channels"]), described["latent_channels"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"vae: {path}: not the description of a VAE ({type(error).__name__}: "
+            f"{one_line(error)}); a VAE's folder has {CONFIG_FILE} beside its weights"
+        ) from error
+    pixels = 2 ** (levels - 1)
+    if (channels, pixels) != (LATENT_CHANNELS, PIXELS_PER_LATENT):
+        raise UserError(
+            f"vae: {path}: latents of {channels} channels, {pixels} pixels each; needed are "
+            f"{LATENT_CHANNELS} channels, {PIXELS_PER_LATENT} pixels each"
+        )
+
+
+def load_vae(found: FoundVae, device: torch.device) -> nn.Module:
+    """The VAE in float32 on `device`, for use and not for training; nothing is fetched."""
+    # From a folder there is nothing to ask the hub for.
+    try:
+        from diffusers import AutoencoderKL
+
+        vae = AutoencoderKL.from_pretrained(
+            found.folder, local_files_only=True, low_cpu_mem_usage=False, torch_dtype=torch.float32
+        )
+    except ImportError as error:
+        raise UserError(f"vae: {found.name}: {_cannot_import(error)}") from error
+    except Exception as error:  # diffusers and safetensors raise many kinds on damaged files
+        raise UserError(f"vae: {found.folder}: cannot be loaded ({one_line(error)})") from error
+    return vae.to(device).eval().requires_grad_(False)
+
+
+def release(vae: nn.Module) -> None:
+    """Let the memory of the VAE's weights go, whoever still holds the VAE."""
+    vae.to("meta")
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@torch.inference_mode()
+def encode(vae: Any, images: Tensor) -> Tensor:
+    """[B, 2C, h, w], the posterior's mean and then its standard deviation, of images [B, 3, H, W].
+
+    Images are -1..1; the moments are in the VAE's own scale.
+    """
+    posterior = vae.encode(images).latent_dist
+    return torch.cat([posterior.mean, posterior.std], dim=1)
+
+
+def draw_latents(moments: Tensor, source: torch.Generator) -> Tensor:
+    """x_0 = (mean + std N) 0.18215, [B, C, h, w], of moments as `encode` gives them."""
+    mean, std = moments.float().chunk(2, dim=1)
+    noise = torch.randn(mean.shape, generator=source, device=mean.device)
+    return (mean + std * noise) * LATENT_SCALE
+
+
+@torch.inference_mode()
+def decode(vae: Any, x_0: Tensor, batch_size: int) -> Tensor:
+    """Images [B, 3, H, W], about -1..1, of x_0 [B, C, h, w]; `batch_size` of them at a time."""
+    return torch.cat([vae.decode(part / LATENT_SCALE).sample for part in x_0.split(batch_size)])

@@ -1,0 +1,163 @@
+"""The VAE is found or refused early, and latents go through it and back at one scale."""
+
+import pytest
+import torch
+from commands import run
+from tiny_vae import make_tiny_vae
+
+from soflow.config import Config
+from soflow.files import UserError
+from soflow.sampling import decoder_record, decoding, find_decoder
+from soflow.vae import LATENT_SCALE, decode, draw_latents, encode, find_vae, load_vae
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_tiny_vae(tmp_path_factory.mktemp("vae") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def vae(folder):
+    return load_vae(find_vae(str(folder)), CPU)
+
+
+def some_images(count=3):
+    return torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def test_moments_are_the_mean_and_then_the_deviation(vae):
+    posterior = vae.encode(some_images()).latent_dist
+    moments = encode(vae, some_images())
+    assert moments.shape == (3, 8, 4, 4)
+    assert torch.equal(moments[:, :4], posterior.mean)
+    assert torch.equal(moments[:, 4:], torch.exp(0.5 * posterior.logvar))
+
+
+def test_latents_are_mean_plus_deviation_times_noise_at_the_scale():
+    moments = torch.cat([torch.full((2, 4, 3, 3), 5.0), torch.full((2, 4, 3, 3), 0.5)], dim=1)
+    x_0 = draw_latents(moments, torch.Generator().manual_seed(1))
+    noise = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(x_0, (5 + 0.5 * noise) * 0.18215)
+    assert x_0.dtype == torch.float32
+    assert draw_latents(moments.half(), torch.Generator()).dtype == torch.float32
+
+
+def test_decoding_undoes_the_scale_and_takes_some_at_a_time(vae, monkeypatch):
+    latents = torch.randn(5, 4, 4, 4, generator=torch.Generator().manual_seed(2))
+    expected = torch.cat([vae.decode(latent[None]).sample for latent in latents])
+    sizes = []
+    whole = vae.decode
+    monkeypatch.setattr(vae, "decode", lambda part: (sizes.append(len(part)), whole(part))[1])
+    images = decode(vae, latents * LATENT_SCALE, batch_size=2)
+    assert sizes == [2, 2, 1]
+    assert images.shape == (5, 3, 32, 32)
+    assert torch.allclose(images, expected, atol=1e-5)
+
+
+def test_encoded_mean_drawn_without_spread_is_decoded_as_the_vae_decodes_it(vae):
+    mean, std = encode(vae, some_images()).chunk(2, dim=1)
+    x_0 = draw_latents(torch.cat([mean, 0 * std], dim=1), torch.Generator())
+    assert torch.allclose(decode(vae, x_0, 16), vae.decode(mean).sample, atol=1e-5)
+
+
+def test_vae_is_in_memory_while_pixels_are_made_and_no_longer(folder, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(
+        "soflow.sampling.vae.load_vae", lambda *given: loaded.append(load_vae(*given)) or loaded[-1]
+    )
+    config = Config(working_dir="unused", vae=str(folder))
+    find_decoder(config)
+    assert not loaded
+    x_0 = torch.randn(2, 4, 4, 4)
+    with decoding(config, CPU) as function:
+        assert torch.equal(function(x_0), decode(loaded[0], x_0, 16))
+    assert {parameter.device.type for parameter in loaded[0].parameters()} == {"meta"}
+    assert decoder_record(config)["vae"] == str(folder)
+
+
+def test_images_are_not_decoded():
+    config = Config(working_dir="unused", dataset_type="Digits", data_size=8, vae="/nowhere")
+    images = torch.randn(2, 1, 8, 8)
+    with decoding(config, CPU) as function:
+        assert function(images) is images
+    assert decoder_record(config) == {}
+
+
+# Found or refused.
+
+
+def test_folder_without_weights_is_named(folder, tmp_path):
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    with pytest.raises(UserError, match=rf"vae: {tmp_path}: has no weights \(diffusion_pytorch_"):
+        find_vae(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "not the description of a VAE"),
+        ("[]", "not the description of a VAE"),
+        ('{"latent_channels": 4}', "not the description of a VAE .*block_out_channels"),
+        ('{"latent_channels": 16, "block_out_channels": [1, 1, 1, 1]}', "16 channels, 8 pixels"),
+        ('{"latent_channels": 4, "block_out_channels": [1, 1, 1]}', "4 channels, 4 pixels each; n"),
+    ],
+)
+def test_vae_of_another_kind_is_refused(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    (tmp_path / "diffusion_pytorch_model.safetensors").touch()
+    with pytest.raises(UserError, match=message) as caught:
+        find_vae(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_weights_are_named(folder, tmp_path):
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    weights = (folder / "diffusion_pytorch_model.safetensors").read_bytes()
+    for size in (0, 100, len(weights) // 2):
+        (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(weights[:size])
+        with pytest.raises(UserError, match=rf"vae: {tmp_path}: cannot be loaded") as caught:
+            load_vae(find_vae(str(tmp_path)), CPU)
+        assert "\n" not in str(caught.value)
+
+
+def test_absent_folder_is_named_and_nothing_is_asked_of_the_hub():
+    for name in ("/nowhere/vae", "./vae", "vae", "a/b/c"):
+        with pytest.raises(UserError, match=rf"vae: {name}: no such folder, and not a name"):
+            find_vae(name)
+
+
+def hub_cache(home, folder, name):
+    """A cache as the hub's client leaves it after fetching `folder` as `name`."""
+    repository = home / "hub" / f"models--{name.replace('/', '--')}"
+    snapshot = repository / "snapshots" / ("c" * 40)
+    snapshot.mkdir(parents=True)
+    for file in folder.iterdir():
+        (snapshot / file.name).write_bytes(file.read_bytes())
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("c" * 40)
+
+
+def test_offline_the_cache_of_the_hub_is_used_or_its_lack_explained(folder, tmp_path):
+    """In processes of their own: the hub's client reads its settings when it is imported."""
+    hub_cache(tmp_path, folder, "somebody/tiny")
+    code = (
+        "import sys; from soflow.files import UserError; from soflow.vae import find_vae\n"
+        "try: print(find_vae(sys.argv[1]))\n"
+        "except UserError as error: print('error:', error)"
+    )
+    settings = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    there = run("-c", code, "somebody/tiny", env=settings)
+    assert there.returncode == 0, there.stderr
+    assert f"revision='{'c' * 40}'" in there.stdout
+    missing = run("-c", code, "somebody/absent", env=settings)
+    (line,) = missing.stdout.splitlines()
+    assert line.startswith("error: vae: somebody/absent: not on this machine, and not fetched")
+    assert "run `hf download somebody/absent --local-dir FOLDER`, bring the folder here" in line
+    unreachable = run(
+        "-c", code, "somebody/absent",
+        env={"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"},
+    )  # fmt: skip
+    (line,) = unreachable.stdout.splitlines()
+    assert line.startswith("error: vae: somebody/absent: not on this machine, and not fetched")
