@@ -8,22 +8,25 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(*arguments: object, env: dict[str, str] | None = None, **options):
-    """The finished process of `python {arguments}` in the project's folder, its output captured."""
+def run(*arguments: object, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """The finished process of `python {arguments}` in `folder`, its output captured.
+
+    With one thread, as the tests themselves: threads that wait for each other on a busy machine
+    are many times slower.
+    """
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, **(env or {})},
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
-        **options,
     )
 
 
-def succeed(*arguments: object, **options) -> str:
+def succeed(*arguments: object, folder: Path = ROOT) -> str:
     """The output of a command that has to succeed."""
-    finished = run(*arguments, **options)
+    finished = run(*arguments, folder=folder)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return finished.stdout
 

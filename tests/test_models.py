@@ -456,6 +456,25 @@ def test_both_consistency_passes_get_the_same_dropout_seed():
     assert seeds[0] == seeds[1]
 
 
+def test_both_consistency_passes_of_a_unet_drop_the_same_and_leave_the_global_state_alone():
+    """With l = t and x_l = x_t, two passes with one set of masks are one and the same."""
+    torch.manual_seed(0)
+    model = build_model("UNet", 3, 8, 10, 0.0, dropout=0.5).train()
+    outputs = []
+    model.network.register_forward_hook(lambda *call: outputs.append(call[2].detach()))
+    x_0, x_1 = torch.randn(2, 2, 3, 8, 8)
+    t, s = torch.tensor([0.7, 0.4]), torch.tensor([0.3, 0.1])
+    samples = Samples(x_0, x_1, dropout_seed=5)
+    before = torch.get_rng_state()
+    model._consistency_terms(samples, ConsistencyTimes(t, t, s), UNGUIDED)
+    assert torch.equal(torch.get_rng_state(), before)
+    model.consistency_loss(x_0, x_1, t, t, s, None, None, UNGUIDED)
+    one, other, *unseeded = outputs
+    assert torch.equal(one, other)
+    assert torch.equal(*unseeded)
+    assert not torch.equal(one, unseeded[0])
+
+
 # Building
 
 

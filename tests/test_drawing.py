@@ -1,0 +1,98 @@
+"""The draws of a step: owned by (seed, purpose, step, part), and passed on whole."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from drawing import draw_batch
+from models import Batch
+from soflow.batches import BatchPlan
+from soflow.config import Config, resolve
+from soflow.data import PixelData, RawBatch
+from soflow.images import to_images
+
+CPU = torch.device("cpu")
+PLAN = BatchPlan(batch_size=16, flow_matching_count=10, world_size=1, accumulation_steps=1)
+
+
+def config(**values) -> Config:
+    given = {"dataset_type": "CIFAR10", "cfg_scale": 2.0, "cfg_drop_rate": 0.5, **values}
+    return resolve(Config(working_dir="x", **given))
+
+
+def draw(drawn_config: Config, step: int = 0, part: int = 0, plan: BatchPlan = PLAN) -> Batch:
+    source = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (16, 3, 32, 32), generator=source, dtype=torch.uint8)
+    data = PixelData(pixels, torch.arange(16) % 10, tuple("0123456789"))
+    return draw_batch(drawn_config, plan, data, data[list(range(16))], step, part, CPU)
+
+
+def tensors(batch: Batch) -> dict[str, torch.Tensor]:
+    """All that was drawn, by name."""
+    found = {"t": batch.flow_matching_t, "times": torch.stack(batch.consistency_times)}
+    for loss in ("flow_matching", "consistency"):
+        for name, value in vars(getattr(batch, loss)).items():
+            if isinstance(value, torch.Tensor):
+                found[f"{loss}.{name}"] = value
+    return found
+
+
+def test_the_same_step_is_drawn_the_same_and_nothing_global_moves():
+    before = torch.get_rng_state()
+    one, other = tensors(draw(config())), tensors(draw(config()))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    "other", [{"step": 1}, {"part": 0, "drawn_config": config(seed=1)}], ids=["step", "seed"]
+)
+def test_another_step_or_seed_is_drawn_otherwise(other):
+    one = draw(config())
+    two = draw(**{"drawn_config": config(), **other})
+    drawn = ("flow_matching.x_1", "consistency.x_1", "flow_matching.null_mask", "t", "times")
+    for name in drawn:
+        assert not torch.equal(tensors(one)[name], tensors(two)[name]), name
+    assert one.flow_matching.dropout_seed != two.flow_matching.dropout_seed
+    assert torch.equal(one.flow_matching.x_0, two.flow_matching.x_0)
+
+
+def test_parts_draw_otherwise_and_the_two_losses_drop_otherwise():
+    plan = BatchPlan(32, 20, 2, 1)
+    one, two = (draw(config(), part=part, plan=plan) for part in (0, 1))
+    assert not torch.equal(one.flow_matching.x_1, two.flow_matching.x_1)
+    assert one.flow_matching.dropout_seed != one.consistency.dropout_seed
+
+
+def test_the_first_samples_are_for_flow_matching_and_the_counts_are_global():
+    batch = draw(config())
+    assert len(batch.flow_matching.x_0) == len(batch.flow_matching_t) == 10
+    assert len(batch.consistency.x_0) == len(batch.consistency_times.t) == 6
+    assert (batch.global_flow_matching_count, batch.global_consistency_count) == (10, 6)
+    labels = torch.cat([batch.flow_matching.labels, batch.consistency.labels])
+    assert labels.tolist() == [index % 10 for index in range(16)]
+
+
+def test_gap_of_the_times_follows_the_schedule():
+    def ratio(step: int) -> torch.Tensor:
+        times = draw(config(total_steps=100, l_schedule="Exponent"), step=step).consistency_times
+        return ((times.t - times.l) / (times.t - times.s)).median()
+
+    assert ratio(0) == pytest.approx(0.1, rel=1e-3)
+    assert ratio(99) == pytest.approx(0.1 * 0.02**0.99, rel=0.02)
+
+
+def test_a_unet_on_cifar_gets_augmented_images_and_what_was_done_to_them():
+    plain = config(model_type="UNet", cfg_scale=1.0, cfg_drop_rate=0.0)
+    assert plain.augment_probability == 0.12
+    batch = draw(dataclasses.replace(plain, augment_probability=1.0))
+    assert batch.flow_matching.labels is None
+    assert batch.flow_matching.null_mask is None
+    assert batch.consistency.augment_labels.shape == (6, 6)
+    untouched = draw(dataclasses.replace(plain, augment_probability=0.0))
+    assert untouched.consistency.augment_labels is None
+    assert not torch.allclose(batch.flow_matching.x_0, untouched.flow_matching.x_0, atol=0.1)
+    pixels = RawBatch(torch.zeros(1, 3, 2, 2, dtype=torch.uint8), torch.zeros(1))
+    assert torch.equal(to_images(pixels.stored), -torch.ones(1, 3, 2, 2))
