@@ -8,7 +8,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(*arguments: object, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: object, folder: Path = ROOT, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """The finished process of `python {arguments}` in `folder`, its output captured.
 
     With one thread, as the tests themselves: threads that wait for each other on a busy machine
@@ -17,7 +19,7 @@ def run(*arguments: object, folder: Path = ROOT) -> subprocess.CompletedProcess[
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
         capture_output=True,
         text=True,
         timeout=300,

@@ -1,0 +1,144 @@
+"""Folders laid out like the released ones: the README's commands work on them as they stand."""
+
+from pathlib import Path
+
+import goldens
+import numpy as np
+import pytest
+import torch
+from commands import ROOT, succeed
+from standins import write_cifar10
+from test_train import load
+from tiny_vae import make_tiny_vae
+
+import train
+from models import build_model
+
+LATENT_KEYS = """
+noising_type: Linear
+coefficient_type: Euler
+model_type: DiT-Nano-4
+dataset_type: Imagenet
+data_size: 32
+cfg_scale: 3.0
+mix_ratio: 0.25
+cfg_drop_rate: 0.1
+cfg_decay_time: 0.8
+total_steps: 1200000
+ema_decay_rate: 0.9999
+learning_rate: 1e-4
+num_workers: 8
+prefetch_factor: 4
+"""
+UNET_KEYS = """
+noising_type: Linear
+coefficient_type: Euler
+model_type: UNet
+dataset_type: CIFAR10
+dataset_path: ./data
+data_size: 32
+velocity_loss_ratio: 0.0
+p: 0.75
+eps: 0.001
+time_mean: [-0.9, -4.0, -0.9]
+time_std: [1.6, 1.6, 1.6]
+cfg_scale: 1.0
+cfg_drop_rate: 0
+l_init_ratio: 1.0
+l_end_ratio: 0.0003125
+total_steps: 800000
+learning_rate: 1e-4
+betas: [0.9, 0.999]
+batch_size: 1024
+"""
+
+
+def release(folder: Path, name: str, keys: str, steps: int, model, optimizer) -> None:
+    """`SoFlow/{name}` as published: a config and a checkpoint of the reference's five keys."""
+    place = folder / "SoFlow" / name
+    (place / "ckpts").mkdir(parents=True)
+    (place / "config.yaml").write_text(f"working_dir: SoFlow/{name}{keys}")
+    torch.save(
+        {
+            "model": model.state_dict(),
+            "ema_model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "finished_steps": steps,
+            "finished_epochs": steps // 5004,
+        },
+        place / "ckpts" / f"{steps}.pt",
+    )
+
+
+def command_of_the_readme(name: str) -> list[str]:
+    """The arguments of the README's inference command for a released model, torchrun aside."""
+    lines = (ROOT / "README.md").read_text().replace("\\\n", " ").splitlines()
+    (line,) = [line for line in lines if f"--config SoFlow/{name}/" in line]
+    return line.partition("inference.py")[2].split()
+
+
+def test_released_unet_is_sampled_by_the_command_of_the_readme(tmp_path):
+    model = build_model("UNet", 3, 32, 10, 0.0)
+    names = [name for name, *_ in goldens.manifest()["UNet"]]
+    assert list(model.state_dict()) == names
+    release(tmp_path, "UNet-uncond", UNET_KEYS, 800_000, model, torch.optim.RAdam([torch.ones(1)]))
+    said = succeed(
+        ROOT / "inference.py", *command_of_the_readme("UNet-uncond"), "--num-samples", 3,
+        folder=tmp_path,
+    )  # fmt: skip
+    path = tmp_path / "SoFlow" / "UNet-uncond" / "evals" / "800000_1NFE_42.npz"
+    assert str(path.relative_to(tmp_path)) in said
+    with np.load(path) as archive:
+        assert archive["arr_0"].shape == (3, 32, 32, 3)
+
+
+def test_released_latent_model_is_sampled_by_the_command_of_the_readme(tmp_path):
+    model = build_model("DiT-Nano-4", 4, 32, 1000, 0.1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    release(tmp_path, "XL-2-cond", LATENT_KEYS, 1_200_000, model, optimizer)
+    make_tiny_vae(tmp_path / "vae")
+    succeed(
+        ROOT / "inference.py", *command_of_the_readme("XL-2-cond"), "--num-samples", 3,
+        "--set=vae=vae", folder=tmp_path,
+    )  # fmt: skip
+    path = tmp_path / "SoFlow" / "XL-2-cond" / "evals" / "1200000_2NFE_42.npz"
+    with np.load(path) as archive:
+        assert archive["arr_0"].shape == (3, 256, 256, 3)
+
+
+def test_a_file_of_the_reference_goes_on_in_training_and_ours_has_its_keys(
+    tmp_path, monkeypatch, capsys
+):
+    write_cifar10(tmp_path / "data", monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    model = build_model("DiT-Nano-8", 3, 32, 10, 0.1)
+    optimizer = torch.optim.RAdam(model.parameters(), lr=3e-4)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    keys = LATENT_KEYS.replace("Imagenet", "CIFAR10\ndataset_path: data")
+    keys = keys.replace("DiT-Nano-4", "DiT-Nano-8").replace("1200000", "5\nbatch_size: 4")
+    release(tmp_path, "Ref", keys, 4, model, optimizer)
+    config = tmp_path / "SoFlow" / "Ref" / "config.yaml"
+    recorded = config.read_text()
+
+    train.main(["--config", str(config), "--set=num_workers=0"])
+
+    said = capsys.readouterr().out
+    assert "resumed at step 4 from SoFlow/Ref/ckpts/4.pt" in said
+    assert "lr is 0.0001 now; it was 0.0003 in SoFlow/Ref/ckpts/4.pt" in said
+    assert config.read_text() == recorded
+    ours, theirs = load(config.parent, 5), load(config.parent, 4)
+    assert ours["finished_steps"] == 5
+    for entry in ("model", "ema_model"):
+        assert list(ours[entry]) == list(theirs[entry]) == list(model.state_dict())
+    state = ours["optimizer"]["state"]
+    assert state.keys() == theirs["optimizer"]["state"].keys()
+    assert all(entry["step"] == 2 for index, entry in state.items() if index > 0)
+    # A step of the optimizer with what the file had accumulated, not with nothing.
+    assert state[2]["exp_avg"].abs().min() > 0
+
+
+@pytest.mark.parametrize("name", ["UNet-uncond", "XL-2-cond"])
+def test_readme_names_the_released_folders(name):
+    assert command_of_the_readme(name)
