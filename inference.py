@@ -95,6 +95,8 @@ def run_inference(arguments: argparse.Namespace, config: Config, own: Processes)
     if own.is_main:
         make_folder(output.parent)
         refuse_to_shrink(output, config.eval_num_samples)
+        if arguments.grid:
+            make_folder(Path(arguments.grid).parent)
     find_decoder(config)
     sampler = load_sampler(config, source, own.device)
     request = SampleRequest(
