@@ -10,6 +10,8 @@ The images come from the averaged weights of ckpts/{steps}.pt in the config's wo
 evals/{steps}_{NFE}NFE_{seed}.npz there. Guidance was trained in: there is no scale to choose.
 """
 
+import soflow  # noqa: F401  # isort: skip - before torch: tells its threads how to wait
+
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path

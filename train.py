@@ -8,6 +8,8 @@
 Everything goes into the config's working_dir: config.yaml, log.txt, ckpts/, evals/, figs/.
 """
 
+import soflow  # noqa: F401  # isort: skip - before torch: tells its threads how to wait
+
 import argparse
 import contextlib
 import dataclasses
