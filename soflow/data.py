@@ -15,7 +15,9 @@ from soflow.cifar10 import load_training_set
 from soflow.config import Config
 from soflow.files import UserError
 from soflow.images import class_folders, class_names, read_image, refuse_non_pictures, to_images
-from soflow.vae import LATENT_CHANNELS
+from soflow.latents import LATENT_FILE, LatentInfo, LatentReader
+from soflow.logbook import weights_digest
+from soflow.vae import LATENT_CHANNELS, draw_latents, find_vae, load_vae
 
 # N examples, B samples of a part, C channels, H = W side
 
@@ -113,6 +115,23 @@ class FolderData(TrainingData):
         return channels_first(np.stack([read_image(path, self.spec.size) for path in paths]))
 
 
+class LatentData(TrainingData):
+    """What a VAE makes of pictures, read from a latent file when it is asked for."""
+
+    def __init__(self, reader: LatentReader):
+        spec = DataSpec(LATENT_CHANNELS, reader.size, reader.class_names, len(reader))
+        super().__init__(spec, reader.labels)
+        self.reader = reader
+
+    def stored(self, indices: list[int]) -> Tensor:
+        """[B, 8, H, W]: the posterior's mean and then its standard deviation."""
+        return self.reader.read(indices)
+
+    def clean(self, stored: Tensor, source: torch.Generator) -> Tensor:
+        """x_0 = (mean + std N) 0.18215, with N from `source`."""
+        return draw_latents(stored, source)
+
+
 def channels_first(pixels: np.ndarray) -> Tensor:
     """[N, C, H, W] of [N, H, W, C], contiguous."""
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
@@ -169,8 +188,36 @@ def data_folder(config: Config) -> Path:
 
 
 def load_latents_data(config: Config) -> TrainingData:
-    """The latents to train on."""
-    raise UserError("dataset_type: training on Imagenet's latents is not there yet")
+    """The latents in dataset_path; UserError where they are not what the config describes."""
+    reader = LatentReader(data_folder(config) / LATENT_FILE)
+    if reader.size != config.data_size:
+        raise UserError(
+            f"data_size: {config.data_size}, and the latents in {reader.path} have side "
+            f"{reader.size}"
+        )
+    if reader.info:
+        refuse_other_vae(config, reader.path, reader.info)
+    reader.check_values()
+    return LatentData(reader)
+
+
+def refuse_other_vae(config: Config, path: Path, info: LatentInfo) -> None:
+    """UserError where the config's VAE is not the one that made the latents.
+
+    Under another name it may be the same, which is known by its weights: those are read then.
+    """
+    if config.vae == info.vae:
+        return
+    try:
+        vae = load_vae(find_vae(config.vae), torch.device("cpu"))
+        if weights_digest(vae.state_dict()) == info.vae_sha256:
+            return
+        why = "has other weights"
+    except UserError as error:
+        why = f"cannot be compared with it ({error})"
+    raise UserError(
+        f"{path}: made by the VAE {info.vae}, and vae: {config.vae} {why}; say vae: {info.vae}"
+    )
 
 
 class Source(NamedTuple):
@@ -190,12 +237,18 @@ SOURCES = {
     "ImageFolder": Source(
         3, None, load_folder_data, "a folder in which each class has a folder of pictures"
     ),
-    "Imagenet": Source(LATENT_CHANNELS, 1000, load_latents_data, "the folder of its latents"),
+    "Imagenet": Source(
+        LATENT_CHANNELS, 1000, load_latents_data, "the folder of imagenet_latent.hdf5"
+    ),
 }
 
 
 def count_classes(config: Config) -> int:
     """How many classes the config's data set has, by a look at its folder where need be."""
+    if config.is_latent and config.dataset_path:
+        path = data_folder(config) / LATENT_FILE
+        if path.exists():
+            return len(LatentReader(path).class_names)
     known = SOURCES[config.dataset_type].num_classes
     return len(class_names(data_folder(config))) if known is None else known
 

@@ -73,7 +73,7 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
             os.replace(partial, path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         except BaseException as error:
             partial.unlink(missing_ok=True)
             with contextlib.suppress(OSError):
@@ -124,7 +124,23 @@ def one_at_a_time(path: str | Path) -> Iterator[bool]:
             return
 
 
-def _sync_folder(folder: Path) -> None:
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """A block that no other process is in with the same `path`, a file made for this.
+
+    UserError where another process is. The lock ends with the process, however that ends.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(open(path, "ab"))
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+        if not _lock(file, path):
+            raise UserError(f"{path.parent}: another process is at work here")
+        yield
+
+
+def sync_folder(folder: Path) -> None:
     """Make a rename in `folder` durable, where the system lets a folder be synced."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)

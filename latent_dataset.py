@@ -1,0 +1,409 @@
+"""Turn class folders of pictures into imagenet_latent.hdf5, which dataset_type Imagenet trains on.
+
+    python latent_dataset.py --data-path photos --save-path data/photos --image-size 256
+    torchrun --nproc-per-node=8 latent_dataset.py --data-path imagenet/train \\
+        --save-path data/imagenet-latents --image-size 256
+    python latent_dataset.py --data-path photos --save-path data/photos --image-size 256 \\
+        --vae folders/sd-vae-ft-mse --dtype float16 --skip-bad
+
+Stopped at any moment, the same command goes on. Classes are the folders below --data-path, in
+order: by number where all have numbers for names, else by alphabet.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from soflow.distributed import Processes, processes
+from soflow.files import UserError, run_command
+from soflow.images import LabelledFiles, class_folders, read_image, to_images
+from soflow.latent_parts import PART_IMAGES, SKIPPED_FILE, Part, PartsFolder, Plan
+from soflow.latents import LatentInfo, LatentReader
+from soflow.logbook import code_version, duration, weights_digest
+from soflow.vae import (
+    LATENT_SCALE,
+    PIXELS_PER_LATENT,
+    VAE_NAME,
+    FoundVae,
+    encode,
+    find_vae,
+    load_vae,
+    release,
+)
+
+SECONDS_BETWEEN_LINES = 10
+TIMEOUT_MINUTES = 120.0  # of a process that is done with its share, for the slowest
+
+# B images of a batch, R rows of a part, S latent side
+
+
+# Reading pictures
+
+
+class LoadedPictures(NamedTuple):
+    """Pictures of a batch: uint8 [B, 3, H, W] and labels of those that can be read; the others."""
+
+    pixels: torch.Tensor
+    labels: list[int]
+    unreadable: list[tuple[str, str]]  # path below the data folder, and why
+
+
+class Pictures(Dataset):
+    """Batches of pictures, cropped to size, by lists of their indices."""
+
+    def __init__(self, files: LabelledFiles, folder: Path, size: int):
+        self.folder, self.size = folder, size
+        self.labels = np.array(files.labels)
+        # One array instead of a million objects, which loader workers would come to copy.
+        self.paths = np.array(relative_names(files, folder))
+
+    def __getitem__(self, indices: Sequence[int]) -> LoadedPictures:
+        pixels, labels, unreadable = [], [], []
+        for index in indices:
+            path = self.paths[index].decode(errors="surrogateescape")
+            try:
+                pixels.append(read_image(self.folder / path, self.size))
+                labels.append(int(self.labels[index]))
+            except UserError as error:  # raised in a worker, it would lose its one line
+                unreadable.append((path, str(error)))
+        stacked = np.stack(pixels) if pixels else np.empty((0, self.size, self.size, 3), np.uint8)
+        # [B, H, W, 3] -> [B, 3, H, W]
+        channels_first = torch.from_numpy(stacked).permute(0, 3, 1, 2)
+        return LoadedPictures(channels_first.contiguous(), labels, unreadable)
+
+
+def relative_names(files: LabelledFiles, folder: Path) -> list[bytes]:
+    """The paths below `folder`, as the bytes that the file system knows them by."""
+    names = (path.relative_to(folder).as_posix() for path in files.paths)
+    return [name.encode(errors="surrogateescape") for name in names]
+
+
+def images_digest(files: LabelledFiles, folder: Path) -> str:
+    """SHA-256 of the pictures' names and sizes, in order."""
+    digest = hashlib.sha256()
+    for name, path in zip(relative_names(files, folder), files.paths, strict=True):
+        try:
+            num_bytes = path.stat().st_size
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+        digest.update(b"%b\0%d\0" % (name, num_bytes))
+    return digest.hexdigest()
+
+
+# Making parts
+
+
+@dataclass
+class Progress:
+    """What this process has done, told about once in a while by the main one."""
+
+    processes: Processes
+    total_images: int  # of this process
+    done_images: int = 0
+    vae_seconds: float = 0.0
+    started: float = field(default_factory=time.monotonic)
+    told: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.monotonic() - self.started
+
+    def add(self, num_images: int) -> None:
+        """Count images; say where things stand, for all processes, if it is time to."""
+        self.done_images += num_images
+        if self.processes.is_main and time.monotonic() - self.told > SECONDS_BETWEEN_LINES:
+            self.told = time.monotonic()
+            # The parts were dealt out evenly: the others stand about where this one does.
+            count = self.processes.world_size
+            rate = self.done_images / self.seconds
+            left = self.total_images - self.done_images
+            say(
+                f"about {self.done_images * count} of {self.total_images * count} images, "
+                f"{rate * count:.1f} images/s, ETA {duration(left / rate)}"
+            )
+
+    def summary(self) -> str:
+        """What all processes did together; all of them have to ask."""
+        own = torch.tensor([self.done_images, self.vae_seconds, self.seconds])
+        summed = self.processes.sum_over_ranks(own.to(self.processes.device))
+        images, vae_seconds, seconds = summed.tolist()
+        return (
+            f"{images:.0f} images in {duration(self.seconds)}, {images / self.seconds:.1f} "
+            f"images/s; the VAE took {vae_seconds / seconds:.0%} of the time"
+        )
+
+
+def make_parts(
+    parts: Sequence[int],
+    plan: Plan,
+    parts_folder: PartsFolder,
+    loader: Iterator[LoadedPictures],
+    vae: Any,
+    arguments: argparse.Namespace,
+    progress: Progress,
+) -> None:
+    """Encode and write these parts; the loader gives their batches in order."""
+    for part in parts:
+        moments, labels, skipped = [], [], []
+        for batch in batches_of(plan.images_of(part), arguments.device_batch_size):
+            loaded = next(loader)
+            for path, reason in loaded.unreadable:
+                if not arguments.skip_bad:
+                    raise UserError(f"{reason}; --skip-bad leaves out such files")
+                skipped.append(path)
+            if loaded.labels:
+                moments.append(encoded(vae, loaded.pixels, arguments.dtype, progress))
+            labels += loaded.labels
+            progress.add(len(batch))
+        side = plan.image_size // PIXELS_PER_LATENT
+        empty = np.empty((0, 8, side, side), arguments.dtype)
+        latents = np.concatenate(moments) if moments else empty
+        if not np.isfinite(latents).all():
+            images = plan.images_of(part)
+            raise UserError(
+                f"vae: {arguments.vae}: gives values that are not finite in {arguments.dtype} for "
+                f"pictures {images.start} to {images.stop - 1}"
+            )
+        parts_folder.write_part(part, Part(latents, np.array(labels, np.int64), tuple(skipped)))
+
+
+def batches_of(images: range, batch_size: int) -> list[range]:
+    """The images in batches, the last one short."""
+    return [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
+
+
+def encoded(vae: Any, pixels: torch.Tensor, dtype: str, progress: Progress) -> np.ndarray:
+    """Moments [B, 8, S, S] of uint8 [B, 3, H, W]; the time it takes is counted as the VAE's."""
+    started = time.monotonic()
+    moments = encode(vae, to_images(pixels.to(progress.processes.device)))
+    with np.errstate(over="ignore"):  # what float16 cannot hold is refused with the part
+        values = moments.cpu().numpy().astype(dtype)  # on the CPU: the device is done with them
+    progress.vae_seconds += time.monotonic() - started
+    return values
+
+
+def build_loader(
+    pictures: Pictures, plan: Plan, parts: Sequence[int], arguments: argparse.Namespace
+) -> Iterator[LoadedPictures]:
+    """The batches of these parts, in order."""
+    batches = [
+        batch
+        for part in parts
+        for batch in batches_of(plan.images_of(part), arguments.device_batch_size)
+    ]
+    loader = DataLoader(
+        pictures, sampler=batches, batch_size=None, num_workers=arguments.num_workers
+    )
+    return iter(loader)
+
+
+# The command
+
+
+class Extraction(NamedTuple):
+    """What was extracted, and from what."""
+
+    files: LabelledFiles
+    found: FoundVae
+    plan: Plan
+    parts_folder: PartsFolder
+
+    def describe(self, labels: np.ndarray) -> LatentInfo:
+        """What the file with these labels is to say of itself."""
+        names = self.files.class_names
+        return LatentInfo(
+            vae=self.found.name,
+            vae_revision=self.found.revision,
+            vae_sha256=self.plan.vae_sha256,
+            latent_scale=LATENT_SCALE,
+            image_size=self.plan.image_size,
+            dtype=self.plan.dtype,
+            seed=self.plan.seed,
+            images_sha256=self.plan.images_sha256,
+            class_names=tuple(names),
+            class_counts=tuple(np.bincount(labels, minlength=len(names)).tolist()),
+            code_version=code_version(),
+        )
+
+
+def is_made(parts_folder: PartsFolder, plan: Plan) -> bool:
+    """Whether the file is there; UserError where it is of another command, or damaged."""
+    target = parts_folder.target
+    if not target.exists():
+        return False
+    info = LatentReader(target).info
+    wanted = {key: value for key, value in vars(plan).items() if key in LatentInfo.__annotations__}
+    if info is None or any(getattr(info, key) != value for key, value in wanted.items()):
+        raise UserError(f"{target}: made by another command; move it, or say another --save-path")
+    parts_folder.clear()
+    say(f"{target} was made before")
+    return True
+
+
+def run_extraction(
+    arguments: argparse.Namespace, own: Processes, until_end: contextlib.ExitStack
+) -> Extraction | None:
+    """Make the parts that are missing, all processes together; None where the file is there.
+
+    The main process owns the folder of the parts until the end.
+    """
+    data_path = Path(arguments.data_path).expanduser()
+    files = class_folders(data_path)
+    found = find_vae(arguments.vae)
+    vae = load_vae(found, own.device)
+    plan = Plan(
+        num_images=len(files.paths),
+        images_sha256=images_digest(files, data_path),
+        image_size=arguments.image_size,
+        vae_sha256=weights_digest(vae.state_dict()),
+        dtype=arguments.dtype,
+        seed=arguments.seed,
+        part_images=max(PART_IMAGES, arguments.device_batch_size),
+    )
+    if own.agree(plan.images_sha256) != plan.images_sha256:
+        raise UserError(f"{data_path}: process {own.rank} sees other pictures there than process 0")
+    parts_folder = PartsFolder(Path(arguments.save_path).expanduser())
+    if own.agree(own.is_main and is_made(parts_folder, plan)):
+        return None
+    if own.is_main:
+        until_end.enter_context(parts_folder.owned())
+    plan, missing = own.agree(begin(parts_folder, plan, arguments) if own.is_main else None)
+    if own.is_main:
+        say(
+            f"{len(files.paths)} pictures of {len(files.class_names)} classes, in "
+            f"{plan.num_parts} parts; {len(missing)} of them are to be made"
+        )
+    parts = missing[own.rank :: own.world_size]
+    progress = Progress(own, sum(len(plan.images_of(part)) for part in parts))
+    loader = build_loader(Pictures(files, data_path, plan.image_size), plan, parts, arguments)
+    make_parts(parts, plan, parts_folder, loader, vae, arguments, progress)
+    release(vae)
+    summary = progress.summary()
+    if own.is_main and missing:
+        say(summary)
+    return Extraction(files, found, plan, parts_folder)
+
+
+def begin(
+    parts_folder: PartsFolder, plan: Plan, arguments: argparse.Namespace
+) -> tuple[Plan, list[int]]:
+    """The plan to go on with, and the parts still to be made."""
+    plan = parts_folder.begin(plan)
+    skipped = [] if arguments.skip_bad else list(parts_folder.skipped(plan))
+    if skipped:
+        raise UserError(
+            f"{Path(arguments.data_path) / skipped[0]}: not a readable picture; --skip-bad, "
+            f"said before, leaves out such files, and {len(skipped)} so far"
+        )
+    return plan, parts_folder.missing_parts(plan)
+
+
+def merge(extraction: Extraction) -> None:
+    """Make one file of the parts, saying how far it is."""
+    told = time.monotonic()
+
+    def report(doing: str, done: int, total: int) -> None:
+        nonlocal told
+        if time.monotonic() - told > SECONDS_BETWEEN_LINES:
+            told = time.monotonic()
+            say(f"{doing} parts: {done} of {total}")
+
+    parts_folder = extraction.parts_folder
+    ledger = parts_folder.merge(extraction.plan, extraction.describe, report)
+    say(f"{sum(ledger.rows)} latents in {parts_folder.target}")
+    if ledger.skipped:
+        say(
+            f"left out {len(ledger.skipped)} unreadable pictures, which are listed in "
+            f"{parts_folder.target.with_name(SKIPPED_FILE)}"
+        )
+
+
+def say(text: str) -> None:
+    """Print a line at once."""
+    print(text, flush=True)
+
+
+def image_size(text: str) -> int:
+    """A side in pixels that the VAE can take."""
+    if not text.isdecimal() or int(text) == 0 or int(text) % PIXELS_PER_LATENT:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a multiple of {PIXELS_PER_LATENT}")
+    return int(text)
+
+
+def count(text: str) -> int:
+    """A whole number of 1 or more."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line's options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data-path", required=True, metavar="D", help="folder of class folders")
+    parser.add_argument(
+        "--save-path",
+        required=True,
+        metavar="S",
+        help="folder for the file: a config's dataset_path",
+    )
+    parser.add_argument(
+        "--image-size",
+        required=True,
+        type=image_size,
+        metavar="PIXELS",
+        help="side to which pictures are cropped: 256 or 512; a config's data_size is an eighth",
+    )
+    parser.add_argument(
+        "--device-batch-size", type=count, default=256, metavar="B", help="pictures at a time"
+    )
+    parser.add_argument(
+        "--num-workers", type=int, default=4, metavar="W", help="that decode, per process; 0: none"
+    )
+    parser.add_argument("--seed", type=int, default=42, help="recorded; nothing is drawn here")
+    parser.add_argument(
+        "--vae", default=VAE_NAME, metavar="NAME_OR_FOLDER", help=f"(default {VAE_NAME})"
+    )
+    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="leave out unreadable pictures, and list them"
+    )
+    parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
+    return parser.parse_args(argv)
+
+
+def refuse_folder_among_classes(arguments: argparse.Namespace) -> None:
+    """UserError where what is made would lie among the class folders."""
+    data = Path(arguments.data_path).expanduser().resolve()
+    save = Path(arguments.save_path).expanduser().resolve()
+    if save.is_relative_to(data):
+        raise UserError(
+            f"--save-path {arguments.save_path}: lies in --data-path, where every folder is a class"
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    arguments = parse_arguments(argv)
+    refuse_folder_among_classes(arguments)
+    with contextlib.ExitStack() as until_end:
+        with processes(arguments.device, TIMEOUT_MINUTES) as own:
+            extraction = run_extraction(arguments, own, until_end)
+        if own.is_main and extraction:  # while nobody waits for it
+            merge(extraction)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,298 @@
+"""A latent file in the making: parts that stand on their own, and their merge into one file.
+
+All of it lies in the folder imagenet_latent.parts beside the file to be: plan.json says what is
+being made, 000000.npz and so on are the parts. A process killed at any moment leaves parts that are
+whole, and the same command makes those that are missing. The merge notes in merge.json what the
+parts hold, copies each into merged.hdf5 and deletes it when it is safe there; the file gets its
+final name when all of it has been read back.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from soflow.files import (
+    UserError,
+    atomic_write,
+    locked,
+    make_folder,
+    one_line,
+    sync_folder,
+    temporary_path,
+)
+from soflow.latents import LATENT_FILE, LatentInfo, LatentReader, create_frame, locate_latents
+
+PART_IMAGES = 256  # the work that a killed process loses is less than this
+SKIPPED_FILE = "skipped_images.txt"
+KEPT = "what is finished is kept: mend this, and the same command goes on from there"
+
+# R rows of a part
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is being made: parts made by another plan do not belong with these."""
+
+    num_images: int
+    images_sha256: str
+    image_size: int
+    vae_sha256: str
+    dtype: str
+    seed: int
+    part_images: int  # images of a part; a matter of form, taken over from the folder
+
+    @property
+    def num_parts(self) -> int:
+        """Parts, the last of which may be smaller."""
+        return -(-self.num_images // self.part_images)
+
+    def images_of(self, part: int) -> range:
+        """The images that a part is made from."""
+        start = part * self.part_images
+        return range(start, min(start + self.part_images, self.num_images))
+
+
+class Part(NamedTuple):
+    """The rows of some images, and the pictures left out because they cannot be read."""
+
+    latents: np.ndarray  # [R, 8, S, S], as they are to stand in the file
+    labels: np.ndarray  # int64 [R]
+    skipped: tuple[str, ...]
+
+
+class Ledger(NamedTuple):
+    """What the parts hold, in order; kept while parts disappear into the merged file."""
+
+    rows: list[int]
+    checksums: list[int]  # CRC-32 of the bytes of a part's latents
+    skipped: list[str]
+
+
+class PartsFolder:
+    """The folder of one latent file in the making, and the names in it."""
+
+    def __init__(self, save_path: str | Path):
+        self.target = Path(save_path) / LATENT_FILE
+        self.folder = Path(save_path) / "imagenet_latent.parts"
+        self.ledger_path = self.folder / "merge.json"
+        self.merged_path = self.folder / "merged.hdf5"
+
+    def part_path(self, part: int) -> Path:
+        """Where a part is, or would be."""
+        return self.folder / f"{part:06}.npz"
+
+    @contextlib.contextmanager
+    def owned(self) -> Iterator[None]:
+        """A block in which no other command works on this folder."""
+        make_folder(self.folder)
+        with locked(self.folder / "lock"):
+            yield
+
+    def begin(self, plan: Plan) -> Plan:
+        """The plan to go on with; UserError where the folder is being used for another."""
+        path = self.folder / "plan.json"
+        if not path.exists():
+            with atomic_write(path) as file:
+                file.write(json.dumps(dataclasses.asdict(plan), indent=2).encode() + b"\n")
+            return plan
+        try:
+            recorded = Plan(**json.loads(path.read_bytes()))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(
+                f"{path}: not readable ({one_line(error)}); delete {self.folder} to start anew"
+            ) from error
+        here = dataclasses.replace(plan, part_images=recorded.part_images)
+        differing = [
+            f"{key} {getattr(recorded, key)} there, {getattr(here, key)} now"
+            for key in vars(plan)
+            if getattr(recorded, key) != getattr(here, key)
+        ]
+        if differing:
+            raise UserError(
+                f"{self.folder}: has the parts of another command: {'; '.join(differing)}; finish "
+                "that one, delete the folder, or choose another --save-path"
+            )
+        return recorded
+
+    def missing_parts(self, plan: Plan) -> list[int]:
+        """The parts still to be made."""
+        if self.merged_path.exists():  # begun when there were none
+            return []
+        return [part for part in range(plan.num_parts) if not self.part_path(part).exists()]
+
+    def write_part(self, index: int, part: Part) -> None:
+        """Write a part, whole or not at all."""
+        # In memory first, for it is small: NumPy seeks, and a full disk then has one place.
+        buffer = io.BytesIO()
+        np.savez(
+            buffer,
+            latents=part.latents,
+            labels=part.labels,
+            skipped=np.array(json.dumps(part.skipped)),
+        )
+        try:
+            with atomic_write(self.part_path(index)) as file:
+                file.write(buffer.getbuffer())
+        except UserError as error:
+            raise UserError(f"{error}; {KEPT}") from error
+
+    def read_part(self, index: int) -> Part:
+        """A part, its bytes as they were written; UserError where they are not."""
+        with self._entries(index) as entries:
+            return Part(entries["latents"], entries["labels"], _skipped(entries))
+
+    def skipped(self, plan: Plan) -> Iterator[str]:
+        """The pictures that finished parts left out."""
+        for part in range(plan.num_parts):
+            if self.part_path(part).exists():
+                with self._entries(part) as entries:
+                    yield from _skipped(entries)
+
+    @contextlib.contextmanager
+    def _entries(self, index: int) -> Iterator[Any]:
+        path = self.part_path(index)
+        try:
+            with np.load(path, allow_pickle=False) as entries:  # zip checks what is read
+                yield entries
+        except Exception as error:  # zipfile and NumPy raise many kinds
+            raise UserError(
+                f"{path}: not a whole part ({one_line(error)}); delete it, and the same command "
+                "makes it again"
+            ) from error
+
+    # Merging
+
+    def merge(
+        self,
+        plan: Plan,
+        describe: Callable[[np.ndarray], LatentInfo],
+        report: Callable[[str, int, int], None],
+    ) -> Ledger:
+        """Make the latent file of all parts, and delete them; `describe` is told the labels.
+
+        Goes on where an earlier merge was stopped. Needs the memory of a part, and little more room
+        on the disk than the parts have. UserError where the file does not hold what they did.
+        `report` is told what is being done, and how many parts of how many it is done with.
+        """
+        try:
+            ledger = self._ledger(plan, report)
+            if not self.merged_path.exists():
+                self._create_merged(plan, describe)
+            self._copy_parts(ledger, report)
+            self._verify(ledger, report)
+            self._publish(ledger)
+        except OSError as error:
+            raise self._unwritten(self.merged_path, error) from error
+        return ledger
+
+    def _ledger(self, plan: Plan, report: Callable[[str, int, int], None]) -> Ledger:
+        """What the parts hold, every byte of them checked before any is deleted."""
+        if self.merged_path.exists():
+            return Ledger(**json.loads(self.ledger_path.read_bytes()))
+        ledger = Ledger([], [], [])
+        for index in range(plan.num_parts):
+            part = self.read_part(index)
+            ledger.rows.append(len(part.labels))
+            ledger.checksums.append(zlib.crc32(_bytes_of(part.latents)))
+            ledger.skipped.extend(part.skipped)
+            report("checking", index + 1, plan.num_parts)
+        if sum(ledger.rows) == 0:
+            raise UserError(f"{self.folder}: none of the {plan.num_images} pictures can be read")
+        with atomic_write(self.ledger_path) as file:
+            file.write(json.dumps(ledger._asdict()).encode())
+        return ledger
+
+    def _create_merged(self, plan: Plan, describe: Callable[[np.ndarray], LatentInfo]) -> None:
+        every_label = []
+        for index in range(plan.num_parts):
+            with self._entries(index) as entries:
+                every_label.append(entries["labels"])
+        labels = np.concatenate(every_label)
+        partial = temporary_path(self.merged_path)
+        try:
+            create_frame(partial, labels, describe(labels))
+        except Exception as error:  # h5py has other kinds than OSError for a full disk
+            raise self._unwritten(partial, error) from error
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, self.merged_path)
+        sync_folder(self.folder)
+
+    def _copy_parts(self, ledger: Ledger, report: Callable[[str, int, int], None]) -> None:
+        """Copy the parts that are still there; each is deleted once its rows are on the disk."""
+        with open(self.merged_path, "r+b", buffering=0) as file:
+            for index, place in enumerate(self._places(ledger)):
+                if not self.part_path(index).exists():
+                    continue
+                values = _bytes_of(self.read_part(index).latents)
+                if (len(values), zlib.crc32(values)) != (len(place), ledger.checksums[index]):
+                    raise UserError(
+                        f"{self.part_path(index)}: not the part that the merge began with; "
+                        f"delete {self.folder} to start anew"
+                    )
+                _write_at(file.fileno(), values, place.start)
+                os.fsync(file.fileno())
+                self.part_path(index).unlink()
+                report("merging", index + 1, len(ledger.rows))
+
+    def _verify(self, ledger: Ledger, report: Callable[[str, int, int], None]) -> None:
+        """UserError where what is in the file is not what the parts held."""
+        if len(LatentReader(self.merged_path)) != sum(ledger.rows):
+            raise UserError(f"{self.merged_path}: not the file of merge.json beside it")
+        with open(self.merged_path, "rb") as file:
+            for index, place in enumerate(self._places(ledger)):
+                file.seek(place.start)
+                if zlib.crc32(file.read(len(place))) != ledger.checksums[index]:
+                    raise UserError(
+                        f"{self.merged_path}: part {index} reads back otherwise than it was "
+                        f"written; see to the disk, and delete {self.folder} to start anew"
+                    )
+                report("verifying", index + 1, len(ledger.rows))
+
+    def _places(self, ledger: Ledger) -> Iterator[range]:
+        """The bytes of the merged file that each part's latents take."""
+        start, row_bytes = locate_latents(self.merged_path)
+        for rows in ledger.rows:
+            yield range(start, start + rows * row_bytes)
+            start += rows * row_bytes
+
+    def _publish(self, ledger: Ledger) -> None:
+        if ledger.skipped:
+            with atomic_write(self.target.with_name(SKIPPED_FILE)) as file:
+                file.write("".join(f"{path}\n" for path in ledger.skipped).encode(errors="replace"))
+        os.replace(self.merged_path, self.target)
+        sync_folder(self.target.parent)
+        self.clear()
+
+    def clear(self) -> None:
+        """Delete the folder, of which nothing is needed any more."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _unwritten(self, path: Path, error: Exception) -> UserError:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        return UserError(f"{path}: not written ({reason}); {KEPT}")
+
+
+def _bytes_of(array: np.ndarray) -> memoryview:
+    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+
+
+def _skipped(entries: Mapping[str, np.ndarray]) -> tuple[str, ...]:
+    return tuple(json.loads(str(entries["skipped"])))
+
+
+def _write_at(descriptor: int, values: memoryview, offset: int) -> None:
+    """Write all of `values`; one call may write less, as where the disk is full."""
+    while values:
+        written = os.pwrite(descriptor, values, offset)
+        values, offset = values[written:], offset + written

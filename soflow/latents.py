@@ -1,0 +1,312 @@
+"""The latent file, imagenet_latent.hdf5: what it says of itself, its writer's frame, its reader.
+
+Entries: `latents` [N, 8, S, S], the VAE's posterior mean and then its standard deviation, in the
+VAE's own scale; `labels` int64 [N]; int64 scalars `amount` = N and `latent_size` = S. Attributes
+say what made the file; the published code writes none.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+import torch
+from torch import Tensor
+
+from soflow.files import UserError, one_line
+from soflow.vae import LATENT_CHANNELS, LATENT_SCALE, PIXELS_PER_LATENT
+
+LATENT_FILE = "imagenet_latent.hdf5"
+MOMENT_CHANNELS = 2 * LATENT_CHANNELS
+UNSAID_CLASSES = 1000  # of a file without attributes: ImageNet's
+ROWS_LOOKED_AT = 256  # of the values, before training
+MAX_DEFLATION = 1100  # times that HDF5's own compression can shrink: a file can promise no more
+FLOATS = (np.float16, np.float32, np.float64)
+
+# N rows, B of them read at a time, S latent side
+
+
+@dataclass(frozen=True)
+class LatentInfo:
+    """What a file's attributes say of it, under the same names."""
+
+    vae: str  # as it was named
+    vae_revision: str  # the hub's commit; nothing for a folder
+    vae_sha256: str  # of the weights, by `logbook.weights_digest`
+    latent_scale: float  # by which latents are to be multiplied: the file has them without it
+    image_size: int  # side of the pictures, in pixels
+    dtype: str  # float32 or float16
+    seed: int
+    images_sha256: str  # of the pictures' names and sizes
+    class_names: tuple[str, ...]
+    class_counts: tuple[int, ...]
+    code_version: str
+
+    def write(self, attributes: h5py.AttributeManager) -> None:
+        """Set the attributes."""
+        # No more than what UTF-8 has a form for: folder names may hold any bytes.
+        names = [name.encode(errors="replace").decode() for name in self.class_names]
+        values = {
+            **vars(self),
+            "class_names": np.array(names, h5py.string_dtype()),
+            "class_counts": np.array(self.class_counts, np.int64),
+        }
+        for name, value in values.items():
+            attributes[name] = value
+
+    @classmethod
+    def read(cls, attributes: Mapping[str, Any]) -> "LatentInfo":
+        """What `write` wrote; KeyError, TypeError or ValueError for anything else."""
+        values: dict[str, Any] = {}
+        for name, kind in cls.__annotations__.items():
+            if kind in (int, float):
+                values[name] = kind(attributes[name])
+            elif kind is str:
+                values[name] = _text(attributes[name])
+        return cls(
+            **values,
+            class_names=tuple(_text(name) for name in attributes["class_names"]),
+            class_counts=tuple(int(count) for count in attributes["class_counts"]),
+        )
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not a text")
+    return value
+
+
+def create_frame(path: Path, labels: np.ndarray, info: LatentInfo) -> None:
+    """A latent file in which all but the values of `latents` is there; not yet synced.
+
+    The values are one run of bytes at `locate_latents`, to be written there without HDF5: a process
+    killed in the middle cannot spoil the structure, which is not touched again.
+    """
+    size = info.image_size // PIXELS_PER_LATENT
+    # v108: attributes may have more than 64 KiB, which the names of many classes need.
+    with h5py.File(path, "w", libver=("v108", "v108")) as file:
+        info.write(file.attrs)
+        file.create_dataset("labels", data=labels.astype(np.int64))
+        file["amount"] = np.int64(len(labels))
+        file["latent_size"] = np.int64(size)
+        layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        layout.set_layout(h5py.h5d.CONTIGUOUS)
+        layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+        layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+        layout.set_obj_track_times(False)  # the same pictures make the same bytes
+        shape = (len(labels), MOMENT_CHANNELS, size, size)
+        kind = h5py.h5t.py_create(np.dtype(info.dtype).newbyteorder("<"))
+        h5py.h5d.create(file.id, b"latents", kind, h5py.h5s.create_simple(shape), layout)
+
+
+class Location(NamedTuple):
+    """Where in a file the values of `latents` lie: in one piece, row after row."""
+
+    offset: int  # bytes
+    row_bytes: int
+
+
+def locate_latents(path: Path) -> Location:
+    """The place for the values in a file of `create_frame`."""
+    with h5py.File(path, "r", locking=False) as file:
+        latents = file["latents"]
+        return Location(latents.id.get_offset(), latents.nbytes // len(latents))
+
+
+# Reading
+
+
+class LatentReader:
+    """Rows of a latent file, opened in each process that reads; UserError for a bad file.
+
+    Whole batches are read at once: from memory mapped onto the file where the values lie there as
+    they are, by h5py in ascending order where they are compressed or in chunks.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._process: int | None = None
+        self._rows: Any = None
+        with _opened(self.path) as file:
+            try:
+                self._look_at(file)
+            except UserError:
+                raise
+            except Exception as error:  # h5py raises many kinds on damaged files
+                raise UserError(f"{self.path}: cannot be read ({one_line(error)})") from error
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def size(self) -> int:
+        """S, the side of a latent."""
+        return self.shape[2]
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether values are read from mapped memory rather than through h5py."""
+        return self._offset is not None
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes; numbers up to ImageNet's thousand where the file does not say."""
+        if self.info:
+            return self.info.class_names
+        return tuple(str(label) for label in range(UNSAID_CLASSES))
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """Moments [B, 8, S, S] of rows in any order, as stored; UserError where one is not finite.
+
+        A row may be asked for more than once.
+        """
+        rows = np.asarray(indices, np.int64)
+        if self._process != os.getpid():  # an open file is not to be shared with a loader worker
+            self._open()
+        try:
+            values = self._rows[rows] if self.is_mapped else self._read_ascending(rows)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read ({one_line(error)})") from error
+        moments = torch.from_numpy(np.asarray(values))
+        # One sum instead of a look at every value: it is finite only if they all are.
+        if not moments.sum(dtype=torch.float32).isfinite():
+            self._refuse_values(rows, moments)
+        return moments
+
+    def check_values(self) -> None:
+        """UserError where some of the values, spread over the file, cannot be of latents."""
+        count = min(ROWS_LOOKED_AT, len(self))
+        rows = np.unique(np.linspace(0, len(self) - 1, count).astype(np.int64))
+        moments = self.read(rows)
+        deviations = moments[:, LATENT_CHANNELS:]
+        if (bad := rows[(deviations < 0).flatten(1).any(dim=1).numpy()]).size:
+            raise UserError(
+                f"{self.path}: row {bad[0]} has negative standard deviations: channels 4 to 7 of "
+                "latents must be those of the VAE's posterior"
+            )
+        # What a merge that was cut short leaves where it did not get to.
+        if (bad := rows[(moments == 0).flatten(1).all(dim=1).numpy()]).size:
+            raise UserError(f"{self.path}: row {bad[0]} is all zeros: the file is not complete")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is open: loader workers that are not forked get a copy."""
+        return {**vars(self), "_process": None, "_rows": None}
+
+    def _look_at(self, file: h5py.File) -> None:
+        latents, labels = _dataset(file, "latents"), _dataset(file, "labels")
+        self.shape, self.dtype = latents.shape, latents.dtype
+        self._check_shapes(latents, labels, file)
+        self.labels = torch.from_numpy(labels[()].astype(np.int64))
+        self.info = self._read_info(file)
+        self._offset = self._mappable(latents)
+
+    def _open(self) -> None:
+        if self.is_mapped:
+            self._rows = np.memmap(self.path, self.dtype, "r", self._offset, self.shape)
+        else:
+            self._rows = _opened(self.path)["latents"]
+        self._process = os.getpid()
+
+    def _read_ascending(self, rows: np.ndarray) -> np.ndarray:
+        ascending, places = np.unique(rows, return_inverse=True)  # as h5py wants them: once each
+        return self._rows[ascending][places].astype(self.dtype.newbyteorder("="))
+
+    def _refuse_values(self, rows: np.ndarray, moments: Tensor) -> None:
+        finite = moments.isfinite().flatten(1).all(dim=1).numpy()
+        if not finite.all():
+            raise UserError(
+                f"{self.path}: row {rows[~finite].min()} has values that are not finite"
+            )
+
+    def _check_shapes(self, latents: h5py.Dataset, labels: h5py.Dataset, file: h5py.File) -> None:
+        shape = latents.shape
+        if len(shape) != 4 or shape[1] != MOMENT_CHANNELS or shape[2] != shape[3]:
+            raise UserError(
+                f"{self.path}: latents have the shape {list(shape)}; it must be [N, 8, S, S]"
+            )
+        if shape[0] == 0 or shape[2] == 0:
+            raise UserError(f"{self.path}: latents are empty, {list(shape)}")
+        if latents.dtype.newbyteorder("=") not in FLOATS:
+            raise UserError(f"{self.path}: latents are {latents.dtype}; they must be float32")
+        if labels.shape != shape[:1] or labels.dtype.kind not in "iu":
+            raise UserError(
+                f"{self.path}: labels are {labels.dtype} {list(labels.shape)}; they must be int64 "
+                f"[{shape[0]}]"
+            )
+        for name, value in (("amount", shape[0]), ("latent_size", shape[2])):
+            scalar = _dataset(file, name)
+            if scalar.shape != () or scalar.dtype.kind not in "iu" or scalar[()] != value:
+                raise UserError(f"{self.path}: {name} must be the number {value}, as in latents")
+        for dataset in (latents, labels):
+            # Before anything is read: a few bytes can declare an array larger than any memory.
+            stored = dataset.id.get_storage_size()
+            is_packed = dataset.id.get_create_plist().get_nfilters() > 0
+            if dataset.nbytes > stored * (MAX_DEFLATION if is_packed else 1):
+                raise UserError(
+                    f"{self.path}: {dataset.name[1:]} {list(dataset.shape)} need {dataset.nbytes} "
+                    f"bytes and the file has {stored} of them: it is not complete"
+                )
+
+    def _mappable(self, latents: h5py.Dataset) -> int | None:
+        """Where the values lie in the file, if they do as they are, in one piece."""
+        offset = latents.id.get_offset()
+        if offset is None or not latents.dtype.isnative:
+            return None
+        # Reading mapped memory beyond the file's end would end the process without a word.
+        if offset + latents.nbytes > self.path.stat().st_size:
+            raise UserError(f"{self.path}: cut short: the latents end beyond the end of the file")
+        mapped = np.memmap(self.path, latents.dtype, "r", offset, latents.shape)
+        # Files with a header of the user's own count their offsets in two ways.
+        is_there = all(_same_bytes(mapped[row], latents[row]) for row in (0, len(mapped) - 1))
+        return offset if is_there else None
+
+    def _read_info(self, file: h5py.File) -> LatentInfo | None:
+        if "vae" not in file.attrs:
+            return None
+        try:
+            info = LatentInfo.read(file.attrs)
+        except Exception as error:  # h5py raises many kinds
+            raise UserError(
+                f"{self.path}: its attributes are not those of a latent file "
+                f"({type(error).__name__}: {one_line(error)})"
+            ) from error
+        if info.latent_scale != LATENT_SCALE:
+            raise UserError(
+                f"{self.path}: made for the scale {info.latent_scale}; it must be {LATENT_SCALE}"
+            )
+        if info.image_size != PIXELS_PER_LATENT * self.size:
+            raise UserError(
+                f"{self.path}: says that its pictures have {info.image_size} pixels a side, and "
+                f"has latents of side {self.size}, which is for {PIXELS_PER_LATENT * self.size}"
+            )
+        return info
+
+
+def _same_bytes(left: np.ndarray, right: np.ndarray) -> bool:
+    return left.tobytes() == right.tobytes()
+
+
+def _opened(path: Path) -> h5py.File:
+    if not path.is_file():
+        raise UserError(f"{path}: does not exist; latent_dataset.py makes it from class folders")
+    try:
+        # Nobody writes the file under this name, and some network drives refuse locks.
+        return h5py.File(path, "r", locking=False)
+    except Exception as error:  # h5py raises several kinds on damaged files
+        raise UserError(f"{path}: not a readable HDF5 file ({one_line(error)})") from error
+
+
+def _dataset(file: h5py.File, name: str) -> h5py.Dataset:
+    """An entry whose values are in this very file; UserError otherwise."""
+    path = file.filename
+    link = file.get(name, getlink=True)
+    if link is None:
+        raise UserError(f"{path}: has no entry {name}: not a file of latents")
+    entry = file[name] if isinstance(link, h5py.HardLink) else None
+    # Such a link, or values kept elsewhere, would make us read files that nobody named.
+    if not isinstance(entry, h5py.Dataset) or entry.is_virtual or entry.external:
+        raise UserError(f"{path}: {name} is not an array in this file")
+    return entry
