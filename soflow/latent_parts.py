@@ -165,10 +165,10 @@ class PartsFolder:
             with np.load(path, allow_pickle=False) as entries:  # zip checks what is read
                 yield entries
         except Exception as error:  # zipfile and NumPy raise many kinds
-            raise UserError(
-                f"{path}: not a whole part ({one_line(error)}); delete it, and the same command "
-                "makes it again"
-            ) from error
+            way_out = "delete it, and the same command makes it again"
+            if self.merged_path.exists():
+                way_out = f"delete {self.folder} to start anew"
+            raise UserError(f"{path}: not a whole part ({one_line(error)}); {way_out}") from error
 
     # Merging
 

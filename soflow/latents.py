@@ -86,8 +86,13 @@ def create_frame(path: Path, labels: np.ndarray, info: LatentInfo) -> None:
     killed in the middle cannot spoil the structure, which is not touched again.
     """
     size = info.image_size // PIXELS_PER_LATENT
-    # v108: attributes may have more than 64 KiB, which the names of many classes need.
-    with h5py.File(path, "w", libver=("v108", "v108")) as file:
+    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    # Attributes may then have more than 64 KiB, which the names of many classes need.
+    access.set_libver_bounds(h5py.h5f.LIBVER_V18, h5py.h5f.LIBVER_V18)
+    root = h5py.h5p.create(h5py.h5p.FILE_CREATE)
+    root.set_obj_track_times(False)  # the same pictures make the same bytes
+    created = h5py.h5f.create(os.fsencode(path), h5py.h5f.ACC_TRUNC, root, access)
+    with h5py.File(created) as file:
         info.write(file.attrs)
         file.create_dataset("labels", data=labels.astype(np.int64))
         file["amount"] = np.int64(len(labels))
@@ -96,7 +101,7 @@ def create_frame(path: Path, labels: np.ndarray, info: LatentInfo) -> None:
         layout.set_layout(h5py.h5d.CONTIGUOUS)
         layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
         layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-        layout.set_obj_track_times(False)  # the same pictures make the same bytes
+        layout.set_obj_track_times(False)
         shape = (len(labels), MOMENT_CHANNELS, size, size)
         kind = h5py.h5t.py_create(np.dtype(info.dtype).newbyteorder("<"))
         h5py.h5d.create(file.id, b"latents", kind, h5py.h5s.create_simple(shape), layout)

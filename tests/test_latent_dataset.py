@@ -1,0 +1,511 @@
+"""From pictures to latents to a trained model to pictures, and through every interruption."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import time
+
+import h5py
+import numpy as np
+import pytest
+import standins
+import torch
+from commands import ROOT, run, succeed
+from killed_extraction import Killer
+from PIL import Image
+from test_train import assert_equal, load, state_of
+from tiny_vae import make_tiny_vae
+
+import inference
+import latent_dataset
+import train
+from soflow import latent_parts
+from soflow.files import UserError
+from soflow.images import read_image
+from soflow.latents import LATENT_FILE, LatentReader
+from soflow.vae import find_vae, load_vae
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+SIZE = 64  # pixels
+PER_CLASS = 9
+
+# Forms that photographs come in: mode and extension.
+FORMS = [("RGB", "jpg"), ("L", "png"), ("P", "png"), ("RGBA", "png"), ("CMYK", "jpg")]
+FORMS += [("I;16", "png"), ("RGB", "webp"), ("LA", "png"), ("1", "png")]
+
+
+def make_photos(folder):
+    """Class folders of crops of photographs, in many forms and sizes."""
+    source = np.random.default_rng(0)
+    for name in ("cat", "china", "flower"):
+        photograph = standins.photographs()[name]
+        (folder / name).mkdir(parents=True)
+        for index, (mode, extension) in enumerate(FORMS):
+            size = int(source.integers(40, 200))
+            picture = Image.fromarray(standins.crops(photograph, 1, size, seed=index)[0])
+            if mode == "I;16":
+                picture = Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257)
+            else:
+                picture = picture.convert(mode)
+            exif = Image.Exif()
+            exif[0x0112] = 6  # "turn me by 90 degrees"
+            picture.save(folder / name / f"{index}.{extension}", exif=exif.tobytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with photos, a VAE, and the latents of an unbroken extraction."""
+    folder = tmp_path_factory.mktemp("latents")
+    make_photos(folder / "photos")
+    make_tiny_vae(folder / "vae")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latent_dataset, "PART_IMAGES", 4)
+        latent_dataset.main(options(folder))
+    return folder
+
+
+def options(folder, save="latents", **changes):
+    values = {
+        "data-path": folder / "photos",
+        "save-path": folder / save,
+        "image-size": SIZE,
+        "vae": folder / "vae",
+        "device-batch-size": 3,
+        "num-workers": 0,
+        "device": "cpu",
+        **changes,
+    }
+    return [f"--{key}={value}" for key, value in values.items() if value is not None]
+
+
+@pytest.fixture
+def scratch(made, tmp_path, monkeypatch):
+    """A folder with the photos and the VAE, in which small parts are made."""
+    monkeypatch.setattr(latent_dataset, "PART_IMAGES", 4)
+    shutil.copytree(made / "photos", tmp_path / "photos")
+    (tmp_path / "vae").symlink_to(made / "vae")
+    return tmp_path
+
+
+def latents_of(folder, save="latents"):
+    return (folder / save / LATENT_FILE).read_bytes()
+
+
+def refusal(arguments):
+    with pytest.raises(UserError) as caught:
+        latent_dataset.main(arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# All the way.
+
+
+def expected_moments(made):
+    vae = load_vae(find_vae(str(made / "vae")), torch.device("cpu"))
+    moments = []
+    for name in ("cat", "china", "flower"):
+        for path in sorted((made / "photos" / name).iterdir()):
+            pixels = torch.from_numpy(read_image(path, SIZE).copy()).permute(2, 0, 1)[None]
+            posterior = vae.encode(pixels / 127.5 - 1).latent_dist
+            moments.append(torch.cat([posterior.mean, posterior.std], dim=1))
+    return torch.cat(moments)
+
+
+def test_latents_are_the_vaes_in_order_with_their_labels(made):
+    reader = LatentReader(made / "latents" / LATENT_FILE)
+    assert torch.equal(reader.labels, torch.arange(3).repeat_interleave(PER_CLASS))
+    assert (reader.read(range(27)) - expected_moments(made)).abs().max() < 1e-5
+    assert reader.info.class_names == ("cat", "china", "flower")
+    assert reader.info.class_counts == (9, 9, 9)
+    assert reader.info.vae == str(made / "vae")
+    assert reader.info.image_size == SIZE
+    assert [path.name for path in (made / "latents").iterdir()] == [LATENT_FILE]
+
+
+def test_two_processes_make_the_same_file_and_go_on_when_one_is_killed(made, tmp_path):
+    script = [*TORCHRUN, ROOT / "tests/killed_extraction.py"]
+    arguments = options(made, **{"save-path": tmp_path})
+    killed = run(*script, "1:4", *arguments)  # amid the second part of the process
+    assert killed.returncode != 0
+    assert not (tmp_path / LATENT_FILE).exists()
+    num_parts = len(list(tmp_path.glob("*/0*.npz")))
+    assert 1 <= num_parts < 7
+    said = succeed(*script, "none:0", *arguments)
+    assert f"in 7 parts; {7 - num_parts} of them are to be made" in said
+    assert said.count("images/s; the VAE took") == 1
+    reader, other = (LatentReader(f / LATENT_FILE) for f in (tmp_path, made / "latents"))
+    assert torch.equal(reader.labels, other.labels)
+    assert (reader.read(range(27)) - other.read(range(27))).abs().max() < 1e-5
+    assert reader.info == other.info
+
+
+def training_options(made, folder, **values):
+    settings = {
+        "working_dir": folder,
+        "model_type": "DiT-Nano-2",
+        "data_size": SIZE // 8,
+        "dataset_path": made / "latents",
+        "vae": made / "vae",
+        "total_steps": 6,
+        "batch_size": 8,
+        "num_workers": 0,
+        "ckpt_saving_steps": 3,
+        "logging_steps": 3,
+        "eval_demo_steps": 6,
+        "eval_demo_shape": "[3, 2]",
+        "eval_steps": 6,
+        "eval_num_samples": 5,
+        "device": "cpu",
+        **values,
+    }
+    config = ["--config", str(ROOT / "configs" / "imagenet.yaml")]
+    return [*config, *(f"--set={key}={value}" for key, value in settings.items())]
+
+
+def test_latents_train_resume_exactly_and_come_out_as_pictures(made, tmp_path, monkeypatch):
+    train.main(training_options(made, tmp_path / "run"))
+    with Image.open(tmp_path / "run" / "figs" / "6.png") as picture:
+        assert picture.mode == "RGB"
+        assert picture.size == (2 * (SIZE + 2), 3 * (SIZE + 2))
+    with np.load(tmp_path / "run" / "evals" / "6.npz") as archive:
+        assert archive["arr_0"].shape == (5, SIZE, SIZE, 3)
+    record = json.loads((tmp_path / "run" / "evals" / "6.json").read_text())
+    assert record["vae"] == str(made / "vae")
+
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    (tmp_path / "again" / "ckpts" / "6.pt").unlink()
+    train.main(training_options(made, tmp_path / "again", num_workers=2))
+    assert_equal(state_of(load(tmp_path / "run", 6)), state_of(load(tmp_path / "again", 6)))
+    assert load(tmp_path / "run", 6)["data"]["class_names"] == ["cat", "china", "flower"]
+
+    sample = [*training_options(made, tmp_path / "run"), "--ckpt-steps=6", "--num-samples=4"]
+    inference.main([*sample, "--eval-NFE=2", f"--grid={tmp_path / 'grid.png'}"])
+    with np.load(tmp_path / "run" / "evals" / "6_2NFE_42.npz") as archive:
+        assert archive["arr_0"].dtype == np.uint8
+        assert archive["arr_0"].shape == (4, SIZE, SIZE, 3)
+    assert (tmp_path / "grid.png").exists()
+
+
+def test_training_without_pixels_needs_no_vae(made, tmp_path, monkeypatch):
+    monkeypatch.setattr("soflow.vae._fetch", lambda name: pytest.fail("looked for a VAE"))
+    shutil.copytree(made / "latents", tmp_path / "latents")
+    with h5py.File(tmp_path / "latents" / LATENT_FILE, "r+") as file:
+        file.attrs["vae"] = "stabilityai/sd-vae-ft-mse"  # the config's default
+    nothing = {"eval_steps": 0, "eval_demo_steps": 0, "total_steps": 2}
+    arguments = training_options(tmp_path, tmp_path / "run", **nothing)
+    train.main([argument for argument in arguments if not argument.startswith("--set=vae=")])
+    assert (tmp_path / "run" / "ckpts" / "2.pt").exists()
+
+
+def test_absent_vae_stops_training_before_a_folder_is_made(made, tmp_path):
+    with pytest.raises(UserError, match="vae: /nowhere: no such folder"):
+        train.main(training_options(made, tmp_path / "run", vae="/nowhere"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_file_of_the_published_code_trains(made, tmp_path):
+    (tmp_path / "latents").mkdir()
+    with (
+        h5py.File(made / "latents" / LATENT_FILE, "r") as ours,
+        h5py.File(tmp_path / "latents" / LATENT_FILE, "w") as theirs,
+    ):
+        for name in ("latents", "labels", "amount", "latent_size"):
+            theirs.create_dataset(name, data=ours[name][()])
+    (tmp_path / "vae").symlink_to(made / "vae")
+    train.main(training_options(tmp_path, tmp_path / "run", total_steps=2, eval_demo_steps=2))
+    assert load(tmp_path / "run", 2)["data"]["num_classes"] == 1000
+
+
+def test_half_the_room_on_request_trains_too(made, tmp_path):
+    latent_dataset.main(options(made, **{"save-path": tmp_path / "latents", "dtype": "float16"}))
+    half, full = (LatentReader(f / "latents" / LATENT_FILE) for f in (tmp_path, made))
+    assert half.dtype == np.float16
+    assert half.is_mapped
+    assert torch.allclose(half.read([3, 1]).float(), full.read([3, 1]), rtol=1e-3, atol=1e-4)
+    (tmp_path / "vae").symlink_to(made / "vae")
+    train.main(training_options(made, tmp_path / "run", dataset_path=tmp_path / "latents"))
+
+
+def test_512_pixels_give_latents_of_side_64(made, tmp_path):
+    (tmp_path / "photos").mkdir()
+    shutil.copytree(made / "photos" / "cat", tmp_path / "photos" / "cat")
+    (tmp_path / "vae").symlink_to(made / "vae")
+    latent_dataset.main(options(tmp_path, **{"image-size": 512}))
+    assert LatentReader(tmp_path / "latents" / LATENT_FILE).shape == (9, 8, 64, 64)
+
+
+# Killed.
+
+
+def in_child(work):
+    """The wait status of a fork that does `work`, quietly, and what it returned."""
+    reading, writing = os.pipe()
+    if (child := os.fork()) == 0:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            result = work()
+        os.write(writing, json.dumps(result).encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        said = pipe.read()
+    return os.waitpid(child, 0)[1], json.loads(said or "null")
+
+
+def extract_and_kill(arguments, at):
+    """Extract in a fork; returns whether it was killed, and the calls that it made if not."""
+
+    def work():
+        killer = Killer(at)
+        latent_dataset.main(arguments)
+        return killer.events
+
+    status, events = in_child(work)
+    assert status in (0, signal.SIGKILL)
+    return status == signal.SIGKILL, events
+
+
+def assert_nothing_passes_for_complete(folder, whole):
+    """Under the final name is the whole file or none; under those of parts, whole parts."""
+    if (folder / LATENT_FILE).exists():
+        assert (folder / LATENT_FILE).read_bytes() == whole
+    parts = latent_parts.PartsFolder(folder)
+    for path in parts.folder.glob("0*.npz"):
+        assert len(parts.read_part(int(path.stem)).labels) > 0
+
+
+def test_killed_at_every_write_it_goes_on_to_the_same_file(scratch):
+    """SIGKILL at every sync, rename and deletion, and in the middle of every write of a merge."""
+    for name in ("cat", "china"):  # two and a quarter parts are as good as seven
+        shutil.rmtree(scratch / "photos" / name)
+    latent_dataset.main(options(scratch, "unbroken"))
+    whole = latents_of(scratch, "unbroken")
+    killed, events = extract_and_kill(options(scratch, "counted"), None)
+    assert not killed
+    assert events.count("pwrite") == 3
+    assert len(events) >= 20
+    for at in range(len(events)):
+        save = scratch / f"killed-{at}"
+        killed, _ = extract_and_kill(options(scratch, save.name), at)
+        assert killed
+        assert_nothing_passes_for_complete(save, whole)
+        killed, _ = extract_and_kill(options(scratch, save.name), None)
+        assert not killed, f"could not go on after {events[:at]}"
+        assert latents_of(scratch, save.name) == whole
+        assert [path.name for path in save.iterdir()] == [LATENT_FILE]
+        shutil.rmtree(save)
+
+
+def test_killed_again_and_again_it_still_gets_there(scratch):
+    """Each run is killed a little further on than it has come before."""
+    latent_dataset.main(options(scratch, "unbroken"))
+    whole = latents_of(scratch, "unbroken")
+    kills = 0
+    source = np.random.default_rng(1)
+    for _ in range(100):
+        killed, _ = extract_and_kill(options(scratch, "killed"), int(source.integers(2, 9)))
+        if not killed:
+            break
+        kills += 1
+        assert_nothing_passes_for_complete(scratch / "killed", whole)
+    assert kills >= 5
+    assert latents_of(scratch, "killed") == whole
+
+
+def test_killed_at_random_moments_it_goes_on_to_the_same_file(scratch, made):
+    kills = 0
+    source = np.random.default_rng(2)
+    for _ in range(40):
+        if (child := os.fork()) == 0:
+            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+                latent_dataset.main(options(scratch))
+            os._exit(0)
+        time.sleep(source.uniform(0.02, 0.5))
+        os.kill(child, signal.SIGKILL)
+        if os.waitpid(child, 0)[1] == 0:
+            break
+        kills += 1
+        assert_nothing_passes_for_complete(scratch / "latents", latents_of(made))
+    assert kills
+    latent_dataset.main(options(scratch))
+    reader, other = (LatentReader(f / "latents" / LATENT_FILE) for f in (scratch, made))
+    assert torch.equal(reader.read(range(27)), other.read(range(27)))
+
+
+def test_finished_parts_are_not_made_again(scratch, monkeypatch, capsys):
+    killed, _ = extract_and_kill(options(scratch), 10)
+    assert killed
+    there = sorted((scratch / "latents").glob("*/0*.npz"))
+    assert there
+    read = []
+    monkeypatch.setattr(
+        latent_dataset, "read_image", lambda path, size: read.append(path) or read_image(path, size)
+    )
+    latent_dataset.main(options(scratch))
+    assert len(read) == 27 - 4 * len(there)
+    assert f"in 7 parts; {7 - len(there)} of them are to be made" in capsys.readouterr().out
+    read.clear()
+    latent_dataset.main(options(scratch))
+    assert not read
+    assert f"{LATENT_FILE} was made before" in capsys.readouterr().out
+
+
+def test_batch_size_and_processes_may_change_on_the_way(scratch, made):
+    killed, _ = extract_and_kill(options(scratch), 10)
+    assert killed
+    latent_dataset.main(options(scratch, **{"device-batch-size": 2, "num-workers": 2}))
+    reader, other = (LatentReader(f / "latents" / LATENT_FILE) for f in (scratch, made))
+    assert (reader.read(range(27)) - other.read(range(27))).abs().max() < 1e-5
+
+
+# Refused.
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image-size": 128}, "image_size 64 there, 128 now"),
+        ({"dtype": "float16"}, "dtype float32 there, float16 now"),
+        ({"seed": 7}, "seed 42 there, 7 now"),
+        ({"vae": "other"}, "vae_sha256 .* there, .* now"),
+        ({"photos": "fewer"}, "num_images 27 there, 26 now"),
+        ({"photos": "another"}, "images_sha256 .* there, .* now"),
+    ],
+)
+def test_parts_of_another_command_are_refused_and_kept(scratch, changes, message):
+    killed, _ = extract_and_kill(options(scratch), 10)
+    assert killed
+    before = sorted((scratch / "latents").rglob("*"))
+    if "vae" in changes:
+        changes = {"vae": make_tiny_vae(scratch / "other", seed=1)}
+    match changes.pop("photos", None):
+        case "fewer":
+            (scratch / "photos" / "cat" / "0.jpg").unlink()
+        case "another":
+            Image.new("RGB", (99, 99)).save(scratch / "photos" / "cat" / "0.jpg")
+    with pytest.raises(UserError, match=f"has the parts of another command: .*{message}"):
+        latent_dataset.main(options(scratch, **changes))
+    assert sorted((scratch / "latents").rglob("*")) == before
+
+
+def test_finished_file_of_another_command_is_not_replaced(scratch, made):
+    shutil.copytree(made / "latents", scratch / "latents")
+    before = latents_of(scratch)
+    assert f"{LATENT_FILE}: made by another command" in refusal(options(scratch, seed=1))
+    assert latents_of(scratch) == before
+    with h5py.File(scratch / "latents" / LATENT_FILE, "r+") as file:
+        for name in list(file.attrs):
+            del file.attrs[name]
+    assert f"{LATENT_FILE}: made by another command" in refusal(options(scratch))
+
+
+def test_unreadable_picture_stops_the_run_or_is_left_out(scratch, made):
+    bad = scratch / "photos" / "china" / "3.png"
+    bad.write_bytes(bad.read_bytes()[:300])
+    said = refusal(options(scratch))
+    assert f"{bad}: not a readable picture" in said
+    assert said.endswith("; --skip-bad leaves out such files")
+    finished = len(list((scratch / "latents").glob("*/0*.npz")))
+    assert finished == 3  # the picture is the 13th
+    latent_dataset.main([*options(scratch), "--skip-bad"])
+    reader, whole = (LatentReader(f / "latents" / LATENT_FILE) for f in (scratch, made))
+    kept = [row for row in range(27) if row != 12]
+    assert torch.equal(reader.labels, whole.labels[kept])
+    assert (reader.read(range(26)) - whole.read(kept)).abs().max() < 1e-5
+    assert reader.info.class_counts == (9, 8, 9)
+    assert (scratch / "latents" / "skipped_images.txt").read_text() == "china/3.png\n"
+
+
+def test_pictures_left_out_before_are_named_to_who_does_not_want_that(scratch):
+    (scratch / "photos" / "cat" / "1.png").write_text("")
+    killed, _ = extract_and_kill([*options(scratch), "--skip-bad"], 10)
+    assert killed
+    said = refusal(options(scratch))
+    assert "cat/1.png: not a readable picture; --skip-bad" in said
+
+
+def test_pictures_none_of_which_can_be_read_are_refused(scratch):
+    for path in (scratch / "photos").glob("*/*"):
+        path.write_text("no picture")
+    said = refusal([*options(scratch), "--skip-bad"])
+    assert "none of the 27 pictures can be read" in said
+    assert not (scratch / "latents" / LATENT_FILE).exists()
+
+
+def test_damaged_part_is_named_and_made_again_once_deleted(scratch, made):
+    killed, _ = extract_and_kill(options(scratch), 20)
+    assert killed
+    parts = sorted((scratch / "latents").glob("*/0*.npz"))
+    damaged = bytearray(parts[1].read_bytes())
+    damaged[len(damaged) // 3] ^= 1
+    parts[1].write_bytes(damaged)
+    said = refusal(options(scratch))
+    assert f"{parts[1]}: not a whole part" in said
+    assert "delete it, and the same command makes it again" in said
+    assert not (scratch / "latents" / LATENT_FILE).exists()
+    parts[1].unlink()
+    latent_dataset.main(options(scratch))
+    assert len(LatentReader(scratch / "latents" / LATENT_FILE)) == 27
+
+
+def test_merged_file_that_reads_back_otherwise_gets_no_final_name(scratch, monkeypatch):
+    write = latent_parts._write_at
+
+    def flip(descriptor, values, offset):
+        write(descriptor, values, offset)
+        os.pwrite(descriptor, bytes([values[5] ^ 1]), offset + 5)
+
+    monkeypatch.setattr(latent_parts, "_write_at", flip)
+    assert "part 0 reads back otherwise than it was written" in refusal(options(scratch))
+    assert not (scratch / "latents" / LATENT_FILE).exists()
+
+
+def test_two_commands_do_not_work_on_one_folder(scratch):
+    with latent_parts.PartsFolder(scratch / "latents").owned():
+        assert "another process is at work here" in refusal(options(scratch))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda photos: None, "photos: cannot be read as a folder"),
+        (lambda photos: photos.mkdir(), "photos: holds no class folders"),
+        (lambda photos: (photos / "cat").mkdir(parents=True), "cat: holds no pictures"),
+        (lambda photos: photos.write_text(""), "photos: cannot be read as a folder"),
+    ],
+)
+def test_missing_and_empty_data_folders_are_named(made, tmp_path, make, message):
+    make(tmp_path / "photos")
+    (tmp_path / "vae").symlink_to(made / "vae")
+    assert message in refusal(options(tmp_path))
+    assert not (tmp_path / "latents").exists()
+
+
+def test_other_mistakes_are_named_before_anything_is_made(scratch):
+    assert "vae: /nowhere: no such folder" in refusal(options(scratch, vae="/nowhere"))
+    (scratch / "empty").mkdir()
+    assert "empty: has no weights" in refusal(options(scratch, vae=scratch / "empty"))
+    inside = scratch / "photos" / "latents"
+    assert "lies in --data-path" in refusal(options(scratch, **{"save-path": inside}))
+    below = scratch / "vae" / "config.json" / "x"
+    assert "not a writable folder" in refusal(options(scratch, **{"save-path": below}))
+    assert not (scratch / "latents").exists()
+
+
+@pytest.mark.parametrize("wrong", ["250", "x", "0", "-8"])
+def test_size_that_the_vae_cannot_take_is_refused(scratch, capsys, wrong):
+    with pytest.raises(SystemExit):
+        latent_dataset.main(options(scratch, **{"image-size": wrong}))
+    assert f"'{wrong}' is not a multiple of 8" in capsys.readouterr().err
+
+
+def test_vae_that_gives_no_numbers_is_refused(scratch, monkeypatch):
+    monkeypatch.setattr(
+        latent_dataset, "encode", lambda vae, images: torch.full((len(images), 8, 8, 8), 1e6)
+    )
+    said = refusal(options(scratch, dtype="float16"))
+    assert "gives values that are not finite in float16 for pictures 0 to 3" in said
+    assert not list((scratch / "latents").glob("*/0*.npz"))
