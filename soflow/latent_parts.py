@@ -28,9 +28,8 @@ from soflow.files import (
     make_folder,
     one_line,
     sync_folder,
-    temporary_path,
 )
-from soflow.latents import LATENT_FILE, LatentInfo, LatentReader, create_frame, locate_latents
+from soflow.latents import LATENT_FILE, LatentInfo, LatentReader, locate_latents, write_frame
 
 PART_IMAGES = 256  # the work that a killed process loses is less than this
 SKIPPED_FILE = "skipped_images.txt"
@@ -140,11 +139,8 @@ class PartsFolder:
             labels=part.labels,
             skipped=np.array(json.dumps(part.skipped)),
         )
-        try:
-            with atomic_write(self.part_path(index)) as file:
-                file.write(buffer.getbuffer())
-        except UserError as error:
-            raise UserError(f"{error}; {KEPT}") from error
+        with self._explained(), atomic_write(self.part_path(index)) as file:
+            file.write(buffer.getbuffer())
 
     def read_part(self, index: int) -> Part:
         """A part, its bytes as they were written; UserError where they are not."""
@@ -184,15 +180,16 @@ class PartsFolder:
         on the disk than the parts have. UserError where the file does not hold what they did.
         `report` is told what is being done, and how many parts of how many it is done with.
         """
+        ledger = self._ledger(plan, report)
+        if not self.merged_path.exists():
+            self._create_merged(plan, describe)
         try:
-            ledger = self._ledger(plan, report)
-            if not self.merged_path.exists():
-                self._create_merged(plan, describe)
             self._copy_parts(ledger, report)
             self._verify(ledger, report)
             self._publish(ledger)
         except OSError as error:
-            raise self._unwritten(self.merged_path, error) from error
+            reason = error.strerror or one_line(error)
+            raise UserError(f"{self.merged_path}: not written ({reason}); {KEPT}") from error
         return ledger
 
     def _ledger(self, plan: Plan, report: Callable[[str, int, int], None]) -> Ledger:
@@ -208,7 +205,7 @@ class PartsFolder:
             report("checking", index + 1, plan.num_parts)
         if sum(ledger.rows) == 0:
             raise UserError(f"{self.folder}: none of the {plan.num_images} pictures can be read")
-        with atomic_write(self.ledger_path) as file:
+        with self._explained(), atomic_write(self.ledger_path) as file:
             file.write(json.dumps(ledger._asdict()).encode())
         return ledger
 
@@ -218,15 +215,8 @@ class PartsFolder:
             with self._entries(index) as entries:
                 every_label.append(entries["labels"])
         labels = np.concatenate(every_label)
-        partial = temporary_path(self.merged_path)
-        try:
-            create_frame(partial, labels, describe(labels))
-        except Exception as error:  # h5py has other kinds than OSError for a full disk
-            raise self._unwritten(partial, error) from error
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, self.merged_path)
-        sync_folder(self.folder)
+        with self._explained(), atomic_write(self.merged_path) as file:
+            write_frame(file, labels, describe(labels))
 
     def _copy_parts(self, ledger: Ledger, report: Callable[[str, int, int], None]) -> None:
         """Copy the parts that are still there; each is deleted once its rows are on the disk."""
@@ -268,7 +258,8 @@ class PartsFolder:
 
     def _publish(self, ledger: Ledger) -> None:
         if ledger.skipped:
-            with atomic_write(self.target.with_name(SKIPPED_FILE)) as file:
+            skipped_path = self.target.with_name(SKIPPED_FILE)
+            with self._explained(), atomic_write(skipped_path) as file:
                 file.write("".join(f"{path}\n" for path in ledger.skipped).encode(errors="replace"))
         os.replace(self.merged_path, self.target)
         sync_folder(self.target.parent)
@@ -278,9 +269,13 @@ class PartsFolder:
         """Delete the folder, of which nothing is needed any more."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _unwritten(self, path: Path, error: Exception) -> UserError:
-        reason = getattr(error, "strerror", None) or one_line(error)
-        return UserError(f"{path}: not written ({reason}); {KEPT}")
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """A block whose failure to write is said together with what becomes of the work."""
+        try:
+            yield
+        except UserError as error:
+            raise UserError(f"{error}; {KEPT}") from error
 
 
 def _bytes_of(array: np.ndarray) -> memoryview:

@@ -5,11 +5,12 @@ VAE's own scale; `labels` int64 [N]; int64 scalars `amount` = N and `latent_size
 say what made the file; the published code writes none.
 """
 
+import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -79,24 +80,20 @@ def _text(value: Any) -> str:
     return value
 
 
-def create_frame(path: Path, labels: np.ndarray, info: LatentInfo) -> None:
-    """A latent file in which all but the values of `latents` is there; not yet synced.
+def write_frame(file: IO[bytes], labels: np.ndarray, info: LatentInfo) -> None:
+    """Write to an empty file a latent file in which all but the values of `latents` is there.
 
     The values are one run of bytes at `locate_latents`, to be written there without HDF5: a process
     killed in the middle cannot spoil the structure, which is not touched again.
     """
+    # Made in memory: on a full disk HDF5 does not fail, it crashes.
+    frame = _SparseFile()
     size = info.image_size // PIXELS_PER_LATENT
-    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
-    # Attributes may then have more than 64 KiB, which the names of many classes need.
-    access.set_libver_bounds(h5py.h5f.LIBVER_V18, h5py.h5f.LIBVER_V18)
-    root = h5py.h5p.create(h5py.h5p.FILE_CREATE)
-    root.set_obj_track_times(False)  # the same pictures make the same bytes
-    created = h5py.h5f.create(os.fsencode(path), h5py.h5f.ACC_TRUNC, root, access)
-    with h5py.File(created) as file:
-        info.write(file.attrs)
-        file.create_dataset("labels", data=labels.astype(np.int64))
-        file["amount"] = np.int64(len(labels))
-        file["latent_size"] = np.int64(size)
+    with h5py.File(_create_file(frame)) as entries:
+        info.write(entries.attrs)
+        entries.create_dataset("labels", data=labels.astype(np.int64))
+        entries["amount"] = np.int64(len(labels))
+        entries["latent_size"] = np.int64(size)
         layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         layout.set_layout(h5py.h5d.CONTIGUOUS)
         layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
@@ -104,7 +101,67 @@ def create_frame(path: Path, labels: np.ndarray, info: LatentInfo) -> None:
         layout.set_obj_track_times(False)
         shape = (len(labels), MOMENT_CHANNELS, size, size)
         kind = h5py.h5t.py_create(np.dtype(info.dtype).newbyteorder("<"))
-        h5py.h5d.create(file.id, b"latents", kind, h5py.h5s.create_simple(shape), layout)
+        h5py.h5d.create(entries.id, b"latents", kind, h5py.h5s.create_simple(shape), layout)
+    frame.copy_to(file)
+
+
+def _create_file(target: io.RawIOBase) -> h5py.h5f.FileID:
+    """An empty HDF5 file in `target`, the same bytes whenever it is made."""
+    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    access.set_fileobj_driver(h5py.h5fd.fileobj_driver, target)
+    # Attributes may then have more than 64 KiB, which the names of many classes need.
+    access.set_libver_bounds(h5py.h5f.LIBVER_V18, h5py.h5f.LIBVER_V18)
+    root = h5py.h5p.create(h5py.h5p.FILE_CREATE)
+    root.set_obj_track_times(False)
+    return h5py.h5f.create(b"frame", h5py.h5f.ACC_TRUNC, root, access)
+
+
+class _SparseFile(io.RawIOBase):
+    """A file in memory, of which only the pages that were written take room."""
+
+    PAGE_BYTES = 1 << 16
+
+    def __init__(self):
+        self._pages: dict[int, bytearray] = {}
+        self._size = self._position = 0
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._position = offset + (0, self._position, self._size)[whence]
+        return self._position
+
+    def truncate(self, size: int | None = None) -> int:
+        self._size = self._position if size is None else size
+        return self._size
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        for page, place, part in self._cut(view):
+            self._pages.setdefault(page, bytearray(self.PAGE_BYTES))[place] = part
+        self._size = max(self._size, self._position)
+        return len(view)
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        view = view[: max(0, self._size - self._position)]
+        for page, place, part in self._cut(view):
+            part[:] = self._pages.get(page, bytes(self.PAGE_BYTES))[place]
+        return len(view)
+
+    def copy_to(self, file: IO[bytes]) -> None:
+        """Write this into an empty file, as sparsely."""
+        for page, content in self._pages.items():
+            file.seek(page * self.PAGE_BYTES)
+            file.write(content)
+        file.truncate(self._size)
+
+    def _cut(self, view: memoryview) -> Iterator[tuple[int, slice, memoryview]]:
+        """The pages from the position on that `view` covers, and which part goes where."""
+        while view:
+            page, start = divmod(self._position, self.PAGE_BYTES)
+            part = view[: self.PAGE_BYTES - start]
+            yield page, slice(start, start + len(part)), part
+            self._position += len(part)
+            view = view[len(part) :]
 
 
 class Location(NamedTuple):
@@ -115,7 +172,7 @@ class Location(NamedTuple):
 
 
 def locate_latents(path: Path) -> Location:
-    """The place for the values in a file of `create_frame`."""
+    """The place for the values in a file of `write_frame`."""
     with h5py.File(path, "r", locking=False) as file:
         latents = file["latents"]
         return Location(latents.id.get_offset(), latents.nbytes // len(latents))

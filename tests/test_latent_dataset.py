@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import h5py
@@ -509,3 +511,55 @@ def test_vae_that_gives_no_numbers_is_refused(scratch, monkeypatch):
     said = refusal(options(scratch, dtype="float16"))
     assert "gives values that are not finite in float16 for pictures 0 to 3" in said
     assert not list((scratch / "latents").glob("*/0*.npz"))
+
+
+# A full disk.
+
+GROWING_DISK = """
+import os, sys
+import latent_dataset
+from soflow.files import UserError
+
+latent_dataset.PART_IMAGES = 4
+disk, options, kilobytes = sys.argv[1], sys.argv[2:], 16
+os.system(f"mount -t tmpfs -o size={kilobytes}k tmpfs {disk}")
+while kilobytes < 400:
+    try:
+        latent_dataset.main(options)
+        print("done", os.listdir(disk), flush=True)
+        os.system(f"cp {disk}/imagenet_latent.hdf5 {disk}.hdf5")
+        break
+    except UserError as error:
+        assert chr(10) not in str(error)
+        assert not os.path.exists(f"{disk}/imagenet_latent.hdf5")
+        print("full", len(os.listdir(f"{disk}/imagenet_latent.parts")), error, flush=True)
+    kilobytes += 4
+    os.system(f"mount -o remount,size={kilobytes}k {disk}")
+"""
+
+
+def test_full_disk_is_said_and_with_more_room_the_same_command_goes_on(scratch, made):
+    """On a disk that grows by 4 kB each time: it fills up in the plan, in parts, in the merge."""
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("no namespaces here")
+    (scratch / "disk").mkdir()
+    command = [sys.executable, "-c", GROWING_DISK, scratch / "disk"]
+    finished = subprocess.run(
+        ["unshare", "-rm", *command, *options(scratch, "disk")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert finished.returncode == 0, finished.stderr
+    said = finished.stdout.splitlines()
+    assert f"done ['{LATENT_FILE}']" in said
+    full = [line for line in said if line.startswith("full")]
+    assert all("No space left on device" in line for line in full)
+    assert sum(".npz: not written" in line for line in full) >= 5
+    assert sum("merged.hdf5: not written" in line for line in full) >= 1
+    assert all("what is finished is kept" in line for line in full if "plan.json" not in line)
+    reader, other = (
+        LatentReader(path) for path in (scratch / "disk.hdf5", made / "latents" / LATENT_FILE)
+    )
+    assert torch.equal(reader.read(range(27)), other.read(range(27)))

@@ -13,7 +13,7 @@ from soflow.batches import BatchPlan, build_loader
 from soflow.config import config_from_dict
 from soflow.data import build_data, count_classes
 from soflow.files import UserError
-from soflow.latents import LATENT_FILE, LatentInfo, LatentReader, create_frame, locate_latents
+from soflow.latents import LATENT_FILE, LatentInfo, LatentReader, locate_latents, write_frame
 from soflow.logbook import weights_digest
 from soflow.vae import VAE_NAME, find_vae, load_vae
 
@@ -57,7 +57,8 @@ def write_ours(folder, moments=None, **info):
     folder.mkdir(exist_ok=True)
     path = folder / LATENT_FILE
     values = {**vars(INFO), **info}
-    create_frame(path, np.arange(len(moments)) % 3, LatentInfo(**values))
+    with open(path, "wb") as file:
+        write_frame(file, np.arange(len(moments)) % 3, LatentInfo(**values))
     with open(path, "r+b") as file:
         file.seek(locate_latents(path).offset)
         file.write(moments.astype(values["dtype"]).tobytes())
