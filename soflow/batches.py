@@ -130,17 +130,11 @@ class _Guarded(Dataset):
     def __init__(self, data: TrainingData):
         self.data = data
 
-    def __getitem__(self, indices: list[int]) -> RawBatch | _Refusal:
+    def __getitem__(self, indices: list[int]) -> RawBatch | list[int] | _Refusal:
         try:
-            return self.data[indices]
+            return self.data.prepare(indices)
         except UserError as error:
             return _Refusal(str(error))
-
-
-def _released(loaded: RawBatch | _Refusal) -> RawBatch:
-    if isinstance(loaded, _Refusal):
-        raise UserError(loaded.text)
-    return loaded
 
 
 def build_loader(
@@ -167,4 +161,8 @@ def build_loader(
         # A generator of its own: starting workers must not draw from anybody else's.
         generator=generator(config.seed, "loader workers"),
     )
-    return map(_released, loader)
+    for prepared in loader:
+        if isinstance(prepared, _Refusal):
+            raise UserError(prepared.text)
+        batch = data.deliver(prepared)
+        yield batch if not pin_memory else RawBatch(*(tensor.pin_memory() for tensor in batch))

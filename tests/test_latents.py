@@ -139,6 +139,16 @@ def test_loader_workers_open_the_file_for_themselves(tmp_path, layout, num_worke
     assert len({tuple(batch.labels.tolist()) for batch in seen}) > 1
 
 
+def test_value_that_is_not_finite_ends_training_in_one_line_with_workers_too(tmp_path):
+    moments = some_moments(400)
+    moments[5] = np.nan  # not among those that are looked at before
+    write_reference_form(tmp_path, moments)
+    config = config_of(tmp_path, num_workers=2, batch_size=200)
+    loader = build_loader(build_data(config), config, BatchPlan(200, 3, 1, 1), 0, 0, False)
+    with pytest.raises(UserError, match="row 5 has values that are not finite$"):
+        list(loader)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "chunked"])
 def test_open_file_is_not_shared_with_another_process(tmp_path, layout):
     reader = LatentReader(write_reference_form(tmp_path, **LAYOUTS[layout]))
