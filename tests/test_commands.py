@@ -6,6 +6,7 @@ from commands import run, succeed
 MISTAKES = {
     "train.py": ["--config=nowhere.yaml"],
     "inference.py": ["--config=nowhere.yaml", "--ckpt-steps=1"],
+    "latent_dataset.py": ["--data-path=nowhere", "--save-path=s", "--image-size=256"],
     "evaluator.py": ["--ref_batch=nowhere.npz", "--sample_batch_dir=nowhere"],
     "quickstart/check_digits.py": ["nowhere.npz"],
     "quickstart/score.py": ["nowhere.npz"],

@@ -145,7 +145,7 @@ def test_value_that_is_not_finite_ends_training_in_one_line_with_workers_too(tmp
     write_reference_form(tmp_path, moments)
     config = config_of(tmp_path, num_workers=2, batch_size=200)
     loader = build_loader(build_data(config), config, BatchPlan(200, 3, 1, 1), 0, 0, False)
-    with pytest.raises(UserError, match="row 5 has values that are not finite$"):
+    with pytest.raises(UserError, match=r"row 5 has values that are not finite$"):
         list(loader)
 
 
