@@ -74,8 +74,8 @@ def _fetch(name: str) -> Path:
     except Exception as error:  # the hub's client raises many kinds
         raise UserError(
             f"vae: {name}: not on this machine, and not fetched ({one_line(error)}); where there "
-            f"is a network, run `hf download {name} --local-dir FOLDER`, bring the folder here and "
-            "say vae: FOLDER"
+            f"is a network, run `hf download {name} --local-dir FOLDER`, bring that folder here "
+            "and name it as the VAE"
         ) from error
 
 

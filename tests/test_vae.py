@@ -154,7 +154,7 @@ def test_offline_the_cache_of_the_hub_is_used_or_its_lack_explained(folder, tmp_
     missing = run("-c", code, "somebody/absent", env=settings)
     (line,) = missing.stdout.splitlines()
     assert line.startswith("error: vae: somebody/absent: not on this machine, and not fetched")
-    assert "run `hf download somebody/absent --local-dir FOLDER`, bring the folder here" in line
+    assert "run `hf download somebody/absent --local-dir FOLDER`, bring that folder here" in line
     unreachable = run(
         "-c", code, "somebody/absent",
         env={"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"},
