@@ -119,6 +119,57 @@ def test_crop_halves_with_box_then_resizes_then_cuts_the_middle(height, width, h
     np.testing.assert_array_equal(centre_crop(pixels, 8), expected)
 
 
+def halved(pixels):
+    """The mean of every two by two pixels, rounded up after each axis."""
+    wide = pixels.astype(int)
+    rows = (wide[:, ::2] + wide[:, 1::2] + 1) // 2
+    return (rows[::2] + rows[1::2] + 1) // 2
+
+
+def bicubic(count, size):
+    """[size, count]: what each of `count` pixels gives to each of `size`, by Keys' kernel, -1/2.
+
+    A kernel is as wide as the pixels that it makes, and its weights inside the picture sum to 1.
+    """
+    scale = max(1, count / size)
+    centres = (np.arange(size) + 0.5) * count / size
+    x = np.abs(np.arange(count) + 0.5 - centres[:, None]) / scale
+    near, far = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    weights = np.where(x < 1, near, np.where(x < 2, far, 0))
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def resized(pixels, height, width):
+    rows = np.einsum("hwc,vw->hvc", pixels, bicubic(pixels.shape[1], width)).round().clip(0, 255)
+    return np.einsum("hvc,uh->uvc", rows, bicubic(pixels.shape[0], height)).round().clip(0, 255)
+
+
+CROPS = {
+    "square, the size itself": ((8, 8), lambda p: p),
+    "one to four": ((8, 32), lambda p: p[:, 12:20]),
+    "four to one": ((32, 8), lambda p: p[12:20]),
+    "one more, cut below": ((9, 8), lambda p: p[:8]),
+    "three more, cut one above and two below": ((8, 11), lambda p: p[:, 1:9]),
+    "exactly twice": ((16, 16), halved),
+    "exactly four times": ((32, 32), lambda p: halved(halved(p))),
+    "twice, one to four": ((16, 64), lambda p: halved(p)[:, 12:20]),
+    "one short of twice": ((15, 15), lambda p: resized(p, 8, 8)),
+    "odd, and wider": ((13, 21), lambda p: resized(p, 8, 13)[:, 2:10]),
+    "smaller": ((5, 5), lambda p: resized(p, 8, 8)),
+    "smaller, two to one": ((6, 3), lambda p: resized(p, 16, 8)[4:12]),
+}
+
+
+@pytest.mark.parametrize("name", CROPS)
+def test_crop_gives_the_pixels_worked_out_here(name):
+    (height, width), work_out = CROPS[name]
+    pixels = some_pixels(height, width, 3)
+    difference = np.abs(centre_crop(pixels, 8).astype(int) - work_out(pixels))
+    # Pillow's weights are rounded to 22 bits, which may round a pixel of a resize the other way.
+    assert difference.max() <= ("resized" in work_out.__code__.co_names)
+    assert difference.mean() < 0.01
+
+
 def test_crop_of_a_picture_of_the_right_size_changes_nothing():
     pixels = some_pixels(8, 8, 3)
     np.testing.assert_array_equal(centre_crop(pixels, 8), pixels)
