@@ -14,7 +14,7 @@ import argparse
 import contextlib
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -340,11 +340,15 @@ def image_size(text: str) -> int:
     return int(text)
 
 
-def count(text: str) -> int:
-    """A whole number of 1 or more."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
+def whole_number(least: int) -> Callable[[str], int]:
+    """What reads whole numbers of `least` or more."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
+        return int(text)
+
+    return read
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -367,12 +371,22 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="side to which pictures are cropped: 256 or 512; a config's data_size is an eighth",
     )
     parser.add_argument(
-        "--device-batch-size", type=count, default=256, metavar="B", help="pictures at a time"
+        "--device-batch-size",
+        type=whole_number(1),
+        default=256,
+        metavar="B",
+        help="pictures that the VAE encodes at a time, per process (default 256)",
     )
     parser.add_argument(
-        "--num-workers", type=int, default=4, metavar="W", help="that decode, per process; 0: none"
+        "--num-workers",
+        type=whole_number(0),
+        default=4,
+        metavar="W",
+        help="loader processes that decode pictures, per process; 0 is none (default 4)",
     )
-    parser.add_argument("--seed", type=int, default=42, help="recorded; nothing is drawn here")
+    parser.add_argument(
+        "--seed", type=whole_number(0), default=42, help="recorded; nothing is drawn here"
+    )
     parser.add_argument(
         "--vae", default=VAE_NAME, metavar="NAME_OR_FOLDER", help=f"(default {VAE_NAME})"
     )

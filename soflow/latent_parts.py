@@ -104,12 +104,7 @@ class PartsFolder:
             with atomic_write(path) as file:
                 file.write(json.dumps(dataclasses.asdict(plan), indent=2).encode() + b"\n")
             return plan
-        try:
-            recorded = Plan(**json.loads(path.read_bytes()))
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(
-                f"{path}: not readable ({one_line(error)}); delete {self.folder} to start anew"
-            ) from error
+        recorded = Plan(**self._recorded(path))
         here = dataclasses.replace(plan, part_images=recorded.part_images)
         differing = [
             f"{key} {getattr(recorded, key)} there, {getattr(here, key)} now"
@@ -122,6 +117,14 @@ class PartsFolder:
                 "that one, delete the folder, or choose another --save-path"
             )
         return recorded
+
+    def _recorded(self, path: Path) -> dict[str, Any]:
+        try:
+            return json.loads(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{path}: not readable ({one_line(error)}); delete {self.folder} to start anew"
+            ) from error
 
     def missing_parts(self, plan: Plan) -> list[int]:
         """The parts still to be made."""
@@ -195,7 +198,7 @@ class PartsFolder:
     def _ledger(self, plan: Plan, report: Callable[[str, int, int], None]) -> Ledger:
         """What the parts hold, every byte of them checked before any is deleted."""
         if self.merged_path.exists():
-            return Ledger(**json.loads(self.ledger_path.read_bytes()))
+            return Ledger(**self._recorded(self.ledger_path))
         ledger = Ledger([], [], [])
         for index in range(plan.num_parts):
             part = self.read_part(index)
@@ -240,6 +243,8 @@ class PartsFolder:
         if len(LatentReader(self.merged_path)) != sum(ledger.rows):
             raise UserError(f"{self.merged_path}: not the file of merge.json beside it")
         with open(self.merged_path, "rb") as file:
+            if hasattr(os, "posix_fadvise"):  # from the disk, and not from what was to go there
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             for index, place in enumerate(self._places(ledger)):
                 file.seek(place.start)
                 if zlib.crc32(file.read(len(place))) != ledger.checksums[index]:

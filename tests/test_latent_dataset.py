@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -145,7 +146,7 @@ def test_two_processes_make_the_same_file_and_go_on_when_one_is_killed(made, tmp
     assert reader.info == other.info
 
 
-def training_options(made, folder, **values):
+def training_options(made, folder, config="imagenet.yaml", **values):
     settings = {
         "working_dir": folder,
         "model_type": "DiT-Nano-2",
@@ -164,8 +165,18 @@ def training_options(made, folder, **values):
         "device": "cpu",
         **values,
     }
-    config = ["--config", str(ROOT / "configs" / "imagenet.yaml")]
-    return [*config, *(f"--set={key}={value}" for key, value in settings.items())]
+    options = (f"--set={key}={value}" for key, value in settings.items())
+    return ["--config", str(ROOT / "configs" / config), *options]
+
+
+LATENT_CONFIGS = [*ROOT.glob("configs/imagenet*.yaml"), ROOT / "configs" / "image_latents.yaml"]
+
+
+@pytest.mark.parametrize("config", sorted(path.name for path in LATENT_CONFIGS))
+def test_every_config_of_latents_trains_with_its_network_made_small(made, tmp_path, config):
+    steps = {"total_steps": 1, "eval_demo_steps": 1, "eval_steps": 0}
+    train.main(training_options(made, tmp_path / "run", config, **steps))
+    assert (tmp_path / "run" / "figs" / "1.png").exists()
 
 
 def test_latents_train_resume_exactly_and_come_out_as_pictures(made, tmp_path, monkeypatch):
@@ -238,6 +249,10 @@ def test_512_pixels_give_latents_of_side_64(made, tmp_path):
     (tmp_path / "vae").symlink_to(made / "vae")
     latent_dataset.main(options(tmp_path, **{"image-size": 512}))
     assert LatentReader(tmp_path / "latents" / LATENT_FILE).shape == (9, 8, 64, 64)
+    values = {"data_size": 64, "total_steps": 1, "eval_demo_steps": 1, "model_type": "DiT-Nano-4"}
+    train.main(training_options(tmp_path, tmp_path / "run", **values))
+    with Image.open(tmp_path / "run" / "figs" / "1.png") as picture:
+        assert picture.size == (2 * 514, 3 * 514)
 
 
 # Killed.
@@ -353,6 +368,29 @@ def test_finished_parts_are_not_made_again(scratch, monkeypatch, capsys):
     latent_dataset.main(options(scratch))
     assert not read
     assert f"{LATENT_FILE} was made before" in capsys.readouterr().out
+
+
+def test_progress_says_rate_time_left_and_the_share_of_the_vae(scratch, monkeypatch, capsys):
+    monkeypatch.setattr(latent_dataset, "SECONDS_BETWEEN_LINES", -1)
+    latent_dataset.main(options(scratch))
+    said = capsys.readouterr().out.splitlines()
+    number = r"[0-9]+\.[0-9]"
+    assert re.fullmatch(rf"about 3 of 27 images, {number} images/s, ETA 0:00:0.", said[1])
+    assert "merging parts: 7 of 7" in said
+    assert "verifying parts: 7 of 7" in said
+    (summary,) = [line for line in said if "VAE" in line]
+    pattern = rf"27 images in 0:00:0., {number} images/s; the VAE took [0-9]+% of the time"
+    assert re.fullmatch(pattern, summary)
+
+
+@pytest.mark.parametrize("name", ["plan.json", "merge.json"])
+def test_damaged_notes_are_named(scratch, name):
+    killed, events = extract_and_kill(options(scratch), 34)
+    assert killed, events
+    path = scratch / "latents" / "imagenet_latent.parts" / name
+    assert (path.parent / "merged.hdf5").exists()
+    path.write_text("no JSON")
+    assert f"{path}: not readable" in refusal(options(scratch))
 
 
 def test_batch_size_and_processes_may_change_on_the_way(scratch, made):
