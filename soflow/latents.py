@@ -331,10 +331,7 @@ class LatentReader:
         # Reading mapped memory beyond the file's end would end the process without a word.
         if offset + latents.nbytes > self.path.stat().st_size:
             raise UserError(f"{self.path}: cut short: the latents end beyond the end of the file")
-        mapped = np.memmap(self.path, latents.dtype, "r", offset, latents.shape)
-        # Files with a header of the user's own count their offsets in two ways.
-        is_there = all(_same_bytes(mapped[row], latents[row]) for row in (0, len(mapped) - 1))
-        return offset if is_there else None
+        return offset
 
     def _read_info(self, file: h5py.File) -> LatentInfo | None:
         if "vae" not in file.attrs:
@@ -356,10 +353,6 @@ class LatentReader:
                 f"has latents of side {self.size}, which is for {PIXELS_PER_LATENT * self.size}"
             )
         return info
-
-
-def _same_bytes(left: np.ndarray, right: np.ndarray) -> bool:
-    return left.tobytes() == right.tobytes()
 
 
 def _opened(path: Path) -> h5py.File:
