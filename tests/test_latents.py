@@ -246,6 +246,16 @@ def test_file_cut_short_anywhere_is_refused(tmp_path):
             assert LATENT_FILE in refusal(tmp_path)
 
 
+def test_file_that_hides_that_it_was_cut_short_is_refused(tmp_path):
+    path = write_reference_form(tmp_path)
+    moments = some_moments().tobytes()
+    data = path.read_bytes()
+    end = data.index(moments) + len(moments) - 700
+    assert data[40:48] == len(data).to_bytes(8, "little")  # the end of the file, in its header
+    path.write_bytes(data[:40] + end.to_bytes(8, "little") + data[48:end])
+    assert "invalid dataset size, likely file corruption" in refusal(tmp_path)
+
+
 def test_flipped_bytes_are_refused_or_read_and_nothing_else(tmp_path):
     path = write_reference_form(tmp_path, compression="gzip", chunks=(4, 8, 4, 4))
     data = path.read_bytes()
