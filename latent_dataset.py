@@ -27,7 +27,7 @@ from soflow.distributed import Processes, processes
 from soflow.files import UserError, run_command
 from soflow.images import LabelledFiles, class_folders, read_image, to_images
 from soflow.latent_parts import PART_IMAGES, SKIPPED_FILE, Part, PartsFolder, Plan
-from soflow.latents import LatentInfo, LatentReader
+from soflow.latents import MOMENT_CHANNELS, LatentInfo, LatentReader
 from soflow.logbook import code_version, duration, weights_digest
 from soflow.vae import (
     LATENT_SCALE,
@@ -143,53 +143,57 @@ class Progress:
         )
 
 
-def make_parts(
-    parts: Sequence[int],
-    plan: Plan,
-    parts_folder: PartsFolder,
-    loader: Iterator[LoadedPictures],
-    vae: Any,
-    arguments: argparse.Namespace,
-    progress: Progress,
-) -> None:
-    """Encode and write these parts; the loader gives their batches in order."""
-    for part in parts:
-        moments, labels, skipped = [], [], []
-        for batch in batches_of(plan.images_of(part), arguments.device_batch_size):
-            loaded = next(loader)
-            for path, reason in loaded.unreadable:
-                if not arguments.skip_bad:
-                    raise UserError(f"{reason}; --skip-bad leaves out such files")
-                skipped.append(path)
+@dataclass
+class PartMaker:
+    """Makes parts of what a loader gives, by a VAE."""
+
+    plan: Plan
+    arguments: argparse.Namespace
+    loader: Iterator[LoadedPictures]  # of the parts that will be asked for, in that order
+    vae: Any
+    progress: Progress
+
+    def make(self, index: int) -> Part:
+        """The next part."""
+        images = self.plan.images_of(index)
+        side = self.plan.image_size // PIXELS_PER_LATENT
+        moments = [np.empty((0, MOMENT_CHANNELS, side, side), self.plan.dtype)]
+        labels, skipped = [], []
+        for batch in batches_of(images, self.arguments.device_batch_size):
+            loaded = next(self.loader)
+            skipped += self.left_out(loaded)
             if loaded.labels:
-                moments.append(encoded(vae, loaded.pixels, arguments.dtype, progress))
+                moments.append(self.encoded(loaded.pixels))
             labels += loaded.labels
-            progress.add(len(batch))
-        side = plan.image_size // PIXELS_PER_LATENT
-        empty = np.empty((0, 8, side, side), arguments.dtype)
-        latents = np.concatenate(moments) if moments else empty
+            self.progress.add(len(batch))
+        latents = np.concatenate(moments)
         if not np.isfinite(latents).all():
-            images = plan.images_of(part)
             raise UserError(
-                f"vae: {arguments.vae}: gives values that are not finite in {arguments.dtype} for "
-                f"pictures {images.start} to {images.stop - 1}"
+                f"vae: {self.arguments.vae}: gives values that are not finite in {latents.dtype} "
+                f"for pictures {images.start} to {images.stop - 1}"
             )
-        parts_folder.write_part(part, Part(latents, np.array(labels, np.int64), tuple(skipped)))
+        return Part(latents, np.array(labels, np.int64), tuple(skipped))
+
+    def left_out(self, loaded: LoadedPictures) -> list[str]:
+        """The pictures that cannot be read; UserError where that is not to be."""
+        for _, reason in loaded.unreadable:
+            if not self.arguments.skip_bad:
+                raise UserError(f"{reason}; --skip-bad leaves out such files")
+        return [path for path, _ in loaded.unreadable]
+
+    def encoded(self, pixels: torch.Tensor) -> np.ndarray:
+        """Moments [B, 8, S, S] of uint8 [B, 3, H, W]; the time that takes is the VAE's."""
+        started = time.monotonic()
+        moments = encode(self.vae, to_images(pixels.to(self.progress.processes.device)))
+        with np.errstate(over="ignore"):  # what float16 cannot hold is refused with the part
+            values = moments.cpu().numpy().astype(self.plan.dtype)  # waits for the device
+        self.progress.vae_seconds += time.monotonic() - started
+        return values
 
 
 def batches_of(images: range, batch_size: int) -> list[range]:
     """The images in batches, the last one short."""
     return [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
-
-
-def encoded(vae: Any, pixels: torch.Tensor, dtype: str, progress: Progress) -> np.ndarray:
-    """Moments [B, 8, S, S] of uint8 [B, 3, H, W]; the time it takes is counted as the VAE's."""
-    started = time.monotonic()
-    moments = encode(vae, to_images(pixels.to(progress.processes.device)))
-    with np.errstate(over="ignore"):  # what float16 cannot hold is refused with the part
-        values = moments.cpu().numpy().astype(dtype)  # on the CPU: the device is done with them
-    progress.vae_seconds += time.monotonic() - started
-    return values
 
 
 def build_loader(
@@ -286,7 +290,9 @@ def run_extraction(
     parts = missing[own.rank :: own.world_size]
     progress = Progress(own, sum(len(plan.images_of(part)) for part in parts))
     loader = build_loader(Pictures(files, data_path, plan.image_size), plan, parts, arguments)
-    make_parts(parts, plan, parts_folder, loader, vae, arguments, progress)
+    maker = PartMaker(plan, arguments, loader, vae, progress)
+    for index in parts:
+        parts_folder.write_part(index, maker.make(index))
     release(vae)
     summary = progress.summary()
     if own.is_main and missing:
