@@ -504,9 +504,25 @@ def test_merged_file_that_reads_back_otherwise_gets_no_final_name(scratch, monke
     assert not (scratch / "latents" / LATENT_FILE).exists()
 
 
-def test_two_commands_do_not_work_on_one_folder(scratch):
-    with latent_parts.PartsFolder(scratch / "latents").owned():
+def test_two_commands_do_not_work_on_one_folder(scratch, monkeypatch):
+    parts = latent_parts.PartsFolder(scratch / "latents")
+    with parts.owned():
         assert "another process is at work here" in refusal(options(scratch))
+    refused = []
+
+    def tried(function):
+        def trying(*args):
+            with pytest.raises(UserError, match="another process is at work here"), parts.owned():
+                pass
+            refused.append(function.__name__)
+            return function(*args)
+
+        return trying
+
+    monkeypatch.setattr(latent_dataset, "encode", tried(latent_dataset.encode))
+    monkeypatch.setattr(latent_parts, "write_frame", tried(latent_parts.write_frame))
+    latent_dataset.main(options(scratch))
+    assert {"encode", "write_frame"} <= set(refused)
 
 
 @pytest.mark.parametrize(
