@@ -135,10 +135,14 @@ def test_two_processes_make_the_same_file_and_go_on_when_one_is_killed(made, tmp
     killed = run(*script, "1:4", *arguments)  # amid the second part of the process
     assert killed.returncode != 0
     assert not (tmp_path / LATENT_FILE).exists()
-    num_parts = len(list(tmp_path.glob("*/0*.npz")))
+    there = [int(path.stem) for path in tmp_path.glob("*/0*.npz")]
+    num_parts = len(there)
     assert 1 <= num_parts < 7
+    parts = latent_parts.PartsFolder(tmp_path)
+    missing_images = 27 - sum(len(parts.read_part(index).labels) for index in there)
     said = succeed(*script, "none:0", *arguments)
     assert f"in 7 parts; {7 - num_parts} of them are to be made" in said
+    assert f"\n{missing_images} images in " in said  # each made by one of the processes
     assert said.count("images/s; the VAE took") == 1
     reader, other = (LatentReader(f / LATENT_FILE) for f in (tmp_path, made / "latents"))
     assert torch.equal(reader.labels, other.labels)
