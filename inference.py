@@ -1,9 +1,9 @@
 """Sample images from a checkpoint into an .npz (`arr_0`, uint8 [N, H, W, C]).
 
-    python inference.py --config configs/digits.yaml --ckpt-steps 2000 --num-samples 1000
+    python inference.py --config configs/digits.yaml --ckpt-steps 1000 --num-samples 1000
     torchrun --nproc-per-node=8 inference.py --config SoFlow/XL-2-cond/config.yaml \\
         --ckpt-steps 1200000 --eval-batch-size 128 --eval-NFE 2
-    python inference.py --config configs/digits.yaml --ckpt-steps 2000 --num-samples 100 \\
+    python inference.py --config configs/digits.yaml --ckpt-steps 1000 --num-samples 100 \\
         --labels 0,1,2,3,4,5,6,7,8,9 --grid digits.png
 
 The images come from the averaged weights of ckpts/{steps}.pt in the config's working_dir and go to
@@ -25,10 +25,10 @@ from soflow.checkpoint import check_weights, checkpoint_path, read_checkpoint
 from soflow.config import Config, load_config
 from soflow.data import SOURCES
 from soflow.distributed import Processes, processes
-from soflow.files import UserError, make_folder, run_command
+from soflow.files import UserError, check_writable, make_folder, run_command
 from soflow.logbook import weights_digest, write_record
 from soflow.npz import read_archive
-from soflow.randomness import GivenLabels, PerImageStream, SamplingStream
+from soflow.randomness import GivenLabels, PerImageStream, ReferenceStream, SamplingStream
 from soflow.sampling import (
     FirstImages,
     Sampled,
@@ -40,6 +40,8 @@ from soflow.sampling import (
     save_grid,
     write_samples,
 )
+
+DEFAULTS = ("eval_batch_size=32", "eval_NFE=1", "seed=42")
 
 
 class Sampler(NamedTuple):
@@ -70,9 +72,10 @@ def refuse_other_model(config: Config, recorded: Mapping[str, Any], path: Path) 
 
     A different path or solution form would load, and sample noise.
     """
+    asked = {**config.model_arguments(0, 0), "dataset_type": config.dataset_type}
     differing = [
         f"{key} {recorded[key]!r} in the checkpoint, {value!r} in the config"
-        for key, value in config.model_arguments(0, 0).items()
+        for key, value in asked.items()
         if key in recorded and recorded[key] != value
     ]
     if differing:
@@ -82,7 +85,10 @@ def refuse_other_model(config: Config, recorded: Mapping[str, Any], path: Path) 
 def data_of(config: Config, content: Mapping[str, Any], path: Path) -> tuple[int, int]:
     """Channels and classes that a checkpoint was trained on."""
     if "data" in content:
-        return content["data"]["channels"], content["data"]["num_classes"]
+        try:
+            return int(content["data"]["channels"]), int(content["data"]["num_classes"])
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{path}: its entry `data` is damaged") from None
     source = SOURCES[config.dataset_type]
     if source.num_classes is None:
         raise UserError(f"{path}: does not say how many classes its {config.dataset_type} had")
@@ -93,12 +99,12 @@ def run_inference(arguments: argparse.Namespace, config: Config, own: Processes)
     """Sample what the command line asks for; all processes take part."""
     folder = find_working_dir(config, Path(arguments.config))
     source = Path(arguments.ckpt or checkpoint_path(folder / "ckpts", arguments.ckpt_steps))
-    output = folder / "evals" / f"{source.stem}_{config.eval_NFE}NFE_{arguments.seed}.npz"
+    output = folder / "evals" / f"{source.stem}_{config.eval_NFE}NFE_{config.seed}.npz"
     if own.is_main:
         make_folder(output.parent)
         refuse_to_shrink(output, config.eval_num_samples)
         if arguments.grid:
-            make_folder(Path(arguments.grid).parent)
+            check_writable(Path(arguments.grid))
     find_decoder(config)
     sampler = load_sampler(config, source, own.device)
     request = SampleRequest(
@@ -126,7 +132,7 @@ def run_inference(arguments: argparse.Namespace, config: Config, own: Processes)
         output,
         config,
         own,
-        arguments.seed,
+        config.seed,
         num_images=request.num_images,
         NFE=request.num_jumps,
         labels=arguments.labels or "uniform",
@@ -170,11 +176,17 @@ def choose_stream(
     arguments: argparse.Namespace, config: Config, sampler: Sampler, own: Processes
 ) -> SamplingStream:
     """The source of noise and labels that the command line asks for."""
-    num_classes = sampler.num_classes if config.is_conditional else None
-    stream = PerImageStream(arguments.seed, num_classes, sampler.shape)
+    num_classes, shape = sampler.num_classes, sampler.shape
+    stream: SamplingStream
+    if arguments.noise_stream == "reference":
+        stream = ReferenceStream(
+            config.seed, own.rank, num_classes, shape, config.is_conditional, own.device
+        )
+    else:
+        stream = PerImageStream(config.seed, num_classes if config.is_conditional else None, shape)
     if arguments.labels is None:
         return stream
-    if num_classes is None:
+    if not config.is_conditional:
         raise UserError(f"--labels: {config.model_type} is unconditional and takes none")
     for label in arguments.labels:
         if not 0 <= label < num_classes:
@@ -202,12 +214,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     which.add_argument("--ckpt", metavar="FILE", help="sample from this checkpoint instead")
     parser.add_argument(
-        "--eval-batch-size", type=int, default=32, metavar="B", help="images at a time, per process"
+        "--eval-batch-size", metavar="B", help="images at a time, per process (default 32)"
     )
-    parser.add_argument("--eval-NFE", type=int, default=1, metavar="N", help="jumps per image")
-    parser.add_argument("--seed", type=int, default=42, help="of labels and noise (default 42)")
+    parser.add_argument("--eval-NFE", metavar="N", help="jumps per image (default 1)")
+    parser.add_argument("--seed", metavar="S", help="of labels and noise (default 42)")
     parser.add_argument(
-        "--num-samples", type=int, metavar="N", help="images (default: eval_num_samples, 50000)"
+        "--num-samples", metavar="N", help="images (default: eval_num_samples, 50000)"
     )
     parser.add_argument(
         "--noise-stream",
@@ -238,13 +250,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     if arguments.cfg_scale is not None:
         raise UserError("there is no guidance scale when sampling: guidance was trained in")
-    overrides = [
-        f"eval_batch_size={arguments.eval_batch_size}",
-        f"eval_NFE={arguments.eval_NFE}",
-    ]
-    if arguments.num_samples is not None:
-        overrides.append(f"eval_num_samples={arguments.num_samples}")
-    config = load_config(arguments.config, [*arguments.set, *overrides])
+    given = {
+        "eval_batch_size": arguments.eval_batch_size,
+        "eval_NFE": arguments.eval_NFE,
+        "eval_num_samples": arguments.num_samples,
+        "seed": arguments.seed,
+    }
+    flags = [f"{key}={value}" for key, value in given.items() if value is not None]
+    # The reference's defaults of the command, which differ from those of its configs.
+    config = load_config(arguments.config, [*DEFAULTS, *arguments.set, *flags])
     with processes(config.device, config.timeout_minutes) as own:
         run_inference(arguments, config, own)
 

@@ -13,7 +13,7 @@ import soflow  # noqa: F401  # isort: skip - before torch: tells its threads how
 import argparse
 import contextlib
 import dataclasses
-import os
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +21,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from drawing import draw_batch
 from models import Batch, Objective, SoFlow, build_model
 from soflow.batches import BatchPlan, DataOrder, build_loader
+from soflow.budget import describe_model, describe_needs
 from soflow.checkpoint import (
     TrainState,
     checkpoint_path,
@@ -38,16 +38,19 @@ from soflow.checkpoint import (
 from soflow.config import (
     FIELDS,
     Config,
+    as_yaml,
     config_from_dict,
+    due_steps,
+    is_due,
     load_config,
     refuse_another_experiment,
     save_config,
     suggest,
 )
 from soflow.data import SOURCES, RawBatch, TrainingData, build_data, count_classes
-from soflow.distributed import Processes, processes
+from soflow.distributed import Processes, processes, world_size_asked_for
 from soflow.ema import is_ema_step, update_ema
-from soflow.files import UserError, make_folder, run_command
+from soflow.files import UserError, hold_lock, make_folder, run_command
 from soflow.logbook import (
     Interval,
     Logbook,
@@ -73,7 +76,6 @@ from soflow.sampling import (
     save_grid,
     write_samples,
 )
-from soflow.vae import PIXELS_PER_LATENT
 
 METRICS = ("Vel_MSE", "Vel_Weight", "Con_MSE", "Con_Weight", "Grad_Norm")
 
@@ -89,6 +91,7 @@ class Run:
     state: TrainState
     parallel_model: nn.Module  # state.model, reducing gradients where there are several processes
     logbook: Logbook
+    notes: list[str]  # what is to be said at the start
 
     @property
     def folder(self) -> Path:
@@ -99,6 +102,12 @@ class Run:
 def train(run: Run) -> None:
     """Train from where the state is to the last step, making every result that is due."""
     config, state = run.config, run.state
+    for make, path in due_results(run):
+        # A run stopped between a checkpoint and the eval of the same step still gets its eval.
+        if not run.processes.agree(path.exists()):
+            make(run, path)
+    if state.finished_steps >= config.total_steps:
+        return
     parts = build_loader(
         run.data,
         config,
@@ -108,14 +117,18 @@ def train(run: Run) -> None:
         pin_memory=run.processes.device.type == "cuda",
     )
     interval = Interval()
-    make_results(run, only_missing=True)
     run.logbook.start_bar(state.finished_steps, config.total_steps, "step")
     while state.finished_steps < config.total_steps:
         interval.add(training_step(run, parts))
         run.logbook.advance()
-        if is_due(state.finished_steps, config.logging_steps):
+        is_logging = is_due(state.finished_steps, config.logging_steps)
+        results = due_results(run)
+        if is_logging or results:
+            refuse_non_finite(run, interval)
+        if is_logging:
             log_metrics(run, interval)
-        make_results(run, only_missing=False)
+        for make, path in results:
+            make(run, path)
     run.logbook.close_bar()
 
 
@@ -168,13 +181,25 @@ def exchange_gradients(model: nn.Module, exchange: bool) -> contextlib.AbstractC
     return contextlib.nullcontext()
 
 
-def is_due(finished_steps: int, every: int | None) -> bool:
-    """Whether something that happens every so many steps happens now; 0 and None are never."""
-    return bool(every) and finished_steps > 0 and finished_steps % every == 0
+def refuse_non_finite(run: Run, interval: Interval) -> None:
+    """UserError where a loss or gradient since the last log line was not finite.
+
+    Asked before anything is saved, so that the checkpoints that are there stay good.
+    """
+    broken = [
+        name
+        for name, total in zip(METRICS, interval.sums(), strict=True)
+        if not math.isfinite(total)
+    ]
+    if broken:
+        raise UserError(
+            f"{', '.join(broken)} not finite at step {run.state.finished_steps} or shortly before; "
+            f"nothing was saved since; a lower learning_rate or a larger eps may help"
+        )
 
 
 def log_metrics(run: Run, interval: Interval) -> None:
-    """One line with the means since the last; the only place that waits for the device."""
+    """One line with the means since the last."""
     means, seconds, steps = interval.close(run.processes)
     finished, total = run.state.finished_steps, run.config.total_steps
     metrics = ", ".join(f"{name}: {mean:.4f}" for name, mean in zip(METRICS, means, strict=True))
@@ -188,22 +213,20 @@ def log_metrics(run: Run, interval: Interval) -> None:
 # Results
 
 
-def make_results(run: Run, only_missing: bool) -> None:
-    """Write the checkpoint, demo and eval that are due at this step.
-
-    With `only_missing`, for the start of a run, those that are there already stay as they are: a
-    run stopped between a checkpoint and the eval of the same step still gets its eval.
-    """
+def due_results(run: Run) -> list[tuple[Callable[[Run, Path], None], Path]]:
+    """What is to be written after the step just finished, the checkpoint first, and where."""
     config, step = run.config, run.state.finished_steps
     is_last = step == config.total_steps
-    is_saving = step == 0 or is_last or is_due(step, config.ckpt_saving_steps)
-    for path, due, make in (
-        (checkpoint_path(run.folder / "ckpts", step), is_saving, make_checkpoint),
-        (run.folder / "figs" / f"{step}.png", is_due(step, config.eval_demo_steps), make_demo),
-        (run.folder / "evals" / f"{step}.npz", is_due(step, config.eval_steps), make_eval),
-    ):
-        if due and not (only_missing and run.processes.agree(path.exists())):
-            make(run, path)
+    results = (
+        (
+            make_checkpoint,
+            checkpoint_path(run.folder / "ckpts", step),
+            step == 0 or is_last or is_due(step, config.ckpt_saving_steps),
+        ),
+        (make_demo, run.folder / "figs" / f"{step}.png", is_due(step, config.eval_demo_steps)),
+        (make_eval, run.folder / "evals" / f"{step}.npz", is_due(step, config.eval_steps)),
+    )
+    return [(make, path) for make, path, due in results if due]
 
 
 def make_checkpoint(run: Run, path: Path) -> None:
@@ -273,23 +296,15 @@ def sample_request(run: Run, num_images: int) -> SampleRequest:
 
 
 def start_run(config: Config, own: Processes, allowed: Sequence[str]) -> Run:
-    """Check all that can be checked, then build the run, fresh or from its newest checkpoint."""
+    """The run, fresh or from its newest checkpoint, all checked and nothing written yet."""
+    plan = plan_batch(config, own.world_size)
+    folder = Path(config.working_dir)
+    notes: list[str] = []
+    checkpoint = find_checkpoint(folder, own, notes.append)
     if makes_pixels(config):
         find_decoder(config)
     data = build_data(config)
-    plan = BatchPlan(
-        config.batch_size, config.flow_matching_count, own.world_size, config.accumulation_steps
-    )
-    folder = Path(config.working_dir)
-    logbook = Logbook(folder / "log.txt", own.is_main)
-    notes: list[str] = []
-    checkpoint = find_checkpoint(folder, own, notes.append)
     notes += compare_with_record(config, data, folder, checkpoint, allowed)
-    if own.is_main:
-        for name in ("ckpts", "evals", "figs"):
-            make_folder(folder / name)
-        if not (folder / "config.yaml").exists():
-            save_config(config, folder / "config.yaml")
 
     torch.manual_seed(derive_seed(config.seed, "initial weights"))
     model = build_model(**config.model_arguments(data.spec.channels, data.spec.num_classes))
@@ -304,12 +319,40 @@ def start_run(config: Config, own: Processes, allowed: Sequence[str]) -> Run:
     started = f"fresh run in {folder}"
     if checkpoint:
         path, content = checkpoint
-        notes += [*state.load_state_dict(content, str(path)), *compare_parts(plan, content)]
+        settings = state.load_state_dict(content, str(path))
+        # Where the file has its config, the comparison with that has said it.
+        notes += compare_parts(plan, content) + (settings if "config" not in content else [])
         started = f"resumed at step {state.finished_steps} from {path}"
-    for note in (started, *notes):
-        logbook.line(note)
-    logbook.line(f"{describe_model(config, model)} on {device_name(own.device)}; batch {plan}")
-    return Run(config, own, data, plan, state, parallel_model, logbook)
+    works_on = f"{describe_model(config, model)} on {device_name(own.device)}; batch {plan}"
+    logbook = Logbook(folder / "log.txt", own.is_main)
+    return Run(config, own, data, plan, state, parallel_model, logbook, [started, *notes, works_on])
+
+
+@contextlib.contextmanager
+def claimed_folder(run: Run) -> Iterator[None]:
+    """A block in which the working_dir is there, says what runs in it, and is nobody else's.
+
+    UserError where another run is using it; the lock ends with the process that holds it.
+    """
+    if not run.processes.is_main:
+        yield
+        return
+    folder = make_folder(run.folder)
+    with hold_lock(folder / ".lock", f"{folder}: another run is using this working_dir"):
+        for name in ("ckpts", "evals", "figs"):
+            make_folder(folder / name)
+        if not (folder / "config.yaml").exists():
+            save_config(run.config, folder / "config.yaml")
+        for note in run.notes:
+            run.logbook.line(note)
+        yield
+
+
+def plan_batch(config: Config, world_size: int) -> BatchPlan:
+    """How the config's batch is cut over so many processes."""
+    return BatchPlan(
+        config.batch_size, config.flow_matching_count, world_size, config.accumulation_steps
+    )
 
 
 def makes_pixels(config: Config) -> bool:
@@ -360,10 +403,10 @@ def compare_parts(plan: BatchPlan, content: Mapping[str, Any]) -> list[str]:
     before = content.get("parts", dataclasses.asdict(plan))
     if before == dataclasses.asdict(plan):
         return []
-    return [
-        f"batch cut as {plan} now; it was {BatchPlan(**before)}: "
-        "the order of the data goes on, the noise is another"
-    ]
+    was = BatchPlan(**before)
+    order = "goes on" if was.batch_size == plan.batch_size else "is another"
+    noise = "goes on" if was.num_parts == plan.num_parts else "is another"
+    return [f"batch {plan} now, {was} before: the order of the data {order}, the noise {noise}"]
 
 
 def build_optimizer(config: Config, model: SoFlow) -> torch.optim.Optimizer:
@@ -377,62 +420,15 @@ def build_optimizer(config: Config, model: SoFlow) -> torch.optim.Optimizer:
     )
 
 
-def describe_model(config: Config, model: nn.Module) -> str:
-    """The model's type and size in words."""
-    count = sum(parameter.numel() for parameter in model.parameters())
-    return f"{config.model_type}, {count:,} parameters"
-
-
 def dry_run(config: Config) -> None:
-    """Print what a run would be and need, without device or files; of data, only class names."""
+    """Print what a run would be and need, without device or files."""
     source = SOURCES[config.dataset_type]
     with torch.device("meta"):
         model = build_model(**config.model_arguments(source.channels, count_classes(config)))
-    plan = BatchPlan(
-        config.batch_size,
-        config.flow_matching_count,
-        int(os.environ.get("WORLD_SIZE", 1)),
-        config.accumulation_steps,
-    )
-    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
-    moments = 2 * sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    steps = config.total_steps
-    saves = {0, steps, *due_steps(steps, config.ckpt_saving_steps)}
-    eval_bytes = config.eval_num_samples * pixel_bytes(config, source.channels)
-    evals = due_steps(steps, config.eval_steps)
-    print(yaml.safe_dump(config.to_dict(), sort_keys=False, default_flow_style=None), end="")
-    print(f"# model: {describe_model(config, model)}")
-    print(f"# batch: {plan}")
-    print(
-        f"# memory: weights {size(weights)}, their average {size(weights)}, optimizer state "
-        f"{size(moments)}, gradients {size(moments / 2)}; activations come on top"
-    )
-    print(
-        f"# disk: {len(saves)} checkpoints of {size(2 * weights + moments)}, "
-        f"{len(evals)} evals of {size(eval_bytes)}, "
-        f"together {size(len(saves) * (2 * weights + moments) + len(evals) * eval_bytes)}"
-    )
-
-
-def due_steps(total_steps: int, every: int | None) -> range:
-    """The steps of a run after which something is due."""
-    return range(every, total_steps + 1, every) if every else range(0)
-
-
-def pixel_bytes(config: Config, data_channels: int) -> int:
-    """Bytes of one sampled image."""
-    if config.is_latent:
-        return 3 * (PIXELS_PER_LATENT * config.data_size) ** 2
-    return data_channels * config.data_size**2
-
-
-def size(num_bytes: float) -> str:
-    """A number of bytes for people, in decimal units."""
-    for unit in ("B", "kB", "MB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.4g} GB"
+    plan = plan_batch(config, world_size_asked_for())
+    print(as_yaml(config), end="")
+    for line in describe_needs(config, model, plan, source.channels):
+        print(f"# {line}")
 
 
 # The command
@@ -478,9 +474,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     with processes(config.device, config.timeout_minutes) as own:
         run = start_run(config, own, arguments.allow_changed)
-        if run.state.finished_steps >= config.total_steps:
+        with claimed_folder(run):
+            train(run)
             run.logbook.line(f"finished: all {config.total_steps} steps are done")
-        train(run)
 
 
 if __name__ == "__main__":

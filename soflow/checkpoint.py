@@ -76,12 +76,15 @@ class TrainState:
             )
         parameters = self.optimizer.param_groups[0]["params"]
         for index, entry in state.items():
-            moment = entry.get("exp_avg")
-            if moment is not None and moment.shape != parameters[index].shape:
-                raise UserError(
-                    f"{source}: the optimizer state of parameter {index} has shape "
-                    f"{list(moment.shape)}, the parameter {list(parameters[index].shape)}"
-                )
+            for name in ("exp_avg", "exp_avg_sq"):
+                moment = entry.get(name) if isinstance(entry, dict) else None
+                shape = list(moment.shape) if isinstance(moment, torch.Tensor) else "no tensor"
+                wanted = list(parameters[index].shape) if index in range(len(parameters)) else None
+                if shape != wanted or "step" not in entry:
+                    raise UserError(
+                        f"{source}: {name} of the optimizer state of parameter {index} "
+                        f"has shape {shape}, the parameter {wanted}"
+                    )
 
 
 def checkpoint_path(folder: Path, finished_steps: int) -> Path:
@@ -162,6 +165,8 @@ def check_weights(model: nn.Module, weights: Any, source: str) -> None:
     """UserError with a readable difference where `weights` are not exactly those of `model`."""
     if not isinstance(weights, Mapping):
         raise UserError(f"{source}: the weights are not a mapping of names to tensors")
+    if not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
+        raise UserError(f"{source}: some of the weights are no tensors")
     expected = model.state_dict()
     missing = [name for name in expected if name not in weights]
     surplus = [name for name in weights if name not in expected]

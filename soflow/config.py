@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import math
+import os
 import re
 import types
 import typing
@@ -22,6 +22,7 @@ import yaml
 from soflow.files import UserError, atomic_write
 from soflow.vae import VAE_NAME
 
+LARGEST_NUMBER = 2**63
 DIT_SIZES = ("Nano", "Ti", "S", "B", "M", "L", "XL")
 
 
@@ -148,9 +149,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     values = {key: (value, f"{path}: {key}") for key, value in _read_yaml(path).items()}
     for override in overrides:
         key, equals, text = override.partition("=")
+        place = shorten(override)[1:-1]  # as typed, but in one line
         if not equals:
-            raise UserError(f"--set {override}: not of the form KEY=VALUE")
-        values[key] = (_parse_yaml(text, f"--set {override}"), f"--set {key}")
+            raise UserError(f"--set {place}: not of the form KEY=VALUE")
+        values[key] = (_parse_yaml(text, f"--set {place}"), f"--set {place.partition('=')[0]}")
     return _build(values, str(path))
 
 
@@ -169,10 +171,33 @@ def _build(values: Mapping[str, tuple[Any, str]], source: str) -> Config:
     places = {key: place for key, (_, place) in values.items()}
     for key in FIELDS:
         places.setdefault(key, f"{source}: {key} (default)")
+    if "working_dir" in converted:
+        place = places["working_dir"]
+        converted["working_dir"] = _expand_folder(converted["working_dir"], place)
     config = resolve(Config(**converted))
     _check_ranges(config, places)
     _check_together(config, places)
     return config
+
+
+def _expand_folder(name: str, place: str) -> str:
+    """`name` with ~ written out; UserError where no file system could have such a folder."""
+    try:
+        folder = os.path.expanduser(name)
+        os.path.lexists(folder)
+        Path(folder).stat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{place}: {shorten(name)} cannot be a folder ({reason})") from None
+    return folder
+
+
+def shorten(value: Any) -> str:
+    """`value` as the user wrote it, in one line of bearable length."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
 
 
 def resolve(config: Config) -> Config:
@@ -185,6 +210,16 @@ def resolve(config: Config) -> Config:
     }
     missing = {key: value for key, value in recipe.items() if getattr(config, key) is None}
     return dataclasses.replace(config, **missing)
+
+
+def is_due(finished_steps: int, every: int | None) -> bool:
+    """Whether something that happens every so many steps happens now; 0 and None are never."""
+    return bool(every) and finished_steps > 0 and finished_steps % every == 0
+
+
+def due_steps(total_steps: int, every: int | None) -> range:
+    """The steps of a run after which `is_due` holds."""
+    return range(every, total_steps + 1, every) if every else range(0)
 
 
 def suggest(word: str, choices: Sequence[str] | Mapping[str, Any]) -> str:
@@ -261,7 +296,7 @@ def _convert(kind: Any, value: Any, place: str) -> Any:
         return int(number)
     if kind is str and isinstance(value, str):
         return value
-    raise UserError(f"{place}: {value!r} is not {_NAMES[kind]}")
+    raise UserError(f"{place}: {shorten(value)} is not {_NAMES[kind]}")
 
 
 def _convert_choice(choices: Sequence[str], value: Any, place: str) -> str:
@@ -269,7 +304,7 @@ def _convert_choice(choices: Sequence[str], value: Any, place: str) -> str:
         return "Trig"
     if value not in choices:
         raise UserError(
-            f"{place}: {value!r} is not one of {', '.join(choices)}{suggest(value, choices)}"
+            f"{place}: {shorten(value)} is not one of {', '.join(choices)}{suggest(value, choices)}"
         )
     return value
 
@@ -277,7 +312,7 @@ def _convert_choice(choices: Sequence[str], value: Any, place: str) -> str:
 def _convert_list(kinds: Sequence[type], value: Any, place: str) -> tuple:
     if not isinstance(value, list | tuple) or len(value) != len(kinds):
         names = "numbers" if kinds[0] is float else "whole numbers"
-        raise UserError(f"{place}: {value!r} is not a list of {len(kinds)} {names}")
+        raise UserError(f"{place}: {shorten(value)} is not a list of {len(kinds)} {names}")
     return tuple(_convert(kind, item, place) for kind, item in zip(kinds, value, strict=True))
 
 
@@ -288,9 +323,10 @@ def _number(value: Any) -> int | float | None:
             value = float(value) if re.search(r"[.eE]", value) else int(value)
         except ValueError:
             return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return value
+    # Beyond this neither torch nor a file system can count.
+    return value if abs(value) < LARGEST_NUMBER else None
 
 
 # Ranges
@@ -306,13 +342,16 @@ def _each(check: Check) -> Check:
 _POSITIVE: Check = (lambda value: value > 0, "above 0")
 _NOT_NEGATIVE: Check = (lambda value: value is None or value >= 0, "0 or more")
 _AT_LEAST_ONE: Check = (lambda value: value is None or value >= 1, "1 or more")
+_STEPS: Check = (lambda value: 1 <= value <= 10**9, "between 1 and 1,000,000,000")
+_COUNT: Check = (lambda value: 1 <= value <= 10**8, "between 1 and 100,000,000")
+_FEW: Check = (lambda value: 1 <= value <= 1000, "between 1 and 1,000")
 _SHARE: Check = (lambda value: 0 <= value <= 1, "between 0 and 1")
 _BELOW_ONE: Check = (lambda value: 0 <= value < 1, "at least 0 and below 1")
 _RATIO: Check = (lambda value: 0 < value <= 1, "above 0 and at most 1")
 
 _RANGES: dict[str, Check] = {
     "unet_dropout": _BELOW_ONE,
-    "data_size": _AT_LEAST_ONE,
+    "data_size": _COUNT,
     "augment_probability": _SHARE,
     "vae_batch_size": _AT_LEAST_ONE,
     "velocity_loss_ratio": _SHARE,
@@ -325,23 +364,23 @@ _RANGES: dict[str, Check] = {
     "cfg_decay_time": _NOT_NEGATIVE,
     "l_init_ratio": _RATIO,
     "l_end_ratio": _RATIO,
-    "total_steps": _AT_LEAST_ONE,
+    "total_steps": _STEPS,
     "ema_decay_rate": _SHARE,
     "ema_every_steps": _AT_LEAST_ONE,
     "learning_rate": _NOT_NEGATIVE,
     "betas": _each(_BELOW_ONE),
     "weight_decay": _NOT_NEGATIVE,
-    "batch_size": _AT_LEAST_ONE,
+    "batch_size": _COUNT,
     "accumulation_steps": _AT_LEAST_ONE,
     "num_workers": _NOT_NEGATIVE,
     "prefetch_factor": _AT_LEAST_ONE,
     "seed": _NOT_NEGATIVE,
     "eval_steps": _NOT_NEGATIVE,
-    "eval_batch_size": _AT_LEAST_ONE,
-    "eval_NFE": _AT_LEAST_ONE,
-    "eval_num_samples": _AT_LEAST_ONE,
+    "eval_batch_size": _COUNT,
+    "eval_NFE": _FEW,
+    "eval_num_samples": _COUNT,
     "eval_demo_steps": _NOT_NEGATIVE,
-    "eval_demo_shape": _each(_AT_LEAST_ONE),
+    "eval_demo_shape": _each(_FEW),
     "ckpt_saving_steps": _NOT_NEGATIVE,
     "logging_steps": _NOT_NEGATIVE,
     "timeout_minutes": _POSITIVE,
@@ -400,11 +439,15 @@ def _shown(value: Any) -> str:
 # A run's recorded config
 
 
+def as_yaml(config: Config) -> str:
+    """The resolved config as the text of a config file."""
+    return yaml.safe_dump(config.to_dict(), sort_keys=False, default_flow_style=None)
+
+
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved config, every key of it."""
-    text = yaml.safe_dump(config.to_dict(), sort_keys=False, default_flow_style=None)
     with atomic_write(path) as file:
-        file.write(f"# The resolved config of this run.\n{text}".encode())
+        file.write(f"# The resolved config of this run.\n{as_yaml(config)}".encode())
 
 
 def changed_keys(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:

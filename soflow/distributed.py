@@ -51,7 +51,7 @@ class Processes:
         return shared[0]
 
 
-def choose_device(name: str, local_rank: int = 0) -> torch.device:
+def choose_device(name: str, local_rank: int = 0, world_size: int = 1) -> torch.device:
     """The device called `name`: auto (the best there is), cuda, mps or cpu."""
     available = {
         "cuda": torch.cuda.is_available(),
@@ -60,6 +60,10 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     }
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
+        if name == "mps" and world_size > 1:
+            name = "cpu"
+    if name == "mps" and world_size > 1:
+        raise UserError("device: 'mps' takes one process: gloo cannot connect several there")
     if not available[name]:
         there = ", ".join(kind for kind, is_there in available.items() if is_there)
         raise UserError(f"device: {name!r} is not available on this machine; there is {there}")
@@ -80,23 +84,35 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+def world_size_asked_for() -> int:
+    """How many processes torchrun has started, or 1."""
+    return _from_torchrun("WORLD_SIZE", 1)
+
+
+def _from_torchrun(name: str, default: int) -> int:
+    """A number that torchrun, or whoever plays its part, puts into the environment."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(f"the environment's {name} is {text!r}, not a whole number")
+    return int(text)
+
+
 @contextlib.contextmanager
 def processes(device: str, timeout_minutes: float) -> Iterator[Processes]:
     """This run's processes, connected for the length of the block where torchrun started several.
 
     A process that hears nothing from another for `timeout_minutes` gives up.
     """
-    rank = int(os.environ.get("RANK", 0))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    chosen = choose_device(device, local_rank)
+    rank, local_rank = _from_torchrun("RANK", 0), _from_torchrun("LOCAL_RANK", 0)
+    world_size = world_size_asked_for()
+    chosen = choose_device(device, local_rank, world_size)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
     elif world_size > 1:
         # torchrun gives each process one thread; share out the machine's instead.
-        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        local_world_size = _from_torchrun("LOCAL_WORLD_SIZE", world_size)
         torch.set_num_threads(max(1, usable_cores() // local_world_size))
     if world_size > 1:
         dist.init_process_group(

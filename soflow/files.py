@@ -99,6 +99,26 @@ def _lock(file: IO[bytes], path: Path) -> bool:
 
 
 @contextlib.contextmanager
+def hold_lock(path: str | Path, refusal: str) -> Iterator[None]:
+    """A block that holds the lock `path`; UserError(refusal) where another process holds it.
+
+    Dying unlocks it. Where the file system has no locks, nobody is refused.
+    """
+    path = Path(path)
+    try:
+        file = open(path, "ab")  # noqa: SIM115 - closed with the block
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+    with file:
+        if not _lock(file, path):
+            raise UserError(refusal)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
 def one_at_a_time(path: str | Path) -> Iterator[bool]:
     """A block that one process at a time enters; True for those that had to wait for another.
 
@@ -161,6 +181,14 @@ def make_folder(folder: str | Path) -> Path:
     except OSError as error:
         raise UserError(f"{folder}: not a writable folder ({error.strerror})") from error
     return folder
+
+
+def check_writable(path: str | Path) -> None:
+    """UserError where a file could not be written at `path`; makes the folder it is to be in."""
+    path = Path(path)
+    make_folder(path.parent)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder, not a file to write")
 
 
 def append_line(path: str | Path, line: str) -> None:

@@ -65,6 +65,9 @@ class Interval:
     """Sums of metrics between two log lines; they stay on the device until they are wanted."""
 
     def __init__(self):
+        self._start()
+
+    def _start(self) -> None:
         self._sums: torch.Tensor | None = None
         self._steps = 0
         self._started = time.monotonic()
@@ -74,12 +77,16 @@ class Interval:
         self._sums = values.clone() if self._sums is None else self._sums.add_(values)
         self._steps += 1
 
+    def sums(self) -> list[float]:
+        """This process's sums so far; waits for the device."""
+        return [] if self._sums is None else self._sums.tolist()
+
     def close(self, processes: Processes) -> tuple[list[float], float, int]:
         """Metrics summed over the processes and averaged over the steps, seconds, and the steps."""
         sums = processes.sum_over_ranks(self._sums)
         means = (sums / self._steps).tolist()
         seconds, steps = time.monotonic() - self._started, self._steps
-        self.__init__()
+        self._start()
         return means, seconds, steps
 
 

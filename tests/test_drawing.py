@@ -5,12 +5,13 @@ import dataclasses
 import pytest
 import torch
 
+from augmentation import draw_augmentation
 from drawing import draw_batch
 from models import Batch
 from soflow.batches import BatchPlan
 from soflow.config import Config, resolve
-from soflow.data import PixelData, RawBatch
-from soflow.images import to_images
+from soflow.data import PixelData
+from soflow.randomness import generator
 
 CPU = torch.device("cpu")
 PLAN = BatchPlan(batch_size=16, flow_matching_count=10, world_size=1, accumulation_steps=1)
@@ -84,6 +85,19 @@ def test_gap_of_the_times_follows_the_schedule():
     assert ratio(99) == pytest.approx(0.1 * 0.02**0.99, rel=0.02)
 
 
+def test_each_time_has_its_own_mean_and_is_drawn_for_itself():
+    """With hardly any spread, the times are the sigmoids of their means: t, then s, then t."""
+    means = (2.0, -3.0, 1.0)
+    narrow = draw(config(time_mean=means, time_std=(1e-3, 1e-3, 1e-3), l_schedule="Const"))
+    t, s, later_t = (torch.sigmoid(torch.tensor(mean)) for mean in means)
+    assert torch.allclose(narrow.flow_matching_t, t, atol=1e-3)
+    assert torch.allclose(narrow.consistency_times.s, s, atol=1e-3)
+    assert torch.allclose(narrow.consistency_times.t, later_t, atol=1e-3)
+    wide = draw(config(time_mean=(0.0, -9.0, 0.0), time_std=(1.0, 1.0, 1.0))).consistency_times
+    ranks = [torch.argsort(torch.argsort(time)).tolist() for time in (wide.t, wide.s)]
+    assert ranks[0] != ranks[1]
+
+
 def test_a_unet_on_cifar_gets_augmented_images_and_what_was_done_to_them():
     plain = config(model_type="UNet", cfg_scale=1.0, cfg_drop_rate=0.0)
     assert plain.augment_probability == 0.12
@@ -91,8 +105,12 @@ def test_a_unet_on_cifar_gets_augmented_images_and_what_was_done_to_them():
     assert batch.flow_matching.labels is None
     assert batch.flow_matching.null_mask is None
     assert batch.consistency.augment_labels.shape == (6, 6)
+    # Flip and scale are drawn for all at probability 1: the labels say by how much.
+    source = generator(plain.seed, "augmentation", 0, 0)
+    parameters = draw_augmentation(16, 1.0, source)
+    assert torch.equal(batch.flow_matching.augment_labels, parameters.labels[:10])
+    assert torch.equal(batch.consistency.augment_labels, parameters.labels[10:])
+    assert parameters.labels.abs().sum() > 1
     untouched = draw(dataclasses.replace(plain, augment_probability=0.0))
     assert untouched.consistency.augment_labels is None
     assert not torch.allclose(batch.flow_matching.x_0, untouched.flow_matching.x_0, atol=0.1)
-    pixels = RawBatch(torch.zeros(1, 3, 2, 2, dtype=torch.uint8), torch.zeros(1))
-    assert torch.equal(to_images(pixels.stored), -torch.ones(1, 3, 2, 2))

@@ -198,3 +198,17 @@ def test_download_that_fails_is_named_and_leaves_nothing(tmp_path, server, name,
 def test_server_that_cannot_be_reached_is_named(tmp_path):
     with pytest.raises(UserError, match=r"127\.0\.0\.1:9/a: cannot be fetched .*refused"):
         download("http://127.0.0.1:9/a", tmp_path / "a.pb")
+
+
+def test_a_reader_of_the_old_file_keeps_it_whole_while_a_new_one_takes_its_name(tmp_path):
+    """The new bytes are another file: none of them goes into the old one."""
+    path = tmp_path / "file"
+    path.write_bytes(b"old and whole")
+    with open(path, "rb") as reader:
+        with atomic_write(path) as file:
+            file.write(b"new")
+            file.flush()
+            assert path.read_bytes() == b"old and whole"
+        assert reader.read() == b"old and whole"
+        assert not os.path.samestat(os.fstat(reader.fileno()), path.stat())
+    assert path.read_bytes() == b"new"

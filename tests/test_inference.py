@@ -13,9 +13,11 @@ from tiny_vae import make_tiny_vae
 import inference
 import train
 from models import build_model
-from soflow.config import Config, save_config
+from soflow.config import Config, load_config, save_config
 from soflow.files import UserError
+from soflow.images import to_pixels
 from soflow.npz import read_archive
+from soflow.sampling import sample
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +91,40 @@ def test_images_are_the_same_for_any_batch_size(run):
         assert np.abs(cut - whole).max() <= 1
 
 
+def test_seed_and_stream_choose_the_images_and_the_record_says_so(run):
+    def record(name: str) -> dict:
+        return json.loads((run.folder / "evals" / name).read_text())
+
+    images = {
+        flags: run("--num-samples=5", "--eval-batch-size=5", *flags)
+        for flags in (
+            ("--seed=1",), ("--seed=2",), ("--set=seed=3",),
+            ("--seed=4", "--noise-stream=reference"),
+        )
+    }  # fmt: skip
+    found = [pixels.tobytes() for pixels in images.values()]
+    assert len(set(found)) == 4
+    assert record("6_1NFE_3.json")["config"]["seed"] == record("6_1NFE_3.json")["seed"] == 3
+    assert record("6_1NFE_4.json")["noise_stream"] == "reference"
+
+    # The reference's draws, worked out: labels first, then the noise.
+    source = torch.Generator().manual_seed(4)
+    labels = torch.randint(10, (5,), generator=source)
+    noise = torch.randn(5, 1, 8, 8, generator=source)
+    config = load_config(run.folder / "config.yaml")
+    sampler = inference.load_sampler(config, run.folder / "ckpts" / "6.pt", torch.device("cpu"))
+    x_0 = sample(sampler.model, [noise], labels)
+    expected = to_pixels(x_0).permute(0, 2, 3, 1).numpy().astype(int)
+    assert np.abs(expected - images["--seed=4", "--noise-stream=reference"]).max() <= 1
+
+
+def test_flags_win_over_settings_and_settings_over_defaults(run):
+    run("--num-samples=2", "--set=eval_NFE=2")
+    run("--num-samples=2", "--set=eval_NFE=2", "--eval-NFE=3")
+    names = sorted(path.name for path in (run.folder / "evals").glob("*.npz"))
+    assert names == ["6_2NFE_42.npz", "6_3NFE_42.npz"]
+
+
 def test_grid_shows_the_first_images(run, tmp_path):
     run("--num-samples=8", "--labels=1,0", f"--grid={tmp_path / 'grid.png'}")
     with Image.open(tmp_path / "grid.png") as picture:
@@ -114,9 +150,11 @@ def test_data_set_is_not_opened(run, monkeypatch):
         (["--labels=3,10"], "--labels: 10 is not a class; those are 0 to 9"),
         (["--cfg-scale=4"], "no guidance scale when sampling: guidance was trained in"),
         (["--set=working_dir=nowhere"], "working_dir: nowhere does not exist.*add --set working_d"),
-        (["--num-samples=0"], "eval_num_samples: 0 must be 1 or more"),
+        (["--num-samples=0"], "eval_num_samples: 0 must be between 1 and"),
         (["--set=coefficient_type=Trig"], "coefficient_type 'Euler' in the checkpoint, 'Trig' in"),
         (["--set=model_type=DiT-Nano-4"], "model_type 'DiT-Nano-2' in the checkpoint"),
+        (["--set=dataset_type=ImageFolder"], "dataset_type 'Digits' in the checkpoint, 'ImageF"),
+        (["--grid=/"], "is a folder, not a file to write"),
         (["--ckpt=/nowhere/3.pt"], "the folder /nowhere does not exist"),
     ],
 )

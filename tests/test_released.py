@@ -4,7 +4,6 @@ from pathlib import Path
 
 import goldens
 import numpy as np
-import pytest
 import torch
 from commands import ROOT, succeed
 from standins import write_cifar10
@@ -137,8 +136,3 @@ def test_a_file_of_the_reference_goes_on_in_training_and_ours_has_its_keys(
     assert all(entry["step"] == 2 for index, entry in state.items() if index > 0)
     # A step of the optimizer with what the file had accumulated, not with nothing.
     assert state[2]["exp_avg"].abs().min() > 0
-
-
-@pytest.mark.parametrize("name", ["UNet-uncond", "XL-2-cond"])
-def test_readme_names_the_released_folders(name):
-    assert command_of_the_readme(name)

@@ -13,8 +13,9 @@ import yaml
 from commands import ROOT, digits_settings, succeed
 from PIL import Image
 
+import inference
 import train
-from soflow.files import UserError, temporary_path
+from soflow.files import UserError, hold_lock, make_folder, temporary_path
 from soflow.npz import read_archive
 
 
@@ -186,9 +187,9 @@ def test_another_experiment_in_the_same_folder_is_refused(small_run):
 def test_changed_learning_rate_takes_effect_and_is_said(small_run, capsys):
     folder = small_run(ckpt_saving_steps=3)
     (folder / "ckpts" / "6.pt").unlink()
-    small_run(ckpt_saving_steps=3, learning_rate=0.5)
-    assert "learning_rate changed: 0.002 -> 0.5" in capsys.readouterr().out
-    assert load(folder, 6)["optimizer"]["param_groups"][0]["lr"] == 0.5
+    small_run(ckpt_saving_steps=3, learning_rate=0.01)
+    assert "learning_rate changed: 0.002 -> 0.01" in capsys.readouterr().out
+    assert load(folder, 6)["optimizer"]["param_groups"][0]["lr"] == 0.01
 
 
 def test_unreadable_newest_checkpoint_is_named_and_the_one_before_is_used(small_run, capsys):
@@ -270,7 +271,7 @@ def test_what_cannot_run_is_refused_before_a_folder_is_made(small_run, tmp_path,
 
 def test_working_dir_below_a_file_is_refused_in_one_line(small_run, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="not a writable folder"):
+    with pytest.raises(UserError, match=r"working_dir: .* cannot be a folder .Not a directory."):
         small_run(folder="file/run")
 
 
@@ -302,3 +303,61 @@ def test_the_first_twenty_steps_follow_the_stored_curve(small_run):
     assert found == {
         name: pytest.approx(values, rel=2e-3) for name, values in stored["curve"].items()
     }
+
+
+def test_a_refused_resume_leaves_the_folder_as_it_was(small_run):
+    """A five-key file says nothing of its config; a wrong one must not be recorded for it."""
+    whole = small_run(folder="whole")
+    folder = whole.parent / "run"
+    (folder / "ckpts").mkdir(parents=True)
+    content = load(whole, 6)
+    torch.save({key: content[key] for key in list(content)[:5]}, folder / "ckpts" / "6.pt")
+    with pytest.raises(UserError, match="weights of another model"):
+        small_run(model_type="DiT-Nano-4")
+    assert [path.name for path in folder.rglob("*")] == ["ckpts", "6.pt"]
+    small_run()
+
+
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_goes_on(small_run, tmp_path):
+    folder = make_folder(tmp_path / "run")
+    with (
+        hold_lock(folder / ".lock", "taken"),
+        pytest.raises(UserError, match="run: another run is using this working_dir"),
+    ):
+        small_run()
+    assert [path.name for path in folder.iterdir()] == []
+    small_run()
+    assert not (folder / ".lock").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_anything_is_saved(small_run, tmp_path):
+    with pytest.raises(UserError, match=r"Vel_MSE.* not finite at step"):
+        small_run(learning_rate=1e18, ckpt_saving_steps=1, eval_demo_steps=1)
+    for path in (tmp_path / "run" / "ckpts").glob("*.pt"):
+        weights = load(tmp_path / "run", int(path.stem))["model"]
+        assert all(tensor.isfinite().all() for tensor in weights.values()), path.name
+
+
+def test_evals_and_demos_are_made_by_the_averaged_model(small_run):
+    folder = small_run(eval_steps=6, eval_demo_steps=6, ema_decay_rate=0.5)
+    with read_archive(folder / "evals" / "6.npz") as archive:
+        (during,) = archive.batches(10)
+    picture = (folder / "figs" / "6.png").read_bytes()
+    options = digits_settings(folder, eval_steps=6, eval_demo_steps=6, ema_decay_rate=0.5)
+    flags = ["--ckpt-steps=6", "--num-samples=10", "--eval-batch-size=250"]
+    inference.main([*options, *flags])
+    with read_archive(folder / "evals" / "6_1NFE_42.npz") as archive:
+        assert (next(archive.batches(10)) == during).all()
+    inference.main(
+        [*options, *flags, "--labels=0,0,5,5", "--seed=42", f"--grid={folder / 'g.png'}"]
+    )
+    assert (folder / "g.png").read_bytes() == picture
+
+
+def test_other_data_than_the_checkpoint_was_trained_on_are_refused(small_run):
+    folder = small_run()
+    content = load(folder, 6)
+    content["data"]["class_names"][3] = "drei"
+    torch.save(content, folder / "ckpts" / "6.pt")
+    with pytest.raises(UserError, match=r"trained on other data: .*drei.* then, .* now"):
+        small_run()

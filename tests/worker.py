@@ -8,7 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from models import Batch, build_model
+from models import Batch, Objective, build_model
 from soflow.batches import BatchPlan
 from soflow.checkpoint import TrainState
 from soflow.config import Config, resolve
@@ -47,10 +47,22 @@ def gradients(own: Processes, batches: list[Batch], plan: BatchPlan) -> dict:
     model = toy_model()
     parallel = DistributedDataParallel(model) if own.world_size > 1 else model
     state = TrainState.fresh(model, torch.optim.AdamW(model.parameters()))
-    run = Run(CONFIG, own, data=None, plan=plan, state=state, parallel_model=parallel, logbook=None)
+    run = Run(
+        CONFIG,
+        own,
+        data=None,
+        plan=plan,
+        state=state,
+        parallel_model=parallel,
+        logbook=None,
+        notes=[],
+    )
+    objective = Objective(CONFIG.cfg_scale, CONFIG.mix_ratio, CONFIG.cfg_decay_time, 1.0, 0.01)
+    with torch.no_grad():
+        loss = torch.stack([model(batch, objective).loss for batch in batches]).sum()
     metrics = accumulate_gradients(run, iter(batches))
     return {
-        "metrics": own.sum_over_ranks(metrics),
+        "metrics": own.sum_over_ranks(torch.cat([metrics, loss[None]])),
         "gradients": [p.grad for p in model.parameters() if p.grad is not None],
     }
 
