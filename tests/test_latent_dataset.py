@@ -218,20 +218,27 @@ def test_training_without_pixels_needs_no_vae(made, tmp_path, monkeypatch):
     assert (tmp_path / "run" / "ckpts" / "2.pt").exists()
 
 
+def without_attributes(made, folder):
+    """The latents as the published code writes them, in `folder`."""
+    folder.mkdir()
+    with (
+        h5py.File(made / "latents" / LATENT_FILE, "r") as ours,
+        h5py.File(folder / LATENT_FILE, "w") as theirs,
+    ):
+        for name in ("latents", "labels", "amount", "latent_size"):
+            theirs.create_dataset(name, data=ours[name][()])
+    return folder
+
+
 def test_absent_vae_stops_training_before_a_folder_is_made(made, tmp_path):
-    with pytest.raises(UserError, match="vae: /nowhere: no such folder"):
-        train.main(training_options(made, tmp_path / "run", vae="/nowhere"))
+    plain = without_attributes(made, tmp_path / "latents")
+    with pytest.raises(UserError, match="^vae: /nowhere: no such folder"):
+        train.main(training_options(made, tmp_path / "run", vae="/nowhere", dataset_path=plain))
     assert not (tmp_path / "run").exists()
 
 
 def test_file_of_the_published_code_trains(made, tmp_path):
-    (tmp_path / "latents").mkdir()
-    with (
-        h5py.File(made / "latents" / LATENT_FILE, "r") as ours,
-        h5py.File(tmp_path / "latents" / LATENT_FILE, "w") as theirs,
-    ):
-        for name in ("latents", "labels", "amount", "latent_size"):
-            theirs.create_dataset(name, data=ours[name][()])
+    without_attributes(made, tmp_path / "latents")
     (tmp_path / "vae").symlink_to(made / "vae")
     train.main(training_options(tmp_path, tmp_path / "run", total_steps=2, eval_demo_steps=2))
     assert load(tmp_path / "run", 2)["data"]["num_classes"] == 1000
