@@ -232,7 +232,7 @@ def without_attributes(made, folder):
 
 def test_absent_vae_stops_training_before_a_folder_is_made(made, tmp_path):
     plain = without_attributes(made, tmp_path / "latents")
-    with pytest.raises(UserError, match="^vae: /nowhere: no such folder"):
+    with pytest.raises(UserError, match=r"^vae: /nowhere: no such folder"):
         train.main(training_options(made, tmp_path / "run", vae="/nowhere", dataset_path=plain))
     assert not (tmp_path / "run").exists()
 
