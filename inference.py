@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from models import SoFlow, build_model
 from soflow.checkpoint import check_weights, checkpoint_path, read_checkpoint
-from soflow.config import Config, load_config
+from soflow.config import Config, add_options, load_config
 from soflow.data import SOURCES
 from soflow.distributed import Processes, processes
 from soflow.files import UserError, check_writable, make_folder, run_command
@@ -207,7 +207,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML config of the run")
+    add_options(parser)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument(
         "--ckpt-steps", type=int, metavar="K", help="sample from ckpts/K.pt of the working_dir"
@@ -233,13 +233,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--grid", metavar="FILE.png", help="also draw the first images (eval_demo_shape), by class"
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="replace a value of the config (repeatable)",
     )
     parser.add_argument("--cfg-scale", "--guidance-scale", help=argparse.SUPPRESS)
     return parser.parse_args(argv)

@@ -38,6 +38,7 @@ from soflow.checkpoint import (
 from soflow.config import (
     FIELDS,
     Config,
+    add_options,
     as_yaml,
     config_from_dict,
     due_steps,
@@ -439,14 +440,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML config of the run")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="replace a value of the config (repeatable)",
-    )
+    add_options(parser)
     parser.add_argument(
         "--allow-changed",
         action="append",

@@ -4,6 +4,7 @@ The keys and their defaults are the reference's, so that released configs mean h
 there; keys of our own have defaults that keep the reference's behaviour.
 """
 
+import argparse
 import dataclasses
 import difflib
 import hashlib
@@ -138,6 +139,18 @@ TYPES = typing.get_type_hints(Config)
 
 
 # Loading
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Give a command the options that `load_config` takes: --config and --set."""
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML config of the run")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="replace a value of the config (repeatable)",
+    )
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -5,6 +5,7 @@ import math
 import goldens
 import pytest
 import torch
+from exact import ExactNetwork
 from torch import nn
 
 import dit
@@ -195,17 +196,6 @@ def test_solution_form_derivatives_equal_autograd_and_it_is_the_identity_at_s_eq
 
 
 # Toy networks in float64
-
-
-class ExactNetwork(nn.Module):
-    """F of the data set that is one image c, for Linear and Euler: (x - c) / t."""
-
-    def __init__(self, c: torch.Tensor):
-        super().__init__()
-        self.c = c
-
-    def forward(self, x, t, gap, labels=None):
-        return (x - self.c) / t.view(-1, 1, 1, 1)
 
 
 class ToyNetwork(nn.Module):

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from exact import ExactNetwork
 from PIL import Image
 from torch import nn
 
@@ -26,17 +27,6 @@ from soflow.sampling import (
 
 ALONE = Processes(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 SHAPE = (1, 4, 4)
-
-
-class ExactNetwork(nn.Module):
-    """F of the data set that is one image c, for Linear and Euler: (x - c) / t."""
-
-    def __init__(self, c: torch.Tensor):
-        super().__init__()
-        self.c = c
-
-    def forward(self, x, t, gap, labels=None):
-        return (x - self.c) / t.view(-1, 1, 1, 1)
 
 
 class Recorder(nn.Module):
