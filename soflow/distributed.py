@@ -120,12 +120,8 @@ def processes(device: str, timeout_minutes: float) -> Iterator[Processes]:
             timeout=timedelta(minutes=timeout_minutes),
             device_id=chosen if chosen.type == "cuda" else None,
         )
-    try:
-        yield Processes(rank, local_rank, world_size, chosen)
-        if world_size > 1:
-            # Leave together: a process that tears its connections down while another still writes
-            # a last file has been seen to abort.
-            dist.barrier()
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    yield Processes(rank, local_rank, world_size, chosen)
+    if world_size > 1:
+        # Leave together, and leave the connections to the end of the process: taking them down by
+        # destroy_process_group has been seen to abort a process that had finished its work.
+        dist.barrier()

@@ -41,6 +41,12 @@ def run_command(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         status = 130
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # Without the interpreter's way out: there, threads of torch's connections that are still
+        # there have been seen to abort a process that had finished its work.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)
 
 

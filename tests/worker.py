@@ -13,6 +13,7 @@ from soflow.batches import BatchPlan
 from soflow.checkpoint import TrainState
 from soflow.config import Config, resolve
 from soflow.distributed import Processes, processes
+from soflow.files import run_command
 from soflow.randomness import PerImageStream, ReferenceStream
 from soflow.sampling import SampleRequest, sample_pixels
 from train import Run, accumulate_gradients
@@ -99,4 +100,4 @@ def main(source: str, target: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_command(lambda: main(*sys.argv[1:]))
