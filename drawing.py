@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from augmentation import augment, draw_augmentation
-from models import Batch, ConsistencyTimes, Samples, consistency_times, gap_fraction
+from models import Batch, Samples
+from schedules import ConsistencyTimes, consistency_times, gap_fraction
 from soflow.batches import BatchPlan
 from soflow.config import Config
 from soflow.data import RawBatch, TrainingData

@@ -1,4 +1,4 @@
-"""SoFlow's mathematics: path, solution form, guided velocity and the two losses around a network.
+"""SoFlow's mathematics around a network: the solution, the guided velocity and the two losses.
 
 Solution Flow Models, arXiv 2512.15657. Time runs from data (t = 0) to noise (t = 1):
 
@@ -11,7 +11,6 @@ and s <= l <= t. Everything here is a deterministic function of a batch already 
 randomness is the network's dropout.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -20,106 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from dit import DiT, parse_model_type
+from schedules import PATHS, SOLUTION_FORMS, ConsistencyTimes, guidance_decay
 from unet import UNet
 
 # B batch, V its flow matching samples, C channels, H = W side; times are [B] until widened
-
-MIN_TIME_GAP = 1e-4  # consistency: t >= this, and t - s, t - l >= this
-MAX_DECAY_ARGUMENT = 1 - 1e-6
-DECAY_RATE = 0.025
-
-
-class PathPoint(NamedTuple):
-    """alpha, beta and their derivatives at some times, [B] each."""
-
-    alpha: Tensor
-    beta: Tensor
-    alpha_prime: Tensor
-    beta_prime: Tensor
-
-
-def linear_path(t: Tensor) -> PathPoint:
-    """alpha = 1 - t, beta = t."""
-    one = torch.ones_like(t)
-    return PathPoint(1 - t, t, -one, one)
-
-
-def trig_path(t: Tensor) -> PathPoint:
-    """alpha = cos(pi t / 2), beta = sin(pi t / 2)."""
-    angle = (math.pi / 2) * t
-    cos, sin = angle.cos(), angle.sin()
-    return PathPoint(cos, sin, -(math.pi / 2) * sin, (math.pi / 2) * cos)
-
-
-class SolutionForm(NamedTuple):
-    """a, b of f = a x + b F, and their derivatives in s, at some (t, s), [B] each."""
-
-    a: Tensor
-    b: Tensor
-    a_s: Tensor
-    b_s: Tensor
-
-
-def euler_form(t: Tensor, s: Tensor) -> SolutionForm:
-    """a = 1, b = s - t."""
-    one = torch.ones_like(t)
-    return SolutionForm(one, s - t, torch.zeros_like(t), one)
-
-
-def trig_form(t: Tensor, s: Tensor) -> SolutionForm:
-    """a = cos(pi (s - t) / 2), b = sin(pi (s - t) / 2)."""
-    angle = (math.pi / 2) * (s - t)
-    cos, sin = angle.cos(), angle.sin()
-    return SolutionForm(cos, sin, -(math.pi / 2) * sin, (math.pi / 2) * cos)
-
-
-PATHS: dict[str, Callable[[Tensor], PathPoint]] = {"Linear": linear_path, "Trig": trig_path}
-SOLUTION_FORMS: dict[str, Callable[[Tensor, Tensor], SolutionForm]] = {
-    "Euler": euler_form,
-    "Trig": trig_form,
-}
-
-
-def guidance_decay(t: Tensor, cfg_decay_time: float) -> Tensor:
-    """kappa(t), [B]: 1 up to cfg_decay_time, then falling to 0 at t = 1."""
-    if cfg_decay_time >= 1:
-        return torch.ones_like(t)
-    # Up to cfg_decay_time d is at its bound, where the exponential underflows to 0: kappa = 1.
-    d = ((1 - t) / (1 - cfg_decay_time)).clamp(0, MAX_DECAY_ARGUMENT)
-    return 1 - torch.exp(-DECAY_RATE * d / (1 - d))
-
-
-def gap_fraction(
-    schedule: str, step: int, total_steps: int, init_ratio: float, end_ratio: float
-) -> float:
-    """r(k, K): where l lies between t (r = 0) and s (r = 1) after `step` finished steps."""
-    progress = step / total_steps
-    match schedule:
-        case "Const":
-            return end_ratio
-        case "Linear":
-            return init_ratio + (end_ratio - init_ratio) * progress
-        case "Cosine":
-            return end_ratio + (init_ratio - end_ratio) * (1 + math.cos(math.pi * progress)) / 2
-        case "Exponent":
-            return init_ratio * (end_ratio / init_ratio) ** progress
-    raise ValueError(f"l_schedule {schedule!r} is not one of Const, Linear, Cosine, Exponent")
-
-
-class ConsistencyTimes(NamedTuple):
-    """Times of the consistency loss, [B] each: s <= l < t."""
-
-    t: Tensor
-    l: Tensor  # noqa: E741 - the paper's letter
-    s: Tensor
-
-
-def consistency_times(drawn_t: Tensor, drawn_s: Tensor, ratio: float) -> ConsistencyTimes:
-    """The times made of two independent draws in (0, 1) and the gap fraction r."""
-    t = drawn_t.clamp(min=MIN_TIME_GAP)
-    s = torch.minimum(drawn_s, t - MIN_TIME_GAP)
-    between = torch.minimum(t + (s - t) * ratio, t - MIN_TIME_GAP)
-    return ConsistencyTimes(t, between, s)
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,9 @@ from exact import ExactNetwork
 from torch import nn
 
 import dit
-import models
-from models import (
-    Batch,
-    ConsistencyTimes,
-    Objective,
-    Samples,
-    SoFlow,
-    build_model,
-    consistency_times,
-    gap_fraction,
-    guidance_decay,
-)
+import schedules
+from models import Batch, Objective, Samples, SoFlow, build_model
+from schedules import ConsistencyTimes, consistency_times, gap_fraction, guidance_decay
 from soflow import config
 
 OUTPUT_TOLERANCE = 1e-5
@@ -103,11 +94,11 @@ def test_schedules_equal_the_reference():
     def agrees(actual, name):
         assert goldens.relative_error(actual, golden[name]) < OUTPUT_TOLERANCE, name
 
-    for kind, path in models.PATHS.items():
+    for kind, path in schedules.PATHS.items():
         point = path(t)
         for name, value in zip(("alpha", "beta", "alpha_grad", "beta_grad"), point, strict=True):
             agrees(value, f"{kind}/{name}")
-    for kind, form in models.SOLUTION_FORMS.items():
+    for kind, form in schedules.SOLUTION_FORMS.items():
         at = form(t, s)
         agrees(at.a, f"{kind}/a")
         agrees(at.b, f"{kind}/b")
@@ -175,20 +166,20 @@ def derivative(function, at: torch.Tensor) -> torch.Tensor:
     return torch.autograd.functional.jvp(function, at, torch.ones_like(at))[1]
 
 
-@pytest.mark.parametrize("kind", models.PATHS)
+@pytest.mark.parametrize("kind", schedules.PATHS)
 def test_path_derivatives_equal_autograd(kind):
     t = torch.linspace(0.01, 0.99, 23, dtype=torch.float64)
-    point = models.PATHS[kind](t)
-    path = models.PATHS[kind]
+    point = schedules.PATHS[kind](t)
+    path = schedules.PATHS[kind]
     assert torch.allclose(point.alpha_prime, derivative(lambda t: path(t).alpha, t))
     assert torch.allclose(point.beta_prime, derivative(lambda t: path(t).beta, t))
 
 
-@pytest.mark.parametrize("kind", models.SOLUTION_FORMS)
+@pytest.mark.parametrize("kind", schedules.SOLUTION_FORMS)
 def test_solution_form_derivatives_equal_autograd_and_it_is_the_identity_at_s_equal_t(kind):
     t = torch.linspace(0.01, 0.99, 23, dtype=torch.float64)
     s = t.flip(0) * 0.7
-    form = models.SOLUTION_FORMS[kind]
+    form = schedules.SOLUTION_FORMS[kind]
     assert torch.allclose(form(t, s).a_s, derivative(lambda s: form(t, s).a, s))
     assert torch.allclose(form(t, s).b_s, derivative(lambda s: form(t, s).b, s))
     assert torch.equal(form(t, t).a, torch.ones_like(t))
@@ -250,7 +241,7 @@ def test_the_exact_network_has_no_loss_and_solves_the_path():
     assert torch.allclose(model.solution(x_1, torch.ones_like(zero), zero), x_0)
 
 
-@pytest.mark.parametrize("kind", models.SOLUTION_FORMS)
+@pytest.mark.parametrize("kind", schedules.SOLUTION_FORMS)
 def test_velocity_is_the_derivative_of_the_solution(kind):
     model = toy_model(coefficient_type=kind)
     x_0, _, times = draws(4)
@@ -260,7 +251,7 @@ def test_velocity_is_the_derivative_of_the_solution(kind):
     assert torch.allclose(model.velocity(x_0, times.t, labels), slope)
 
 
-@pytest.mark.parametrize("kind", models.SOLUTION_FORMS)
+@pytest.mark.parametrize("kind", schedules.SOLUTION_FORMS)
 @pytest.mark.parametrize("p", [0.0, 0.75])
 def test_surrogate_gradient_is_that_of_the_squared_error_it_stands_for(kind, p):
     model = toy_model(coefficient_type=kind)

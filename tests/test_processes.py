@@ -9,7 +9,8 @@ from commands import ROOT, digits_settings, run, succeed
 from test_train import assert_equal, load, state_of
 
 from drawing import draw_batch
-from models import Batch, ConsistencyTimes, Samples
+from models import Batch, Samples
+from schedules import ConsistencyTimes
 from soflow.batches import BatchPlan
 from soflow.data import PixelData, RawBatch
 from soflow.distributed import Processes
