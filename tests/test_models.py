@@ -9,6 +9,7 @@ from exact import ExactNetwork
 from torch import nn
 
 import dit
+import models
 import schedules
 from models import Batch, Objective, Samples, SoFlow, build_model
 from schedules import ConsistencyTimes, consistency_times, gap_fraction, guidance_decay
@@ -280,9 +281,13 @@ def test_guided_target_is_the_stated_mixture():
     model = toy_model()
     x_0, x_1, times = draws(4)
     labels, null_mask = torch.tensor([0, 1, 2, 1]), torch.tensor([False, True, False, False])
-    samples = Samples(x_0, x_1, labels, null_mask)
+    consistency = model._on_path(Samples(x_0, x_1, labels, null_mask), times.t, GUIDED)
+    nobody = model._on_path(Samples(x_0[:0], x_1[:0]), times.t[:0], GUIDED)
+    guidance = model._guidance(nobody, consistency, GUIDED)
+    target = models._guided_velocity(
+        consistency, guidance.consistency_null, guidance.consistency_own, GUIDED
+    )
     x_t, velocity_t = model.interpolate(x_0, x_1, times.t)
-    target = model._guided_velocity(x_t, times.t, velocity_t, samples, GUIDED)
     null_velocity = model.velocity(x_t, times.t, torch.full((4,), 3))
     kappa = guidance_decay(times.t, GUIDED.cfg_decay_time).view(-1, 1, 1, 1)
     guided = velocity_t + kappa * (GUIDED.cfg_scale - 1) * (velocity_t - null_velocity)
@@ -303,7 +308,7 @@ def test_decay_is_one_up_to_its_time_and_zero_at_noise():
 @pytest.mark.parametrize(
     ("mix_ratio", "loss", "no_grad_passes"),
     [(0.25, "flow_matching", [2]), (1.0, "flow_matching", [2]),
-     (0.25, "consistency", [2, 2, 3]), (1.0, "consistency", [2, 3])],
+     (0.25, "consistency", [4, 3]), (1.0, "consistency", [2, 3])],
 )  # fmt: skip
 def test_guidance_runs_only_the_passes_and_samples_it_needs(mix_ratio, loss, no_grad_passes):
     model = toy_model()
@@ -445,9 +450,9 @@ def test_both_consistency_passes_of_a_unet_drop_the_same_and_leave_the_global_st
     model.network.register_forward_hook(lambda *call: outputs.append(call[2].detach()))
     x_0, x_1 = torch.randn(2, 2, 3, 8, 8)
     t, s = torch.tensor([0.7, 0.4]), torch.tensor([0.3, 0.1])
-    samples = Samples(x_0, x_1, dropout_seed=5)
+    nothing, samples = Samples(x_0[:0], x_1[:0]), Samples(x_0, x_1, dropout_seed=5)
     before = torch.get_rng_state()
-    model._consistency_terms(samples, ConsistencyTimes(t, t, s), UNGUIDED)
+    model(Batch(nothing, t[:0], samples, ConsistencyTimes(t, t, s), 0, 2), UNGUIDED)
     assert torch.equal(torch.get_rng_state(), before)
     model.consistency_loss(x_0, x_1, t, t, s, None, None, UNGUIDED)
     one, other, *unseeded = outputs
