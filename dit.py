@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # B batch, C channels, H = W side of the data, P patch side, N tokens, D width, h heads
 
@@ -185,6 +186,7 @@ class DiT(nn.Module):
             raise ValueError(f"patch {patch} does not divide data_size {data_size}")
         self.tokens_per_side = data_size // patch
         self.patch = patch
+        self.activation_checkpointing = False  # keep each block's input alone for the backward pass
         self.pos_embed = nn.Parameter(
             position_table(self.tokens_per_side, size.width), requires_grad=False
         )
@@ -225,7 +227,13 @@ class DiT(nn.Module):
         condition = self.t_embedder(t) + self.s_embedder(gap) + self.y_embedder(labels)
         tokens = self.x_embedder(x) + self.pos_embed
         for block in self.blocks:
-            tokens = block(tokens, condition)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                # No random state is kept: blocks draw nothing.
+                tokens = checkpoint(
+                    block, tokens, condition, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                tokens = block(tokens, condition)
         return self._assemble(self.final_layer(tokens, condition))
 
     def _null_labels(self, x: Tensor) -> Tensor:

@@ -421,10 +421,11 @@ class SoFlow(nn.Module):
         """F(x, t, s), with those conditions that there are."""
         for times in (query.t, query.s):
             _check_times(times, query.x)
+        has_seed = query.dropout_seed is not None and self._uses_seeds()
         conditions = {
             "labels": query.labels,
             "augment_labels": query.augment_labels,
-            "dropout_seed": query.dropout_seed if self._uses_seeds() else None,
+            "dropout_seed": torch.tensor(query.dropout_seed) if has_seed else None,
         }
         given = {name: value for name, value in conditions.items() if value is not None}
         x, dtype = query.x, self.execution.coarse_dtype

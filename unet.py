@@ -7,11 +7,14 @@ checkpoints.
 
 # B batch, C channels, H height, W width, N pixels of a level (H x W)
 
+import itertools
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from soflow.files import UserError
 
@@ -43,13 +46,26 @@ def _norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
 
 
-def _dropout(h: Tensor, probability: float, generator: torch.Generator | None) -> Tensor:
-    """Training-time dropout of `h`, its mask drawn from `generator` or torch's global state."""
-    if generator is None:
-        return F.dropout(h, probability)
+# Opaque to the compiler, which else would take each seed for a constant and compile anew for it.
+@torch.library.custom_op("soflow::dropout_mask", mutates_args=())
+def _dropout_mask(h: Tensor, probability: float, seed: Tensor) -> Tensor:
+    """bool, shaped like h: which elements stay. Equal seeds, an int64 on the CPU, draw the same."""
+    generator = torch.Generator(h.device).manual_seed(int(seed))
     # Always drawn in float32, so that the masks do not depend on the precision of h.
-    kept = torch.rand(h.shape, generator=generator, device=h.device, dtype=torch.float32)
-    return h * (kept >= probability) / (1 - probability)
+    drawn = torch.rand(h.shape, generator=generator, device=h.device, dtype=torch.float32)
+    return drawn >= probability
+
+
+@_dropout_mask.register_fake
+def _(h: Tensor, probability: float, seed: Tensor) -> Tensor:
+    return h.new_empty(h.shape, dtype=torch.bool)
+
+
+def _dropout(h: Tensor, probability: float, seed: Tensor | None) -> Tensor:
+    """Training-time dropout of `h`, its mask drawn from `seed` or torch's global state."""
+    if seed is None:
+        return F.dropout(h, probability)
+    return h * _dropout_mask(h.detach(), probability, seed) / (1 - probability)
 
 
 class _Convolution(nn.Conv2d):
@@ -106,12 +122,12 @@ class _Block(nn.Module):
             self.qkv = _Convolution(out_channels, 3 * out_channels, 1)
             self.proj = _Convolution(out_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, embedding: Tensor, generator: torch.Generator | None) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, dropout_seed: Tensor | None) -> Tensor:
         h = self.conv0(F.silu(self.norm0(x)))
         h = h + self.affine(embedding)[:, :, None, None]
         h = F.silu(self.norm1(h))
         if self.training and self.dropout > 0:
-            h = _dropout(h, self.dropout, generator)
+            h = _dropout(h, self.dropout, dropout_seed)
         # The sum of two independent terms of unit variance has variance 2.
         y = (self.conv1(h) + self.skip(x)) * 0.5**0.5
         if self.attention:
@@ -130,6 +146,13 @@ class _Block(nn.Module):
         with torch.autocast(y.device.type, enabled=False):
             attended = F.scaled_dot_product_attention(*parts.contiguous())
         return attended.to(qkv.dtype).transpose(2, 3).reshape(B, C, H, W)
+
+
+def _block_seeds(dropout_seed: Tensor | None) -> Iterator[Tensor | None]:
+    """A seed for each block in turn: a block that is computed twice drops the same both times."""
+    if dropout_seed is None:
+        return itertools.repeat(None)
+    return (dropout_seed + index for index in itertools.count())
 
 
 def _encoder(sizes: list[int], data_channels: int, dropout: float) -> nn.ModuleDict:
@@ -189,6 +212,9 @@ class UNet(nn.Module):
         if not 0 <= dropout < 1:
             raise UserError(f"dropout {dropout}: must be at least 0 and below 1")
         self.data_shape = (data_channels, data_size, data_size)
+        self.activation_checkpointing = (
+            False  # keep each block's output alone for the backward pass
+        )
         sizes = [data_size // 2**level for level in range(LEVELS)]
         self.map_augment = nn.Linear(AUGMENT_LABELS, EMBEDDING_WIDTH, bias=False)
         self.map_layer0 = nn.Linear(EMBEDDING_WIDTH, EMBEDDING_WIDTH)
@@ -213,33 +239,41 @@ class UNet(nn.Module):
         gap: Tensor,
         labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
-        dropout_seed: int | None = None,
+        dropout_seed: Tensor | None = None,
     ) -> Tensor:
         """F(x, t, t - gap), shaped like x [B, C, H, W].
 
         t and gap are [B], in [0, 1]. augment_labels [B, 6]; None means not augmented. In training
-        mode equal `dropout_seed`s give equal dropout masks and leave every other random state as
-        it was; None draws the masks from torch's global state. In evaluation mode nothing is
-        dropped. Raises ValueError for labels, and for shapes other than these.
+        mode equal `dropout_seed`s, an int64 on the CPU, give equal dropout masks and leave every
+        other random state as it was; None draws the masks from torch's global state. In evaluation
+        mode nothing is dropped. Raises ValueError for labels, and for shapes other than these.
         """
         if labels is not None:
             raise ValueError("the UNet is unconditional: it takes no labels")
         self._check_shapes(x, t, gap, augment_labels)
-        generator = None
-        if self.training and dropout_seed is not None:
-            generator = torch.Generator(x.device).manual_seed(dropout_seed)
+        seeds = _block_seeds(dropout_seed if self.training else None)
         embedding = self._embed(t, gap, augment_labels)
         stem, *blocks = self.enc.values()
         stored = [stem(x)]
         for block in blocks:
-            stored.append(block(stored[-1], embedding, generator))
+            stored.append(self._pass(block, stored[-1], embedding, next(seeds)))
         h = stored[-1]
         *blocks, norm, conv = self.dec.values()
         for block in blocks:
             if h.shape[1] < block.in_channels:
                 h = torch.cat([h, stored.pop()], dim=1)
-            h = block(h, embedding, generator)
+            h = self._pass(block, h, embedding, next(seeds))
         return conv(F.silu(norm(h)))
+
+    def _pass(self, block: _Block, x: Tensor, embedding: Tensor, seed: Tensor | None) -> Tensor:
+        """The block's output; with activation checkpointing nothing else is kept."""
+        if not (self.activation_checkpointing and torch.is_grad_enabled()):
+            return block(x, embedding, seed)
+        # Masks drawn from the global state need that state again; saving it may wait for a GPU.
+        keeps_state = seed is None and self.training
+        return checkpoint(
+            block, x, embedding, seed, use_reentrant=False, preserve_rng_state=keeps_state
+        )
 
     def _embed(self, t: Tensor, gap: Tensor, augment_labels: Tensor | None) -> Tensor:
         """What the blocks are told of times and augmentation: [B, 512]."""

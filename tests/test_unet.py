@@ -19,6 +19,9 @@ def on_meta(**settings) -> UNet:
         return UNet(**settings)
 
 
+SEED = torch.tensor(7)
+
+
 def outputs(network: UNet, seed: int = 0, **settings) -> torch.Tensor:
     """What `network` makes of two random images at random times."""
     generator = torch.Generator().manual_seed(seed)
@@ -120,15 +123,15 @@ def test_resampling_filter_is_the_outer_product_over_64(network):
 
 def test_equal_dropout_seeds_give_equal_masks_whatever_else_is_drawn(network):
     torch.manual_seed(1)
-    first = outputs(network, dropout_seed=7)
+    first = outputs(network, dropout_seed=SEED)
     torch.manual_seed(2)
-    assert torch.equal(outputs(network, dropout_seed=7), first)
-    assert not torch.equal(outputs(network, dropout_seed=8), first)
+    assert torch.equal(outputs(network, dropout_seed=SEED), first)
+    assert not torch.equal(outputs(network, dropout_seed=torch.tensor(8)), first)
 
 
 def test_seeded_dropout_leaves_the_global_random_state_as_it_was(network):
     before = torch.get_rng_state()
-    outputs(network, dropout_seed=7)
+    outputs(network, dropout_seed=SEED)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -143,7 +146,7 @@ def test_unseeded_dropout_draws_from_the_global_random_state(network):
 def test_nothing_is_dropped_or_drawn_in_evaluation_mode(network):
     network.eval()
     before = torch.get_rng_state()
-    assert torch.equal(outputs(network), outputs(network, dropout_seed=7))
+    assert torch.equal(outputs(network), outputs(network, dropout_seed=SEED))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -158,7 +161,7 @@ def inputs_of(network: UNet, name: str, **settings) -> torch.Tensor:
     return given[0]
 
 
-@pytest.mark.parametrize("seed", [None, 7])
+@pytest.mark.parametrize("seed", [None, SEED])
 def test_dropout_takes_three_tenths_before_conv1_and_scales_up_the_rest(network, seed):
     dropped = inputs_of(network, "enc.8x8_block0.conv1", dropout_seed=seed)
     whole = inputs_of(network.eval(), "enc.8x8_block0.conv1")
@@ -170,7 +173,7 @@ def test_dropout_takes_three_tenths_before_conv1_and_scales_up_the_rest(network,
 
 def test_blocks_have_masks_of_their_own(network):
     first, second = (
-        inputs_of(network, f"enc.8x8_block{n}.conv1", dropout_seed=7) == 0 for n in (1, 2)
+        inputs_of(network, f"enc.8x8_block{n}.conv1", dropout_seed=SEED) == 0 for n in (1, 2)
     )
     together = (first & second).double().mean().item()
     assert abs(together - 0.09) < 5 * math.sqrt(0.09 * 0.91 / first.numel())
@@ -184,7 +187,7 @@ def test_every_block_drops(network):
         network.get_submodule(name).register_forward_pre_hook(
             lambda _, args, name=name: dropped.update({name: (args[0] == 0).any()}),
         )
-    outputs(network, dropout_seed=7)
+    outputs(network, dropout_seed=SEED)
     for name in names:
         network.get_submodule(name)._forward_pre_hooks.clear()
     assert all(dropped[name] for name in names)
@@ -203,7 +206,7 @@ def test_no_augmentation_labels_mean_labels_of_zero(network):
 def test_every_parameter_gets_a_gradient_with_and_without_augmentation_labels(network):
     for labels in (None, torch.ones(2, 6)):
         network.zero_grad()
-        outputs(network, augment_labels=labels, dropout_seed=7).square().mean().backward()
+        outputs(network, augment_labels=labels, dropout_seed=SEED).square().mean().backward()
         for name, parameter in network.named_parameters():
             assert parameter.grad is not None, name
             assert parameter.grad.any() or (labels is None and name == "map_augment.weight"), name
