@@ -26,6 +26,7 @@ from soflow.config import Config, add_options, load_config
 from soflow.data import SOURCES
 from soflow.distributed import Processes, processes
 from soflow.files import UserError, check_writable, make_folder, run_command
+from soflow.hardware import allow_tf32
 from soflow.logbook import weights_digest, write_record
 from soflow.npz import read_archive
 from soflow.randomness import GivenLabels, PerImageStream, ReferenceStream, SamplingStream
@@ -106,6 +107,7 @@ def run_inference(arguments: argparse.Namespace, config: Config, own: Processes)
         if arguments.grid:
             check_writable(Path(arguments.grid))
     find_decoder(config)
+    allow_tf32(own.device, config.precision != "fp32")
     sampler = load_sampler(config, source, own.device)
     request = SampleRequest(
         config.eval_num_samples,

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from soflow.distributed import Processes, processes
 from soflow.files import UserError, run_command
+from soflow.hardware import allow_tf32
 from soflow.images import LabelledFiles, class_folders, read_image, to_images
 from soflow.latent_parts import PART_IMAGES, SKIPPED_FILE, Part, PartsFolder, Plan
 from soflow.latents import MOMENT_CHANNELS, LatentInfo, LatentReader
@@ -420,6 +421,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     refuse_folder_among_classes(arguments)
     with contextlib.ExitStack() as until_end:
         with processes(arguments.device, TIMEOUT_MINUTES) as own:
+            allow_tf32(own.device, True)
             extraction = run_extraction(arguments, own, until_end)
         if own.is_main and extraction:  # while nobody waits for it
             merge(extraction)

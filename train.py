@@ -13,7 +13,6 @@ import soflow  # noqa: F401  # isort: skip - before torch: tells its threads how
 import argparse
 import contextlib
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +20,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from drawing import draw_batch
-from models import Batch, Objective, SoFlow, build_model
+from learner import METRICS, Learner, build_learner
+from models import Batch, build_model
 from soflow.batches import BatchPlan, DataOrder, build_loader
 from soflow.budget import describe_model, describe_needs
 from soflow.checkpoint import (
@@ -50,7 +48,6 @@ from soflow.config import (
 )
 from soflow.data import SOURCES, RawBatch, TrainingData, build_data, count_classes
 from soflow.distributed import Processes, processes, world_size_asked_for
-from soflow.ema import is_ema_step, update_ema
 from soflow.files import UserError, hold_lock, make_folder, run_command
 from soflow.logbook import (
     Interval,
@@ -61,11 +58,7 @@ from soflow.logbook import (
     weights_digest,
     write_record,
 )
-from soflow.randomness import (
-    GivenLabels,
-    PerImageStream,
-    derive_seed,
-)
+from soflow.randomness import GivenLabels, PerImageStream
 from soflow.sampling import (
     Sampled,
     SampleRequest,
@@ -78,8 +71,6 @@ from soflow.sampling import (
     write_samples,
 )
 
-METRICS = ("Vel_MSE", "Vel_Weight", "Con_MSE", "Con_Weight", "Grad_Norm")
-
 
 @dataclass
 class Run:
@@ -88,11 +79,19 @@ class Run:
     config: Config
     processes: Processes
     data: TrainingData
-    plan: BatchPlan
-    state: TrainState
-    parallel_model: nn.Module  # state.model, reducing gradients where there are several processes
+    learner: Learner
     logbook: Logbook
     notes: list[str]  # what is to be said at the start
+
+    @property
+    def state(self) -> TrainState:
+        """What the run has learned."""
+        return self.learner.state
+
+    @property
+    def plan(self) -> BatchPlan:
+        """How the run's batch is cut."""
+        return self.learner.plan
 
     @property
     def folder(self) -> Path:
@@ -120,12 +119,12 @@ def train(run: Run) -> None:
     interval = Interval()
     run.logbook.start_bar(state.finished_steps, config.total_steps, "step")
     while state.finished_steps < config.total_steps:
-        interval.add(training_step(run, parts))
+        interval.add(run.learner.step(draw_batches(run, parts)))
         run.logbook.advance()
         is_logging = is_due(state.finished_steps, config.logging_steps)
         results = due_results(run)
         if is_logging or results:
-            refuse_non_finite(run, interval)
+            run.learner.refuse_non_finite()
         if is_logging:
             log_metrics(run, interval)
         for make, path in results:
@@ -133,70 +132,11 @@ def train(run: Run) -> None:
     run.logbook.close_bar()
 
 
-def training_step(run: Run, parts: Iterator[RawBatch]) -> Tensor:
-    """One optimizer step on the next global batch; returns this process's share of METRICS."""
-    config, state = run.config, run.state
-    metrics = accumulate_gradients(run, draw_batches(run, parts))
-    state.optimizer.step()
-    state.optimizer.zero_grad()
-    state.finished_steps += 1
-    if is_ema_step(state.finished_steps, config.ema_every_steps):
-        update_ema(state.ema_model, state.model, config.ema_decay_rate, config.ema_every_steps)
-    return metrics
-
-
 def draw_batches(run: Run, parts: Iterator[RawBatch]) -> Iterator[Batch]:
     """This process's parts of the next global batch, one by one."""
     step, device = run.state.finished_steps, run.processes.device
     for part in run.plan.parts_of(run.processes.rank):
         yield draw_batch(run.config, run.plan, run.data, next(parts), step, part, device)
-
-
-def accumulate_gradients(run: Run, batches: Iterator[Batch]) -> Tensor:
-    """Leave the whole batch's gradient in the model; returns this process's share of METRICS.
-
-    They stay on the device. The gradients of this process's parts add up, and are exchanged once,
-    with the last.
-    """
-    config, plan = run.config, run.plan
-    objective = Objective(
-        config.cfg_scale, config.mix_ratio, config.cfg_decay_time, config.p, config.eps
-    )
-    metrics = torch.zeros(len(METRICS), device=run.processes.device)
-    for index, batch in enumerate(batches, start=1):
-        with exchange_gradients(run.parallel_model, index == plan.accumulation_steps):
-            terms = run.parallel_model(batch, objective)
-            # DistributedDataParallel averages over the processes; the objective is a sum.
-            (terms.loss * plan.world_size).backward()
-        metrics[:4] += torch.stack([*terms.flow_matching[1:], *terms.consistency[1:]])
-    gradients = [p.grad for p in run.state.model.parameters() if p.grad is not None]
-    # The same on every process, and to be summed over them.
-    metrics[4] = nn.utils.get_total_norm(gradients) / plan.world_size
-    return metrics
-
-
-def exchange_gradients(model: nn.Module, exchange: bool) -> contextlib.AbstractContextManager:
-    """A block whose backward pass exchanges gradients between processes, or keeps them back."""
-    if isinstance(model, DistributedDataParallel) and not exchange:
-        return model.no_sync()
-    return contextlib.nullcontext()
-
-
-def refuse_non_finite(run: Run, interval: Interval) -> None:
-    """UserError where a loss or gradient since the last log line was not finite.
-
-    Asked before anything is saved, so that the checkpoints that are there stay good.
-    """
-    broken = [
-        name
-        for name, total in zip(METRICS, interval.sums(), strict=True)
-        if not math.isfinite(total)
-    ]
-    if broken:
-        raise UserError(
-            f"{', '.join(broken)} not finite at step {run.state.finished_steps} or shortly before; "
-            f"nothing was saved since; a lower learning_rate or a larger eps may help"
-        )
 
 
 def log_metrics(run: Run, interval: Interval) -> None:
@@ -307,26 +247,19 @@ def start_run(config: Config, own: Processes, allowed: Sequence[str]) -> Run:
     data = build_data(config)
     notes += compare_with_record(config, data, folder, checkpoint, allowed)
 
-    torch.manual_seed(derive_seed(config.seed, "initial weights"))
-    model = build_model(**config.model_arguments(data.spec.channels, data.spec.num_classes))
-    model.to(own.device)
-    parallel_model: nn.Module = model
-    if own.world_size > 1:
-        parallel_model = DistributedDataParallel(
-            model, forward_sync_buffers=False, gradient_as_bucket_view=True
-        )
-    # After DistributedDataParallel has made the weights equal, so that the average is of them.
-    state = TrainState.fresh(model, build_optimizer(config, model))
+    learner, limits = build_learner(config, own, plan, data.spec.channels, data.spec.num_classes)
+    notes += limits
     started = f"fresh run in {folder}"
     if checkpoint:
         path, content = checkpoint
-        settings = state.load_state_dict(content, str(path))
+        settings = learner.state.load_state_dict(content, str(path))
         # Where the file has its config, the comparison with that has said it.
         notes += compare_parts(plan, content) + (settings if "config" not in content else [])
-        started = f"resumed at step {state.finished_steps} from {path}"
-    works_on = f"{describe_model(config, model)} on {device_name(own.device)}; batch {plan}"
+        started = f"resumed at step {learner.state.finished_steps} from {path}"
+    model = describe_model(config, learner.state.model)
+    works_on = f"{model} on {device_name(own.device)}; batch {plan}"
     logbook = Logbook(folder / "log.txt", own.is_main)
-    return Run(config, own, data, plan, state, parallel_model, logbook, [started, *notes, works_on])
+    return Run(config, own, data, learner, logbook, [started, *notes, works_on])
 
 
 @contextlib.contextmanager
@@ -408,17 +341,6 @@ def compare_parts(plan: BatchPlan, content: Mapping[str, Any]) -> list[str]:
     order = "goes on" if was.batch_size == plan.batch_size else "is another"
     noise = "goes on" if was.num_parts == plan.num_parts else "is another"
     return [f"batch {plan} now, {was} before: the order of the data {order}, the noise {noise}"]
-
-
-def build_optimizer(config: Config, model: SoFlow) -> torch.optim.Optimizer:
-    """The config's optimizer: one group of all parameters, in the state dict's order."""
-    kind = {"AdamW": torch.optim.AdamW, "RAdam": torch.optim.RAdam}[config.optimizer]
-    return kind(
-        model.parameters(),
-        lr=config.learning_rate,
-        betas=config.betas,
-        weight_decay=config.weight_decay,
-    )
 
 
 def dry_run(config: Config) -> None:

@@ -76,6 +76,8 @@ class Config:
     learning_rate: float = operational(1e-4)
     betas: tuple[float, float] = operational((0.9, 0.99))
     weight_decay: float = operational(0.0)
+    warmup_steps: int | None = operational(None)  # the learning rate rises from 0; 0 or null: none
+    gradient_clip: float | None = operational(None)  # bound on the gradient's norm; null: none
     batch_size: int = 256  # samples per step, over all processes
     accumulation_steps: int = operational(1)  # parts that each process cuts its share into
     num_workers: int = operational(12)  # loader processes; 0 loads in the training process
@@ -90,8 +92,13 @@ class Config:
     eval_demo_shape: tuple[int, int] = operational((4, 8))  # rows, columns
     ckpt_saving_steps: int | None = operational(200_000)
     logging_steps: int | None = operational(100)
-    # Machine
+    # Machine; none of these changes results but by rounding
     device: Literal["auto", "cuda", "mps", "cpu"] = operational("auto")
+    # On CUDA tf32 and bf16 use TF32. bf16 is for the flow matching and guidance passes alone.
+    precision: Literal["tf32", "fp32", "bf16"] = operational("tf32")
+    compile: bool = operational(False)  # the network, while training
+    activation_checkpointing: bool = operational(False)  # compute activations twice, to store few
+    channels_last: bool = operational(False)  # memory layout of a UNet; DiTs have no use for it
     timeout_minutes: float = operational(30.0)  # silence after which a process gives up on another
 
     @property
@@ -288,7 +295,7 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
 
 # Types
 
-_NAMES = {int: "a whole number", float: "a number", str: "a text"}
+_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
 def _convert(kind: Any, value: Any, place: str) -> Any:
@@ -307,7 +314,7 @@ def _convert(kind: Any, value: Any, place: str) -> Any:
         return float(number)
     if kind is int and number is not None and number == int(number):
         return int(number)
-    if kind is str and isinstance(value, str):
+    if isinstance(value, kind) and kind in (str, bool):
         return value
     raise UserError(f"{place}: {shorten(value)} is not {_NAMES[kind]}")
 
@@ -352,7 +359,7 @@ def _each(check: Check) -> Check:
     return (lambda values: all(holds(value) for value in values)), f"{wanted} each"
 
 
-_POSITIVE: Check = (lambda value: value > 0, "above 0")
+_POSITIVE: Check = (lambda value: value is None or value > 0, "above 0")
 _NOT_NEGATIVE: Check = (lambda value: value is None or value >= 0, "0 or more")
 _AT_LEAST_ONE: Check = (lambda value: value is None or value >= 1, "1 or more")
 _STEPS: Check = (lambda value: 1 <= value <= 10**9, "between 1 and 1,000,000,000")
@@ -383,6 +390,8 @@ _RANGES: dict[str, Check] = {
     "learning_rate": _NOT_NEGATIVE,
     "betas": _each(_BELOW_ONE),
     "weight_decay": _NOT_NEGATIVE,
+    "warmup_steps": _NOT_NEGATIVE,
+    "gradient_clip": _POSITIVE,
     "batch_size": _COUNT,
     "accumulation_steps": _AT_LEAST_ONE,
     "num_workers": _NOT_NEGATIVE,
@@ -428,6 +437,8 @@ def _check_together(config: Config, places: Mapping[str, str]) -> None:
             refuse("model_type", f"has a patch that does not divide data_size {config.data_size}")
         if config.augment_probability > 0:
             refuse("augment_probability", "needs model_type UNet: a DiT takes no augmentation")
+        if config.channels_last:
+            refuse("channels_last", "needs model_type UNet: a DiT has no use for that layout")
     else:
         if config.cfg_scale > 1:
             refuse("cfg_scale", "needs labels, and the UNet is unconditional; use 1, or a DiT")

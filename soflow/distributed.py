@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from soflow.files import UserError
+from soflow.hardware import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -106,10 +107,10 @@ def processes(device: str, timeout_minutes: float) -> Iterator[Processes]:
     rank, local_rank = _from_torchrun("RANK", 0), _from_torchrun("LOCAL_RANK", 0)
     world_size = world_size_asked_for()
     chosen = choose_device(device, local_rank, world_size)
+    if chosen.type == "cpu":
+        keep_freed_memory()
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
     elif world_size > 1:
         # torchrun gives each process one thread; share out the machine's instead.
         local_world_size = _from_torchrun("LOCAL_WORLD_SIZE", world_size)

@@ -77,10 +77,6 @@ class Interval:
         self._sums = values.clone() if self._sums is None else self._sums.add_(values)
         self._steps += 1
 
-    def sums(self) -> list[float]:
-        """This process's sums so far; waits for the device."""
-        return [] if self._sums is None else self._sums.tolist()
-
     def close(self, processes: Processes) -> tuple[list[float], float, int]:
         """Metrics summed over the processes and averaged over the steps, seconds, and the steps."""
         sums = processes.sum_over_ranks(self._sums)

@@ -6,7 +6,7 @@ import math
 import torch
 from torch import nn
 
-import train
+from learner import build_optimizer
 from soflow.config import Config, resolve
 from soflow.ema import is_ema_step, update_ema
 
@@ -52,7 +52,7 @@ def test_radam_and_a_sixteen_step_average_equal_a_plain_loop_over_forty_steps():
     config = resolve(Config(working_dir="x", dataset_type="CIFAR10", model_type="UNet"))
     model = small_model()
     average = copy.deepcopy(model)
-    optimizer = train.build_optimizer(config, model)
+    optimizer = build_optimizer(config, model)
     parameters = [p.detach().double() for p in model.parameters()]
     averages = [p.clone() for p in parameters]
     first = [torch.zeros_like(p) for p in parameters]

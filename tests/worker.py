@@ -4,19 +4,17 @@ import sys
 from pathlib import Path
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from models import Batch, Objective, build_model
+from learner import Learner
+from models import Batch, build_model
 from soflow.batches import BatchPlan
-from soflow.checkpoint import TrainState
 from soflow.config import Config, resolve
 from soflow.distributed import Processes, processes
 from soflow.files import run_command
 from soflow.randomness import PerImageStream, ReferenceStream
 from soflow.sampling import SampleRequest, sample_pixels
-from train import Run, accumulate_gradients
 
 SHAPE = (1, 8, 8)
 CONFIG = resolve(
@@ -45,23 +43,11 @@ def toy_model():
 
 def gradients(own: Processes, batches: list[Batch], plan: BatchPlan) -> dict:
     """Metrics summed over the processes, and the gradients, of this process's batches."""
-    model = toy_model()
-    parallel = DistributedDataParallel(model) if own.world_size > 1 else model
-    state = TrainState.fresh(model, torch.optim.AdamW(model.parameters()))
-    run = Run(
-        CONFIG,
-        own,
-        data=None,
-        plan=plan,
-        state=state,
-        parallel_model=parallel,
-        logbook=None,
-        notes=[],
-    )
-    objective = Objective(CONFIG.cfg_scale, CONFIG.mix_ratio, CONFIG.cfg_decay_time, 1.0, 0.01)
+    learner = Learner(CONFIG, own, plan, toy_model())
+    model, objective = learner.state.model, learner.objective
     with torch.no_grad():
         loss = torch.stack([model(batch, objective).loss for batch in batches]).sum()
-    metrics = accumulate_gradients(run, iter(batches))
+    metrics = learner.accumulate_gradients(iter(batches))
     return {
         "metrics": own.sum_over_ranks(torch.cat([metrics, loss[None]])),
         "gradients": [p.grad for p in model.parameters() if p.grad is not None],
