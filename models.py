@@ -11,6 +11,7 @@ and s <= l <= t. Everything here is a deterministic function of a batch already 
 randomness is the network's dropout.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -393,8 +394,7 @@ class SoFlow(nn.Module):
     def _way_of_running(self, query: Query) -> tuple:
         """What queries must have in common to share a call of the network."""
         seed = query.dropout_seed if self._uses_seeds() else None
-        is_coarse = query.may_be_coarse and self.execution.coarse_dtype is not None
-        return seed, is_coarse, query.augment_labels is None
+        return seed, self._is_coarse(query), query.augment_labels is None
 
     def _join(self, queries: list[Query]) -> Query:
         """The samples of all in one query."""
@@ -428,10 +428,18 @@ class SoFlow(nn.Module):
             "dropout_seed": torch.tensor(query.dropout_seed) if has_seed else None,
         }
         given = {name: value for name, value in conditions.items() if value is not None}
-        x, dtype = query.x, self.execution.coarse_dtype
-        is_coarse = query.may_be_coarse and dtype is not None
-        with torch.autocast(x.device.type, dtype, enabled=is_coarse):
-            return self.network(x, query.t, query.t - query.s, **given).to(x.dtype)
+        with self._precision_of(query):
+            output = self.network(query.x, query.t, query.t - query.s, **given)
+        return output.to(query.x.dtype)
+
+    def _precision_of(self, query: Query) -> contextlib.AbstractContextManager:
+        """A block in which the network runs as coarsely as the query lets it."""
+        if not self._is_coarse(query):
+            return contextlib.nullcontext()
+        return torch.autocast(query.x.device.type, self.execution.coarse_dtype)
+
+    def _is_coarse(self, query: Query) -> bool:
+        return query.may_be_coarse and self.execution.coarse_dtype is not None
 
 
 @torch.no_grad()
