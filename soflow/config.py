@@ -24,6 +24,7 @@ from soflow.files import UserError, atomic_write
 from soflow.vae import VAE_NAME
 
 LARGEST_NUMBER = 2**63
+FILE_LIMIT_BYTES = 1 << 17  # of a config; the YAML parser takes a second for these
 DIT_SIZES = ("Nano", "Ti", "S", "B", "M", "L", "XL")
 
 
@@ -159,10 +160,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Numeric strings are numbers (YAML reads 1e-4 as a string), whole numbers are floats, and
     `Triangular` is read as `Trig`.
     """
-    values = {key: (value, f"{path}: {key}") for key, value in _read_yaml(path).items()}
+    values = {key: (value, f"{path}: {_clip(key)}") for key, value in _read_yaml(path).items()}
     for override in overrides:
         key, equals, text = override.partition("=")
-        place = shorten(override)[1:-1]  # as typed, but in one line
+        place = _clip(repr(override)[1:-1])  # as typed, but in one line
         if not equals:
             raise UserError(f"--set {place}: not of the form KEY=VALUE")
         values[key] = (_parse_yaml(text, f"--set {place}"), f"--set {place.partition('=')[0]}")
@@ -171,7 +172,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def config_from_dict(values: Mapping[str, Any], source: str) -> Config:
     """The resolved config of plain values, such as a checkpoint holds."""
-    return _build({key: (value, f"{source}: {key}") for key, value in values.items()}, source)
+    placed = {key: (value, f"{source}: {_clip(str(key))}") for key, value in values.items()}
+    return _build(placed, source)
 
 
 def _build(values: Mapping[str, tuple[Any, str]], source: str) -> Config:
@@ -209,7 +211,13 @@ def _expand_folder(name: str, place: str) -> str:
 
 def shorten(value: Any) -> str:
     """`value` as the user wrote it, in one line of bearable length."""
-    text = repr(value)
+    try:
+        return _clip(repr(list(value) if isinstance(value, tuple) else value))
+    except RecursionError:
+        return "a list of lists of lists"
+
+
+def _clip(text: str) -> str:
     return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
 
 
@@ -269,17 +277,23 @@ def _parse_yaml(text: str, place: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{place}{line}: not valid YAML ({problem})") from None
+        raise UserError(f"{place}{line}: not valid YAML ({problem[:200]})") from None
+    except (LookupError, AttributeError):  # of a value such as `!!int ""`
+        raise UserError(f"{place}: not valid YAML (a value is not what its tag says)") from None
 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
-        text = path.read_bytes().decode()
+        with open(path, "rb") as file:
+            content = file.read(FILE_LIMIT_BYTES + 1)
+        text = content.decode()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file in UTF-8") from None
+    if len(content) > FILE_LIMIT_BYTES:
+        raise UserError(f"{path}: larger than any config ({FILE_LIMIT_BYTES} bytes)")
     values = _parse_yaml(text, str(path))
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UserError(f"{path}: not a mapping of keys to values, such as `batch_size: 256`")
@@ -308,8 +322,18 @@ def _convert(kind: Any, value: Any, place: str) -> Any:
     if kind is int and number is not None and number == int(number):
         return int(number)
     if kind is str and isinstance(value, str):
+        if not _is_name(value):
+            raise UserError(f"{place}: {shorten(value)} has a character that no name can have")
         return value
     raise UserError(f"{place}: {shorten(value)} is not {_NAMES[kind]}")
+
+
+def _is_name(text: str) -> bool:
+    """Whether a file could be called that: what is asked for by text are files and names."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def _convert_choice(choices: Sequence[str], value: Any, place: str) -> str:
@@ -404,19 +428,19 @@ def _check_ranges(config: Config, places: Mapping[str, str]) -> None:
     for key, (holds, wanted) in _RANGES.items():
         value = getattr(config, key)
         if not holds(value):
-            raise UserError(f"{places[key]}: {_shown(value)} must be {wanted}")
+            raise UserError(f"{places[key]}: {shorten(value)} must be {wanted}")
 
 
 def _check_together(config: Config, places: Mapping[str, str]) -> None:
     """Refuse values that are fine alone and contradict each other."""
 
     def refuse(key: str, reason: str) -> typing.NoReturn:
-        raise UserError(f"{places[key]}: {_shown(getattr(config, key))} {reason}")
+        raise UserError(f"{places[key]}: {shorten(getattr(config, key))} {reason}")
 
     if not config.working_dir.strip():
         refuse("working_dir", "must name the folder of the run")
     if config.is_conditional:
-        match = re.fullmatch(r"DiT-([A-Za-z]+)-([1-9][0-9]*)", config.model_type)
+        match = re.fullmatch(r"DiT-([A-Za-z]+)-([1-9][0-9]{0,5})", config.model_type)
         if match is None or match[1] not in DIT_SIZES:
             choices = [f"DiT-{size}-2" for size in DIT_SIZES]
             refuse(
@@ -443,10 +467,6 @@ def _check_together(config: Config, places: Mapping[str, str]) -> None:
         refuse("data_size", "must be 8 for Digits")
     if config.dataset_type == "CIFAR10" and config.data_size != 32:
         refuse("data_size", "must be 32 for CIFAR10")
-
-
-def _shown(value: Any) -> str:
-    return str(list(value)) if isinstance(value, tuple) else repr(value)
 
 
 # A run's recorded config

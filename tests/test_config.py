@@ -154,7 +154,7 @@ BASE = "{working_dir: x, dataset_type: Digits, data_size: 8, model_type: DiT-Nan
         ("total_steps=1e12", "total_steps: 1000000000000 must be between 1 and 1,000,000,000"),
         ("eval_NFE=1000000", "eval_NFE: 1000000 must be between 1 and 1,000"),
         ("working_dir=" + "x" * 300, "cannot be a folder (File name too long)"),
-        ('working_dir="a\\0b"', "cannot be a folder (embedded null byte)"),
+        ('working_dir="a\\0b"', "'a\\x00b' has a character that no name can have"),
         ("a\nb=1", "--set a\\nb: unknown key"),
         ("seed=[", "--set seed=[, line 1: not valid YAML"),
     ],
