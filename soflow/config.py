@@ -21,10 +21,11 @@ from typing import Any, Literal
 import yaml
 
 from soflow.files import UserError, atomic_write
-from soflow.vae import VAE_NAME
+from soflow.vae import PIXELS_PER_LATENT, VAE_NAME
 
 LARGEST_NUMBER = 2**63
 FILE_LIMIT_BYTES = 1 << 17  # of a config; the YAML parser takes a second for these
+LARGEST_PICTURE_PIXELS = 500_000_000  # of a grid of samples
 DIT_SIZES = ("Nano", "Ti", "S", "B", "M", "L", "XL")
 
 
@@ -211,6 +212,8 @@ def _expand_folder(name: str, place: str) -> str:
 
 def shorten(value: Any) -> str:
     """`value` as the user wrote it, in one line of bearable length."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)  # YAML's spelling too
     try:
         return _clip(repr(list(value) if isinstance(value, tuple) else value))
     except RecursionError:
@@ -245,7 +248,8 @@ def due_steps(total_steps: int, every: int | None) -> range:
 
 def suggest(word: str, choices: Sequence[str] | Mapping[str, Any]) -> str:
     """ "; did you mean ...?" or nothing."""
-    close = difflib.get_close_matches(str(word), list(choices), n=1)
+    close = [choice for choice in choices if choice.lower() == str(word).lower()]
+    close += difflib.get_close_matches(str(word), list(choices), n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 
@@ -307,7 +311,8 @@ _NAMES = {int: "a whole number", float: "a number", str: "a text"}
 
 def _convert(kind: Any, value: Any, place: str) -> Any:
     """`value` as `kind`; UserError says what it should have been."""
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+    is_optional = typing.get_origin(kind) in (types.UnionType, typing.Union)
+    if is_optional:
         if value is None:
             return None
         kind = next(part for part in typing.get_args(kind) if part is not type(None))
@@ -325,7 +330,8 @@ def _convert(kind: Any, value: Any, place: str) -> Any:
         if not _is_name(value):
             raise UserError(f"{place}: {shorten(value)} has a character that no name can have")
         return value
-    raise UserError(f"{place}: {shorten(value)} is not {_NAMES[kind]}")
+    wanted = f"{_NAMES[kind]} or null" if is_optional else _NAMES[kind]
+    raise UserError(f"{place}: {shorten(value)} is not {wanted}")
 
 
 def _is_name(text: str) -> bool:
@@ -381,6 +387,13 @@ _NOT_NEGATIVE: Check = (lambda value: value is None or value >= 0, "0 or more")
 _AT_LEAST_ONE: Check = (lambda value: value is None or value >= 1, "1 or more")
 _STEPS: Check = (lambda value: 1 <= value <= 10**9, "between 1 and 1,000,000,000")
 _COUNT: Check = (lambda value: 1 <= value <= 10**8, "between 1 and 100,000,000")
+_SIDE: Check = (lambda value: 1 <= value <= 8192, "between 1 and 8,192")
+_WORKERS: Check = (lambda value: 0 <= value <= 1000, "between 0 and 1,000")
+_AHEAD: Check = (lambda value: value is None or 1 <= value <= 1000, "between 1 and 1,000, or null")
+_LOGIT: Check = (lambda value: -100 <= value <= 100, "between -100 and 100")
+_SPREAD: Check = (lambda value: 0 <= value <= 100, "between 0 and 100")
+_EXPONENT: Check = (lambda value: 0 <= value <= 10, "between 0 and 10")
+_MINUTES: Check = (lambda value: 0 < value <= 100_000, "above 0 and at most 100,000")
 _FEW: Check = (lambda value: 1 <= value <= 1000, "between 1 and 1,000")
 _SHARE: Check = (lambda value: 0 <= value <= 1, "between 0 and 1")
 _BELOW_ONE: Check = (lambda value: 0 <= value < 1, "at least 0 and below 1")
@@ -388,13 +401,14 @@ _RATIO: Check = (lambda value: 0 < value <= 1, "above 0 and at most 1")
 
 _RANGES: dict[str, Check] = {
     "unet_dropout": _BELOW_ONE,
-    "data_size": _COUNT,
+    "data_size": _SIDE,
     "augment_probability": _SHARE,
     "vae_batch_size": _AT_LEAST_ONE,
     "velocity_loss_ratio": _SHARE,
-    "p": _NOT_NEGATIVE,
+    "p": _EXPONENT,
     "eps": _POSITIVE,
-    "time_std": _each(_POSITIVE),
+    "time_mean": _each(_LOGIT),
+    "time_std": _each(_SPREAD),
     "cfg_scale": _AT_LEAST_ONE,
     "mix_ratio": _SHARE,
     "cfg_drop_rate": _BELOW_ONE,
@@ -402,15 +416,15 @@ _RANGES: dict[str, Check] = {
     "l_init_ratio": _RATIO,
     "l_end_ratio": _RATIO,
     "total_steps": _STEPS,
-    "ema_decay_rate": _SHARE,
+    "ema_decay_rate": _BELOW_ONE,
     "ema_every_steps": _AT_LEAST_ONE,
     "learning_rate": _NOT_NEGATIVE,
     "betas": _each(_BELOW_ONE),
     "weight_decay": _NOT_NEGATIVE,
     "batch_size": _COUNT,
     "accumulation_steps": _AT_LEAST_ONE,
-    "num_workers": _NOT_NEGATIVE,
-    "prefetch_factor": _AT_LEAST_ONE,
+    "num_workers": _WORKERS,
+    "prefetch_factor": _AHEAD,
     "seed": _NOT_NEGATIVE,
     "eval_steps": _NOT_NEGATIVE,
     "eval_batch_size": _COUNT,
@@ -420,7 +434,7 @@ _RANGES: dict[str, Check] = {
     "eval_demo_shape": _each(_FEW),
     "ckpt_saving_steps": _NOT_NEGATIVE,
     "logging_steps": _NOT_NEGATIVE,
-    "timeout_minutes": _POSITIVE,
+    "timeout_minutes": _MINUTES,
 }
 
 
@@ -449,7 +463,12 @@ def _check_together(config: Config, places: Mapping[str, str]) -> None:
                 f"{suggest(config.model_type, ['UNet', *choices])}",
             )
         if config.data_size % int(match[2]):
-            refuse("model_type", f"has a patch that does not divide data_size {config.data_size}")
+            fitting = [str(patch) for patch in range(1, 17) if config.data_size % patch == 0]
+            refuse(
+                "model_type",
+                f"has a patch that does not divide data_size {config.data_size}; "
+                f"{', '.join(fitting)} would",
+            )
         if config.augment_probability > 0:
             refuse("augment_probability", "needs model_type UNet: a DiT takes no augmentation")
     else:
@@ -458,11 +477,34 @@ def _check_together(config: Config, places: Mapping[str, str]) -> None:
         if config.data_size % 4:
             refuse("data_size", "must be a multiple of 4 for the UNet, which halves it twice")
         if config.is_latent:
-            refuse("model_type", "is for pixels (CIFAR10, ImageFolder), not for Imagenet's latents")
+            refuse(
+                "model_type",
+                "is for pixels (CIFAR10, ImageFolder, Digits), not for Imagenet's latents",
+            )
     if config.cfg_scale > 1 and config.cfg_drop_rate == 0:
         refuse("cfg_drop_rate", "leaves no null class, which cfg_scale > 1 needs; 0.1 is usual")
     if config.cfg_scale == 1 and config.cfg_drop_rate > 0:
         refuse("cfg_drop_rate", "must be 0 where cfg_scale is 1 (no guidance)")
+    if config.cfg_scale > 1 and config.mix_ratio == 0:
+        refuse("mix_ratio", "leaves nothing of the data in the target of guidance; 0.25 is usual")
+    if config.velocity_loss_ratio > 0 and config.flow_matching_count == 0:
+        refuse(
+            "velocity_loss_ratio",
+            f"leaves flow matching not one sample of batch_size {config.batch_size}; "
+            "use 0 for none, or a larger batch",
+        )
+    if config.batch_size % config.accumulation_steps:
+        refuse(
+            "accumulation_steps", f"does not cut batch_size {config.batch_size} into equal parts"
+        )
+    rows, columns = config.eval_demo_shape
+    side = config.data_size * (PIXELS_PER_LATENT if config.is_latent else 1)
+    if rows * columns * side**2 > LARGEST_PICTURE_PIXELS:
+        refuse(
+            "eval_demo_shape",
+            f"makes pictures of {columns * side} x {rows * side} pixels; "
+            f"{LARGEST_PICTURE_PIXELS:,} pixels are the most",
+        )
     if config.dataset_type == "Digits" and config.data_size != 8:
         refuse("data_size", "must be 8 for Digits")
     if config.dataset_type == "CIFAR10" and config.data_size != 32:
