@@ -225,7 +225,7 @@ def _parse_record(text: str) -> dict | None:
         record = json.loads(text)
         scores = {column: float(value) for column, value in record["scores"].items()}
         return {**record, "file": str(record["file"]), "scores": scores}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
 
 

@@ -42,6 +42,7 @@ from soflow.sampling import (
     write_samples,
 )
 
+LARGEST_COUNT = 10**7  # of channels or classes
 DEFAULTS = ("eval_batch_size=32", "eval_NFE=1", "seed=42")
 
 
@@ -86,10 +87,11 @@ def refuse_other_model(config: Config, recorded: Mapping[str, Any], path: Path) 
 def data_of(config: Config, content: Mapping[str, Any], path: Path) -> tuple[int, int]:
     """Channels and classes that a checkpoint was trained on."""
     if "data" in content:
-        try:
-            return int(content["data"]["channels"]), int(content["data"]["num_classes"])
-        except (KeyError, TypeError, ValueError):
-            raise UserError(f"{path}: its entry `data` is damaged") from None
+        counts = [content["data"].get(key) for key in ("channels", "num_classes")]
+        # More than this no weights could be of, and torch could not even try.
+        if not all(isinstance(count, int) and 1 <= count <= LARGEST_COUNT for count in counts):
+            raise UserError(f"{path}: its entry `data` is damaged")
+        return counts[0], counts[1]
     source = SOURCES[config.dataset_type]
     if source.num_classes is None:
         raise UserError(f"{path}: does not say how many classes its {config.dataset_type} had")

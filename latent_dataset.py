@@ -13,6 +13,7 @@ order: by number where all have numbers for names, else by alphabet.
 import argparse
 import contextlib
 import hashlib
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -262,7 +263,7 @@ def run_extraction(
 
     The main process owns the folder of the parts until the end.
     """
-    data_path = Path(arguments.data_path).expanduser()
+    data_path = Path(os.path.expanduser(arguments.data_path))
     files = class_folders(data_path)
     found = find_vae(arguments.vae)
     vae = load_vae(found, own.device)
@@ -277,7 +278,7 @@ def run_extraction(
     )
     if own.agree(plan.images_sha256) != plan.images_sha256:
         raise UserError(f"{data_path}: process {own.rank} sees other pictures there than process 0")
-    parts_folder = PartsFolder(Path(arguments.save_path).expanduser())
+    parts_folder = PartsFolder(Path(os.path.expanduser(arguments.save_path)))
     if own.agree(own.is_main and is_made(parts_folder, plan)):
         return None
     if own.is_main:
@@ -407,8 +408,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def refuse_folder_among_classes(arguments: argparse.Namespace) -> None:
     """UserError where what is made would lie among the class folders."""
-    data = Path(arguments.data_path).expanduser().resolve()
-    save = Path(arguments.save_path).expanduser().resolve()
+    data = Path(os.path.expanduser(arguments.data_path)).resolve()
+    save = Path(os.path.expanduser(arguments.save_path)).resolve()
     if save.is_relative_to(data):
         raise UserError(
             f"--save-path {arguments.save_path}: lies in --data-path, where every folder is a class"

@@ -44,6 +44,7 @@ from soflow.config import (
     load_config,
     refuse_another_experiment,
     save_config,
+    shorten,
     suggest,
 )
 from soflow.data import SOURCES, RawBatch, TrainingData, build_data, count_classes
@@ -254,7 +255,7 @@ def start_run(config: Config, own: Processes, allowed: Sequence[str]) -> Run:
         path, content = checkpoint
         settings = learner.state.load_state_dict(content, str(path))
         # Where the file has its config, the comparison with that has said it.
-        notes += compare_parts(plan, content) + (settings if "config" not in content else [])
+        notes += compare_parts(plan, content, path) + (settings if "config" not in content else [])
         started = f"resumed at step {learner.state.finished_steps} from {path}"
     model = describe_model(config, learner.state.model)
     works_on = f"{model} on {device_name(own.device)}; batch {plan}"
@@ -323,21 +324,29 @@ def compare_with_record(
     elif record.exists():
         recorded = load_config(record)
     if checkpoint and checkpoint[1].get("data", data.spec.to_dict()) != data.spec.to_dict():
+        before, now = checkpoint[1]["data"], data.spec.to_dict()
         raise UserError(
-            f"{checkpoint[0]}: trained on other data: {checkpoint[1]['data']} then, "
-            f"{data.spec.to_dict()} now"
+            f"{checkpoint[0]}: trained on other data: "
+            + "; ".join(
+                f"{key} {shorten(before.get(key))} then, {shorten(now.get(key))} now"
+                for key in now | before
+                if before.get(key) != now.get(key)
+            )
         )
     if recorded is None:
         return []
     return refuse_another_experiment(recorded, config, allowed, str(source))
 
 
-def compare_parts(plan: BatchPlan, content: Mapping[str, Any]) -> list[str]:
+def compare_parts(plan: BatchPlan, content: Mapping[str, Any], path: Path) -> list[str]:
     """A line where the batch was cut otherwise before: noise is drawn by part."""
     before = content.get("parts", dataclasses.asdict(plan))
     if before == dataclasses.asdict(plan):
         return []
-    was = BatchPlan(**before)
+    try:
+        was = BatchPlan(**before)
+    except (TypeError, ZeroDivisionError, UserError):
+        raise UserError(f"{path}: its entry `parts` is damaged") from None
     order = "goes on" if was.batch_size == plan.batch_size else "is another"
     noise = "goes on" if was.num_parts == plan.num_parts else "is another"
     return [f"batch {plan} now, {was} before: the order of the data {order}, the noise {noise}"]

@@ -1,7 +1,9 @@
 """Training state on disk: whole files only, found by name, refused with a reason."""
 
 import copy
+import pickletools
 import re
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,13 @@ from torch import nn
 from soflow.files import UserError, atomic_write
 
 REFERENCE_KEYS = ("model", "ema_model", "optimizer", "finished_steps", "finished_epochs")
+RECORDS = ("config", "data", "parts")  # what we add
+STRUCTURE_LIMIT_BYTES = 1 << 24  # all but the values of tensors: 0.6 MB for the largest model
+# What tensors and dicts of them are pickled as. Some of what torch allows besides can be told to
+# take any amount of memory.
+DATA = re.compile(
+    r"collections OrderedDict|torch._utils _rebuild_(tensor_v2|parameter)|torch (Size|\w+Storage)"
+)
 
 
 @dataclass
@@ -65,26 +74,50 @@ class TrainState:
 
     def _check_optimizer(self, saved: Any, settings: list[dict], source: str) -> None:
         try:
-            groups = [group["params"] for group in saved["param_groups"]]
-            state = saved["state"]
-        except (KeyError, TypeError):
+            groups = [[int(index) for index in group["params"]] for group in saved["param_groups"]]
+            state = dict(saved["state"])
+        except (KeyError, TypeError, ValueError, OverflowError, RuntimeError):
             raise UserError(f"{source}: the optimizer state is not an optimizer's") from None
         if groups != [group["params"] for group in settings]:
             raise UserError(
                 f"{source}: the optimizer state is of {sum(map(len, groups))} parameters, "
                 f"this model has {len(settings[0]['params'])}"
             )
-        parameters = self.optimizer.param_groups[0]["params"]
+        parameters = dict(enumerate(self.optimizer.param_groups[0]["params"]))
         for index, entry in state.items():
+            whose = f"the optimizer state of parameter {_short(index)}"
+            if not isinstance(index, int) or index not in parameters:
+                raise UserError(f"{source}: {whose} has no parameter: there are {len(parameters)}")
+            if not isinstance(entry, dict) or not _is_step(entry.get("step")):
+                raise UserError(f"{source}: {whose} does not say of which step it is")
             for name in ("exp_avg", "exp_avg_sq"):
-                moment = entry.get(name) if isinstance(entry, dict) else None
+                moment, wanted = entry.get(name), list(parameters[index].shape)
                 shape = list(moment.shape) if isinstance(moment, torch.Tensor) else "no tensor"
-                wanted = list(parameters[index].shape) if index in range(len(parameters)) else None
-                if shape != wanted or "step" not in entry:
+                if shape != wanted:
                     raise UserError(
-                        f"{source}: {name} of the optimizer state of parameter {index} "
-                        f"has shape {shape}, the parameter {wanted}"
+                        f"{source}: {name} of {whose} has shape {shape}, the parameter {wanted}"
                     )
+                if not moment.is_floating_point() or _repeats_itself(moment):
+                    raise UserError(f"{source}: {name} of {whose} is not an array of floats")
+
+
+def _is_step(value: Any) -> bool:
+    """Whether `value` can count an optimizer's steps."""
+    return isinstance(value, int | float) or (
+        isinstance(value, torch.Tensor) and value.numel() == 1 and value.is_floating_point()
+    )
+
+
+def _repeats_itself(tensor: torch.Tensor) -> bool:
+    """Whether one value stands for several, which no optimizer can write to."""
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return any(size > 1 and stride == 0 for size, stride in pairs)
+
+
+def _short(name: Any) -> str:
+    """`name`, out of a file, in bearable length."""
+    text = str(name)
+    return text if len(text) <= 80 else f"{text[:60]}..."
 
 
 def checkpoint_path(folder: Path, finished_steps: int) -> Path:
@@ -96,7 +129,10 @@ def find_checkpoints(folder: Path) -> dict[int, Path]:
     """Finished steps -> file, in ascending order, of all that is named like a checkpoint."""
     if not folder.is_dir():
         return {}
-    found = {int(match[1]): path for path in folder.iterdir() if (match := _name(path))}
+    try:
+        found = {int(match[1]): path for path in folder.iterdir() if (match := _name(path))}
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror})") from error
     return dict(sorted(found.items()))
 
 
@@ -118,8 +154,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: {_absence(path)}")
     try:
+        _check_structure(path)
         # Mapped, not read: inference touches the averaged weights alone.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except UserError:
+        raise
     except Exception as error:  # torch raises many kinds for damaged files
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
         raise UserError(
@@ -129,9 +168,42 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if missing:
         raise UserError(f"{path}: not a training checkpoint, it lacks {', '.join(missing)}")
     for key in ("finished_steps", "finished_epochs"):
-        if not isinstance(state[key], int):
+        if type(state[key]) is not int:  # a bool is an int
             raise UserError(f"{path}: {key} is {type(state[key]).__name__}, not a whole number")
+        if state[key] < 0:
+            raise UserError(f"{path}: {key} is {_short(state[key])}, below 0")
+    for key in RECORDS:
+        if key in state and not _is_record(state[key]):
+            raise UserError(f"{path}: its entry `{key}` is damaged")
     return state
+
+
+def _check_structure(path: Path) -> None:
+    """UserError where reading a checkpoint could take more memory than there are bytes in it."""
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise UserError(f"{path}: not a readable checkpoint (compressed; torch.save does not)")
+        structures = [name for name in archive.namelist() if name.endswith("data.pkl")]
+        if len(structures) != 1 or archive.getinfo(structures[0]).file_size > STRUCTURE_LIMIT_BYTES:
+            raise UserError(f"{path}: not a readable checkpoint (not what torch.save writes)")
+        structure = archive.read(structures[0])
+    for operation, argument, _ in pickletools.genops(structure):
+        if "GLOBAL" in operation.name and not DATA.fullmatch(str(argument)):
+            raise UserError(
+                f"{path}: not a readable checkpoint (it asks for {_short(argument)}, and only "
+                "tensors and plain types are read)"
+            )
+
+
+def _is_record(value: Any) -> bool:
+    """Whether `value` is a mapping of texts to plain values and flat lists of them."""
+    plain = (str, int, float, type(None))
+    return isinstance(value, dict) and all(
+        isinstance(key, str)
+        and all(isinstance(part, plain) for part in (item if isinstance(item, list) else [item]))
+        for key, item in value.items()
+    )
 
 
 def newest_checkpoint(
@@ -157,6 +229,8 @@ def _absence(path: Path) -> str:
     """Why there is no checkpoint at `path`, and what there is instead."""
     if not path.parent.is_dir():
         return f"the folder {path.parent} does not exist"
+    if path.exists():
+        return "not a file"
     steps = ", ".join(map(str, find_checkpoints(path.parent)))
     return f"does not exist; {path.parent} has the steps {steps}" if steps else "does not exist"
 
@@ -170,17 +244,23 @@ def check_weights(model: nn.Module, weights: Any, source: str) -> None:
     expected = model.state_dict()
     missing = [name for name in expected if name not in weights]
     surplus = [name for name in weights if name not in expected]
+    not_floats = [
+        name
+        for name, tensor in expected.items()
+        if name in weights and tensor.is_floating_point() != weights[name].is_floating_point()
+    ]
     reshaped = [
         f"{name} {list(weights[name].shape)} in the file, {list(tensor.shape)} in the model"
         for name, tensor in expected.items()
         if name in weights and weights[name].shape != tensor.shape
     ]
     differences = [
-        f"{len(names)} {kind} ({names[0]}{', ...' if len(names) > 1 else ''})"
+        f"{len(names)} {kind} ({_short(names[0])}{', ...' if len(names) > 1 else ''})"
         for kind, names in (
             ("missing", missing),
             ("not in the model", surplus),
             ("of another shape", reshaped),
+            ("not in floating point", not_floats),
         )
         if names
     ]

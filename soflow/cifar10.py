@@ -20,6 +20,7 @@ from soflow.files import (
     natural_key,
     one_at_a_time,
     one_line,
+    regular_only,
 )
 
 FOLDER = "cifar-10-batches-py"
@@ -159,7 +160,7 @@ def _verified(content: bytes, md5: str, path: Path) -> bytes:
 
 def _read(path: Path) -> bytes:
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=regular_only) as file:
             content = file.read(FILE_LIMIT_BYTES + 1)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
@@ -188,13 +189,16 @@ def parse_batch(data: bytes, path: str | Path) -> Cifar10Batch:
     try:
         content = _parse(data)
         rows = content["data"].array()
-        labels = np.array(content["labels"], np.int64)
         pixels = rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        if labels.shape != (len(pixels),):
-            raise UserError(f"{len(pixels)} images but labels {list(labels.shape)}")
+        labels = content["labels"]
+        # Before NumPy sees them: a few lists, each many times in the next, make an endless array.
+        if not isinstance(labels, list) or not all(isinstance(label, int) for label in labels):
+            raise UserError("its labels are no list of whole numbers")
+        if len(labels) != len(pixels):
+            raise UserError(f"{len(pixels)} images but {len(labels)} labels")
+        return Cifar10Batch(np.ascontiguousarray(pixels), np.array(labels, np.int64))
     except Exception as error:  # a hostile pickle can raise anything
         raise UserError(f"{path}: not a batch of CIFAR-10 ({one_line(error)})") from error
-    return Cifar10Batch(np.ascontiguousarray(pixels), labels)
 
 
 def _class_names(data: bytes, path: Path) -> tuple[str, ...]:
@@ -205,7 +209,7 @@ def _class_names(data: bytes, path: Path) -> tuple[str, ...]:
 
 
 def _parse(data: bytes) -> dict:
-    content = _PlainUnpickler(io.BytesIO(data), encoding="bytes").load()
+    content = _PlainUnpickler(data).load()
     return {_text(key): value for key, value in content.items()}
 
 
@@ -247,10 +251,28 @@ class _PlainUnpickler(pickle._Unpickler):
         ("numpy._core.multiarray", "_reconstruct"): _ArrayState,
         ("numpy", "ndarray"): None,
         ("numpy", "dtype"): _Dtype,
-        ("_codecs", "encode"): lambda text, encoding: text.encode("latin1"),
+        ("_codecs", "encode"): None,
     }
+    dispatch = dict(pickle._Unpickler.dispatch)  # noqa: RUF012
+
+    def __init__(self, data: bytes):
+        super().__init__(io.BytesIO(data), encoding="bytes")
+        self._encodable_bytes = len(data)
 
     def find_class(self, module: str, name: str):
         if (module, name) not in self._STAND_INS:
             raise UserError(f"it asks for {module}.{name}, which is refused")
-        return self._STAND_INS[module, name]
+        return self._encode if name == "encode" else self._STAND_INS[module, name]
+
+    def _encode(self, text: str, encoding: str) -> bytes:
+        # A pickle can ask again and again for the same text.
+        self._encodable_bytes -= len(text)
+        if self._encodable_bytes < 0:
+            raise UserError("it unpacks to more than it holds")
+        return text.encode("latin1")
+
+    def _refuse(self) -> None:
+        raise UserError("it holds what no batch of CIFAR-10 does")
+
+    # Takes as much memory as the pickle says, before it looks whether so much is there.
+    dispatch[pickle.BYTEARRAY8[0]] = _refuse

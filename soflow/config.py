@@ -21,9 +21,11 @@ from typing import Any, Literal
 import yaml
 
 from soflow.files import UserError, atomic_write
-from soflow.vae import VAE_NAME
+from soflow.vae import PIXELS_PER_LATENT, VAE_NAME
 
 LARGEST_NUMBER = 2**63
+FILE_LIMIT_BYTES = 1 << 17  # of a config; the YAML parser takes a second for these
+LARGEST_PICTURE_PIXELS = 500_000_000  # of a grid of samples
 DIT_SIZES = ("Nano", "Ti", "S", "B", "M", "L", "XL")
 
 
@@ -166,10 +168,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Numeric strings are numbers (YAML reads 1e-4 as a string), whole numbers are floats, and
     `Triangular` is read as `Trig`.
     """
-    values = {key: (value, f"{path}: {key}") for key, value in _read_yaml(path).items()}
+    values = {key: (value, f"{path}: {_clip(key)}") for key, value in _read_yaml(path).items()}
     for override in overrides:
         key, equals, text = override.partition("=")
-        place = shorten(override)[1:-1]  # as typed, but in one line
+        place = _clip(repr(override)[1:-1])  # as typed, but in one line
         if not equals:
             raise UserError(f"--set {place}: not of the form KEY=VALUE")
         values[key] = (_parse_yaml(text, f"--set {place}"), f"--set {place.partition('=')[0]}")
@@ -178,7 +180,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def config_from_dict(values: Mapping[str, Any], source: str) -> Config:
     """The resolved config of plain values, such as a checkpoint holds."""
-    return _build({key: (value, f"{source}: {key}") for key, value in values.items()}, source)
+    placed = {key: (value, f"{source}: {_clip(str(key))}") for key, value in values.items()}
+    return _build(placed, source)
 
 
 def _build(values: Mapping[str, tuple[Any, str]], source: str) -> Config:
@@ -216,7 +219,15 @@ def _expand_folder(name: str, place: str) -> str:
 
 def shorten(value: Any) -> str:
     """`value` as the user wrote it, in one line of bearable length."""
-    text = repr(value)
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)  # YAML's spelling too
+    try:
+        return _clip(repr(list(value) if isinstance(value, tuple) else value))
+    except RecursionError:
+        return "a list of lists of lists"
+
+
+def _clip(text: str) -> str:
     return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
 
 
@@ -244,7 +255,8 @@ def due_steps(total_steps: int, every: int | None) -> range:
 
 def suggest(word: str, choices: Sequence[str] | Mapping[str, Any]) -> str:
     """ "; did you mean ...?" or nothing."""
-    close = difflib.get_close_matches(str(word), list(choices), n=1)
+    close = [choice for choice in choices if choice.lower() == str(word).lower()]
+    close += difflib.get_close_matches(str(word), list(choices), n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 
@@ -276,17 +288,23 @@ def _parse_yaml(text: str, place: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{place}{line}: not valid YAML ({problem})") from None
+        raise UserError(f"{place}{line}: not valid YAML ({problem[:200]})") from None
+    except (LookupError, AttributeError):  # of a value such as `!!int ""`
+        raise UserError(f"{place}: not valid YAML (a value is not what its tag says)") from None
 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
-        text = path.read_bytes().decode()
+        with open(path, "rb") as file:
+            content = file.read(FILE_LIMIT_BYTES + 1)
+        text = content.decode()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file in UTF-8") from None
+    if len(content) > FILE_LIMIT_BYTES:
+        raise UserError(f"{path}: larger than any config ({FILE_LIMIT_BYTES} bytes)")
     values = _parse_yaml(text, str(path))
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UserError(f"{path}: not a mapping of keys to values, such as `batch_size: 256`")
@@ -300,7 +318,8 @@ _NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true o
 
 def _convert(kind: Any, value: Any, place: str) -> Any:
     """`value` as `kind`; UserError says what it should have been."""
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+    is_optional = typing.get_origin(kind) in (types.UnionType, typing.Union)
+    if is_optional:
         if value is None:
             return None
         kind = next(part for part in typing.get_args(kind) if part is not type(None))
@@ -314,9 +333,22 @@ def _convert(kind: Any, value: Any, place: str) -> Any:
         return float(number)
     if kind is int and number is not None and number == int(number):
         return int(number)
-    if isinstance(value, kind) and kind in (str, bool):
+    if kind is bool and isinstance(value, bool):
         return value
-    raise UserError(f"{place}: {shorten(value)} is not {_NAMES[kind]}")
+    if kind is str and isinstance(value, str):
+        if not _is_name(value):
+            raise UserError(f"{place}: {shorten(value)} has a character that no name can have")
+        return value
+    wanted = f"{_NAMES[kind]} or null" if is_optional else _NAMES[kind]
+    raise UserError(f"{place}: {shorten(value)} is not {wanted}")
+
+
+def _is_name(text: str) -> bool:
+    """Whether a file could be called that: what is asked for by text are files and names."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def _convert_choice(choices: Sequence[str], value: Any, place: str) -> str:
@@ -364,6 +396,13 @@ _NOT_NEGATIVE: Check = (lambda value: value is None or value >= 0, "0 or more")
 _AT_LEAST_ONE: Check = (lambda value: value is None or value >= 1, "1 or more")
 _STEPS: Check = (lambda value: 1 <= value <= 10**9, "between 1 and 1,000,000,000")
 _COUNT: Check = (lambda value: 1 <= value <= 10**8, "between 1 and 100,000,000")
+_SIDE: Check = (lambda value: 1 <= value <= 8192, "between 1 and 8,192")
+_WORKERS: Check = (lambda value: 0 <= value <= 1000, "between 0 and 1,000")
+_AHEAD: Check = (lambda value: value is None or 1 <= value <= 1000, "between 1 and 1,000, or null")
+_LOGIT: Check = (lambda value: -100 <= value <= 100, "between -100 and 100")
+_SPREAD: Check = (lambda value: 0 <= value <= 100, "between 0 and 100")
+_EXPONENT: Check = (lambda value: 0 <= value <= 10, "between 0 and 10")
+_MINUTES: Check = (lambda value: 0 < value <= 100_000, "above 0 and at most 100,000")
 _FEW: Check = (lambda value: 1 <= value <= 1000, "between 1 and 1,000")
 _SHARE: Check = (lambda value: 0 <= value <= 1, "between 0 and 1")
 _BELOW_ONE: Check = (lambda value: 0 <= value < 1, "at least 0 and below 1")
@@ -371,13 +410,14 @@ _RATIO: Check = (lambda value: 0 < value <= 1, "above 0 and at most 1")
 
 _RANGES: dict[str, Check] = {
     "unet_dropout": _BELOW_ONE,
-    "data_size": _COUNT,
+    "data_size": _SIDE,
     "augment_probability": _SHARE,
     "vae_batch_size": _AT_LEAST_ONE,
     "velocity_loss_ratio": _SHARE,
-    "p": _NOT_NEGATIVE,
+    "p": _EXPONENT,
     "eps": _POSITIVE,
-    "time_std": _each(_POSITIVE),
+    "time_mean": _each(_LOGIT),
+    "time_std": _each(_SPREAD),
     "cfg_scale": _AT_LEAST_ONE,
     "mix_ratio": _SHARE,
     "cfg_drop_rate": _BELOW_ONE,
@@ -385,7 +425,7 @@ _RANGES: dict[str, Check] = {
     "l_init_ratio": _RATIO,
     "l_end_ratio": _RATIO,
     "total_steps": _STEPS,
-    "ema_decay_rate": _SHARE,
+    "ema_decay_rate": _BELOW_ONE,
     "ema_every_steps": _AT_LEAST_ONE,
     "learning_rate": _NOT_NEGATIVE,
     "betas": _each(_BELOW_ONE),
@@ -394,8 +434,8 @@ _RANGES: dict[str, Check] = {
     "gradient_clip": _POSITIVE,
     "batch_size": _COUNT,
     "accumulation_steps": _AT_LEAST_ONE,
-    "num_workers": _NOT_NEGATIVE,
-    "prefetch_factor": _AT_LEAST_ONE,
+    "num_workers": _WORKERS,
+    "prefetch_factor": _AHEAD,
     "seed": _NOT_NEGATIVE,
     "eval_steps": _NOT_NEGATIVE,
     "eval_batch_size": _COUNT,
@@ -405,7 +445,7 @@ _RANGES: dict[str, Check] = {
     "eval_demo_shape": _each(_FEW),
     "ckpt_saving_steps": _NOT_NEGATIVE,
     "logging_steps": _NOT_NEGATIVE,
-    "timeout_minutes": _POSITIVE,
+    "timeout_minutes": _MINUTES,
 }
 
 
@@ -413,19 +453,19 @@ def _check_ranges(config: Config, places: Mapping[str, str]) -> None:
     for key, (holds, wanted) in _RANGES.items():
         value = getattr(config, key)
         if not holds(value):
-            raise UserError(f"{places[key]}: {_shown(value)} must be {wanted}")
+            raise UserError(f"{places[key]}: {shorten(value)} must be {wanted}")
 
 
 def _check_together(config: Config, places: Mapping[str, str]) -> None:
     """Refuse values that are fine alone and contradict each other."""
 
     def refuse(key: str, reason: str) -> typing.NoReturn:
-        raise UserError(f"{places[key]}: {_shown(getattr(config, key))} {reason}")
+        raise UserError(f"{places[key]}: {shorten(getattr(config, key))} {reason}")
 
     if not config.working_dir.strip():
         refuse("working_dir", "must name the folder of the run")
     if config.is_conditional:
-        match = re.fullmatch(r"DiT-([A-Za-z]+)-([1-9][0-9]*)", config.model_type)
+        match = re.fullmatch(r"DiT-([A-Za-z]+)-([1-9][0-9]{0,5})", config.model_type)
         if match is None or match[1] not in DIT_SIZES:
             choices = [f"DiT-{size}-2" for size in DIT_SIZES]
             refuse(
@@ -434,7 +474,12 @@ def _check_together(config: Config, places: Mapping[str, str]) -> None:
                 f"{suggest(config.model_type, ['UNet', *choices])}",
             )
         if config.data_size % int(match[2]):
-            refuse("model_type", f"has a patch that does not divide data_size {config.data_size}")
+            fitting = [str(patch) for patch in range(1, 17) if config.data_size % patch == 0]
+            refuse(
+                "model_type",
+                f"has a patch that does not divide data_size {config.data_size}; "
+                f"{', '.join(fitting)} would",
+            )
         if config.augment_probability > 0:
             refuse("augment_probability", "needs model_type UNet: a DiT takes no augmentation")
         if config.channels_last:
@@ -445,19 +490,38 @@ def _check_together(config: Config, places: Mapping[str, str]) -> None:
         if config.data_size % 4:
             refuse("data_size", "must be a multiple of 4 for the UNet, which halves it twice")
         if config.is_latent:
-            refuse("model_type", "is for pixels (CIFAR10, ImageFolder), not for Imagenet's latents")
+            refuse(
+                "model_type",
+                "is for pixels (CIFAR10, ImageFolder, Digits), not for Imagenet's latents",
+            )
     if config.cfg_scale > 1 and config.cfg_drop_rate == 0:
         refuse("cfg_drop_rate", "leaves no null class, which cfg_scale > 1 needs; 0.1 is usual")
     if config.cfg_scale == 1 and config.cfg_drop_rate > 0:
         refuse("cfg_drop_rate", "must be 0 where cfg_scale is 1 (no guidance)")
+    if config.cfg_scale > 1 and config.mix_ratio == 0:
+        refuse("mix_ratio", "leaves nothing of the data in the target of guidance; 0.25 is usual")
+    if config.velocity_loss_ratio > 0 and config.flow_matching_count == 0:
+        refuse(
+            "velocity_loss_ratio",
+            f"leaves flow matching not one sample of batch_size {config.batch_size}; "
+            "use 0 for none, or a larger batch",
+        )
+    if config.batch_size % config.accumulation_steps:
+        refuse(
+            "accumulation_steps", f"does not cut batch_size {config.batch_size} into equal parts"
+        )
+    rows, columns = config.eval_demo_shape
+    side = config.data_size * (PIXELS_PER_LATENT if config.is_latent else 1)
+    if rows * columns * side**2 > LARGEST_PICTURE_PIXELS:
+        refuse(
+            "eval_demo_shape",
+            f"makes pictures of {columns * side} x {rows * side} pixels; "
+            f"{LARGEST_PICTURE_PIXELS:,} pixels are the most",
+        )
     if config.dataset_type == "Digits" and config.data_size != 8:
         refuse("data_size", "must be 8 for Digits")
     if config.dataset_type == "CIFAR10" and config.data_size != 32:
         refuse("data_size", "must be 32 for CIFAR10")
-
-
-def _shown(value: Any) -> str:
-    return str(list(value)) if isinstance(value, tuple) else repr(value)
 
 
 # A run's recorded config

@@ -206,7 +206,7 @@ def data_folder(config: Config) -> Path:
     if not config.dataset_path:
         folder = SOURCES[config.dataset_type].folder
         raise UserError(f"dataset_path: not set; {config.dataset_type} needs {folder}")
-    return Path(config.dataset_path).expanduser()
+    return Path(os.path.expanduser(config.dataset_path))
 
 
 def load_latents_data(config: Config) -> TrainingData:

@@ -5,6 +5,7 @@ Any graph will do that has the tensors of the 2015 Inception graph: input `Expan
 `softmax/logits/MatMul`. TensorFlow is imported only when a graph is loaded.
 """
 
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from soflow.files import UserError, download, one_line, sha256_of
+from soflow.files import UserError, download, one_line, regular_only, sha256_of
 
 DEFAULT_NAME = "classify_image_graph_def.pb"
 URL = (
@@ -29,8 +30,12 @@ SPATIAL_CHANNELS = 7
 INCEPTION_WIDTHS = (2048, 7 * 17 * 17, 1008)
 INCEPTION_BYTES = range(80_000_000, 110_000_000)
 
-# What reads or writes files, or calls back into Python, without being marked as stateful.
-IMPURE = re.compile("File|PyFunc|Dataset|Reader")
+# What reads or writes files, or runs other code, without being marked as stateful: by its name, or
+# by what it is told.
+IMPURE = re.compile("File|PyFunc|Dataset|Reader|Debug|Custom")
+IMPURE_ARGUMENT = re.compile("file|url|memory_region|debug|library")
+CONSTANTS_LIMIT = 1 << 28  # numbers among a graph's weights; the Inception graph has 24 million
+GRAPH_LIMIT_BYTES = 1 << 31  # protobuf's own
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,9 @@ class FeatureGraph:
         v1 = self._tf.compat.v1
         whole = v1.GraphDef()
         try:
-            whole.ParseFromString(self.path.read_bytes())
+            with open(self.path, "rb", opener=regular_only) as file:
+                content = file.read(GRAPH_LIMIT_BYTES)
+            whole.ParseFromString(content)
         except Exception as error:  # protobuf's error classes are not public
             raise UserError(f"{self.path}: not a frozen graph ({one_line(error)})") from error
         nodes = {node.name: node for node in whole.node}
@@ -154,20 +161,39 @@ class FeatureGraph:
         nodes[INPUT].CopyFrom(placeholder)
         part = v1.GraphDef(versions=whole.versions, library=whole.library)
         part.node.extend(nodes[name] for name in _needed(nodes, [POOL, SPATIAL, LOGITS]))
-        self._refuse_impure(part)
+        bodies = [function.node_def for function in part.library.function]
+        every_node = [*part.node, *(node for body in bodies for node in body)]
+        self._refuse_impure(every_node)
+        self._refuse_large_constants(every_node)
         return part
 
-    def _refuse_impure(self, graph_def) -> None:
+    def _refuse_impure(self, every_node: list) -> None:
         from tensorflow.python.framework import op_def_registry
 
-        bodies = [function.node_def for function in graph_def.library.function]
-        for node in [*graph_def.node, *(node for body in bodies for node in body)]:
+        for node in every_node:
             definition = op_def_registry.get(node.op)
-            if IMPURE.search(node.op) or (definition is not None and definition.is_stateful):
+            arguments = [*definition.attr, *definition.input_arg] if definition else []
+            if (
+                IMPURE.search(node.op)
+                or any(IMPURE_ARGUMENT.search(argument.name) for argument in arguments)
+                or (definition and definition.is_stateful)
+            ):
                 raise UserError(
                     f"{self.path}: operation {node.op} ({node.name}) could reach outside the "
                     "graph; only pure, frozen graphs are run"
                 )
+
+    def _refuse_large_constants(self, every_node: list) -> None:
+        # One number and a shape are enough to declare an array of any size.
+        shapes = [
+            argument.tensor.tensor_shape.dim
+            for node in every_node
+            for argument in node.attr.values()
+            if argument.HasField("tensor")
+        ]
+        count = sum(math.prod(abs(dim.size) for dim in shape) for shape in shapes)
+        if count > CONSTANTS_LIMIT:
+            raise UserError(f"{self.path}: not a usable graph, its constants are {count} numbers")
 
     def _load(self, graph_def):
         v1 = self._tf.compat.v1

@@ -10,6 +10,7 @@ import hashlib
 import http.client
 import os
 import re
+import stat
 import sys
 import time
 import urllib.request
@@ -20,6 +21,10 @@ from typing import IO
 
 class UserError(ValueError):
     """Something the user can mend; its text is the one line that they see."""
+
+    def __str__(self) -> str:
+        # Names that come from files and command lines may hold line ends.
+        return " ".join(super().__str__().splitlines())
 
 
 PATIENCE_SECONDS = 3  # torchrun ends the others within a tenth of a second of one's end
@@ -164,6 +169,18 @@ def locked(path: Path) -> Iterator[None]:
         if not _lock(file, path):
             raise UserError(f"{path.parent}: another process is at work here")
         yield
+
+
+def regular_only(path: str, flags: int) -> int:
+    """An `opener` for `open`: OSError for what is no file, without waiting for a pipe's writer."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    raise OSError(errno.EINVAL, "not a regular file")
 
 
 def sync_folder(folder: Path) -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from soflow.files import UserError, atomic_write, one_line
+from soflow.files import UserError, atomic_write, one_line, regular_only
 
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 # Named, because some of Pillow's other decoders start programs (EPS) or open further files.
@@ -50,9 +50,16 @@ def read_image(path: str | Path, crop_size: int | None = None) -> np.ndarray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as picture:
+            with (
+                open(path, "rb", opener=regular_only) as file,
+                Image.open(file, formats=FORMATS) as picture,
+            ):
                 pixels = np.asarray(picture.convert("RGB"))
         return pixels if crop_size is None else centre_crop(pixels, crop_size)
+    except UnidentifiedImageError as error:
+        raise UserError(
+            f"{path}: not a readable picture (cannot identify it as one of {', '.join(FORMATS)})"
+        ) from error
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
         raise UserError(f"{path}: not a readable picture ({one_line(error)})") from error
 
@@ -143,7 +150,7 @@ def _without_signature(paths: Sequence[Path]) -> list[Path]:
 
 def _first_bytes(path: Path) -> bytes:
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = regular_only(path, os.O_RDONLY)
     except OSError:
         return b""
     try:

@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -34,6 +34,8 @@ from soflow.latents import LATENT_FILE, LatentInfo, LatentReader, locate_latents
 PART_IMAGES = 256  # the work that a killed process loses is less than this
 SKIPPED_FILE = "skipped_images.txt"
 KEPT = "what is finished is kept: mend this, and the same command goes on from there"
+
+Record = TypeVar("Record")  # Plan or Ledger
 
 # R rows of a part
 
@@ -104,7 +106,7 @@ class PartsFolder:
             with atomic_write(path) as file:
                 file.write(json.dumps(dataclasses.asdict(plan), indent=2).encode() + b"\n")
             return plan
-        recorded = Plan(**self._recorded(path))
+        recorded = self._recorded(path, Plan)
         here = dataclasses.replace(plan, part_images=recorded.part_images)
         differing = [
             f"{key} {getattr(recorded, key)} there, {getattr(here, key)} now"
@@ -118,10 +120,10 @@ class PartsFolder:
             )
         return recorded
 
-    def _recorded(self, path: Path) -> dict[str, Any]:
+    def _recorded(self, path: Path, kind: Callable[..., Record]) -> Record:
         try:
-            return json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
+            return kind(**json.loads(path.read_bytes()))
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise UserError(
                 f"{path}: not readable ({one_line(error)}); delete {self.folder} to start anew"
             ) from error
@@ -198,7 +200,7 @@ class PartsFolder:
     def _ledger(self, plan: Plan, report: Callable[[str, int, int], None]) -> Ledger:
         """What the parts hold, every byte of them checked before any is deleted."""
         if self.merged_path.exists():
-            return Ledger(**self._recorded(self.ledger_path))
+            return self._recorded(self.ledger_path, Ledger)
         ledger = Ledger([], [], [])
         for index in range(plan.num_parts):
             part = self.read_part(index)

@@ -6,6 +6,7 @@ say what made the file; the published code writes none.
 """
 
 import io
+import math
 import mmap
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ MOMENT_CHANNELS = 2 * LATENT_CHANNELS
 UNSAID_CLASSES = 1000  # of a file without attributes: ImageNet's
 ROWS_LOOKED_AT = 256  # of the values, before training
 MAX_DEFLATION = 1100  # times that HDF5's own compression can shrink: a file can promise no more
+CHUNK_LIMIT_BYTES = 1 << 28  # unpacked whole for the sake of one row; h5py's own choice is 1 MB
 FLOATS = (np.float16, np.float32, np.float64)
 
 # N rows, B of them read at a time, S latent side
@@ -313,15 +315,29 @@ class LatentReader:
             scalar = _dataset(file, name)
             if scalar.shape != () or scalar.dtype.kind not in "iu" or scalar[()] != value:
                 raise UserError(f"{self.path}: {name} must be the number {value}, as in latents")
+        file_bytes = os.path.getsize(self.path)
         for dataset in (latents, labels):
             # Before anything is read: a few bytes can declare an array larger than any memory.
-            stored = dataset.id.get_storage_size()
+            # One piece of the file can stand for many chunks: more is stored then than is there.
+            stored = min(dataset.id.get_storage_size(), file_bytes)
             is_packed = dataset.id.get_create_plist().get_nfilters() > 0
             if dataset.nbytes > stored * (MAX_DEFLATION if is_packed else 1):
                 raise UserError(
                     f"{self.path}: {dataset.name[1:]} {list(dataset.shape)} need {dataset.nbytes} "
                     f"bytes and the file has {stored} of them: it is not complete"
                 )
+            chunk_bytes = math.prod(dataset.chunks or ()) * dataset.dtype.itemsize
+            if chunk_bytes > CHUNK_LIMIT_BYTES:
+                raise UserError(
+                    f"{self.path}: {dataset.name[1:]} come in chunks of {chunk_bytes} bytes, more "
+                    f"than {CHUNK_LIMIT_BYTES}: write them with smaller ones"
+                )
+        # These are all read at once. Each row of real latents takes more room than its label.
+        if labels.nbytes > file_bytes:
+            raise UserError(
+                f"{self.path}: labels need {labels.nbytes} bytes, and the file has no more than "
+                f"{file_bytes}: these are no latents"
+            )
 
     def _mappable(self, latents: h5py.Dataset) -> int | None:
         """Where the values lie in the file, if they do as they are, in one piece."""

@@ -9,13 +9,14 @@ import contextlib
 import io
 import math
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from soflow.files import UserError, atomic_write, one_line
+from soflow.files import UserError, atomic_write, one_line, regular_only
 
 MEMBER = "arr_0.npy"
 
@@ -91,11 +92,9 @@ class ArchiveReader:
     def __init__(self, path: Path, archive: zipfile.ZipFile, file_bytes: int):
         self.path = path
         self._archive, self._file_bytes = archive, file_bytes
-        self._members = {
-            info.filename.removesuffix(".npy"): info
-            for info in archive.infolist()
-            if info.filename.endswith(".npy")
-        }
+        arrays = [info for info in archive.infolist() if info.filename.endswith(".npy")]
+        self._members = {info.filename.removesuffix(".npy"): info for info in arrays}
+        self._counts = Counter(info.filename.removesuffix(".npy") for info in arrays)
 
     def __contains__(self, name: str) -> bool:
         return name in self._members
@@ -197,6 +196,8 @@ class ArchiveReader:
         if name not in self._members:
             found = ", ".join(sorted(self._members)[:8]) or "no arrays"
             raise UserError(f"{self.path}: has no {name} (found: {found})")
+        if self._counts[name] > 1:  # readers differ in which they take
+            self._refuse(name, "stands in this file more than once")
         info = self._members[name]
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             self._refuse(name, "is neither stored nor deflated; write it with numpy.savez")
@@ -234,7 +235,7 @@ def read_archive(path: str | Path) -> Iterator[ArchiveReader]:
     """A reader of the arrays in the .npz at `path`; UserError where it is not one."""
     path = Path(path)
     try:
-        file = _SmallReads(path)
+        file = _SmallReads(path, opener=regular_only)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     with file:

@@ -121,7 +121,13 @@ def measure(images: ImageSet, graph: FeatureGraph, each_batch=lambda pixels: Non
 
     Only the pool features are kept, N D float32.
     """
-    features = np.empty((images.num_images, graph.widths[0]), np.float32)
+    try:
+        features = np.empty((images.num_images, graph.widths[0]), np.float32)
+    except MemoryError:
+        raise UserError(
+            f"{images.name}: the features of {images.num_images} images need "
+            f"{4 * images.num_images * graph.widths[0] / 1e9:.0f} GB of memory"
+        ) from None
     pool, spatial = Moments(), Moments()
     done = 0
     # disable=None: a progress bar on terminals only

@@ -5,6 +5,7 @@ diffusers takes seconds to import and is imported only where a VAE is loaded.
 
 import functools
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,7 @@ def find_vae(name: str) -> FoundVae:
     The hub's own settings hold (HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT, ...). UserError where it is
     absent and cannot be fetched, has no weights, or is no VAE of 4 channels and 8 pixels a latent.
     """
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         found = FoundVae(name, folder, "")
     elif re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):

@@ -259,7 +259,7 @@ def test_dry_run_says_what_a_run_takes_and_leaves_nothing(small_run, capsys):
     ("values", "message"),
     [
         ({"batch_size": 2000}, "batch_size: 2000 is more than the 1197 examples of Digits"),
-        ({"accumulation_steps": 5}, "12 cannot be cut into 1 processes x 5"),
+        ({"accumulation_steps": 5}, "5 does not cut batch_size 12 into equal parts"),
         ({"device": "cuda"}, "'cuda' is not available on this machine"),
     ],
 )
