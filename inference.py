@@ -27,7 +27,7 @@ from soflow.data import SOURCES
 from soflow.distributed import Processes, processes
 from soflow.files import UserError, check_writable, make_folder, run_command
 from soflow.hardware import allow_tf32
-from soflow.logbook import weights_digest, write_record
+from soflow.logbook import record_of, weights_digest, write_record
 from soflow.npz import read_archive
 from soflow.randomness import GivenLabels, PerImageStream, ReferenceStream, SamplingStream
 from soflow.sampling import (
@@ -132,7 +132,7 @@ def run_inference(arguments: argparse.Namespace, config: Config, own: Processes)
         write_samples(output, batches, request.num_images, own.is_main, report)
     if not own.is_main:
         return
-    write_record(
+    record = record_of(
         output,
         config,
         own,
@@ -145,6 +145,7 @@ def run_inference(arguments: argparse.Namespace, config: Config, own: Processes)
         weights_sha256=sampler.weights_sha256,
         **decoder_record(config),
     )
+    write_record(output, record)
     print(f"{request.num_images} images in {output}")
     if arguments.grid:
         save_grid(Path(arguments.grid), first.by_class(), columns)

@@ -14,25 +14,19 @@ import argparse
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from drawing import draw_batch
-from learner import METRICS, Learner, build_learner
+from learner import METRICS, build_learner
 from models import Batch, build_model
-from soflow.batches import BatchPlan, DataOrder, build_loader
+from run import Run, due_results, save_and_stop
+from soflow.background import background
+from soflow.batches import BatchPlan, build_loader
 from soflow.budget import describe_model, describe_needs
-from soflow.checkpoint import (
-    TrainState,
-    checkpoint_path,
-    newest_checkpoint,
-    read_checkpoint,
-    save_checkpoint,
-)
+from soflow.checkpoint import newest_checkpoint, read_checkpoint
 from soflow.config import (
     FIELDS,
     Config,
@@ -50,54 +44,9 @@ from soflow.config import (
 from soflow.data import SOURCES, RawBatch, TrainingData, build_data, count_classes
 from soflow.distributed import Processes, processes, world_size_asked_for
 from soflow.files import UserError, hold_lock, make_folder, run_command
-from soflow.logbook import (
-    Interval,
-    Logbook,
-    device_name,
-    duration,
-    peak_memory_gb,
-    weights_digest,
-    write_record,
-)
-from soflow.randomness import GivenLabels, PerImageStream
-from soflow.sampling import (
-    Sampled,
-    SampleRequest,
-    decoder_record,
-    decoding,
-    find_decoder,
-    labels_by_row,
-    sample_pixels,
-    save_grid,
-    write_samples,
-)
-
-
-@dataclass
-class Run:
-    """One run in one process: what is asked for, what it works on, and where it stands."""
-
-    config: Config
-    processes: Processes
-    data: TrainingData
-    learner: Learner
-    logbook: Logbook
-    notes: list[str]  # what is to be said at the start
-
-    @property
-    def state(self) -> TrainState:
-        """What the run has learned."""
-        return self.learner.state
-
-    @property
-    def plan(self) -> BatchPlan:
-        """How the run's batch is cut."""
-        return self.learner.plan
-
-    @property
-    def folder(self) -> Path:
-        """The run's working_dir."""
-        return Path(self.config.working_dir)
+from soflow.logbook import Interval, Logbook, device_name, duration, peak_memory_gb
+from soflow.sampling import find_decoder
+from soflow.signals import Asked, listening
 
 
 def train(run: Run) -> None:
@@ -120,16 +69,20 @@ def train(run: Run) -> None:
     interval = Interval()
     run.logbook.start_bar(state.finished_steps, config.total_steps, "step")
     while state.finished_steps < config.total_steps:
+        run.jobs.check()
         interval.add(run.learner.step(draw_batches(run, parts)))
         run.logbook.advance()
+        asked = run.asked()
         is_logging = is_due(state.finished_steps, config.logging_steps)
-        results = due_results(run)
+        results = due_results(run, asked)
         if is_logging or results:
             run.learner.refuse_non_finite()
         if is_logging:
             log_metrics(run, interval)
         for make, path in results:
             make(run, path)
+        if asked is Asked.STOP:
+            save_and_stop(run)
     run.logbook.close_bar()
 
 
@@ -152,88 +105,6 @@ def log_metrics(run: Run, interval: Interval) -> None:
     )
 
 
-# Results
-
-
-def due_results(run: Run) -> list[tuple[Callable[[Run, Path], None], Path]]:
-    """What is to be written after the step just finished, the checkpoint first, and where."""
-    config, step = run.config, run.state.finished_steps
-    is_last = step == config.total_steps
-    results = (
-        (
-            make_checkpoint,
-            checkpoint_path(run.folder / "ckpts", step),
-            step == 0 or is_last or is_due(step, config.ckpt_saving_steps),
-        ),
-        (make_demo, run.folder / "figs" / f"{step}.png", is_due(step, config.eval_demo_steps)),
-        (make_eval, run.folder / "evals" / f"{step}.npz", is_due(step, config.eval_steps)),
-    )
-    return [(make, path) for make, path, due in results if due]
-
-
-def make_checkpoint(run: Run, path: Path) -> None:
-    """Save the training state, and its record beside it."""
-    if run.processes.is_main:
-        order = DataOrder(len(run.data), run.config.batch_size, run.config.seed)
-        state = run.state.state_dict(order.steps_per_epoch)
-        extra = {
-            "data": run.data.spec.to_dict(),
-            "config": run.config.to_dict(),
-            "parts": dataclasses.asdict(run.plan),
-        }
-        save_checkpoint(path, {**state, **extra})
-        write_record(
-            path, run.config, run.processes, run.config.seed, finished_steps=state["finished_steps"]
-        )
-
-
-def make_demo(run: Run, path: Path) -> None:
-    """Write a picture of one-class rows made by the averaged model."""
-    shape = run.config.eval_demo_shape
-    request = sample_request(run, shape[0] * shape[1])
-    if run.config.is_conditional:
-        labels = labels_by_row(run.data.spec.num_classes, shape)
-        request = request._replace(stream=GivenLabels(request.stream, labels))
-    batches = list(sampled(run, request))
-    if run.processes.is_main:
-        save_grid(path, np.concatenate([batch.pixels for batch in batches]), shape[1])
-
-
-def make_eval(run: Run, path: Path) -> None:
-    """Write eval_num_samples images made by the averaged model, and their record."""
-    config = run.config
-    request = sample_request(run, config.eval_num_samples)
-    run.logbook.line(f"sampling {request.num_images} images to {path}")
-    write_samples(path, sampled(run, request), request.num_images, run.processes.is_main)
-    if run.processes.is_main:
-        write_record(
-            path,
-            config,
-            run.processes,
-            config.seed,
-            num_images=request.num_images,
-            NFE=request.num_jumps,
-            noise_stream="image",
-            finished_steps=run.state.finished_steps,
-            weights_sha256=weights_digest(run.state.ema_model.state_dict()),
-            **decoder_record(config),
-        )
-
-
-def sampled(run: Run, request: SampleRequest) -> Iterator[Sampled]:
-    """The averaged model's images, on the main process; all processes have to iterate."""
-    with decoding(run.config, run.processes.device) as decode:
-        yield from sample_pixels(run.state.ema_model, request, run.processes, decode)
-
-
-def sample_request(run: Run, num_images: int) -> SampleRequest:
-    """The config's way of sampling while training."""
-    config, spec = run.config, run.data.spec
-    num_classes = spec.num_classes if config.is_conditional else None
-    stream = PerImageStream(config.seed, num_classes, spec.shape)
-    return SampleRequest(num_images, config.eval_batch_size, config.eval_NFE, stream)
-
-
 # Setting up
 
 
@@ -241,15 +112,23 @@ def start_run(config: Config, own: Processes, allowed: Sequence[str]) -> Run:
     """The run, fresh or from its newest checkpoint, all checked and nothing written yet."""
     plan = plan_batch(config, own.world_size)
     folder = Path(config.working_dir)
-    notes: list[str] = []
-    checkpoint = find_checkpoint(folder, own, notes.append)
     if makes_pixels(config):
         find_decoder(config)
     data = build_data(config)
-    notes += compare_with_record(config, data, folder, checkpoint, allowed)
+    learner, notes = build_learner(config, own, plan, data.spec.channels, data.spec.num_classes)
 
-    learner, limits = build_learner(config, own, plan, data.spec.channels, data.spec.num_classes)
-    notes += limits
+    def compare(checkpoint: tuple[Path, dict[str, Any]] | None) -> list[str]:
+        return compare_with_record(config, data, folder, checkpoint, allowed)
+
+    def refuse(path: Path, content: dict[str, Any]) -> None:
+        try:
+            learner.state.check(content, str(path))
+        except UserError:
+            compare((path, content))  # says more, where it is another experiment
+            raise
+
+    checkpoint = find_checkpoint(folder, own, refuse, notes.append)
+    notes += compare(checkpoint)
     started = f"fresh run in {folder}"
     if checkpoint:
         path, content = checkpoint
@@ -267,10 +146,12 @@ def start_run(config: Config, own: Processes, allowed: Sequence[str]) -> Run:
 def claimed_folder(run: Run) -> Iterator[None]:
     """A block in which the working_dir is there, says what runs in it, and is nobody else's.
 
-    UserError where another run is using it; the lock ends with the process that holds it.
+    UserError where another run is using it; the lock ends with the process that holds it. What is
+    written beside training is written when the block ends.
     """
     if not run.processes.is_main:
-        yield
+        with background() as run.jobs:
+            yield
         return
     folder = make_folder(run.folder)
     with hold_lock(folder / ".lock", f"{folder}: another run is using this working_dir"):
@@ -280,7 +161,8 @@ def claimed_folder(run: Run) -> Iterator[None]:
             save_config(run.config, folder / "config.yaml")
         for note in run.notes:
             run.logbook.line(note)
-        yield
+        with background() as run.jobs:
+            yield
 
 
 def plan_batch(config: Config, world_size: int) -> BatchPlan:
@@ -297,14 +179,17 @@ def makes_pixels(config: Config) -> bool:
 
 
 def find_checkpoint(
-    folder: Path, own: Processes, report: Callable[[str], None]
+    folder: Path,
+    own: Processes,
+    refuse: Callable[[Path, dict[str, Any]], None],
+    report: Callable[[str], None],
 ) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint to continue from; the main process chooses it for all."""
-    found = newest_checkpoint(folder / "ckpts", report) if own.is_main else None
+    """The checkpoint to continue from; the main process chooses and verifies it for all."""
+    found = newest_checkpoint(folder / "ckpts", refuse, report) if own.is_main else None
     path = own.agree(found[0] if found else None)
     if path is None or found:
         return found
-    return path, read_checkpoint(path)
+    return path, read_checkpoint(path, is_verified=True)
 
 
 def compare_with_record(
@@ -399,8 +284,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     with processes(config.device, config.timeout_minutes) as own:
         run = start_run(config, own, arguments.allow_changed)
-        with claimed_folder(run):
+        with claimed_folder(run), listening() as run.listener:
             train(run)
+            run.jobs.wait()
             run.logbook.line(f"finished: all {config.total_steps} steps are done")
 
 

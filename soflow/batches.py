@@ -12,6 +12,7 @@ from soflow.config import Config
 from soflow.data import RawBatch, TrainingData
 from soflow.files import UserError
 from soflow.randomness import generator
+from soflow.signals import leave_to_parent
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,7 @@ def build_loader(
         num_workers=config.num_workers,
         prefetch_factor=config.prefetch_factor if config.num_workers else None,
         pin_memory=pin_memory,
+        worker_init_fn=leave_to_parent,
         # A generator of its own: starting workers must not draw from anybody else's.
         generator=generator(config.seed, "loader workers"),
     )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from soflow.files import UserError, atomic_write
+from soflow.files import UserError, atomic_write, numbered_files
 
 REFERENCE_KEYS = ("model", "ema_model", "optimizer", "finished_steps", "finished_epochs")
 RECORDS = ("config", "data", "parts")  # what we add
@@ -56,11 +56,9 @@ class TrainState:
         only what the optimizer has accumulated comes from the file. UserError where it does not
         fit; then nothing has been changed.
         """
-        check_weights(self.model, state["model"], source)
-        check_weights(self.ema_model, state["ema_model"], source)
+        self.check(state, source)
         settings = self.optimizer.state_dict()["param_groups"]
         saved = state["optimizer"]
-        self._check_optimizer(saved, settings, source)
         self.model.load_state_dict(state["model"])
         self.ema_model.load_state_dict(state["ema_model"])
         self.optimizer.load_state_dict({"state": saved["state"], "param_groups": settings})
@@ -72,7 +70,14 @@ class TrainState:
             and before is not None
         ]
 
-    def _check_optimizer(self, saved: Any, settings: list[dict], source: str) -> None:
+    def check(self, state: Mapping[str, Any], source: str) -> None:
+        """UserError where a checkpoint's state is not one of this model and optimizer."""
+        check_weights(self.model, state["model"], source)
+        check_weights(self.ema_model, state["ema_model"], source)
+        self._check_optimizer(state["optimizer"], source)
+
+    def _check_optimizer(self, saved: Any, source: str) -> None:
+        settings = self.optimizer.state_dict()["param_groups"]
         try:
             groups = [[int(index) for index in group["params"]] for group in saved["param_groups"]]
             state = dict(saved["state"])
@@ -127,17 +132,18 @@ def checkpoint_path(folder: Path, finished_steps: int) -> Path:
 
 def find_checkpoints(folder: Path) -> dict[int, Path]:
     """Finished steps -> file, in ascending order, of all that is named like a checkpoint."""
-    if not folder.is_dir():
-        return {}
-    try:
-        found = {int(match[1]): path for path in folder.iterdir() if (match := _name(path))}
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be read ({error.strerror})") from error
-    return dict(sorted(found.items()))
+    return numbered_files(folder, ".pt")
 
 
-def _name(path: Path) -> re.Match | None:
-    return re.fullmatch(r"(0|[1-9][0-9]*)\.pt", path.name, re.ASCII)
+def host_copy(content: Any) -> Any:
+    """`content` with tensors of its own in host memory, which training does not change any more."""
+    if isinstance(content, torch.Tensor):
+        return content.detach().to("cpu", copy=True)
+    if isinstance(content, Mapping):
+        return {key: host_copy(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return type(content)(map(host_copy, content))
+    return content
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
@@ -146,16 +152,19 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
         torch.save(dict(content), file)
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path, is_verified: bool = False) -> dict[str, Any]:
     """A checkpoint's entries, on the CPU, unpickling nothing but tensors and plain types.
 
-    UserError where the file is absent, damaged, or not a checkpoint of training.
+    Reads all of the file to compare its checksums, unless somebody has just verified it. UserError
+    where the file is absent, damaged, or not a checkpoint of training.
     """
     if not path.is_file():
         raise UserError(f"{path}: {_absence(path)}")
     try:
         _check_structure(path)
-        # Mapped, not read: inference touches the averaged weights alone.
+        if not is_verified:
+            _check_sums(path)
+        # Mapped, not held: inference keeps the averaged weights alone.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except UserError:
         raise
@@ -196,6 +205,14 @@ def _check_structure(path: Path) -> None:
             )
 
 
+def _check_sums(path: Path) -> None:
+    """UserError where the bytes are not those that were written, by the archive's own CRC-32s."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise UserError(f"{path}: damaged (the checksum of its part {_short(damaged)} is wrong)")
+
+
 def _is_record(value: Any) -> bool:
     """Whether `value` is a mapping of texts to plain values and flat lists of them."""
     plain = (str, int, float, type(None))
@@ -207,21 +224,28 @@ def _is_record(value: Any) -> bool:
 
 
 def newest_checkpoint(
-    folder: Path, report: Callable[[str], None]
+    folder: Path, refuse: Callable[[Path, dict[str, Any]], None], report: Callable[[str], None]
 ) -> tuple[Path, dict[str, Any]] | None:
-    """The newest readable checkpoint of a run, or None where there are no files named like one.
+    """The newest usable checkpoint of a run, or None where there are no files named like one.
 
-    Unreadable ones are reported and passed over. UserError where all are unreadable: starting
-    afresh over somebody's run must be their decision.
+    Those that cannot be read, or that `refuse` raises a UserError for, are reported and passed
+    over. UserError, with the newest's reason, where none is left: starting afresh over somebody's
+    run must be their decision.
     """
     found = find_checkpoints(folder)
+    reasons = []
     for path in reversed(found.values()):
         try:
-            return path, read_checkpoint(path)
+            content = read_checkpoint(path)
+            refuse(path, content)
+            return path, content
         except UserError as error:
             report(f"passed over: {error}")
-    if found:
-        raise UserError(f"{folder}: none of its {len(found)} checkpoints can be read")
+            reasons.append(str(error))
+    if reasons:
+        raise UserError(
+            f"{folder}: none of its {len(found)} checkpoints can be used; the newest: {reasons[0]}"
+        )
     return None
 
 

@@ -94,6 +94,10 @@ class Config:
     eval_demo_shape: tuple[int, int] = operational((4, 8))  # rows, columns
     ckpt_saving_steps: int | None = operational(200_000)
     logging_steps: int | None = operational(100)
+    # Of checkpoints and evals the last so many are kept, and all at multiples of so many steps;
+    # null, as by default, keeps all.
+    keep_last: int | None = operational(None)
+    keep_every_steps: int | None = operational(None)
     # Machine; none of these changes results but by rounding
     device: Literal["auto", "cuda", "mps", "cpu"] = operational("auto")
     # On CUDA tf32 and bf16 use TF32. bf16 is for the flow matching and guidance passes alone.
@@ -445,6 +449,8 @@ _RANGES: dict[str, Check] = {
     "eval_demo_shape": _each(_FEW),
     "ckpt_saving_steps": _NOT_NEGATIVE,
     "logging_steps": _NOT_NEGATIVE,
+    "keep_last": _AT_LEAST_ONE,
+    "keep_every_steps": _AT_LEAST_ONE,
     "timeout_minutes": _MINUTES,
 }
 
@@ -494,6 +500,8 @@ def _check_together(config: Config, places: Mapping[str, str]) -> None:
                 "model_type",
                 "is for pixels (CIFAR10, ImageFolder, Digits), not for Imagenet's latents",
             )
+    if config.keep_every_steps and not config.keep_last:
+        refuse("keep_every_steps", "has no meaning where keep_last is null: then all are kept")
     if config.cfg_scale > 1 and config.cfg_drop_rate == 0:
         refuse("cfg_drop_rate", "leaves no null class, which cfg_scale > 1 needs; 0.1 is usual")
     if config.cfg_scale == 1 and config.cfg_drop_rate > 0:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from soflow.files import UserError
+from soflow.files import UserError, one_line
 from soflow.hardware import keep_freed_memory
 
 
@@ -22,6 +22,7 @@ class Processes:
     local_rank: int
     world_size: int
     device: torch.device
+    host_group: dist.ProcessGroup | None = None  # for what is known on the CPU
 
     @property
     def is_main(self) -> bool:
@@ -42,6 +43,14 @@ class Processes:
         gathered = [torch.empty_like(values) for _ in range(self.world_size)]
         dist.gather(values, gathered if self.is_main else None)
         return gathered if self.is_main else None
+
+    def greatest_over_ranks(self, value: int) -> int:
+        """The greatest of the processes' values, on every process; no device waits for it."""
+        if self.world_size == 1:
+            return value
+        shared = torch.tensor(value)
+        dist.all_reduce(shared, dist.ReduceOp.MAX, group=self.host_group)
+        return int(shared)
 
     def agree(self, value: object) -> object:
         """The main process's `value`, on every process."""
@@ -115,14 +124,34 @@ def processes(device: str, timeout_minutes: float) -> Iterator[Processes]:
         # torchrun gives each process one thread; share out the machine's instead.
         local_world_size = _from_torchrun("LOCAL_WORLD_SIZE", world_size)
         torch.set_num_threads(max(1, usable_cores() // local_world_size))
-    if world_size > 1:
+    if world_size == 1:
+        yield Processes(rank, local_rank, world_size, chosen)
+        return
+    timeout = timedelta(minutes=timeout_minutes)
+    is_cuda = chosen.type == "cuda"
+    with _told_of_losses(rank, timeout_minutes):
         dist.init_process_group(
-            "nccl" if chosen.type == "cuda" else "gloo",
-            timeout=timedelta(minutes=timeout_minutes),
-            device_id=chosen if chosen.type == "cuda" else None,
+            "nccl" if is_cuda else "gloo", timeout=timeout, device_id=chosen if is_cuda else None
         )
-    yield Processes(rank, local_rank, world_size, chosen)
-    if world_size > 1:
+        host_group = dist.new_group(backend="gloo", timeout=timeout)
+        yield Processes(rank, local_rank, world_size, chosen, host_group)
         # Leave together, and leave the connections to the end of the process: taking them down by
         # destroy_process_group has been seen to abort a process that had finished its work.
         dist.barrier()
+
+
+@contextlib.contextmanager
+def _told_of_losses(rank: int, timeout_minutes: float) -> Iterator[None]:
+    """A block in which another process's death or silence is a UserError."""
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo raises plain RuntimeErrors, which say where in it they come from.
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        is_silence = "timed out" in str(error).lower()
+        what = f"was silent for {timeout_minutes:g} minutes" if is_silence else "is gone"
+        raise UserError(
+            f"process {rank}: another process {what} ({one_line(error)}); nothing is saved of the "
+            f"step that was under way; the same command goes on from the last checkpoint"
+        ) from error

@@ -27,6 +27,11 @@ class UserError(ValueError):
         return " ".join(super().__str__().splitlines())
 
 
+class Stopped(Exception):  # noqa: N818 - no error
+    """The end of work that was asked to stop early and goes on when started again."""
+
+
+STOPPED_STATUS = 75  # what sysexits.h calls a temporary failure: try again
 PATIENCE_SECONDS = 3  # torchrun ends the others within a tenth of a second of one's end
 
 
@@ -43,6 +48,10 @@ def run_command(main: Callable[[], int | None]) -> None:
             time.sleep(PATIENCE_SECONDS)
             print(f"error (process {rank}): {error}", file=sys.stderr, flush=True)
         status = 1
+    except Stopped as stop:
+        if rank == "0":
+            print(stop, flush=True)
+        status = STOPPED_STATUS
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         status = 130
@@ -277,6 +286,39 @@ def sha256_of(path: str | Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def numbered_files(folder: Path, suffix: str) -> dict[int, Path]:
+    """Number -> file, in ascending order, of all that is named {number}{suffix} in `folder`."""
+    if not folder.is_dir():
+        return {}
+    name = re.compile(rf"(0|[1-9][0-9]*){re.escape(suffix)}", re.ASCII)
+    try:
+        matches = [(name.fullmatch(path.name), path) for path in folder.iterdir()]
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror})") from error
+    return dict(sorted((int(match[1]), path) for match, path in matches if match))
+
+
+def delete_superseded(
+    folder: Path, suffix: str, newest: int, keep_last: int | None, keep_every: int | None
+) -> None:
+    """Delete older files of `numbered_files`, with their records, once `newest` is whole.
+
+    Kept are the last `keep_last` up to `newest` (None: all), multiples of `keep_every`, and those
+    beyond `newest`, which are of another branch of the run.
+    """
+    if keep_last is None:
+        return
+    found = numbered_files(folder, suffix)
+    upto = [number for number in found if number <= newest]
+    for number in upto[:-keep_last]:
+        if not keep_every or number % keep_every:
+            try:
+                found[number].unlink()
+                found[number].with_suffix(".json").unlink(missing_ok=True)
+            except OSError as error:
+                raise UserError(f"{found[number]}: cannot be deleted ({error.strerror})") from error
 
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 import soflow
 from soflow.config import Config
 from soflow.distributed import Processes
-from soflow.files import UserError, atomic_write
+from soflow.files import append_line, atomic_write
 
 
 class Logbook:
@@ -38,11 +38,7 @@ class Logbook:
             return
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error
+        append_line(self.path, f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}")
 
     def start_bar(self, done: int, total: int, unit: str) -> None:
         """Show a progress bar with the time left, if somebody is looking."""
@@ -134,11 +130,11 @@ def weights_digest(weights: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def write_record(
+def record_of(
     path: Path, config: Config, processes: Processes, seed: int, **details: Any
-) -> None:
-    """Write beside the result `path`, as {stem}.json, what it was made by and from."""
-    record = {
+) -> dict[str, Any]:
+    """What the result `path` is made by and from."""
+    return {
         "file": path.name,
         "made_at": datetime.now().astimezone().isoformat(timespec="seconds"),
         **details,
@@ -152,5 +148,9 @@ def write_record(
         "config_sha256": config.digest(),
         "config": config.to_dict(),
     }
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Write a record beside its result `path`, as {stem}.json."""
     with atomic_write(path.with_suffix(".json")) as file:
         file.write(json.dumps(record, indent=2).encode() + b"\n")

@@ -86,13 +86,17 @@ def test_newest_readable_checkpoint_is_chosen(tmp_path):
     (tmp_path / "30.pt").mkdir()
     (tmp_path / "20.pt").write_text("not a checkpoint")
     said: list[str] = []
-    path, content = newest_checkpoint(tmp_path, said.append)
+
+    def accept(path, content):
+        pass
+
+    path, content = newest_checkpoint(tmp_path, accept, said.append)
     assert path.name == "2.pt"
     assert content["finished_steps"] == 2
     assert [line.split(":")[1].strip().rpartition("/")[2] for line in said] == [
         "30.pt", "20.pt", "11.pt",
     ]  # fmt: skip
-    assert newest_checkpoint(tmp_path / "none", said.append) is None
+    assert newest_checkpoint(tmp_path / "none", accept, said.append) is None
 
 
 class Payload:

@@ -1,0 +1,38 @@
+"""One job at a time in a thread beside training."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+
+class Background:
+    """Runs jobs in the order they come; what one raises is raised again at the next call."""
+
+    def __init__(self, pool: ThreadPoolExecutor):
+        self._pool = pool
+        self._job: Future[None] | None = None
+
+    def start(self, job: Callable[[], None]) -> None:
+        """Start `job` once the one before has ended."""
+        self.wait()
+        self._job = self._pool.submit(job)
+
+    def check(self) -> None:
+        """Raise what the last job raised, if it has ended by that."""
+        if self._job is not None and self._job.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the last job to end."""
+        job, self._job = self._job, None
+        if job is not None:
+            job.result()
+
+
+@contextlib.contextmanager
+def background() -> Iterator[Background]:
+    """A block whose jobs have all ended when it does, also where it ends by an error."""
+    with ThreadPoolExecutor(1, "background") as pool:
+        jobs = Background(pool)
+        yield jobs
+        jobs.wait()

@@ -1,0 +1,64 @@
+"""What the system asks of a run by signals: to save and go on, or to save and stop."""
+
+import contextlib
+import enum
+import signal
+from collections.abc import Iterator
+
+from soflow.distributed import Processes
+
+
+class Asked(enum.IntEnum):
+    """What is asked for; of several, the greatest counts."""
+
+    NOTHING = 0
+    SAVE = 1
+    STOP = 2
+
+
+MEANINGS = {
+    signal.SIGUSR1: Asked.SAVE,
+    signal.SIGTERM: Asked.STOP,  # what schedulers send before they kill
+    signal.SIGINT: Asked.STOP,  # Ctrl-C
+}
+
+
+class Listener:
+    """Remembers what signals ask for, until it is done."""
+
+    def __init__(self):
+        self._asked = Asked.NOTHING
+
+    def hear(self, number: int, frame: object) -> None:
+        """The handler. A signal that comes again says nothing new: torchrun passes it on too."""
+        self._asked = max(self._asked, MEANINGS[number])
+
+    def asked(self, processes: Processes) -> Asked:
+        """What any of the processes is asked for, the same on all; all have to call this."""
+        return Asked(processes.greatest_over_ranks(self._asked))
+
+    def saved(self) -> None:
+        """Forget what has been done."""
+        if self._asked is Asked.SAVE:
+            self._asked = Asked.NOTHING
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[Listener]:
+    """A block in which signals end nothing by themselves, but are there to be asked about."""
+    listener = Listener()
+    before = {number: signal.signal(number, listener.hear) for number in MEANINGS}
+    try:
+        yield listener
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def leave_to_parent(worker: int) -> None:
+    """Let a loader worker outlive the signals that its whole group gets: the run still needs it.
+
+    It ends with the loader, or when its parent is gone.
+    """
+    for number in MEANINGS:
+        signal.signal(number, signal.SIG_IGN)
