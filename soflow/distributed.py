@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from soflow.files import UserError, one_line
+from soflow.files import UserError
 from soflow.hardware import keep_freed_memory
 
 
@@ -152,6 +152,6 @@ def _told_of_losses(rank: int, timeout_minutes: float) -> Iterator[None]:
         is_silence = "timed out" in str(error).lower()
         what = f"was silent for {timeout_minutes:g} minutes" if is_silence else "is gone"
         raise UserError(
-            f"process {rank}: another process {what} ({one_line(error)}); nothing is saved of the "
-            f"step that was under way; the same command goes on from the last checkpoint"
+            f"process {rank}: another process {what}; nothing is saved of what was under way; "
+            f"the same command goes on from the last checkpoint"
         ) from error
