@@ -211,7 +211,7 @@ def test_a_run_whose_checkpoints_are_all_unreadable_is_not_started_afresh(small_
     for path in (folder / "ckpts").glob("*.pt"):
         path.write_bytes(b"")
     with pytest.raises(
-        UserError, match="none of its 2 checkpoints can be used; the newest: .*6.pt"
+        UserError, match=r"none of its 2 checkpoints can be used; the newest: .*6\.pt"
     ):
         small_run()
 
