@@ -1,0 +1,298 @@
+"""The training step: its options change its cost, and results by rounding alone."""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import dit
+import learner
+from learner import Learner, build_learner, learning_rate_at, set_options
+from models import Batch, Execution, Objective, Samples, build_model
+from schedules import ConsistencyTimes, consistency_times
+from soflow import hardware
+from soflow.batches import BatchPlan
+from soflow.config import Config, resolve
+from soflow.distributed import Processes
+
+CPU = Processes(0, 0, 1, torch.device("cpu"))
+GUIDED = Config(
+    working_dir="unused",
+    model_type="DiT-Nano-4",
+    dataset_type="Digits",
+    data_size=8,
+    batch_size=16,
+    cfg_scale=2.0,
+    mix_ratio=0.5,
+    cfg_drop_rate=0.1,
+)
+PIXELS = Config(
+    working_dir="unused",
+    model_type="UNet",
+    dataset_type="CIFAR10",
+    data_size=8,
+    batch_size=4,
+    velocity_loss_ratio=0.5,
+)
+CONFIGS = {"DiT": GUIDED, "UNet": PIXELS}
+
+
+def make_learner(config: Config, **options) -> tuple[Learner, list[str]]:
+    """A learner with some options whose every weight matters, and what it notes."""
+    config = resolve(dataclasses.replace(config, **options))
+    channels = 3 if config.model_type == "UNet" else 1
+    plan = BatchPlan(config.batch_size, config.flow_matching_count, 1, config.accumulation_steps)
+    made, notes = build_learner(config, CPU, plan, channels, 10)
+    source = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in made.state.model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=source))
+    return made, notes
+
+
+def draw(config: Config, seed: int = 2) -> Batch:
+    """A whole batch for it, with two dropped labels where there are labels."""
+    source = torch.Generator().manual_seed(seed)
+    is_unet = config.model_type == "UNet"
+    V = config.flow_matching_count
+
+    def samples(count: int, dropout_seed: int) -> Samples:
+        x_0, x_1 = torch.randn(2, count, 3 if is_unet else 1, 8, 8, generator=source)
+        if is_unet:
+            augment_labels = torch.randn(count, 6, generator=source)
+            return Samples(x_0, x_1, augment_labels=augment_labels, dropout_seed=dropout_seed)
+        labels = torch.randint(10, (count,), generator=source)
+        return Samples(x_0, x_1, labels, torch.arange(count) == seed % count)
+
+    C = config.batch_size - V
+    t, s = torch.rand(C, generator=source), torch.rand(C, generator=source)
+    return Batch(
+        samples(V, 100 * seed),
+        torch.rand(V, generator=source),
+        samples(C, 100 * seed + 50),
+        consistency_times(t, s, 0.1),
+        V,
+        C,
+    )
+
+
+def gradients(made: Learner, batch: Batch) -> torch.Tensor:
+    """All gradients and the metrics of one batch, in one row."""
+    made.state.optimizer.zero_grad()
+    metrics = made.accumulate_gradients(iter([batch]))
+    found = [p.grad.flatten() for p in made.state.model.parameters() if p.grad is not None]
+    return torch.cat([metrics, *found])
+
+
+def relative_difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    return ((one - other).norm() / other.norm()).item()
+
+
+# What the step costs
+
+
+def test_a_step_takes_the_arithmetic_of_four_and_three_eighths_forwards_and_never_waits():
+    """On the meta device, where there is nothing to wait for: reading a value would raise."""
+    with torch.device("meta"):
+        model = build_model("DiT-B-4", 4, 32, 1000, 0.1)
+
+    def samples(count: int) -> Samples:
+        x_0, x_1 = torch.empty(2, count, 4, 32, 32, device="meta")
+        labels = torch.empty(count, dtype=torch.int64, device="meta")
+        return Samples(x_0, x_1, labels, torch.arange(count) < count // 10)
+
+    t = torch.empty(40, device="meta")
+    times = ConsistencyTimes(t[30:], t[30:], t[30:])
+    batch = Batch(samples(30), t[:30], samples(10), times, 30, 10)
+    x, labels = torch.empty(40, 4, 32, 32, device="meta"), t.long()
+    # The counter does not see the fused attention of a CPU.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as of_step:
+        model(batch, Objective(3.0, 0.25, 0.8, 1.0, 0.01)).loss.backward()
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as of_forward:
+        model.solution(x, t, t, labels)
+    assert of_step.get_total_flops() / of_forward.get_total_flops() == pytest.approx(
+        4.375, abs=5e-3
+    )
+
+
+def test_both_losses_share_the_calls_of_the_network():
+    made, _ = make_learner(GUIDED)
+    sizes = []
+    made.state.model.network.register_forward_hook(
+        lambda module, given, output: sizes.append((len(output), torch.is_grad_enabled()))
+    )
+    gradients(made, draw(GUIDED))
+    # Of 12 and 4 samples one each is masked: 11 + 3 null passes and 3 of their own; then at t, l.
+    assert sizes == [(17, False), (16, True), (4, False)]
+
+
+# Options
+
+
+def test_guidance_of_the_whole_batch_changes_nothing():
+    plain, _ = make_learner(GUIDED)
+    whole, _ = make_learner(GUIDED)
+    whole.state.model.execution = Execution(fixed_shapes=True)
+    for seed in (2, 3):
+        batch = draw(GUIDED, seed)
+        difference = relative_difference(gradients(whole, batch), gradients(plain, batch))
+        assert difference < 1e-5
+
+
+def test_bf16_reaches_neither_consistency_pass():
+    made, notes = make_learner(GUIDED, precision="bf16")
+    assert notes == []
+    seen = []
+    made.state.model.network.blocks[0].mlp.fc1.register_forward_hook(
+        lambda module, given, output: seen.append((len(output), output.dtype))
+    )
+    coarse = gradients(made, draw(GUIDED))
+    assert seen == [
+        (17, torch.bfloat16),  # guidance
+        (12, torch.bfloat16),  # flow matching
+        (4, torch.float32),  # F(x_t, t, s)
+        (4, torch.float32),  # F(x_l, l, s)
+    ]
+    plain, _ = make_learner(GUIDED)
+    assert 1e-5 < relative_difference(coarse, gradients(plain, draw(GUIDED))) < 0.03
+    assert all(p.dtype == torch.float32 for p in made.state.model.parameters())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_activation_checkpointing_gives_the_same_gradients_bit_for_bit_and_stores_less(name):
+    config, stored = CONFIGS[name], []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        stored[-1] += tensor.nbytes
+        return tensor
+
+    found = []
+    for is_on in (False, True):
+        made, _ = make_learner(config, activation_checkpointing=is_on)
+        stored.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            found.append(gradients(made, draw(config)))
+    assert torch.equal(*found)
+    assert stored[1] < 0.35 * stored[0]
+
+
+def test_activation_checkpointing_repeats_dropout_drawn_from_the_global_state():
+    torch.manual_seed(0)
+    network = build_model("UNet", 3, 8, 10, 0.0, dropout=0.5).network.train()
+    x, t = torch.randn(2, 3, 8, 8), torch.rand(2)
+    found = []
+    for network.activation_checkpointing in (False, True):
+        network.zero_grad()
+        torch.manual_seed(1)
+        network(x, t, t).square().mean().backward()
+        found.append(torch.cat([p.grad.flatten() for p in network.parameters()]))
+    assert torch.equal(*found)
+
+
+def test_channels_last_changes_the_layout_alone():
+    plain, _ = make_learner(PIXELS)
+    made, _ = make_learner(PIXELS, channels_last=True)
+    weight = made.state.model.network.dec["8x8_block0"].conv0.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    batch = draw(PIXELS)
+    assert relative_difference(gradients(made, batch), gradients(plain, batch)) < 1e-4
+    made.step(iter([batch]))
+    plain.state.load_state_dict(made.state.state_dict(1), "the other layout")
+    for one, other in zip(
+        plain.state.model.parameters(), made.state.model.parameters(), strict=True
+    ):
+        assert one.is_contiguous()
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("name", "backend"), [("DiT", "inductor"), ("UNet", "aot_eager")])
+def test_a_compiled_network_gives_the_same_gradients_and_is_compiled_once(
+    name, backend, monkeypatch
+):
+    """A tiny DiT by the real compiler; the UNet, which takes that minutes, as far as its graphs."""
+    monkeypatch.setitem(dit.SIZES, "Nano", dit.Size(width=32, depth=1, heads=2))
+    monkeypatch.setattr(
+        nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend=backend)
+    )
+    config = CONFIGS[name]
+    plain, _ = make_learner(config)
+    torch._dynamo.reset()
+    made, notes = make_learner(config, compile=True)
+    guidance = ["compile: guidance takes the whole batch, dropped labels too"]
+    assert notes == (guidance if config.cfg_scale > 1 else [])
+    assert list(made.state.model.state_dict()) == list(plain.state.model.state_dict())
+    graphs = []
+    for seed in (2, 3, 4):  # other labels are dropped each time, and other dropout masks drawn
+        batch = draw(config, seed)
+        difference = relative_difference(gradients(made, batch), gradients(plain, batch))
+        assert difference < 1e-4
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0
+    assert graphs == graphs[:1] * 3
+
+
+def test_the_learning_rate_rises_over_the_warmup_and_stays():
+    made, _ = make_learner(GUIDED, warmup_steps=4, learning_rate=0.1)
+    rates = []
+    for _ in range(6):
+        made.step(iter([draw(GUIDED)]))
+        rates.append(made.state.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
+    assert learning_rate_at(resolve(GUIDED), 0) == GUIDED.learning_rate
+
+
+def test_clipping_shortens_a_long_gradient_and_leaves_a_short_one():
+    batch = draw(GUIDED)
+    plain = gradients(make_learner(GUIDED)[0], batch)
+    norm = plain[4].item()
+    clipped = gradients(make_learner(GUIDED, gradient_clip=norm / 2)[0], batch)
+    assert torch.allclose(clipped[5:], plain[5:] / 2, rtol=1e-4)
+    assert torch.equal(clipped[:5], plain[:5])  # the norm is that before clipping
+    assert torch.equal(gradients(make_learner(GUIDED, gradient_clip=norm * 2)[0], batch), plain)
+
+
+# What a device cannot do
+
+
+def test_an_option_that_the_device_cannot_do_is_said_and_left_out(monkeypatch):
+    monkeypatch.setattr(learner, "obstacle_to_bf16", lambda device: "too old")
+    monkeypatch.setattr(learner, "obstacle_to_compiling", lambda device: "no compiler")
+    made, notes = make_learner(GUIDED, precision="bf16", compile=True)
+    assert notes == [
+        "precision: goes on without bf16 (too old)",
+        "compile: goes on without (no compiler)",
+    ]
+    plain, _ = make_learner(GUIDED)
+    assert torch.equal(gradients(made, draw(GUIDED)), gradients(plain, draw(GUIDED)))
+
+
+def test_a_missing_compiler_is_found_out(monkeypatch, tmp_path):
+    assert hardware.obstacle_to_bf16(torch.device("cpu")) is None
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (str(tmp_path / "no-compiler"),))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    assert hardware.obstacle_to_compiling(torch.device("cpu")) is not None
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("precision", "is_allowed"), [("tf32", True), ("bf16", True), ("fp32", False)]
+)
+def test_tf32_is_allowed_on_cuda_unless_fp32_is_asked_for(monkeypatch, precision, is_allowed):
+    flags = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [flag.allow_tf32 for flag in flags]
+    monkeypatch.setattr(learner, "obstacle_to_bf16", lambda device: None)
+    model = build_model("DiT-Nano-4", 1, 8, 10, 0.1)
+    try:
+        for flag in flags:
+            flag.allow_tf32 = not is_allowed
+        set_options(model, dataclasses.replace(GUIDED, precision=precision), torch.device("cuda"))
+        assert [flag.allow_tf32 for flag in flags] == [is_allowed, is_allowed]
+    finally:
+        for flag, value in zip(flags, before, strict=True):
+            flag.allow_tf32 = value
