@@ -16,7 +16,7 @@ from soflow.files import UserError, atomic_write, numbered_files
 
 REFERENCE_KEYS = ("model", "ema_model", "optimizer", "finished_steps", "finished_epochs")
 RECORDS = ("config", "data", "parts")  # what we add
-STRUCTURE_LIMIT_BYTES = 1 << 24  # all but the values of tensors: 0.6 MB for the largest model
+STRUCTURE_LIMIT_BYTES = 1 << 23  # all but the values of tensors: 0.6 MB for the largest model
 # What tensors and dicts of them are pickled as. Some of what torch allows besides can be told to
 # take any amount of memory.
 DATA = re.compile(

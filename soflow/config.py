@@ -193,7 +193,7 @@ def _build(values: Mapping[str, tuple[Any, str]], source: str) -> Config:
     converted = {}
     for key, (value, place) in values.items():
         if key not in FIELDS:
-            raise UserError(f"{place}: unknown key{suggest(key, FIELDS)}")
+            raise UserError(f"{place}: unknown key{suggest(str(key), FIELDS)}")
         converted[key] = _convert(TYPES[key], value, place)
     places = {key: place for key, (_, place) in values.items()}
     for key in FIELDS:
@@ -259,8 +259,8 @@ def due_steps(total_steps: int, every: int | None) -> range:
 
 def suggest(word: str, choices: Sequence[str] | Mapping[str, Any]) -> str:
     """ "; did you mean ...?" or nothing."""
-    close = [choice for choice in choices if choice.lower() == str(word).lower()]
-    close += difflib.get_close_matches(str(word), list(choices), n=1)
+    close = [choice for choice in choices if choice.lower() == word.lower()]
+    close += difflib.get_close_matches(word, list(choices), n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 
@@ -356,13 +356,13 @@ def _is_name(text: str) -> bool:
 
 
 def _convert_choice(choices: Sequence[str], value: Any, place: str) -> str:
-    if value == "Triangular" and "Trig" in choices:
+    is_text = isinstance(value, str)
+    if is_text and value == "Triangular" and "Trig" in choices:
         return "Trig"
-    if value not in choices:
-        raise UserError(
-            f"{place}: {shorten(value)} is not one of {', '.join(choices)}{suggest(value, choices)}"
-        )
-    return value
+    if is_text and value in choices:
+        return value
+    suggestion = suggest(value, choices) if is_text else ""
+    raise UserError(f"{place}: {shorten(value)} is not one of {', '.join(choices)}{suggestion}")
 
 
 def _convert_list(kinds: Sequence[type], value: Any, place: str) -> tuple:

@@ -736,6 +736,15 @@ def logits_without_weights(nodes, _):
     del nodes["softmax/logits/MatMul"].input[1]
 
 
+def one_number_for_all_weights(nodes, graph_def):
+    weights = graph_def.node.add(name="weights", op="Const")
+    weights.attr["dtype"].type = weights.attr["value"].tensor.dtype = 1
+    weights.attr["value"].tensor.float_val.append(1.0)
+    for size in (16, 1 << 30):
+        weights.attr["value"].tensor.tensor_shape.dim.add(size=size)
+    nodes["softmax/logits/MatMul"].input[1] = "weights"
+
+
 @pytest.mark.parametrize(
     ("content", "line"),
     [
@@ -747,6 +756,7 @@ def logits_without_weights(nodes, _):
         (unknown_operation, "not a usable graph"),
         (dangling_input, "not a usable graph"),
         (logits_without_weights, "lacks softmax/logits/MatMul"),
+        (one_number_for_all_weights, r"its constants are 1717986\d+ numbers"),
     ],
 )
 def test_graph_that_cannot_serve_is_named(place, toy, content, line):
@@ -756,6 +766,45 @@ def test_graph_that_cannot_serve_is_named(place, toy, content, line):
     with pytest.raises(UserError, match=rf"bad\.pb: .*{line}") as caught:
         place.run("--inception", bad)
     assert "\n" not in str(caught.value)
+
+
+def test_graph_cut_anywhere_is_named(place, toy):
+    content = toy.read_bytes()
+    bad = place.folder / "bad.pb"
+    for size in range(0, len(content), len(content) // 30):
+        bad.write_bytes(content[:size])
+        with pytest.raises(UserError, match=r"bad\.pb: "):
+            feature_graph.FeatureGraph(bad, (8, 8, 3))
+
+
+# None of these is marked as reaching beyond the graph.
+REACHING = {
+    "DebugIdentity": ("debug_urls", "file://{}"),
+    "DebugNanCount": ("debug_urls", "file://{}"),
+    "Copy": ("debug_ops_spec", "DebugIdentity;file://{};0"),
+    "ImmutableConst": ("memory_region_name", "{}"),
+}
+
+
+@pytest.mark.parametrize("operation", REACHING)
+def test_operation_that_reaches_files_without_saying_so_is_refused(place, toy, operation):
+    name, target = REACHING[operation]
+
+    def reach(nodes, graph_def):
+        nodes["between"].op = operation
+        argument = nodes["between"].attr[name]
+        text = target.format(place.folder / "dumped").encode()
+        if operation == "ImmutableConst":
+            argument.s = text
+        else:
+            argument.list.s.append(text)
+
+    bad = place.folder / "bad.pb"
+    bad.write_bytes(rewritten(toy, reach))
+    before = sorted(place.folder.iterdir())
+    with pytest.raises(UserError, match=rf"operation {operation} \(between\) could reach outside"):
+        list(feature_graph.FeatureGraph(bad, (8, 8, 3)).features(some_pixels(0)))
+    assert sorted(place.folder.iterdir()) == before
 
 
 def test_absent_graph_or_another_digest_is_refused(place, toy):
