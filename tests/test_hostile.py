@@ -773,7 +773,7 @@ def test_of_any_folder_the_newest_whole_checkpoint_is_taken(tmp_path_factory, fi
     assert {path.name for path in found.values()} == {f"{steps}.pt" for steps in found}
     said: list[str] = []
     with one_line_at_most():
-        newest = newest_checkpoint(folder, said.append)
+        newest = newest_checkpoint(folder, lambda path, content: None, said.append)
         assert (newest is None) == (not found)
         whole = [steps for steps, path in found.items() if files[path.name] == CHECKPOINT]
         assert newest is None or not whole or int(newest[0].stem) >= max(whole)
