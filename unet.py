@@ -51,7 +51,12 @@ def _norm(channels: int) -> nn.GroupNorm:
 def _dropout_mask(h: Tensor, probability: float, seed: Tensor) -> Tensor:
     """bool, shaped like h: which elements stay. Equal seeds, an int64 on the CPU, draw the same."""
     generator = torch.Generator(h.device).manual_seed(int(seed))
-    # Always drawn in float32, so that the masks do not depend on the precision of h.
+    # Whatever the precision of h, so that the masks do not depend on it.
+    if h.device.type == "cpu":
+        # One draw for four elements, of 16 bits each: draws are what masks cost on a CPU.
+        words = torch.empty(-(-h.numel() // 4), dtype=torch.int64)
+        bits = words.random_(-(2**63), None, generator=generator).view(torch.int16)
+        return bits[: h.numel()].view(h.shape) >= round(probability * 2**16) - 2**15
     drawn = torch.rand(h.shape, generator=generator, device=h.device, dtype=torch.float32)
     return drawn >= probability
 
@@ -145,7 +150,11 @@ class _Block(nn.Module):
         # kernels, which never store the weights, insist on contiguous features.
         with torch.autocast(y.device.type, enabled=False):
             attended = F.scaled_dot_product_attention(*parts.contiguous())
-        return attended.to(qkv.dtype).transpose(2, 3).reshape(B, C, H, W)
+        # Transposed, that is a channels-last view: unless y is one too, all convolutions after it
+        # would take over that layout, and rearrange their weights for it in every pass.
+        layout = torch.contiguous_format if y.is_contiguous() else torch.channels_last
+        attended = attended.to(qkv.dtype).transpose(2, 3).reshape(B, C, H, W)
+        return attended.contiguous(memory_format=layout)
 
 
 def _block_seeds(dropout_seed: Tensor | None) -> Iterator[Tensor | None]:
