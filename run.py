@@ -118,6 +118,8 @@ def save_and_stop(run: Run) -> NoReturn:
     if not run.processes.agree(path.exists()):
         make_checkpoint(run, path)
         run.jobs.wait()
+    # Nobody leaves before all is saved: launchers end the others when the first has left.
+    run.processes.agree(None)
     run.logbook.line(
         f"stopped by a signal after step {run.state.finished_steps}, saved in {path}; the same "
         f"command goes on"
