@@ -31,7 +31,9 @@ Array = TypeVar("Array")  # numpy.ndarray or torch.Tensor
 
 def to_pixels(images: Array) -> Array:
     """uint8 of floats in -1..1 (float32 or wider): clamp(127.5 x + 128, 0, 255), truncated."""
-    scaled = (images * 127.5 + 128).clip(0, 255)
+    scaled = images * 127.5
+    scaled += 128  # in place: a batch of pictures is large
+    scaled = scaled.clip(0, 255)
     return scaled.byte() if hasattr(scaled, "byte") else scaled.astype(np.uint8)
 
 

@@ -18,6 +18,7 @@ from soflow.randomness import SamplingStream
 
 MIN_TILE_PIXELS = 48  # so that a grid of 8 x 8 digits can be seen
 FRAME_GREY = 96
+IMAGES_AT_ONCE = 8  # turned into pixels
 
 # B images of a batch, C channels, H = W side; images are float -1..1, pixels uint8 [B, H, W, C]
 
@@ -134,12 +135,22 @@ def sample_pixels(
         noises = [noise.to(processes.device) for noise in draws.noises]
         labels = None if draws.labels is None else draws.labels.to(processes.device)
         images = decode(sample(model, noises, labels))
-        pixels = to_pixels(images.float()).permute(0, 2, 3, 1).contiguous()
+        pixels = _pixels_of(images)
         wanted = request.num_images - work.first_image
         all_pixels = _gather(pixels, wanted, processes)
         all_labels = None if labels is None else _gather(labels, wanted, processes)
         if processes.is_main:
             yield Sampled(all_pixels, all_labels)
+
+
+def _pixels_of(images: Tensor) -> Tensor:
+    """uint8 [B, H, W, C] of float images [B, C, H, W], a few at a time.
+
+    What that takes meanwhile is small beside the images: large blocks that come and go leave gaps
+    in the heap, and a process that grows by them for its first thousands of images.
+    """
+    parts = images.split(IMAGES_AT_ONCE)
+    return torch.cat([to_pixels(part.float()).permute(0, 2, 3, 1) for part in parts])
 
 
 def _gather(values: Tensor, wanted: int, processes: Processes) -> np.ndarray | None:
