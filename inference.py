@@ -119,6 +119,23 @@ def run_inference(arguments: argparse.Namespace, config: Config, own: Processes)
     )
     rows, columns = config.eval_demo_shape
     first = FirstImages(rows * columns)
+
+    def write_own_record() -> None:
+        record = record_of(
+            output,
+            config,
+            own,
+            config.seed,
+            num_images=request.num_images,
+            NFE=request.num_jumps,
+            labels=arguments.labels or "uniform",
+            noise_stream=arguments.noise_stream,
+            checkpoint=str(source),
+            weights_sha256=sampler.weights_sha256,
+            **decoder_record(config),
+        )
+        write_record(output, record)
+
     with (
         decoding(config, own.device) as decode,
         tqdm(total=request.num_images, unit="image", disable=None if own.is_main else True) as bar,
@@ -129,23 +146,9 @@ def run_inference(arguments: argparse.Namespace, config: Config, own: Processes)
             bar.update(len(batch.pixels))
 
         batches = sample_pixels(sampler.model, request, own, decode)
-        write_samples(output, batches, request.num_images, own.is_main, report)
+        write_samples(output, batches, request.num_images, own.is_main, write_own_record, report)
     if not own.is_main:
         return
-    record = record_of(
-        output,
-        config,
-        own,
-        config.seed,
-        num_images=request.num_images,
-        NFE=request.num_jumps,
-        labels=arguments.labels or "uniform",
-        noise_stream=arguments.noise_stream,
-        checkpoint=str(source),
-        weights_sha256=sampler.weights_sha256,
-        **decoder_record(config),
-    )
-    write_record(output, record)
     print(f"{request.num_images} images in {output}")
     if arguments.grid:
         save_grid(Path(arguments.grid), first.by_class(), columns)

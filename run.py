@@ -12,7 +12,13 @@ from torch import Tensor
 from learner import Learner
 from soflow.background import Background
 from soflow.batches import BatchPlan, DataOrder
-from soflow.checkpoint import TrainState, checkpoint_path, host_copy, save_checkpoint
+from soflow.checkpoint import (
+    TrainState,
+    checkpoint_path,
+    host_copy,
+    refuse_non_finite,
+    save_checkpoint,
+)
 from soflow.config import Config, is_due
 from soflow.data import TrainingData
 from soflow.distributed import Processes
@@ -104,8 +110,9 @@ def make_checkpoint(run: Run, path: Path) -> None:
     record = record_of(path, config, run.processes, config.seed, finished_steps=steps)
 
     def write() -> None:
+        refuse_non_finite(content)
+        write_record(path, record)  # first, so that a kill leaves no checkpoint without one
         save_checkpoint(path, content)
-        write_record(path, record)
         delete_superseded(path.parent, ".pt", steps, config.keep_last, config.keep_every_steps)
 
     run.jobs.start(write)
@@ -144,22 +151,26 @@ def make_eval(run: Run, path: Path) -> None:
     config = run.config
     request = sample_request(run, config.eval_num_samples)
     run.logbook.line(f"sampling {request.num_images} images to {path}")
-    write_samples(path, sampled(run, request), request.num_images, run.processes.is_main)
+
+    def write_own_record() -> None:
+        record = record_of(
+            path,
+            config,
+            run.processes,
+            config.seed,
+            num_images=request.num_images,
+            NFE=request.num_jumps,
+            noise_stream="image",
+            finished_steps=run.state.finished_steps,
+            weights_sha256=weights_digest(run.state.ema_model.state_dict()),
+            **decoder_record(config),
+        )
+        write_record(path, record)
+
+    batches = sampled(run, request)
+    write_samples(path, batches, request.num_images, run.processes.is_main, write_own_record)
     if not run.processes.is_main:
         return
-    record = record_of(
-        path,
-        config,
-        run.processes,
-        config.seed,
-        num_images=request.num_images,
-        NFE=request.num_jumps,
-        noise_stream="image",
-        finished_steps=run.state.finished_steps,
-        weights_sha256=weights_digest(run.state.ema_model.state_dict()),
-        **decoder_record(config),
-    )
-    write_record(path, record)
     steps = run.state.finished_steps
     delete_superseded(path.parent, ".npz", steps, config.keep_last, config.keep_every_steps)
 

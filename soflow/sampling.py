@@ -164,11 +164,13 @@ def write_samples(
     batches: Iterator[Sampled],
     num_images: int,
     is_main: bool,
+    write_own_record: Callable[[], None],
     report: Callable[[Sampled], None] = lambda batch: None,
 ) -> None:
     """Stream `sample_pixels` to an .npz, which appears only when all images are in it.
 
-    Every process calls this; the main one writes, and tells `report` of every batch written.
+    Every process calls this; the main one writes, and tells `report` of every batch written. The
+    record is written just before, so that a kill leaves no archive without one.
     """
     if not is_main:
         for _ in batches:
@@ -178,6 +180,7 @@ def write_samples(
         for batch in batches:
             writer.append(batch.pixels)
             report(batch)
+        write_own_record()
 
 
 def save_grid(path: Path, pixels: np.ndarray, columns: int) -> None:

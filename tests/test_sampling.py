@@ -121,7 +121,7 @@ def test_archive_is_streamed_whole_and_in_order(tmp_path):
     wanted = request(10, 4)
     first = FirstImages(6)
     batches = sample_pixels(SoFlow(ClassImage()), wanted, ALONE, decode=lambda x_0: x_0)
-    write_samples(path, batches, 10, True, first.add)
+    write_samples(path, batches, 10, True, lambda: None, first.add)
     labels = wanted.stream.draw(range(10), 0).labels.numpy()
     expected = np.floor(127.5 * class_value(labels) + 128)
     with np.load(path) as archive:
@@ -139,7 +139,7 @@ def test_archive_that_is_not_finished_leaves_nothing(tmp_path):
         raise UserError("the disk is on fire")
 
     with pytest.raises(UserError, match="on fire"):
-        write_samples(tmp_path / "images.npz", broken(), 8, True)
+        write_samples(tmp_path / "images.npz", broken(), 8, True, lambda: None)
     assert not list(tmp_path.iterdir())
 
 
