@@ -40,7 +40,7 @@ def write(model: Model, num_images: int, own: Processes, folder: str, decode=to_
     """Sample and write so many images, as inference.py does."""
     request = SampleRequest(num_images, BATCH, 1, PerImageStream(42, NUM_CLASSES, (4, 32, 32)))
     batches = sample_pixels(model, request, own, decode)
-    write_samples(Path(folder) / "samples.npz", batches, num_images, own.is_main)
+    write_samples(Path(folder) / "samples.npz", batches, num_images, own.is_main, lambda: None)
 
 
 def bench_speed() -> None:
