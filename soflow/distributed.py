@@ -131,13 +131,31 @@ def processes(device: str, timeout_minutes: float) -> Iterator[Processes]:
     is_cuda = chosen.type == "cuda"
     with _told_of_losses(rank, timeout_minutes):
         dist.init_process_group(
-            "nccl" if is_cuda else "gloo", timeout=timeout, device_id=chosen if is_cuda else None
+            "nccl" if is_cuda else "gloo",
+            timeout=timeout,
+            store=_store_of_this_attempt(timeout),
+            rank=rank,
+            world_size=world_size,
+            device_id=chosen if is_cuda else None,
         )
         host_group = dist.new_group(backend="gloo", timeout=timeout)
         yield Processes(rank, local_rank, world_size, chosen, host_group)
         # Leave together, and leave the connections to the end of the process: taking them down by
         # destroy_process_group has been seen to abort a process that had finished its work.
         dist.barrier()
+
+
+def _store_of_this_attempt(timeout: timedelta) -> dist.Store:
+    """Where the processes find each other.
+
+    The store is torchrun's, and it keeps the addresses of processes that it has started anew: taken
+    for theirs, they lead nowhere. On one machine all count the same attempts; on several, where one
+    of them fails, they do not, and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each attempt a store.
+    """
+    store, _, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    if _from_torchrun("LOCAL_WORLD_SIZE", world_size) < world_size:
+        return store
+    return dist.PrefixStore(f"attempt {_from_torchrun('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 @contextlib.contextmanager
