@@ -1,11 +1,12 @@
 # make quickstart: install, train on real digits, sample with 1 and 2 steps, score
 # make test:       install, lint, run the tests
+# make faults:     runs killed, stopped, damaged in many more ways than the tests do; a quarter hour
 
 PYTHON ?= python3
 DIGITS = runs/digits
 SAMPLES = $(DIGITS)/evals/1000_1NFE_42.npz $(DIGITS)/evals/1000_2NFE_42.npz
 
-.PHONY: quickstart test clean
+.PHONY: quickstart test faults clean
 
 .venv/installed: requirements_soflow.txt requirements_soflow_eval.txt requirements_soflow_dev.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is \
@@ -30,6 +31,9 @@ test: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/python -m pytest
+
+faults: .venv/installed
+	.venv/bin/python tests/faults.py
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache

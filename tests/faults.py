@@ -1,0 +1,607 @@
+"""The fault harness: runs of digits that are killed, stopped, starved of disk or given damage.
+
+    python tests/faults.py                    every fault, in its long form; prints a table
+    python tests/faults.py --quick kills      the named ones, as the tests run them
+
+A try survives when what the fault left is whole, the user was told in one line, and the same
+command then ends as a run does that nothing happened to. The table's `lost` are the others.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import multiprocessing.forkserver
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from commands import ROOT, digits_settings
+from faulty import BALLAST, Fault, Moment, work
+from PIL import Image
+from tqdm import tqdm
+
+import train
+from soflow.checkpoint import find_checkpoints, read_checkpoint
+from soflow.config import load_config
+from soflow.distributed import Processes
+from soflow.files import STOPPED_STATUS, run_command
+from soflow.npz import read_archive
+
+TESTS = ROOT / "tests"
+LIMIT_SECONDS = 60  # for a process that should have ended by itself
+STEPS = 6
+SETTINGS = {
+    "model_type": "DiT-Nano-4",
+    "total_steps": STEPS,
+    "logging_steps": 1,
+    "ckpt_saving_steps": 2,
+    "eval_demo_steps": 3,
+    "eval_steps": 3,
+    "eval_batch_size": 4,
+}
+ALONE = Processes(0, 0, 1, torch.device("cpu"))
+
+
+@dataclass
+class Tally:
+    """What came of the tries of one fault."""
+
+    fault: str
+    tries: int = 0
+    failures: list[str] = field(default_factory=list)
+    skipped: str = ""  # why, where this machine cannot have the fault
+
+    @contextlib.contextmanager
+    def attempt(self, what: object) -> Iterator[None]:
+        """One try, lost where the block raises."""
+        self.tries += 1
+        try:
+            yield
+        except Exception as error:
+            self.failures.append(f"{what}: {type(error).__name__}: {error}")
+
+    @property
+    def lost(self) -> int:
+        return len(self.failures)
+
+    def row(self) -> str:
+        counts = (self.tries, self.tries - self.lost, self.lost)
+        return f"{self.fault:<34}" + (
+            f"skipped: {self.skipped}" if self.skipped else "".join(f"{n:>10}" for n in counts)
+        )
+
+
+def check(holds: object, otherwise: object) -> None:
+    """An assertion that pytest's absence does not make mute."""
+    if not holds:
+        raise AssertionError(str(otherwise))
+
+
+# Runs
+
+
+def options_of(folder: Path, **values: object) -> list[str]:
+    return digits_settings(folder, **{**SETTINGS, **values})
+
+
+@functools.cache
+def forks() -> multiprocessing.context.ForkServerContext:
+    """Makes children of a process that has imported torch, and has done nothing with it."""
+    context = multiprocessing.get_context("forkserver")
+    # The last ones a run or a child imports late, which would take most of its time.
+    late = ["sklearn.datasets", "torch._dynamo", *(["pytest"] if "pytest" in sys.modules else [])]
+    context.set_forkserver_preload(["faulty", *late])
+    before = dict(os.environ)
+    os.environ.update(OMP_NUM_THREADS="1", PYTHONPATH=f"{TESTS}{os.pathsep}{ROOT}")
+    multiprocessing.forkserver.ensure_running()
+    os.environ.clear()
+    os.environ.update(before)
+    return context
+
+
+def _child(options: list[str], fault: Fault | None, output: Path, world: dict[str, str]) -> None:
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.environ.update(world)
+    os.setpgid(0, 0)
+    torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # one between processes would outlive a kill
+    run_command(functools.partial(work, options, fault, Path(f"{output}.json")))
+
+
+class Process:
+    """One process of a run, its output in files beside the run's folder."""
+
+    def __init__(self, options, output: Path, fault: Fault | None = None, world=None):
+        self.output = output
+        self._process = forks().Process(target=_child, args=(options, fault, output, world or {}))
+        self._process.start()
+        self.pid = self._process.pid
+
+    def end(self) -> int:
+        """The exit status, a signal's negative, within LIMIT_SECONDS."""
+        self._process.join(LIMIT_SECONDS)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+            raise AssertionError(f"still running after {LIMIT_SECONDS} s: {self.out()}")
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+    def out(self) -> str:
+        return Path(f"{self.output}.out").read_text()
+
+    def err(self) -> str:
+        return Path(f"{self.output}.err").read_text()
+
+    def events(self) -> list[Moment]:
+        """What happened in it, each as the last of its kind."""
+        return [Moment(*event) for event in json.loads(Path(f"{self.output}.json").read_text())]
+
+
+def start(folder: Path, fault: Fault | None = None, **values: object) -> Process:
+    """A run of one process."""
+    return Process(options_of(folder, **values), folder.with_suffix(".rank0"), fault)
+
+
+def start_two(folder: Path, fault: Fault | None = None, **values: object) -> list[Process]:
+    """A run of two processes, without torchrun, which would end one with the other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    return [
+        Process(
+            options_of(folder, **values),
+            folder.with_suffix(f".rank{rank}"),
+            fault,
+            {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+
+
+def finish(processes: list[Process], saying: str = f"finished: all {STEPS} steps") -> None:
+    """Wait for a run that has to finish."""
+    for process in processes:
+        status = process.end()
+        check(status == 0, f"exit status {status}: {process.out()}{process.err()}")
+    check(saying in processes[0].out(), processes[0].out())
+
+
+def refused(process: Process, *words: str) -> None:
+    """Wait for a process that has to end with one line on stderr, these words in it."""
+    status, said = process.end(), process.err()
+    lines = [line for line in said.splitlines() if not line.startswith("[W")]
+    check(status == 1, f"exit status {status}: {said}")
+    check(len(lines) == 1 and lines[0].startswith("error"), said)
+    for word in words:
+        check(word in lines[0], f"{word!r} is not in {lines[0]!r}")
+
+
+def whole(folder: Path, begin: Callable = start, **values: object) -> Path:
+    """The unbroken run to compare with."""
+    run = begin(folder, **values)
+    finish(run if isinstance(run, list) else [run])
+    return folder
+
+
+# What a run has to leave
+
+
+def contents(folder: Path) -> dict[str, object]:
+    """Every file under a final name, read by what reads it; raises where one does not load."""
+    return {
+        str(path.relative_to(folder)): _read(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.name.startswith(".") and path.name != BALLAST
+    }
+
+
+def _read(path: Path) -> object:
+    match path.suffix:
+        case ".pt":
+            return {k: v for k, v in read_checkpoint(path).items() if k != "config"}
+        case ".png":
+            with Image.open(path) as picture:
+                return picture.tobytes()
+        case ".npz":
+            with read_archive(path) as archive:
+                return b"".join(batch.tobytes() for batch in archive.batches(100))
+        case ".json":
+            record = json.loads(path.read_text())
+            told = ("file", "finished_steps", "num_images", "weights_sha256", "processes")
+            return {key: record[key] for key in told if key in record}
+        case ".yaml":
+            return load_config(path).to_dict() | {"working_dir": None, "num_workers": None}
+        case ".txt":
+            return logged(path.read_text())
+    raise AssertionError(f"{path}: what is this?")
+
+
+LINE = re.compile(
+    r"\S+ \S+ Step: (\d+)/\d+ \([\d.]+%\), (.*), Memory: [\d.]+ GB, Seconds: [\d.]+, ETA: \S+"
+)
+START = re.compile(r"\S+ \S+ (?:resumed at step (\d+) from|fresh run in) .*")
+
+
+def logged(log: str) -> dict[int, str]:
+    """Step -> metrics, read as a reader has to: a start takes back the lines of later steps."""
+    steps: dict[int, str] = {}
+    for line in log.splitlines():
+        if started := START.fullmatch(line):
+            steps = {k: said for k, said in steps.items() if k <= int(started[1] or 0)}
+        elif step := LINE.fullmatch(line):
+            check(int(step[1]) not in steps, f"step {step[1]} is counted twice")
+            steps[int(step[1])] = step[2]
+    return steps
+
+
+def same(one: object, other: object) -> bool:
+    """Equality bit for bit, through all containers."""
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and torch.equal(one, other)
+    if isinstance(one, dict):
+        return (
+            isinstance(other, dict)
+            and one.keys() == other.keys()
+            and all(same(one[key], other[key]) for key in one)
+        )
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def ends_as(folder: Path, unbroken: Path, surplus: int | None = None) -> None:
+    """Check that two runs left the same; one of them may have a checkpoint more."""
+    found, expected = contents(folder), contents(unbroken)
+    for suffix in ("pt", "json"):
+        if f"ckpts/{surplus}.{suffix}" not in expected:
+            found.pop(f"ckpts/{surplus}.{suffix}", None)
+    check(found.keys() == expected.keys(), f"files {sorted(found.keys() ^ expected.keys())}")
+    differing = [name for name in found if not same(found[name], expected[name])]
+    check(not differing, f"other than in the unbroken run: {differing}")
+    check(not list(folder.rglob(".*.tmp")), "temporary files are left")
+
+
+def steps_saved(folder: Path) -> list[int]:
+    return list(find_checkpoints(folder / "ckpts"))
+
+
+# Kills
+
+# What is to be hit: the first eight are those of the quick form.
+TARGETS = (
+    ("write", ".pt"),
+    ("write", ".npz"),
+    ("named", ".pt"),
+    ("write", ".json"),
+    ("line", ".txt"),
+    ("replace", ".png"),
+    ("named", ".npz"),
+    ("step", ""),
+    ("fsync", ".pt"),
+    ("sample", ""),
+    ("replace", ".json"),
+    ("write", ".yaml"),
+    ("open", ".npz"),
+    ("named", ".json"),
+    ("write", ".png"),
+    ("open", ".pt"),
+)
+WHILE_OPEN = ("open", "write", "fsync", "replace")
+
+
+def moments(events: list[Moment], tries: int) -> list[Moment]:
+    """Moments among `events`, targets in turn, the same for the same number."""
+    source = random.Random(7)
+    chosen = []
+    for event, suffix in (TARGETS * tries)[:tries]:
+        fitting = [m for m in events if m.event == event and m.name.endswith(suffix)]
+        last = source.choice(fitting)
+        chosen.append(last._replace(count=source.randint(1, last.count)))
+    return chosen
+
+
+def kills(tries: int, folder: Path) -> Tally:
+    """SIGKILL at moments of every kind, most of them while a temporary file is open."""
+    tally = Tally("SIGKILL")
+    finish([unbroken := start(folder / "whole")])
+    chosen = moments(unbroken.events(), tries)
+    check(sum(m.event in WHILE_OPEN for m in chosen) >= tries // 4, "too few amid a write")
+    for number, moment in enumerate(chosen):
+        with tally.attempt(moment):
+            place = folder / str(number)
+            status = start(place, Fault(moment, "SIGKILL")).end()
+            check(status == -signal.SIGKILL, f"not killed but {status}")
+            check(moment.event not in WHILE_OPEN or list(place.rglob(".*.tmp")), "no open file")
+            contents(place)
+            finish([start(place)])
+            ends_as(place, folder / "whole")
+            shutil.rmtree(place)
+    return tally
+
+
+def kills_of_two(tries: int, folder: Path) -> Tally:
+    """SIGKILL of one of two processes: the other ends without saving."""
+    tally = Tally("SIGKILL of one of two processes")
+    whole(folder / "whole", start_two)
+    cases = [
+        Fault(Moment("step", "", 4), "SIGKILL", 1),
+        Fault(Moment("write", "4.pt", 100), "SIGKILL", 0),
+        Fault(Moment("step", "", 2), "SIGKILL", 0),
+        Fault(Moment("sample", "", 3), "SIGKILL", 1),
+        Fault(Moment("line", "log.txt", 5), "SIGKILL", 0),
+        Fault(Moment("step", "", 5), "SIGKILL", 1),
+        Fault(Moment("write", "3.npz", 3), "SIGKILL", 0),
+        Fault(Moment("clean", "", 1), "SIGKILL", 1),
+    ]
+    for number, fault in enumerate(cases[:tries]):
+        with tally.attempt(fault):
+            place = folder / str(number)
+            run = start_two(place, fault)
+            check(run[fault.rank].end() == -signal.SIGKILL, "not killed")
+            refused(run[1 - fault.rank], "another process is gone")
+            due = set(range(0, STEPS, SETTINGS["ckpt_saving_steps"]))
+            check(due.issuperset(steps_saved(place)), f"saved {steps_saved(place)}")
+            contents(place)
+            finish(start_two(place))
+            ends_as(place, folder / "whole")
+    return tally
+
+
+def kills_under_torchrun(tries: int, folder: Path) -> Tally:
+    """SIGKILL of a worker that torchrun then starts again, without anybody's help."""
+    tally = Tally("SIGKILL under torchrun's restarts")
+    whole(folder / "whole", start_two)
+    cases = [
+        Fault(Moment("step", "", 4), "SIGKILL", 1),
+        Fault(Moment("write", "4.pt", 100), "SIGKILL", 0),
+        Fault(Moment("sample", "", 2), "SIGKILL", 1),
+    ]
+    for number, fault in enumerate(cases[:tries]):
+        with tally.attempt(fault):
+            place = folder / str(number)
+            flags = ["--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+            (event, name, count), action, rank = fault
+            what = json.dumps([event, name, count, action, rank])
+            script = [str(TESTS / "faulty.py"), what, *options_of(place)]
+            ended = subprocess.run(
+                [sys.executable, "-m", "torch.distributed.run", *flags, *script],
+                cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                capture_output=True,
+                text=True,
+                timeout=LIMIT_SECONDS,
+            )
+            check(ended.returncode == 0, ended.stdout + ended.stderr)
+            check("resumed at step" in ended.stdout, ended.stdout)
+            ends_as(place, folder / "whole")
+    return tally
+
+
+# Signals
+
+
+def stopped(process: Process, place: Path) -> int:
+    """Wait for a process that has to stop as signals ask; the step that it stopped after."""
+    status = process.end()
+    check(status == STOPPED_STATUS, f"exit status {status}: {process.out()}{process.err()}")
+    check(process.err() == "", process.err())
+    said = re.search(r"stopped by a signal after step (\d+), saved in (.*);", process.out())
+    check(said, process.out())
+    check(read_checkpoint(Path(said[2]))["finished_steps"] == int(said[1]), said[0])
+    check(not (place / ".lock").exists(), "a lock is left")
+    return int(said[1])
+
+
+def signals(tries: int, folder: Path) -> Tally:
+    """SIGTERM and SIGINT stop a run with the step saved, at any moment."""
+    tally = Tally("SIGTERM, SIGINT")
+    whole(folder / "whole")
+    cases = [
+        (Fault(Moment("sample", "", 2), "SIGTERM"), 3, {}),  # amid the eval of step 3
+        (Fault(Moment("step", "", 4), "SIGINT"), 4, {}),
+        (Fault(Moment("step", "", 5), "group SIGTERM"), 5, {"num_workers": 2}),
+        (Fault(Moment("write", "2.pt", 9), "SIGTERM"), None, {}),
+        (Fault(Moment("line", "log.txt", 3), "SIGTERM"), 2, {}),
+        (Fault(Moment("write", "3.png", 1), "SIGINT"), 3, {}),
+        (Fault(Moment("step", "", 1), "SIGTERM"), 1, {}),
+        (Fault(Moment("fsync", "4.pt", 1), "SIGINT"), None, {}),
+    ]
+    for number, (fault, step, values) in enumerate(cases[:tries]):
+        with tally.attempt(fault):
+            place = folder / str(number)
+            at = stopped(start(place, fault, **values), place)
+            check(step in (at, None), f"stopped after step {at}")
+            check(not list(place.rglob(".*.tmp")), "temporary files are left")
+            check(at > 3 or not list((place / "evals").iterdir()), "an abandoned eval is there")
+            contents(place)
+            finish([start(place, **values)])
+            ends_as(place, folder / "whole", surplus=at)
+    return tally
+
+
+def signals_to_one_of_two(tries: int, folder: Path) -> Tally:
+    """A signal to one of two processes stops both after the same step."""
+    tally = Tally("SIGTERM to one of two processes")
+    whole(folder / "whole", start_two)
+    cases = [
+        Fault(Moment("step", "", 3), "SIGTERM", 1),
+        Fault(Moment("sample", "", 2), "SIGINT", 1),
+        Fault(Moment("write", "2.pt", 9), "SIGTERM", 0),
+        Fault(Moment("step", "", 5), "SIGINT", 0),
+    ]
+    for number, fault in enumerate(cases[:tries]):
+        with tally.attempt(fault):
+            place = folder / str(number)
+            run = start_two(place, fault)
+            at = stopped(run[0], place)
+            check(run[1].end() == STOPPED_STATUS, run[1].err())
+            contents(place)
+            finish(start_two(place))
+            ends_as(place, folder / "whole", surplus=at)
+    return tally
+
+
+def requests_to_save(tries: int, folder: Path) -> Tally:
+    """SIGUSR1 saves, and the run goes on as if nothing had been."""
+    tally = Tally("SIGUSR1")
+    whole(folder / "one")
+    whole(folder / "two", start_two)
+    cases = [
+        (start, Fault(Moment("step", "", 3), "SIGUSR1"), 3),
+        (start_two, Fault(Moment("step", "", 5), "SIGUSR1", 1), 5),
+        (start, Fault(Moment("sample", "", 2), "SIGUSR1"), 4),
+        (start, Fault(Moment("write", "4.pt", 9), "SIGUSR1"), None),
+    ]
+    for number, (begin, fault, step) in enumerate(cases[:tries]):
+        with tally.attempt(fault):
+            place = folder / str(number)
+            run = begin(place, fault)
+            finish(run if isinstance(run, list) else [run])
+            surplus = step or next((k for k in steps_saved(place) if k % 2), None)
+            check(step is None or step in steps_saved(place), f"not saved: step {step}")
+            ends_as(place, folder / ("one" if begin is start else "two"), surplus)
+    return tally
+
+
+# Damaged checkpoints
+
+
+def used(folder: Path) -> tuple[int, list[str], object]:
+    """The step that a run in `folder` would go on from, what it would say, and the state."""
+    config = load_config(*_split(options_of(folder)))
+    run = train.start_run(config, ALONE, [])
+    return run.state.finished_steps, run.notes, run.state.state_dict(100)
+
+
+def _split(options: list[str]) -> tuple[str, list[str]]:
+    return options[1], [option.removeprefix("--set=") for option in options[2:]]
+
+
+def damage(tries: int, folder: Path) -> Tally:
+    """The newest checkpoint is damaged: named and passed over, or the same when read."""
+    tally = Tally("damaged newest checkpoint")
+    place = whole(folder / "run")
+    newest, log = place / "ckpts" / "6.pt", (place / "log.txt").read_bytes()
+    original = newest.read_bytes()
+    expected = used(place)[2]
+    another = whole(folder / "another", model_type="DiT-Nano-2") / "ckpts" / "6.pt"
+
+    def refused_or_harmless(what: str, may_be_harmless: bool = False) -> None:
+        step, notes, state = used(place)
+        if step == STEPS and may_be_harmless:
+            check(same(state, expected), f"{what}: other values were loaded")
+            return
+        check(step == 4, f"{what}: went on from step {step}")
+        check(notes[0].startswith("resumed at step 4"), notes)
+        check(any(str(newest) in note and "passed over" in note for note in notes), notes)
+
+    with tally.attempt("undamaged"):
+        refused_or_harmless("undamaged", may_be_harmless=True)
+    source = random.Random(3)
+    for tenth in range(10):
+        with tally.attempt(f"cut at {tenth} tenths"):
+            newest.write_bytes(original[: len(original) * tenth // 10])
+            refused_or_harmless(f"{tenth} tenths")
+    # Among the last bytes are the archive's directory and the weights' names and shapes.
+    places = [*range(0, 100, 100 // max(1, tries // 8)), *range(-tries // 4, 0)]
+    places += [source.randrange(len(original)) for _ in range(tries - len(places))]
+    for index in places:
+        with tally.attempt(f"byte {index} flipped"):
+            flipped = bytearray(original)
+            flipped[index] ^= 1 << source.randrange(8)
+            newest.write_bytes(flipped)
+            refused_or_harmless(f"byte {index}", may_be_harmless=True)
+    kinds = {
+        "text": lambda: newest.write_text("not a checkpoint"),
+        "another model's": lambda: shutil.copyfile(another, newest),
+        "without its config": lambda: torch.save(
+            {k: v for k, v in read_checkpoint(another).items() if k != "config"}, newest
+        ),
+        "a folder": lambda: (newest.unlink(), newest.mkdir()),
+    }
+    for kind, replace in kinds.items():
+        with tally.attempt(kind):
+            replace()
+            refused_or_harmless(kind)
+    with tally.attempt("the command goes on"):
+        newest.rmdir()
+        newest.write_bytes(original[:-1000])
+        finish([start(place)], saying="passed over: ")
+        check(newest.read_bytes() == original or same(_read(newest), used(place)[2]), "differs")
+    with tally.attempt("none is left"):
+        (place / "log.txt").write_bytes(log)
+        for path in find_checkpoints(place / "ckpts").values():
+            path.write_bytes(path.read_bytes()[:-1000])
+        before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+        refused(start(place), "none of its 4 checkpoints can be used; the newest: ", str(newest))
+        after = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+        check(before == after, "something was changed")
+    return tally
+
+
+# The command
+
+QUICK_AND_LONG = {
+    kills: (8, 40),
+    kills_of_two: (2, 8),
+    kills_under_torchrun: (1, 3),
+    signals: (3, 8),
+    signals_to_one_of_two: (1, 4),
+    requests_to_save: (1, 4),
+    damage: (24, 400),
+}
+
+
+def run_fault(fault: Callable[[int, Path], Tally], is_quick: bool) -> Tally:
+    """One fault in a folder of its own."""
+    tries = QUICK_AND_LONG[fault][0 if is_quick else 1]
+    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+        return fault(tries, Path(folder))
+
+
+def main() -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    faults = {fault.__name__: fault for fault in QUICK_AND_LONG}
+    parser.add_argument("names", nargs="*", metavar="FAULT", help=f"of {', '.join(faults)}")
+    parser.add_argument("--quick", action="store_true", help="as few tries as the tests make")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    tallies = []
+    for name in arguments.names or faults:
+        started = time.monotonic()
+        tallies.append(run_fault(faults[name], arguments.quick))
+        print(f"{tallies[-1].row()}   ({time.monotonic() - started:.0f} s)", flush=True)
+        for failure in tallies[-1].failures:
+            print(f"    {failure}", flush=True)
+    print(f"\n{'fault':<34}{'tries':>10}{'survived':>10}{'lost':>10}")
+    for tally in tallies:
+        print(tally.row())
+    return int(any(tally.lost for tally in tallies))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

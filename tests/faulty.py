@@ -1,0 +1,216 @@
+"""train.py in which something goes wrong at a moment of choice: run by torchrun, or imported.
+
+    python tests/faulty.py '["step", "", 3, "SIGKILL", 1]' {options of train.py}
+
+What can happen to the process is patched in here, so that training has no hooks for it.
+"""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+import learner
+import run
+import train
+from soflow import data, files, sampling
+from soflow.files import UserError, run_command
+
+BALLAST = "ballast"
+GONE = ".gone"
+
+
+class Moment(NamedTuple):
+    """The `count`th time that something happens, to a file where it has a name.
+
+    open, write, fsync and replace come while the file's temporary one is open, named right after;
+    unlink before a file is deleted; line amid a line of the log; lock before .lock is opened; step
+    before a training step, sample before images are made; clean and save fail by themselves.
+    """
+
+    event: str
+    name: str
+    count: int
+
+
+class Fault(NamedTuple):
+    """What happens to the process `rank`, and when: a signal's name, or one of Watch's actions."""
+
+    moment: Moment
+    action: str
+    rank: int = 0
+
+
+class Watch:
+    """Counts what happens in this process, and acts at the fault's moment."""
+
+    def __init__(self, fault: Fault | None, folder: Path):
+        self.fault, self.folder = fault, folder
+        self.counts: Counter[tuple[str, str]] = Counter()
+
+    def is_now(self, event: str, name: str = "") -> bool:
+        """Count one more; whether this is the moment."""
+        self.counts[event, name] += 1
+        now = Moment(event, name, self.counts[event, name])
+        return self.fault is not None and now == self.fault.moment
+
+    def act(self) -> None:
+        action = self.fault.action
+        if action.startswith("SIG"):
+            os.kill(os.getpid(), getattr(signal, action))
+        elif action.startswith("group SIG"):
+            os.killpg(os.getpgrp(), getattr(signal, action.removeprefix("group ")))
+        else:
+            getattr(self, action)()
+
+    def fill(self) -> None:
+        """Leave no room on the disk."""
+        with open(self.folder / BALLAST, "wb", buffering=0) as file:
+            for size in (1 << 20, 1 << 12):
+                try:
+                    while file.write(bytes(size)) == size:
+                        pass
+                except OSError:
+                    pass
+
+    def freeze(self) -> None:
+        """Let nobody write to the folder."""
+        for options in (["--bind", self.folder], ["-o", "remount,bind,ro"]):
+            subprocess.run(["mount", *options, self.folder], check=True)
+
+    def vanish(self) -> None:
+        """Take the folder away."""
+        self.folder.rename(self.folder.with_name(self.folder.name + GONE))
+
+    def destroy(self) -> None:
+        """Delete the folder."""
+        shutil.rmtree(self.folder)
+
+    def before(self, event: str, name: str = "") -> None:
+        if self.is_now(event, name):
+            self.act()
+
+
+def final_name(path: str | os.PathLike) -> str | None:
+    """The name that a temporary file is to get."""
+    name = os.path.basename(path)
+    return name[1:-4] if name.startswith(".") and name.endswith(".tmp") else None
+
+
+def watch_files(watch: Watch) -> None:
+    """Patch what soflow.files changes the disk by."""
+    real_fsync, real_replace, real_unlink = os.fsync, os.replace, os.unlink
+
+    def half(write, data, event: str, name: str):
+        if not watch.is_now(event, name):
+            return write(data)
+        view = memoryview(data).cast("B")
+        written = write(view[: len(view) // 2])
+        watch.act()
+        return written + write(view[len(view) // 2 :])
+
+    class Written(io.BufferedRandom):
+        def write(self, data):
+            return half(self._write_through, data, "write", self.final)
+
+        def _write_through(self, data):
+            written = super().write(data)
+            self.flush()
+            return written
+
+    class Line(io.FileIO):
+        def write(self, data):
+            return half(super().write, data, "line", os.path.basename(self.name))
+
+    def fdopen(descriptor, *arguments, **options):
+        name = final_name(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if name is None:
+            return open(descriptor, *arguments, **options)
+        file = Written(io.FileIO(descriptor, "r+b"))
+        file.final = name
+        watch.before("open", name)
+        return file
+
+    def fsync(descriptor):
+        if name := final_name(os.readlink(f"/proc/self/fd/{descriptor}")):
+            watch.before("fsync", name)
+        return real_fsync(descriptor)
+
+    def replace(source, target):
+        watch.before("replace", os.path.basename(target))
+        real_replace(source, target)
+        watch.before("named", os.path.basename(target))
+
+    def unlink(path, *arguments, **options):
+        watch.before("unlink", os.path.basename(path))
+        return real_unlink(path, *arguments, **options)
+
+    def opened(path, *arguments, **options):
+        if os.path.basename(path) == ".lock":
+            watch.before("lock", ".lock")
+        if options.get("buffering") == 0:
+            return Line(path, "a+b")
+        return open(path, *arguments, **options)
+
+    os.fdopen, os.fsync, os.replace, os.unlink = fdopen, fsync, replace, unlink
+    files.open = opened
+
+
+def watch_training(watch: Watch) -> None:
+    """Patch what a run consists of."""
+    real_step, real_sample = learner.Learner.step, sampling.sample
+    real_clean, real_save = data.PixelData.clean, run.save_checkpoint
+
+    def step(self, batches):
+        watch.before("step")
+        return real_step(self, batches)
+
+    def sample(*arguments):
+        watch.before("sample")
+        return real_sample(*arguments)
+
+    def clean(self, stored, source):
+        images = real_clean(self, stored, source)
+        return torch.full_like(images, torch.nan) if watch.is_now("clean") else images
+
+    def save(path, content):
+        if watch.is_now("save", path.name):
+            raise UserError(f"{path}: the disk is on fire")
+        real_save(path, content)
+
+    learner.Learner.step, sampling.sample = step, sample
+    data.PixelData.clean, run.save_checkpoint = clean, save
+
+
+def folder_of(options: list[str]) -> Path:
+    """The working_dir that the command's options name."""
+    start = "--set=working_dir="
+    return [Path(option.removeprefix(start)) for option in options if option.startswith(start)][-1]
+
+
+def work(options: list[str], fault: Fault | None, notes: Path | None = None) -> None:
+    """Run train.py's command to its end, whatever comes, and write down what has happened."""
+    is_ours = fault is not None and fault.rank == int(os.environ.get("RANK", "0"))
+    watch = Watch(fault if is_ours else None, folder_of(options))
+    watch_files(watch)
+    watch_training(watch)
+    train.main(options)
+    if notes is not None:
+        notes.write_text(json.dumps([[*key, count] for key, count in watch.counts.items()]))
+
+
+if __name__ == "__main__":
+    event, name, count, action, rank = json.loads(sys.argv[1])
+    is_first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    fault = Fault(Moment(event, name, count), action, rank) if is_first else None
+    run_command(lambda: work(sys.argv[2:], fault))
