@@ -108,17 +108,39 @@ def log_metrics(run: Run, interval: Interval) -> None:
 # Setting up
 
 
-def start_run(config: Config, own: Processes, allowed: Sequence[str]) -> Run:
-    """The run, fresh or from its newest checkpoint, all checked and nothing written yet."""
+def build_run(config: Config, own: Processes) -> Run:
+    """A fresh run, its data and model checked; nothing is read of its folder, nothing written."""
     plan = plan_batch(config, own.world_size)
-    folder = Path(config.working_dir)
     if makes_pixels(config):
         find_decoder(config)
     data = build_data(config)
     learner, notes = build_learner(config, own, plan, data.spec.channels, data.spec.num_classes)
+    logbook = Logbook(Path(config.working_dir) / "log.txt", own.is_main)
+    return Run(config, own, data, learner, logbook, notes)
+
+
+@contextlib.contextmanager
+def claimed_folder(run: Run) -> Iterator[None]:
+    """A block in which the working_dir is there and nobody else's.
+
+    UserError where another run is using it; the lock ends with the process that holds it. What is
+    written beside training is written when the block ends.
+    """
+    with contextlib.ExitStack() as stack:
+        if run.processes.is_main:
+            folder = make_folder(run.folder)
+            refusal = f"{folder}: another run is using this working_dir"
+            stack.enter_context(hold_lock(folder / ".lock", refusal))
+        run.jobs = stack.enter_context(background())
+        yield
+
+
+def resume(run: Run, allowed: Sequence[str]) -> None:
+    """Bring the run to where its folder's newest checkpoint is; all is checked, nothing written."""
+    config, folder, learner = run.config, run.folder, run.learner
 
     def compare(checkpoint: tuple[Path, dict[str, Any]] | None) -> list[str]:
-        return compare_with_record(config, data, folder, checkpoint, allowed)
+        return compare_with_record(config, run.data, folder, checkpoint, allowed)
 
     def refuse(path: Path, content: dict[str, Any]) -> None:
         try:
@@ -127,42 +149,32 @@ def start_run(config: Config, own: Processes, allowed: Sequence[str]) -> Run:
             compare((path, content))  # says more, where it is another experiment
             raise
 
-    checkpoint = find_checkpoint(folder, own, refuse, notes.append)
+    notes = run.notes
+    checkpoint = find_checkpoint(folder, run.processes, refuse, notes.append)
     notes += compare(checkpoint)
     started = f"fresh run in {folder}"
     if checkpoint:
         path, content = checkpoint
         settings = learner.state.load_state_dict(content, str(path))
         # Where the file has its config, the comparison with that has said it.
-        notes += compare_parts(plan, content, path) + (settings if "config" not in content else [])
+        notes += compare_parts(run.plan, content, path)
+        notes += settings if "config" not in content else []
         started = f"resumed at step {learner.state.finished_steps} from {path}"
     model = describe_model(config, learner.state.model)
-    works_on = f"{model} on {device_name(own.device)}; batch {plan}"
-    logbook = Logbook(folder / "log.txt", own.is_main)
-    return Run(config, own, data, learner, logbook, [started, *notes, works_on])
+    works_on = f"{model} on {device_name(run.processes.device)}; batch {run.plan}"
+    run.notes = [started, *notes, works_on]
 
 
-@contextlib.contextmanager
-def claimed_folder(run: Run) -> Iterator[None]:
-    """A block in which the working_dir is there, says what runs in it, and is nobody else's.
-
-    UserError where another run is using it; the lock ends with the process that holds it. What is
-    written beside training is written when the block ends.
-    """
+def open_folder(run: Run) -> None:
+    """Make the places of results, record the config, and say in the log what starts here."""
     if not run.processes.is_main:
-        with background() as run.jobs:
-            yield
         return
-    folder = make_folder(run.folder)
-    with hold_lock(folder / ".lock", f"{folder}: another run is using this working_dir"):
-        for name in ("ckpts", "evals", "figs"):
-            make_folder(folder / name)
-        if not (folder / "config.yaml").exists():
-            save_config(run.config, folder / "config.yaml")
-        for note in run.notes:
-            run.logbook.line(note)
-        with background() as run.jobs:
-            yield
+    for name in ("ckpts", "evals", "figs"):
+        make_folder(run.folder / name)
+    if not (run.folder / "config.yaml").exists():
+        save_config(run.config, run.folder / "config.yaml")
+    for note in run.notes:
+        run.logbook.line(note)
 
 
 def plan_batch(config: Config, world_size: int) -> BatchPlan:
@@ -283,8 +295,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         dry_run(config)
         return
     with processes(config.device, config.timeout_minutes) as own:
-        run = start_run(config, own, arguments.allow_changed)
+        run = build_run(config, own)
         with claimed_folder(run), listening() as run.listener:
+            resume(run, arguments.allow_changed)
+            open_folder(run)
             train(run)
             run.jobs.wait()
             run.logbook.line(f"finished: all {config.total_steps} steps are done")
