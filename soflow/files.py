@@ -95,7 +95,8 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
             os.replace(partial, path)
             sync_folder(path.parent)
         except BaseException as error:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the folder may be read-only by now
+                partial.unlink()
             with contextlib.suppress(OSError):
                 file.close()  # here, where what a full disk does not take any more harms nothing
             if isinstance(error, OSError):
@@ -135,7 +136,9 @@ def hold_lock(path: str | Path, refusal: str) -> Iterator[None]:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            # An unlocked file that stays locks nobody out.
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 @contextlib.contextmanager
@@ -315,8 +318,10 @@ def delete_superseded(
     for number in upto[:-keep_last]:
         if not keep_every or number % keep_every:
             try:
-                found[number].unlink()
+                # The record first: a file that a kill left without one is found again, not so a
+                # record without its file.
                 found[number].with_suffix(".json").unlink(missing_ok=True)
+                found[number].unlink()
             except OSError as error:
                 raise UserError(f"{found[number]}: cannot be deleted ({error.strerror})") from error
 
