@@ -2,7 +2,10 @@
 
 import contextlib
 import enum
+import multiprocessing.connection
+import os
 import signal
+import threading
 from collections.abc import Iterator
 
 from soflow.distributed import Processes
@@ -58,7 +61,14 @@ def listening() -> Iterator[Listener]:
 def leave_to_parent(worker: int) -> None:
     """Let a loader worker outlive the signals that its whole group gets: the run still needs it.
 
-    It ends with the loader, or when its parent is gone.
+    It ends with the loader, or at once when the run is gone: until then it would hold the run's
+    locks, which it has from it, and below a fork server, which stays, it would not notice.
     """
     for number in MEANINGS:
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
