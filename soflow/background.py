@@ -4,6 +4,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from soflow.files import UserError
+
 
 class Background:
     """Runs jobs in the order they come; what one raises is raised again at the next call."""
@@ -31,8 +33,18 @@ class Background:
 
 @contextlib.contextmanager
 def background() -> Iterator[Background]:
-    """A block whose jobs have all ended when it does, also where it ends by an error."""
+    """A block whose jobs have all ended when it does, also where it ends by an error.
+
+    Where both have one that a user can mend, one line has both.
+    """
     with ThreadPoolExecutor(1, "background") as pool:
         jobs = Background(pool)
-        yield jobs
+        try:
+            yield jobs
+        except UserError as error:
+            try:
+                jobs.wait()
+            except UserError as another:
+                raise UserError(f"{error}; and {another}") from error
+            raise
         jobs.wait()
