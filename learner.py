@@ -38,6 +38,8 @@ class Learner:
         self.objective = Objective(
             config.cfg_scale, config.mix_ratio, config.cfg_decay_time, config.p, config.eps
         )
+        # On the CPU, where looking at a step's result waits for nothing.
+        self.refuses_at_once = processes.device.type == "cpu"
         self._broken_at = torch.full((), -1, device=processes.device)
         self._broken_metrics = torch.zeros(len(METRICS), device=processes.device)
 
@@ -92,13 +94,13 @@ class Learner:
     def _hold_back_non_finite(self, metrics: Tensor) -> None:
         """Remember the first step whose gradient is not finite, and keep it from being applied.
 
-        Without waiting for the device. On the CPU, where there is no wait, the run ends here.
+        Without waiting for the device, where that takes time; where not, the run ends here.
         """
         is_broken = ~metrics[4].isfinite()  # of the gradient's norm, which all processes share
         is_first = is_broken & (self._broken_at < 0)
         self._broken_at = torch.where(is_first, self.state.finished_steps + 1, self._broken_at)
         self._broken_metrics = torch.where(is_first, metrics, self._broken_metrics)
-        if is_broken.device.type == "cpu":
+        if self.refuses_at_once:
             self.refuse_non_finite()
             return
         for parameter in self.state.model.parameters():
