@@ -12,7 +12,13 @@ from torch import Tensor
 from learner import Learner
 from soflow.background import Background
 from soflow.batches import BatchPlan, DataOrder
-from soflow.checkpoint import TrainState, checkpoint_path, host_copy, save_checkpoint
+from soflow.checkpoint import (
+    TrainState,
+    checkpoint_path,
+    host_copy,
+    refuse_non_finite,
+    save_checkpoint,
+)
 from soflow.config import Config, is_due
 from soflow.data import TrainingData
 from soflow.distributed import Processes
@@ -104,6 +110,7 @@ def make_checkpoint(run: Run, path: Path) -> None:
     record = record_of(path, config, run.processes, config.seed, finished_steps=steps)
 
     def write() -> None:
+        refuse_non_finite(content)
         write_record(path, record)  # first, so that a kill leaves no checkpoint without one
         save_checkpoint(path, content)
         delete_superseded(path.parent, ".pt", steps, config.keep_last, config.keep_every_steps)
@@ -118,6 +125,8 @@ def save_and_stop(run: Run) -> NoReturn:
     if not run.processes.agree(path.exists()):
         make_checkpoint(run, path)
         run.jobs.wait()
+    # torchrun gives the others half a minute from when the first process ends.
+    run.processes.agree(None)
     run.logbook.line(
         f"stopped by a signal after step {run.state.finished_steps}, saved in {path}; the same "
         f"command goes on"

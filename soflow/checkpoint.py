@@ -146,6 +146,18 @@ def host_copy(content: Any) -> Any:
     return content
 
 
+def refuse_non_finite(content: Mapping[str, Any]) -> None:
+    """UserError where weights that are to be saved are not finite, whatever the gradients were."""
+    for part in ("model", "ema_model"):
+        broken = [name for name, value in content[part].items() if not value.isfinite().all()]
+        if broken:
+            raise UserError(
+                f"step {content['finished_steps']}: {len(broken)} of the weights in {part} not "
+                f"finite ({_short(broken[0])}); nothing of it is saved; what the run went on from "
+                f"may be broken, or the learning_rate too high"
+            )
+
+
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     """Write a checkpoint: tensors, plain types, and dicts and lists of them."""
     with atomic_write(path) as file:
