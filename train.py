@@ -43,7 +43,7 @@ from soflow.config import (
 )
 from soflow.data import SOURCES, RawBatch, TrainingData, build_data, count_classes
 from soflow.distributed import Processes, processes, world_size_asked_for
-from soflow.files import UserError, hold_lock, make_folder, run_command
+from soflow.files import UserError, delete_superseded, hold_lock, make_folder, run_command
 from soflow.logbook import Interval, Logbook, device_name, duration, peak_memory_gb
 from soflow.sampling import find_decoder
 from soflow.signals import Asked, listening
@@ -175,6 +175,10 @@ def open_folder(run: Run) -> None:
         save_config(run.config, run.folder / "config.yaml")
     for note in run.notes:
         run.logbook.line(note)
+    # What a run killed between a save and the deletions after it has left.
+    for kind, suffix in (("ckpts", ".pt"), ("evals", ".npz")):
+        keep = (run.config.keep_last, run.config.keep_every_steps)
+        delete_superseded(run.folder / kind, suffix, run.state.finished_steps, *keep)
 
 
 def plan_batch(config: Config, world_size: int) -> BatchPlan:
