@@ -9,8 +9,10 @@ command then ends as a run does that nothing happened to. The table's `lost` are
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import json
+import multiprocessing
 import multiprocessing.forkserver
 import os
 import random
@@ -31,12 +33,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from commands import ROOT, digits_settings
-from faulty import BALLAST, Fault, Moment, work
+from faulty import AS_ON_A_GPU, BALLAST, GONE, Fault, Moment, Watch, work
 from PIL import Image
 from tqdm import tqdm
 
 import train
-from soflow.checkpoint import find_checkpoints, read_checkpoint
+from soflow.checkpoint import find_checkpoints, read_checkpoint, save_checkpoint
 from soflow.config import load_config
 from soflow.distributed import Processes
 from soflow.files import STOPPED_STATUS, run_command
@@ -120,6 +122,7 @@ def _child(options: list[str], fault: Fault | None, output: Path, world: dict[st
     os.environ.update(world)
     os.setpgid(0, 0)
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # as in a process that nobody forked
     tqdm.set_lock(threading.RLock())  # one between processes would outlive a kill
     run_command(functools.partial(work, options, fault, Path(f"{output}.json")))
 
@@ -231,7 +234,11 @@ def _read(path: Path) -> object:
             told = ("file", "finished_steps", "num_images", "weights_sha256", "processes")
             return {key: record[key] for key in told if key in record}
         case ".yaml":
-            return load_config(path).to_dict() | {"working_dir": None, "num_workers": None}
+            return {
+                key: value
+                for key, value in load_config(path).to_dict().items()
+                if key not in ("working_dir", "num_workers", "timeout_minutes")
+            }
         case ".txt":
             return logged(path.read_text())
     raise AssertionError(f"{path}: what is this?")
@@ -490,7 +497,8 @@ def requests_to_save(tries: int, folder: Path) -> Tally:
 def used(folder: Path) -> tuple[int, list[str], object]:
     """The step that a run in `folder` would go on from, what it would say, and the state."""
     config = load_config(*_split(options_of(folder)))
-    run = train.start_run(config, ALONE, [])
+    run = train.build_run(config, ALONE)
+    train.resume(run, [])
     return run.state.finished_steps, run.notes, run.state.state_dict(100)
 
 
@@ -560,6 +568,339 @@ def damage(tries: int, folder: Path) -> Tally:
     return tally
 
 
+# Retention
+
+
+def retention(tries: int, folder: Path) -> Tally:
+    """Old checkpoints and evals go, with their records, once a newer one is whole."""
+    tally = Tally("retention, killed and not")
+    every = {"ckpt_saving_steps": 1, "eval_steps": 1, "keep_last": 2, "keep_every_steps": 4}
+    expected = {
+        "ckpts": {f"{step}.{end}" for step in (0, 4, 5, 6) for end in ("pt", "json")},
+        "evals": {f"{step}.{end}" for step in (4, 5, 6) for end in ("npz", "json")},
+    }
+    not_ours = {
+        "ckpts": {"9.pt": "of another branch", "9.json": "{}", "best.pt": "not numbered"},
+        "evals": {"2_1NFE_42.npz": "", "2_1NFE_42.json": "{}", "9.npz": "of another branch"},
+    }
+    cases = [
+        None,
+        Fault(Moment("write", "5.pt", 50), "SIGKILL"),  # nothing of step 3 may be gone
+        Fault(Moment("unlink", "2.json", 1), "SIGKILL"),
+        Fault(Moment("unlink", "3.pt", 1), "SIGKILL"),
+        Fault(Moment("named", "6.pt", 1), "SIGKILL"),
+        Fault(Moment("named", "6.npz", 1), "SIGKILL"),
+        Fault(Moment("write", "6.npz", 1), "SIGKILL"),
+        Fault(Moment("unlink", "3.npz", 1), "SIGKILL"),
+        Fault(Moment("named", "3.pt", 1), "SIGKILL"),
+    ]
+    for number, fault in enumerate(cases[:tries]):
+        with tally.attempt(fault or "unbroken"):
+            place = folder / str(number)
+            if fault is not None:
+                check(start(place, fault, **every).end() == -signal.SIGKILL, "not killed")
+                contents(place)
+                if fault.moment[:2] == ("write", "5.pt"):
+                    check(steps_saved(place) == [0, 3, 4], f"left: {steps_saved(place)}")
+            for kind, files in not_ours.items():
+                for name, text in files.items():
+                    (place / kind).mkdir(parents=True, exist_ok=True)
+                    (place / kind / name).write_text(text)
+            if fault is None:
+                (place / "ckpts" / "9.pt").unlink()  # with no other, the run would be refused
+            finish([start(place, **every)])
+            for kind, names in expected.items():
+                left = {path.name for path in (place / kind).iterdir()}
+                wanted = names | not_ours[kind].keys() - ({"9.pt"} if fault is None else set())
+                check(left == wanted, f"{kind}: {sorted(left ^ wanted)} too many or missing")
+    return tally
+
+
+# Numbers that are none
+
+
+def assert_finite(folder: Path, but: tuple[int, ...] = ()) -> None:
+    """Check that no checkpoint holds weights that are not finite."""
+    for step, path in find_checkpoints(folder / "ckpts").items():
+        content = read_checkpoint(path)
+        for part in ("model", "ema_model"):
+            holds = all(tensor.isfinite().all() for tensor in content[part].values())
+            check(holds or step in but, f"{path}: {part} is not finite")
+
+
+def spoil(path: Path, entry: str) -> None:
+    """Put a NaN into a checkpoint's weights, their average, or the optimizer's moments."""
+    content = read_checkpoint(path)
+    if entry == "optimizer":
+        values = next(iter(content["optimizer"]["state"].values()))["exp_avg"]
+    else:
+        values = content[entry]["network.final_layer.linear.weight"]
+    values.view(-1)[0] = torch.nan
+    save_checkpoint(path, content)
+
+
+def non_finite(tries: int, folder: Path) -> Tally:
+    """NaN in the data, on any process, or in a checkpoint: the run stops, and saves none of it."""
+    tally = Tally("NaN in data and weights")
+    in_data = [
+        (start, 0, {}),
+        (start_two, 1, {}),
+        (start, 0, {"accumulation_steps": 2}),
+        (start_two, 0, {"ckpt_saving_steps": 1}),
+    ]
+    for number, (begin, rank, values) in enumerate(in_data[: max(2, tries // 2)]):
+        with tally.attempt(f"data of process {rank}, {begin.__name__}, {values}"):
+            place = folder / f"data{number}"
+            # Both losses of a step draw their images.
+            count = 5 * values.get("accumulation_steps", 1)
+            run = begin(place, Fault(Moment("clean", "", count), "", rank), **values)
+            words = ("step 5: ", "_MSE", "Grad_Norm not finite; the step was not applied")
+            for process in run if isinstance(run, list) else [run]:
+                refused(process, *words)
+            check(5 not in steps_saved(place), "the step is saved")
+            check(5 not in contents(place)["log.txt"], "the step is logged")
+            assert_finite(place)
+    spoilt = whole(folder / "spoilt")
+    for entry in ("model", "optimizer", "ema_model")[:tries]:
+        with tally.attempt(f"{entry} in a checkpoint"):
+            place = folder / entry
+            shutil.copytree(spoilt, place)
+            (place / "ckpts" / "6.pt").unlink()
+            spoil(place / "ckpts" / "4.pt", entry)
+            refused(start(place, ckpt_saving_steps=1), "step ", "not finite")
+            assert_finite(place, but=(4,))
+    # Step 4 is found broken at step 6, when that is logged or about to be saved or sampled.
+    for key in ("logging_steps", "ckpt_saving_steps", "eval_steps")[:tries]:
+        with tally.attempt(f"data, as on a GPU, until {key}"):
+            place = folder / key
+            values = {"logging_steps": 0, "ckpt_saving_steps": 0, "eval_steps": 0} | {key: 3}
+            options = options_of(place, eval_demo_steps=0, total_steps=9, **values)
+            fault = Fault(Moment("clean", "", 4), "")
+            run = Process(options, folder / "late", fault, {AS_ON_A_GPU: "yes"})
+            refused(run, "step 4: ", "_MSE", "Grad_Norm not finite; the step was not applied")
+            steps = next(moment.count for moment in run.events() if moment.event == "step")
+            check(steps == 6, f"stopped after step {steps}")
+            saved = [0, 3] if key == "ckpt_saving_steps" else [0]
+            check(steps_saved(place) == saved, f"saved {steps_saved(place)}")
+            assert_finite(place)
+    with tally.attempt("a step to infinity"):
+        refused(start(folder / "far", learning_rate="1.0e+39", ckpt_saving_steps=1), "not finite")
+        assert_finite(folder / "far")
+    return tally
+
+
+# Writes that fail
+
+
+def failed_writes(tries: int, folder: Path) -> Tally:
+    """A checkpoint that cannot be written beside training is told of, at the latest at the end."""
+    tally = Tally("failed write beside training")
+    for step in (4, 6, 0, 2)[:tries]:
+        with tally.attempt(f"checkpoint {step}"):
+            place = folder / str(step)
+            fault = Fault(Moment("save", f"{step}.pt", 1), "")
+            run = start(place, fault, total_steps=STEPS)
+            refused(run, f"{step}.pt: the disk is on fire")
+            check("finished" not in run.out(), run.out())
+            check(max(contents(place)["log.txt"], default=0) <= step + 2, "goes on all the same")
+            check(steps_saved(place) == list(range(0, step, 2)), steps_saved(place))
+    return tally
+
+
+# Places that cannot be written
+
+
+def denied() -> str:
+    """Why this machine cannot have disks of our own; empty where it can."""
+    if sys.platform != "linux":
+        return "needs Linux's namespaces"
+    trial = subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "x", "/mnt"])
+    return "namespaces are denied" if trial.returncode else ""
+
+
+def in_namespace(name: str, tries: int, folder: Path) -> Tally:
+    """What `{name}_there` finds on a disk that only it sees."""
+    if why := denied():
+        return Tally(name, skipped=why)
+    command = [sys.executable, __file__, "--in-namespace", name, str(tries), str(folder)]
+    ended = subprocess.run(
+        ["unshare", "-rm", *command], stdout=subprocess.PIPE, text=True, timeout=10 * LIMIT_SECONDS
+    )
+    check(ended.returncode == 0, ended.stdout)
+    return Tally(**json.loads(ended.stdout.splitlines()[-1]))
+
+
+def full_disk(tries: int, folder: Path) -> Tally:
+    """The disk fills up just before a write of each kind."""
+    return in_namespace("full_disk", tries, folder)
+
+
+def full_disk_there(tries: int, folder: Path) -> Tally:
+    tally = Tally("full disk")
+    unbroken = whole(folder / "whole")
+    cases = [
+        Moment("open", "4.pt", 1),
+        Moment("open", "3.npz", 1),
+        Moment("open", "3.png", 1),
+        Moment("line", "log.txt", 4),
+        Moment("write", "4.pt", 60),
+        Moment("open", "6.json", 1),
+        Moment("open", "config.yaml", 1),
+        Moment("fsync", "6.pt", 1),
+        Moment("step", "", 2),
+    ]
+    for number, moment in enumerate(cases[:tries]):
+        with tally.attempt(moment):
+            place = folder / str(number)
+            place.mkdir()
+            subprocess.run(["mount", "-t", "tmpfs", "-o", "size=120m", "x", place], check=True)
+            # Down to a page's end, of which tmpfs has given all to the file.
+            (place / "log.txt").write_text("." * 3500 + "\n")
+            refused(start(place, Fault(moment, "fill")), "No space left on device")
+            contents(place)
+            check(not list(place.rglob(".*.tmp")), "temporary files take room")
+            (place / BALLAST).unlink()
+            finish([start(place)])
+            ends_as(place, unbroken)
+            subprocess.run(["umount", place], check=True)
+    return tally
+
+
+def read_only(tries: int, folder: Path) -> Tally:
+    """The working_dir cannot be written, from the start or all of a sudden."""
+    return in_namespace("read_only", tries, folder)
+
+
+def read_only_there(tries: int, folder: Path) -> Tally:
+    tally = Tally("read-only working_dir")
+    unbroken = whole(folder / "whole")
+    cases = [
+        Moment("step", "", 3),
+        Moment("write", "4.pt", 50),
+        None,
+        Moment("replace", "3.npz", 1),
+        Moment("fsync", "3.png", 1),
+        Moment("lock", ".lock", 1),
+        Moment("unlink", ".lock", 1),
+    ]
+    for number, moment in enumerate(cases[:tries]):
+        with tally.attempt(moment or "from the start"):
+            place = folder / str(number)
+            place.mkdir()
+            if moment is None:
+                finish([start(place, total_steps=2)], saying="finished: all 2 steps")
+                Watch(None, place).freeze()
+                refused(start(place, total_steps=2), "Read-only file system")
+                subprocess.run(["umount", place], check=True)
+                continue
+            process = start(place, Fault(moment, "freeze"))
+            if moment.event == "unlink":  # nothing but the lock is left to be written
+                finish([process])
+            else:
+                refused(process, "Read-only file system")
+            contents(place)
+            subprocess.run(["umount", place], check=True)
+            finish([start(place)])
+            ends_as(place, unbroken)
+    return tally
+
+
+def vanished(tries: int, folder: Path) -> Tally:
+    """The working_dir is moved away or deleted while the run is at work."""
+    tally = Tally("vanished working_dir")
+    unbroken = whole(folder / "whole")
+    cases = [
+        Fault(Moment("step", "", 3), "vanish"),
+        Fault(Moment("write", "4.pt", 50), "destroy"),
+        Fault(Moment("write", "3.npz", 2), "vanish"),
+        Fault(Moment("sample", "", 1), "destroy"),
+        Fault(Moment("fsync", "2.pt", 1), "vanish"),
+        Fault(Moment("line", "log.txt", 4), "vanish"),
+    ]
+    for number, fault in enumerate(cases[:tries]):
+        with tally.attempt(fault):
+            place = folder / str(number)
+            refused(start(place, fault), str(place), "No such file or directory")
+            if fault.action == "vanish":
+                check(not place.exists(), "the folder is made anew")
+                place.with_name(place.name + GONE).rename(place)
+                contents(place)
+            finish([start(place)])
+            ends_as(place, unbroken)
+    return tally
+
+
+# Several runs, and processes that hang
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while not holds():
+        check(time.monotonic() < deadline, "waited in vain")
+        time.sleep(0.01)
+
+
+def is_stopped(process: Process) -> bool:
+    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+def has_group(number: int) -> bool:
+    """Whether any process of a group is left."""
+    try:
+        os.killpg(number, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def two_runs(tries: int, folder: Path) -> Tally:
+    """A second run in a working_dir is refused; once the first is dead, it is not."""
+    tally = Tally("two runs in one working_dir")
+    unbroken = whole(folder / "whole")
+    for workers in (0, 2):
+        with tally.attempt(f"{workers} loader workers"):
+            place = folder / f"workers{workers}"
+            first = start(place, Fault(Moment("step", "", 3), "SIGSTOP"), num_workers=workers)
+            wait_until(lambda first=first: is_stopped(first))
+            second = Process(options_of(place, num_workers=workers), folder / "second")
+            refused(second, "another run is using this working_dir")
+            first.kill()
+            finish([start(place, num_workers=workers)])
+            ends_as(place, unbroken)
+            wait_until(lambda first=first: not has_group(first.pid))
+    with tally.attempt("a second start that waits while the first run finishes"):
+        place = folder / "late"
+        late = Process(
+            options_of(place), folder / "late2", Fault(Moment("lock", ".lock", 1), "SIGSTOP")
+        )
+        wait_until(lambda: is_stopped(late))
+        finish([start(place)])
+        before = (place / "log.txt").read_text()
+        os.kill(late.pid, signal.SIGCONT)
+        finish([late])
+        after = (place / "log.txt").read_text().removeprefix(before)
+        check("resumed at step 6" in after and "Step: " not in after, after)
+        ends_as(place, unbroken)
+    return tally
+
+
+def hangs(tries: int, folder: Path) -> Tally:
+    """One of two processes hangs: the other gives up after the time-out."""
+    tally = Tally("hanging process")
+    whole(folder / "whole", start_two)
+    for rank in (1, 0)[:tries]:
+        with tally.attempt(f"process {rank}"):
+            place = folder / str(rank)
+            fault = Fault(Moment("step", "", 4), "SIGSTOP", rank)
+            run = start_two(place, fault, timeout_minutes=0.1)
+            refused(run[1 - rank], "another process was silent for 0.1 minutes")
+            run[rank].kill()
+            contents(place)
+            finish(start_two(place))
+            ends_as(place, folder / "whole")
+    return tally
+
+
 # The command
 
 QUICK_AND_LONG = {
@@ -570,6 +911,14 @@ QUICK_AND_LONG = {
     signals_to_one_of_two: (1, 4),
     requests_to_save: (1, 4),
     damage: (24, 400),
+    retention: (3, 9),
+    non_finite: (2, 8),
+    failed_writes: (2, 4),
+    full_disk: (4, 9),
+    read_only: (3, 7),
+    vanished: (2, 6),
+    two_runs: (1, 1),
+    hangs: (1, 2),
 }
 
 
@@ -585,6 +934,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    if sys.argv[1:2] == ["--in-namespace"]:
+        name, tries, folder = sys.argv[2:]
+        tally = globals()[f"{name}_there"](int(tries), Path(folder))
+        print(json.dumps(dataclasses.asdict(tally)))
+        return 0
     faults = {fault.__name__: fault for fault in QUICK_AND_LONG}
     parser.add_argument("names", nargs="*", metavar="FAULT", help=f"of {', '.join(faults)}")
     parser.add_argument("--quick", action="store_true", help="as few tries as the tests make")

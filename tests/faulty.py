@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +29,7 @@ from soflow.files import UserError, run_command
 
 BALLAST = "ballast"
 GONE = ".gone"
+AS_ON_A_GPU = "FAULTY_AS_ON_A_GPU"  # in the environment: a step's result is not looked at
 
 
 class Moment(NamedTuple):
@@ -85,8 +87,10 @@ class Watch:
 
     def freeze(self) -> None:
         """Let nobody write to the folder."""
-        for options in (["--bind", self.folder], ["-o", "remount,bind,ro"]):
-            subprocess.run(["mount", *options, self.folder], check=True)
+        subprocess.run(["mount", "--bind", self.folder, self.folder], check=True)
+        # Refused for as long as the other thread has a file open below.
+        while subprocess.run(["mount", "-o", "remount,bind,ro", self.folder]).returncode:
+            time.sleep(0.01)
 
     def vanish(self) -> None:
         """Take the folder away."""
@@ -169,7 +173,12 @@ def watch_files(watch: Watch) -> None:
 def watch_training(watch: Watch) -> None:
     """Patch what a run consists of."""
     real_step, real_sample = learner.Learner.step, sampling.sample
+    real_init = learner.Learner.__init__
     real_clean, real_save = data.PixelData.clean, run.save_checkpoint
+
+    def init(self, *arguments):
+        real_init(self, *arguments)
+        self.refuses_at_once = not os.environ.get(AS_ON_A_GPU)
 
     def step(self, batches):
         watch.before("step")
@@ -188,6 +197,7 @@ def watch_training(watch: Watch) -> None:
             raise UserError(f"{path}: the disk is on fire")
         real_save(path, content)
 
+    learner.Learner.__init__ = init
     learner.Learner.step, sampling.sample = step, sample
     data.PixelData.clean, run.save_checkpoint = clean, save
 
@@ -204,9 +214,11 @@ def work(options: list[str], fault: Fault | None, notes: Path | None = None) -> 
     watch = Watch(fault if is_ours else None, folder_of(options))
     watch_files(watch)
     watch_training(watch)
-    train.main(options)
-    if notes is not None:
-        notes.write_text(json.dumps([[*key, count] for key, count in watch.counts.items()]))
+    try:
+        train.main(options)
+    finally:
+        if notes is not None:
+            notes.write_text(json.dumps([[*key, count] for key, count in watch.counts.items()]))
 
 
 if __name__ == "__main__":

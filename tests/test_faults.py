@@ -3,6 +3,9 @@
 import faults
 import pytest
 
+from soflow.background import background
+from soflow.files import UserError
+
 
 def assert_nothing_is_lost(fault) -> None:
     tally = faults.run_fault(fault, is_quick=True)
@@ -38,3 +41,45 @@ def test_request_to_save_changes_nothing_but_that_a_checkpoint_is_there():
 
 def test_damaged_newest_checkpoint_is_named_and_passed_over_or_read_as_it_was():
     assert_nothing_is_lost(faults.damage)
+
+
+def test_old_results_go_with_their_records_once_a_newer_one_is_whole_and_nothing_else_goes():
+    assert_nothing_is_lost(faults.retention)
+
+
+def test_numbers_that_are_none_stop_the_run_and_are_never_saved():
+    assert_nothing_is_lost(faults.non_finite)
+
+
+def test_failed_write_beside_training_is_told_of_at_the_next_step_or_at_the_end():
+    assert_nothing_is_lost(faults.failed_writes)
+
+
+def test_run_that_fails_while_a_write_beside_it_does_tells_of_both():
+    def fail():
+        raise UserError("6.pt: not written")
+
+    both = r"^log\.txt: not written; and 6\.pt: not written$"
+    with pytest.raises(UserError, match=both), background() as jobs:
+        jobs.start(fail)
+        raise UserError("log.txt: not written")
+
+
+def test_full_disk_is_said_and_with_room_the_same_command_goes_on():
+    assert_nothing_is_lost(faults.full_disk)
+
+
+def test_read_only_working_dir_is_said_whenever_it_becomes_that():
+    assert_nothing_is_lost(faults.read_only)
+
+
+def test_vanished_working_dir_is_said_and_not_made_anew():
+    assert_nothing_is_lost(faults.vanished)
+
+
+def test_second_run_in_a_working_dir_is_refused_until_the_first_is_dead():
+    assert_nothing_is_lost(faults.two_runs)
+
+
+def test_process_that_hangs_is_given_up_after_the_time_out():
+    assert_nothing_is_lost(faults.hangs)
