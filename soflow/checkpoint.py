@@ -161,7 +161,13 @@ def refuse_non_finite(content: Mapping[str, Any]) -> None:
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     """Write a checkpoint: tensors, plain types, and dicts and lists of them."""
     with atomic_write(path) as file:
-        torch.save(dict(content), file)
+        try:
+            torch.save(dict(content), file)
+        except RuntimeError as error:
+            # Closing its archive, torch raises another error over that of a write.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def read_checkpoint(path: Path, is_verified: bool = False) -> dict[str, Any]:
