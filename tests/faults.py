@@ -359,7 +359,7 @@ def kills_of_two(tries: int, folder: Path) -> Tally:
         Fault(Moment("line", "log.txt", 5), "SIGKILL", 0),
         Fault(Moment("step", "", 5), "SIGKILL", 1),
         Fault(Moment("write", "3.npz", 3), "SIGKILL", 0),
-        Fault(Moment("clean", "", 1), "SIGKILL", 1),
+        Fault(Moment("sample", "", 1), "SIGKILL", 1),
     ]
     for number, fault in enumerate(cases[:tries]):
         with tally.attempt(fault):
@@ -683,9 +683,6 @@ def non_finite(tries: int, folder: Path) -> Tally:
             saved = [0, 3] if key == "ckpt_saving_steps" else [0]
             check(steps_saved(place) == saved, f"saved {steps_saved(place)}")
             assert_finite(place)
-    with tally.attempt("a step to infinity"):
-        refused(start(folder / "far", learning_rate="1.0e+39", ckpt_saving_steps=1), "not finite")
-        assert_finite(folder / "far")
     return tally
 
 
@@ -739,14 +736,14 @@ def full_disk_there(tries: int, folder: Path) -> Tally:
     tally = Tally("full disk")
     unbroken = whole(folder / "whole")
     cases = [
-        Moment("open", "4.pt", 1),
+        Moment("write", "4.pt", 60),
         Moment("open", "3.npz", 1),
         Moment("open", "3.png", 1),
         Moment("line", "log.txt", 4),
-        Moment("write", "4.pt", 60),
+        Moment("open", "4.pt", 1),
         Moment("open", "6.json", 1),
         Moment("open", "config.yaml", 1),
-        Moment("fsync", "6.pt", 1),
+        Moment("write", "3.npz", 3),
         Moment("step", "", 2),
     ]
     for number, moment in enumerate(cases[:tries]):

@@ -98,7 +98,8 @@ class Watch:
 
     def destroy(self) -> None:
         """Delete the folder."""
-        shutil.rmtree(self.folder)
+        while self.folder.exists():  # the other thread may be making files in it
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def before(self, event: str, name: str = "") -> None:
         if self.is_now(event, name):
