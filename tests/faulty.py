@@ -89,7 +89,8 @@ class Watch:
         """Let nobody write to the folder."""
         subprocess.run(["mount", "--bind", self.folder, self.folder], check=True)
         # Refused for as long as the other thread has a file open below.
-        while subprocess.run(["mount", "-o", "remount,bind,ro", self.folder]).returncode:
+        remount = ["mount", "-o", "remount,bind,ro", self.folder]
+        while subprocess.run(remount, capture_output=True).returncode:
             time.sleep(0.01)
 
     def vanish(self) -> None:
