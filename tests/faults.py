@@ -76,6 +76,9 @@ class Tally:
             yield
         except Exception as error:
             self.failures.append(f"{what}: {type(error).__name__}: {error}")
+            for process in multiprocessing.active_children():
+                process.kill()
+                process.join()
 
     @property
     def lost(self) -> int:
@@ -585,7 +588,7 @@ def retention(tries: int, folder: Path) -> Tally:
     }
     cases = [
         None,
-        Fault(Moment("write", "5.pt", 50), "SIGKILL"),  # nothing may be gone yet
+        Fault(Moment("write", "6.pt", 50), "SIGKILL"),  # nothing may be gone yet
         Fault(Moment("unlink", "2.json", 1), "SIGKILL"),
         Fault(Moment("unlink", "4.pt", 1), "SIGKILL"),
         Fault(Moment("named", "6.pt", 1), "SIGKILL"),
@@ -600,8 +603,8 @@ def retention(tries: int, folder: Path) -> Tally:
             if fault is not None:
                 check(start(place, fault, **every).end() == -signal.SIGKILL, "not killed")
                 contents(place)
-                if fault.moment[:2] == ("write", "5.pt"):
-                    check(steps_saved(place) == [0, 3, 4], f"left: {steps_saved(place)}")
+                if fault.moment[:2] == ("write", "6.pt"):
+                    check(steps_saved(place) == [0, 3, 4, 5], f"left: {steps_saved(place)}")
             for kind, files in not_ours.items():
                 for name, text in files.items():
                     (place / kind).mkdir(parents=True, exist_ok=True)
