@@ -76,6 +76,9 @@ class Tally:
             yield
         except Exception as error:
             self.failures.append(f"{what}: {type(error).__name__}: {error}")
+            for process in multiprocessing.active_children():
+                process.kill()
+                process.join()
 
     @property
     def lost(self) -> int:
@@ -574,10 +577,10 @@ def damage(tries: int, folder: Path) -> Tally:
 def retention(tries: int, folder: Path) -> Tally:
     """Old checkpoints and evals go, with their records, once a newer one is whole."""
     tally = Tally("retention, killed and not")
-    every = {"ckpt_saving_steps": 1, "eval_steps": 1, "keep_last": 2, "keep_every_steps": 4}
+    every = {"ckpt_saving_steps": 1, "eval_steps": 1, "keep_last": 2, "keep_every_steps": 3}
     expected = {
-        "ckpts": {f"{step}.{end}" for step in (0, 4, 5, 6) for end in ("pt", "json")},
-        "evals": {f"{step}.{end}" for step in (4, 5, 6) for end in ("npz", "json")},
+        "ckpts": {f"{step}.{end}" for step in (0, 3, 5, 6) for end in ("pt", "json")},
+        "evals": {f"{step}.{end}" for step in (3, 5, 6) for end in ("npz", "json")},
     }
     not_ours = {
         "ckpts": {"9.pt": "of another branch", "9.json": "{}", "best.pt": "not numbered"},
@@ -585,13 +588,13 @@ def retention(tries: int, folder: Path) -> Tally:
     }
     cases = [
         None,
-        Fault(Moment("write", "5.pt", 50), "SIGKILL"),  # nothing of step 3 may be gone
+        Fault(Moment("write", "6.pt", 50), "SIGKILL"),  # nothing may be gone yet
         Fault(Moment("unlink", "2.json", 1), "SIGKILL"),
-        Fault(Moment("unlink", "3.pt", 1), "SIGKILL"),
+        Fault(Moment("unlink", "4.pt", 1), "SIGKILL"),
         Fault(Moment("named", "6.pt", 1), "SIGKILL"),
         Fault(Moment("named", "6.npz", 1), "SIGKILL"),
         Fault(Moment("write", "6.npz", 1), "SIGKILL"),
-        Fault(Moment("unlink", "3.npz", 1), "SIGKILL"),
+        Fault(Moment("unlink", "4.npz", 1), "SIGKILL"),
         Fault(Moment("named", "3.pt", 1), "SIGKILL"),
     ]
     for number, fault in enumerate(cases[:tries]):
@@ -600,8 +603,8 @@ def retention(tries: int, folder: Path) -> Tally:
             if fault is not None:
                 check(start(place, fault, **every).end() == -signal.SIGKILL, "not killed")
                 contents(place)
-                if fault.moment[:2] == ("write", "5.pt"):
-                    check(steps_saved(place) == [0, 3, 4], f"left: {steps_saved(place)}")
+                if fault.moment[:2] == ("write", "6.pt"):
+                    check(steps_saved(place) == [0, 3, 4, 5], f"left: {steps_saved(place)}")
             for kind, files in not_ours.items():
                 for name, text in files.items():
                     (place / kind).mkdir(parents=True, exist_ok=True)
@@ -807,10 +810,10 @@ def vanished(tries: int, folder: Path) -> Tally:
     tally = Tally("vanished working_dir")
     unbroken = whole(folder / "whole")
     cases = [
-        Fault(Moment("step", "", 3), "vanish"),
+        Fault(Moment("sample", "", 1), "vanish"),
         Fault(Moment("write", "4.pt", 50), "destroy"),
         Fault(Moment("write", "3.npz", 2), "vanish"),
-        Fault(Moment("sample", "", 1), "destroy"),
+        Fault(Moment("step", "", 3), "destroy"),
         Fault(Moment("fsync", "2.pt", 1), "vanish"),
         Fault(Moment("line", "log.txt", 4), "vanish"),
     ]
