@@ -150,11 +150,9 @@ class _Block(nn.Module):
         # kernels, which never store the weights, insist on contiguous features.
         with torch.autocast(y.device.type, enabled=False):
             attended = F.scaled_dot_product_attention(*parts.contiguous())
-        # Transposed, that is a channels-last view: unless y is one too, all convolutions after it
-        # would take over that layout, and rearrange their weights for it in every pass.
-        layout = torch.contiguous_format if y.is_contiguous() else torch.channels_last
-        attended = attended.to(qkv.dtype).transpose(2, 3).reshape(B, C, H, W)
-        return attended.contiguous(memory_format=layout)
+        # Transposed, that is a channels-last view: all convolutions after it would take over that
+        # layout, and rearrange their weights for it in every pass.
+        return attended.to(qkv.dtype).transpose(2, 3).reshape(B, C, H, W).contiguous()
 
 
 def _block_seeds(dropout_seed: Tensor | None) -> Iterator[Tensor | None]:
