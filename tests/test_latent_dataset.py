@@ -345,6 +345,8 @@ def test_killed_again_and_again_it_still_gets_there(scratch):
 
 
 def test_killed_at_random_moments_it_goes_on_to_the_same_file(scratch, made):
+    latent_dataset.main(options(scratch, "unbroken"))
+    whole = latents_of(scratch, "unbroken")
     kills = 0
     source = np.random.default_rng(2)
     for _ in range(20):
@@ -358,7 +360,7 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_file(scratch, made):
             shutil.rmtree(scratch / "latents")  # it was quicker: once more from the start
             continue
         kills += 1
-        assert_nothing_passes_for_complete(scratch / "latents", latents_of(made))
+        assert_nothing_passes_for_complete(scratch / "latents", whole)
     assert kills
     latent_dataset.main(options(scratch))
     reader, other = (LatentReader(f / "latents" / LATENT_FILE) for f in (scratch, made))
