@@ -17,16 +17,15 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
+from measuring import memory_mb
 from torch.utils.data import DataLoader, Dataset
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from soflow.batches import BatchPlan, DataOrder, build_loader  # noqa: E402
-from soflow.config import config_from_dict  # noqa: E402
-from soflow.data import build_data  # noqa: E402
-from soflow.latent_parts import Part, PartsFolder, Plan  # noqa: E402
-from soflow.latents import LATENT_FILE, LatentInfo  # noqa: E402
+# isort: split
+from soflow.batches import BatchPlan, DataOrder, build_loader
+from soflow.config import config_from_dict
+from soflow.data import build_data
+from soflow.latent_parts import Part, PartsFolder, Plan
+from soflow.latents import LATENT_FILE, LatentInfo
 
 NUM_LATENTS, BATCH_SIZE, TRIES = 20_000, 256, 3
 ROW = (8, 32, 32)
@@ -155,13 +154,6 @@ def merge(folder: Path) -> None:
         f"{memory:.1f} MB above the {before:.0f} MB of the process before it "
         f"(<= {MOST_MEMORY_MB}) {verdict}"
     )
-
-
-def memory_mb(entry: str) -> float:
-    """This process's resident memory now (VmRSS) or at most so far (VmHWM), as Linux counts it."""
-    # Not getrusage: its maximum is inherited from the process that started this one.
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(entry)) / 1024
 
 
 def main() -> None:

@@ -7,10 +7,17 @@ Counted are the bytes of what a step keeps for its backward pass, weights left o
 once. Whole steps with and without checkpointing are timed in turns. In fp32 on the CPU.
 """
 
-import argparse
 import statistics
 
-from measuring import bench_config, bench_learner, drawn_batches, in_turns, machine, median_ratio
+from measuring import (
+    bench_config,
+    bench_learner,
+    bench_parser,
+    drawn_batches,
+    in_turns,
+    machine,
+    median_ratio,
+)
 
 # isort: split
 import torch
@@ -40,12 +47,7 @@ def saved_bytes(learner: Learner) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="DiT-B-4")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--tries", type=int, default=5, help="turns that are counted")
+    parser = bench_parser(__doc__)
     arguments = parser.parse_args()
     with processes("cpu", timeout_minutes=10) as own:
         learner = bench_learner(bench_config(arguments.model, arguments.batch), own)

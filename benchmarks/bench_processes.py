@@ -14,7 +14,15 @@ import statistics
 import subprocess
 import sys
 
-from measuring import bench_config, bench_learner, drawn_batches, in_turns, machine, median_ratio
+from measuring import (
+    bench_config,
+    bench_learner,
+    bench_parser,
+    drawn_batches,
+    in_turns,
+    machine,
+    median_ratio,
+)
 
 # isort: split
 from torch.nn.parallel import DistributedDataParallel
@@ -64,12 +72,7 @@ def row(arguments: argparse.Namespace, num_processes: int, way: str) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="DiT-S-4")
-    parser.add_argument("--batch", type=int, default=32, help="over all processes")
-    parser.add_argument("--tries", type=int, default=7, help="turns that are counted")
+    parser = bench_parser(__doc__, model="DiT-S-4", batch=32, tries=7)
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if "RANK" in os.environ:

@@ -21,6 +21,7 @@ from measuring import (
     NUM_CLASSES,
     bench_config,
     bench_learner,
+    bench_parser,
     drawn_batches,
     forward_of,
     in_turns,
@@ -136,12 +137,7 @@ def print_table(arguments: argparse.Namespace, names: list[str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="DiT-B-4")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--tries", type=int, default=5, help="turns that are counted")
+    parser = bench_parser(__doc__)
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of config")
     parser.add_argument("--profile", action="store_true", help="print where the time goes instead")

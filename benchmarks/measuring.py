@@ -1,5 +1,6 @@
 """What the benchmarks share: the learner they drive, the machine's name, memory, medians."""
 
+import argparse
 import statistics
 import sys
 import time
@@ -23,6 +24,19 @@ from soflow.data import PixelData, RawBatch  # noqa: E402
 from soflow.distributed import Processes, usable_cores  # noqa: E402
 
 NUM_CLASSES = 1000
+
+
+def bench_parser(
+    description: str, model: str = "DiT-B-4", batch: int = 16, tries: int = 5
+) -> argparse.ArgumentParser:
+    """A parser with what benchmarks of training have in common."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default=model)
+    parser.add_argument("--batch", type=int, default=batch, help="over all processes")
+    parser.add_argument("--tries", type=int, default=tries, help="turns that are counted")
+    return parser
 
 
 def bench_config(model_type: str, batch_size: int, *overrides: str) -> Config:
