@@ -38,14 +38,20 @@ MLP_RATIO = 4
 NORM_EPS = 1e-6
 
 
-def parse_model_type(model_type: str) -> tuple[Size, int]:
-    """Size and patch side named by "DiT-{size}-{patch}"; ValueError lists the sizes otherwise."""
-    match = re.fullmatch(r"DiT-([A-Za-z]+)-([1-9][0-9]*)", model_type)
+def parse_model_type(model_type: str, data_size: int) -> tuple[Size, int]:
+    """Size and patch side named by "DiT-{size}-{patch}".
+
+    ValueError lists the sizes, or says that the patch does not divide data_size.
+    """
+    match = re.fullmatch(r"DiT-([A-Za-z]+)-([1-9][0-9]{0,5})", model_type)
     if match is None or match[1] not in SIZES:
         raise ValueError(
             f"{model_type!r} is not DiT-SIZE-PATCH with SIZE one of {', '.join(SIZES)}"
         )
-    return SIZES[match[1]], int(match[2])
+    patch = int(match[2])
+    if data_size % patch:
+        raise ValueError(f"patch {patch} does not divide data_size {data_size}")
+    return SIZES[match[1]], patch
 
 
 def position_table(tokens_per_side: int, width: int) -> Tensor:
@@ -172,6 +178,9 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module):
     """Maps x [B, C, H, H] at times t, gap [B] and labels [B] to [B, C, H, H]."""
 
+    is_conditional = True
+    uses_dropout_seed = False  # there is no dropout
+
     def __init__(
         self,
         size: Size,
@@ -182,8 +191,6 @@ class DiT(nn.Module):
         null_class: bool,
     ):
         super().__init__()
-        if data_size % patch:
-            raise ValueError(f"patch {patch} does not divide data_size {data_size}")
         self.tokens_per_side = data_size // patch
         self.patch = patch
         self.activation_checkpointing = False  # keep each block's input alone for the backward pass
@@ -197,6 +204,20 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(Block(size.width, size.heads) for _ in range(size.depth))
         self.final_layer = FinalLayer(size.width, patch, data_channels)
         self._initialise()
+
+    @classmethod
+    def build(
+        cls,
+        model_type: str,
+        data_size: int,
+        data_channels: int,
+        num_classes: int,
+        null_class: bool,
+        dropout: float,
+    ) -> "DiT":
+        """The DiT that `model_type` names; ValueError where there is none, or no room for it."""
+        size, patch = parse_model_type(model_type, data_size)
+        return cls(size, patch, data_size, data_channels, num_classes, null_class)
 
     @property
     def null_label(self) -> int | None:

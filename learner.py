@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from models import Batch, Execution, Objective, SoFlow, build_model
+from models import Batch, Method, build_model
+from passes import Execution
 from soflow.batches import BatchPlan
 from soflow.checkpoint import TrainState
 from soflow.config import Config
@@ -25,9 +26,10 @@ METRICS = ("Vel_MSE", "Vel_Weight", "Con_MSE", "Con_Weight", "Grad_Norm")
 class Learner:
     """The training state of a run in one process, and the step that moves it."""
 
-    def __init__(self, config: Config, processes: Processes, plan: BatchPlan, model: SoFlow):
+    def __init__(self, config: Config, processes: Processes, plan: BatchPlan, model: Method):
         """`model` is on the processes' device, with its options set; its weights are made equal."""
         self.config, self.processes, self.plan = config, processes, plan
+        model.configure(config.to_dict())
         self.parallel_model: nn.Module = model
         if processes.world_size > 1:
             self.parallel_model = DistributedDataParallel(
@@ -35,9 +37,6 @@ class Learner:
             )
         # After DistributedDataParallel has made the weights equal, so that the average is of them.
         self.state = TrainState.fresh(model, build_optimizer(config, model))
-        self.objective = Objective(
-            config.cfg_scale, config.mix_ratio, config.cfg_decay_time, config.p, config.eps
-        )
         # On the CPU, where looking at a step's result waits for nothing.
         self.refuses_at_once = processes.device.type == "cpu"
         self._broken_at = torch.full((), -1, device=processes.device)
@@ -70,8 +69,8 @@ class Learner:
         metrics = torch.zeros(len(METRICS), device=self.processes.device)
         for index, batch in enumerate(batches, start=1):
             with self._exchanging_gradients(index == plan.accumulation_steps):
-                terms = self.parallel_model(batch, self.objective)
-                part = torch.stack([*terms.flow_matching[1:], *terms.consistency[1:]])
+                terms = self.parallel_model(batch)
+                part = torch.stack([*terms.metrics.values()])
                 # DistributedDataParallel averages over the processes; the objective is a sum. What
                 # is not finite in one process's part is to be seen by all, in the gradient.
                 scale = plan.world_size * (1 + 0 * part.sum())
@@ -136,7 +135,7 @@ def build_learner(
     return Learner(config, processes, plan, model), notes
 
 
-def set_options(model: SoFlow, config: Config, device: torch.device) -> list[str]:
+def set_options(model: Method, config: Config, device: torch.device) -> list[str]:
     """Let the model's passes run as the config asks; a line where the device cannot."""
     notes = []
     allow_tf32(device, config.precision != "fp32")

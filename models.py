@@ -8,33 +8,33 @@ Solution Flow Models, arXiv 2512.15657. Time runs from data (t = 0) to noise (t 
 
 F is the network, f(x, t, s) the solution at time s of the probability-flow ODE through x at time t,
 and s <= l <= t. Everything here is a deterministic function of a batch already drawn; the only
-randomness is the network's dropout.
+randomness is the network's dropout. Where a loss says `yield`, it asks the network (see `passes`).
 """
 
-import contextlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dit import DiT, parse_model_type
-from schedules import PATHS, SOLUTION_FORMS, ConsistencyTimes, guidance_decay
+from dit import DiT
+from passes import Execution, Pass, Passes, check_times, run_passes, run_together
+from schedules import PATHS, SOLUTION_FORMS, ConsistencyTimes, PathPoint, guidance_decay
 from unet import UNet
 
-# B batch, V its flow matching samples, C channels, H = W side; times are [B] until widened
+# B batch, K of them guided, C channels, H = W side; times are [B] until widened
 
 
 @dataclass(frozen=True)
 class Objective:
     """What is minimised: guidance w, mix m, decay time tau, and the loss weight's p and eps."""
 
-    cfg_scale: float
-    mix_ratio: float
-    cfg_decay_time: float
-    p: float
-    eps: float
+    cfg_scale: float = 1.0
+    mix_ratio: float = 1.0
+    cfg_decay_time: float = 1.0
+    p: float = 1.0
+    eps: float = 0.01
 
 
 class LossTerms(NamedTuple):
@@ -44,21 +44,16 @@ class LossTerms(NamedTuple):
     squared_error: Tensor
     weight: Tensor
 
-    def mean(self) -> "LossTerms":
-        """Means over the samples, from terms of [B] each."""
-        return LossTerms(*(term.mean() for term in self))
-
     def share(self, global_count: int) -> "LossTerms":
-        """This part's share of the mean over `global_count` samples of all parts."""
+        """Of terms of [B] each, this part's share of the mean over so many samples of all parts."""
         return LossTerms(*(term.sum() / max(global_count, 1) for term in self))
 
 
 class StepTerms(NamedTuple):
-    """A step's objective, and the two losses' terms; sums over all parts are the step's values."""
+    """A step's objective and its metrics by name; sums over all parts are the step's values."""
 
     loss: Tensor
-    flow_matching: LossTerms
-    consistency: LossTerms
+    metrics: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -74,7 +69,7 @@ class Samples:
     labels: Tensor | None = None  # [B] int64
     null_mask: Tensor | None = None  # [B] bool
     augment_labels: Tensor | None = None  # [B, 6]
-    dropout_seed: int | None = None  # None: the network takes its masks from the global generator
+    dropout_seed: int | None = None  # None: drawn from the global generator
 
 
 @dataclass(frozen=True)
@@ -85,22 +80,20 @@ class Batch:
     """
 
     flow_matching: Samples
-    flow_matching_t: Tensor  # [V]
+    flow_matching_t: Tensor  # [B] of these samples
     consistency: Samples
     consistency_times: ConsistencyTimes
     global_flow_matching_count: int
     global_consistency_count: int
 
 
+# The mathematics
+
+
 def widen(times: Tensor, x: Tensor) -> Tensor:
     """[B] -> [B, 1, 1, 1], to multiply x [B, C, H, W]."""
-    _check_times(times, x)
+    check_times(times, x)
     return times.view(-1, *[1] * (x.dim() - 1))
-
-
-def _check_times(times: Tensor, x: Tensor) -> None:
-    if times.shape != x.shape[:1]:
-        raise ValueError(f"times must be [{len(x)}], one per sample, not {list(times.shape)}")
 
 
 def sample_mean(x: Tensor) -> Tensor:
@@ -108,62 +101,84 @@ def sample_mean(x: Tensor) -> Tensor:
     return x.flatten(1).mean(1)
 
 
-class Query(NamedTuple):
-    """What the network is asked: F(x, t, s) of some samples under these conditions."""
-
-    x: Tensor  # [B, C, H, W]
-    t: Tensor  # [B]
-    s: Tensor  # [B]
-    labels: Tensor | None = None  # [B]; None: the null class
-    augment_labels: Tensor | None = None  # [B, 6]
-    dropout_seed: int | None = None
-    may_be_coarse: bool = False  # whether a lower precision will do
+def interpolation(x_0: Tensor, x_1: Tensor, at: PathPoint) -> tuple[Tensor, Tensor]:
+    """x_t and v_t, [B, C, H, W] each, at a point of the path."""
+    alpha, beta, alpha_prime, beta_prime = (widen(value, x_0) for value in at)
+    # x_t = alpha(t) x_0 + beta(t) x_1
+    x_t = alpha * x_0 + beta * x_1
+    # v_t = alpha'(t) x_0 + beta'(t) x_1
+    v_t = alpha_prime * x_0 + beta_prime * x_1
+    return x_t, v_t
 
 
-@dataclass(frozen=True)
-class Execution:
-    """How the passes of a step run: their cost depends on it, and their rounding, nothing else."""
-
-    # Of the flow matching and guidance passes. The consistency passes keep the weights' precision:
-    # their difference is divided by t - l, and would be little but rounding. None: all keep it.
-    coarse_dtype: torch.dtype | None = None
-    # Guidance passes take along the samples that need none, so that shapes are always the same.
-    fixed_shapes: bool = False
+def solution_of(x: Tensor, F: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """f(x, t, s), [B, C, H, W], of F = F(x, t, s) and the solution form's a, b [B] at (t, s)."""
+    # f(x, t, s) = a(t, s) x + b(t, s) F(x, t, s)
+    return widen(a, x) * x + widen(b, x) * F
 
 
-@dataclass(frozen=True)
-class _OnPath:
-    """The samples of one loss at their places on the path."""
-
-    samples: Samples
-    labels: Tensor | None  # [B], with the null class where the label is dropped
-    t: Tensor  # [B]
-    x_t: Tensor  # [B, C, H, W]
-    velocity_t: Tensor  # [B, C, H, W]
-    guided: Tensor  # [K] places of the samples that guidance acts on
-
-    def query(self, s: Tensor, may_be_coarse: bool) -> Query:
-        """F(x_t, t, s)."""
-        augment_labels, seed = self.samples.augment_labels, self.samples.dropout_seed
-        return Query(self.x_t, self.t, s, self.labels, augment_labels, seed, may_be_coarse)
-
-    def guidance_query(self, places: Tensor | slice, is_null: bool) -> Query:
-        """F(x_t, t, t) of the samples at some places, under the null class or their own."""
-        t = self.t[places]
-        labels = None if is_null or self.labels is None else self.labels[places]
-        return Query(self.x_t[places], t, t, labels, may_be_coarse=True)
+def velocity_of(x: Tensor, F: Tensor, a_s: Tensor, b_s: Tensor) -> Tensor:
+    """v(x, t), [B, C, H, W], of F = F(x, t, t) and the derivatives in s, [B], at s = t."""
+    # v(x, t) = d/ds f(x, t, s) at s = t = a_s(t, t) x + b_s(t, t) F(x, t, t), since b(t, t) = 0
+    return widen(a_s, x) * x + widen(b_s, x) * F
 
 
-class _Guidance(NamedTuple):
-    """Velocities that guidance takes from the network, [K, C, H, W] each."""
+@torch.no_grad()
+def guided_velocity(
+    v_t: Tensor, v_null: Tensor, v_label: Tensor | None, kappa: Tensor, objective: Objective
+) -> Tensor:
+    """v*, [K, C, H, W], of samples that keep their label; kappa is [K].
 
-    flow_matching_null: Tensor
-    consistency_null: Tensor
-    consistency_own: Tensor | None = None  # flow matching's own is the prediction that it makes
+    v_null and v_label are the network's velocities without and with the label; the latter is not
+    needed where mix_ratio is 1.
+    """
+    w, m = objective.cfg_scale, objective.mix_ratio
+    # v_g = v_t + kappa(t) (w - 1) (v_t - v_null)
+    v_g = v_t + widen(kappa * (w - 1), v_t) * (v_t - v_null)
+    # v* = m v_g + (1 - m) v_label
+    return v_g if v_label is None or m == 1 else torch.lerp(v_label, v_g, m)
 
 
-class SoFlow(nn.Module):
-    """A network F with its path and solution form; state-dict keys start with `network.`."""
+def flow_matching_terms(
+    velocity: Tensor, v_star: Tensor, b_s: Tensor, objective: Objective
+) -> LossTerms:
+    """The flow matching loss of each sample, [B] each; b_s is that of (t, t)."""
+    # e = mean of (v(x_t, t) - v*)^2
+    error = sample_mean((velocity - v_star).square())
+    with torch.no_grad():
+        # weight = 1 / (|b_s(t, t)| (e + eps)^p)
+        weight = 1 / (b_s.abs() * (error + objective.eps) ** objective.p)
+    return LossTerms(weight * error, error.detach(), weight)
+
+
+def consistency_terms(
+    F_t: Tensor, f_t: Tensor, f_l: Tensor, gap: Tensor, b: Tensor, objective: Objective
+) -> LossTerms:
+    """The solution consistency loss of each sample, [B] each; gap is t - l and b that of (t, s).
+
+    The loss is a surrogate, mean of sign(b) F_t weight q. Its gradient is that of
+    weight (f_t - f_l)^2 / (2 |b| (t - l)), because d f_t / d F_t = b, and it divides by no small
+    number. Its value may be negative and says nothing; the mean of q^2 does.
+    """
+    with torch.no_grad():
+        # q = (f(x_t, t, s) - f(x_l, l, s)) / (t - l)
+        q = (f_t - f_l) / widen(gap, f_t)
+        squared_error = sample_mean(q.square())
+        # weight = 1 / (mean of q^2 + eps)^p
+        weight = 1 / (squared_error + objective.eps) ** objective.p
+        slope = widen(b.sign() * weight, q) * q
+    return LossTerms(sample_mean(F_t * slope), squared_error, weight)
+
+
+# Methods
+
+
+class Method(nn.Module):
+    """A way to train a network and to jump with it: what SoFlow is, and what a new one has to be.
+
+    It holds the network as `network` (the names in checkpoints start so), and defines `forward`,
+    the loss of a batch already drawn, and `jump`. It stands in METHODS under its name.
+    """
 
     def __init__(
         self, network: nn.Module, noising_type: str = "Linear", coefficient_type: str = "Euler"
@@ -175,10 +190,143 @@ class SoFlow(nn.Module):
         self.solution_form = _choose(SOLUTION_FORMS, "coefficient_type", coefficient_type)
         self.execution = Execution()
 
+    def configure(self, settings: Mapping[str, Any]) -> None:
+        """Take from a config's keys what the loss depends on."""
+
+    def loss(self, batch: Batch) -> StepTerms:
+        """The objective on one part of the global batch, normalised by the global counts."""
+        return self(batch)
+
+    def jump(self, x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
+        """x_s, [B, C, H, W], of x_t; times are [B], labels [B] or None for the null class."""
+        raise NotImplementedError
+
     def interpolate(self, x_0: Tensor, x_1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """x_t and v_t, [B, C, H, W] each."""
-        alpha, beta, alpha_prime, beta_prime = (widen(c, x_0) for c in self.path(t))
-        return alpha * x_0 + beta * x_1, alpha_prime * x_0 + beta_prime * x_1
+        return interpolation(x_0, x_1, self.path(t))
+
+    def drop_labels(self, samples: Samples) -> Tensor | None:
+        """The labels, [B], with the null class where the mask says so."""
+        if samples.labels is None or samples.null_mask is None:
+            return samples.labels
+        if self.null_label is None:
+            if samples.null_mask.any():
+                raise ValueError("a label is dropped, but the network has no null class")
+            return samples.labels
+        null_mask = samples.null_mask.to(samples.labels.device, non_blocking=True)
+        return samples.labels.masked_fill(null_mask, self.null_label)
+
+
+class SoFlow(Method):
+    """A network F with its path and solution form, trained by two losses, sampled by f."""
+
+    def __init__(
+        self, network: nn.Module, noising_type: str = "Linear", coefficient_type: str = "Euler"
+    ):
+        super().__init__(network, noising_type, coefficient_type)
+        self.objective = Objective()
+
+    def configure(self, settings: Mapping[str, Any]) -> None:
+        self.objective = Objective(**{f.name: settings[f.name] for f in fields(Objective)})
+
+    def forward(self, batch: Batch) -> StepTerms:
+        """One step's objective on one part of the global batch, normalised by the global counts.
+
+        Each loss is weighted by its share of the global batch: every sample counts alike. Summed
+        over all parts, `loss` and its gradients are those of the whole batch.
+        """
+        flow_matching, consistency = run_together(
+            self.network,
+            self.execution,
+            self._flow_matching(batch.flow_matching, batch.flow_matching_t, self.objective),
+            self._consistency(batch.consistency, batch.consistency_times, self.objective),
+        )
+        V, C = batch.global_flow_matching_count, batch.global_consistency_count
+        loss = (flow_matching.loss.sum() + consistency.loss.sum()) / (V + C)
+        _, velocity_error, velocity_weight = flow_matching.share(V)
+        _, consistency_error, consistency_weight = consistency.share(C)
+        metrics = {
+            "Vel_MSE": velocity_error,
+            "Vel_Weight": velocity_weight,
+            "Con_MSE": consistency_error,
+            "Con_Weight": consistency_weight,
+        }
+        return StepTerms(loss, metrics)
+
+    def _flow_matching(
+        self, samples: Samples, t: Tensor, objective: Objective
+    ) -> Passes[LossTerms]:
+        """The flow matching loss of each sample: the velocity is to be v*."""
+        x_t, v_t = self.interpolate(samples.x_0, samples.x_1, t)
+        labels, guided = self.drop_labels(samples), guided_places(samples, objective)
+
+        (F_null,) = yield (Pass(x_t, t, t, **_guidance(guided)),)
+        conditions = (labels, samples.augment_labels, samples.dropout_seed)
+        (F_t,) = yield (Pass(x_t, t, t, *conditions, may_be_coarse=True),)
+
+        form = self.solution_form(t, t)
+        velocity = velocity_of(x_t, F_t, form.a_s, form.b_s)
+        v_label = velocity.detach()[guided]
+        v_star = self._guided(x_t, v_t, t, guided, F_null, v_label, objective)
+        return flow_matching_terms(velocity, v_star, form.b_s, objective)
+
+    def _consistency(
+        self, samples: Samples, times: ConsistencyTimes, objective: Objective
+    ) -> Passes[LossTerms]:
+        """The consistency loss of each sample: f at s is to be the same from x_t and from x_l."""
+        t, l, s = times  # noqa: E741
+        x_t, v_t = self.interpolate(samples.x_0, samples.x_1, t)
+        labels, guided = self.drop_labels(samples), guided_places(samples, objective)
+
+        asked = [Pass(x_t, t, t, **_guidance(guided))]
+        if objective.mix_ratio < 1:
+            asked.append(Pass(x_t, t, t, labels, **_guidance(guided)))
+        F_null, *F_label = yield tuple(asked)
+        v_label = self._velocity_at(x_t, t, guided, F_label[0]) if F_label else None
+        v_star = self._guided(x_t, v_t, t, guided, F_null, v_label, objective)
+
+        # The same conditions and dropout masks at t and at l: f must not be of two networks.
+        conditions = (labels, samples.augment_labels, self._shared_seed(samples))
+        (F_t,) = yield (Pass(x_t, t, s, *conditions),)
+        # x_l = x_t + v* (l - t)
+        x_l = x_t + v_star * widen(l - t, x_t)
+        (F_l,) = yield (Pass(x_l, l, s, *conditions, needs_gradient=False),)
+
+        at_t, at_l = self.solution_form(t, s), self.solution_form(l, s)
+        f_t = solution_of(x_t, F_t.detach(), at_t.a, at_t.b)
+        f_l = solution_of(x_l, F_l, at_l.a, at_l.b)
+        return consistency_terms(F_t, f_t, f_l, t - l, at_t.b, objective)
+
+    def _guided(
+        self,
+        x_t: Tensor,
+        v_t: Tensor,
+        t: Tensor,
+        guided: Tensor,
+        F_null: Tensor,
+        v_label: Tensor | None,
+        objective: Objective,
+    ) -> Tensor:
+        """v*, [B, C, H, W]: v_t with the guided samples' places filled by their v*."""
+        if len(guided) == 0:
+            return v_t
+        v_null = self._velocity_at(x_t, t, guided, F_null)
+        kappa = guidance_decay(t[guided], objective.cfg_decay_time)
+        v_star = guided_velocity(v_t[guided], v_null, v_label, kappa, objective)
+        return v_t.index_copy(0, guided, v_star)
+
+    def _velocity_at(self, x_t: Tensor, t: Tensor, places: Tensor, F: Tensor) -> Tensor:
+        """The velocities, [K, C, H, W], at some places of x_t, of F = F(x_t, t, t) there."""
+        form = self.solution_form(t[places], t[places])
+        return velocity_of(x_t[places], F, form.a_s, form.b_s)
+
+    def _shared_seed(self, samples: Samples) -> int | None:
+        """The seed of dropout masks for two passes; one is drawn where none is given."""
+        if samples.dropout_seed is None and self.training:
+            return int(torch.randint(2**62, ()))
+        return samples.dropout_seed
+
+    # For callers who have one loss, one velocity or one jump to compute
 
     def velocity(
         self,
@@ -188,8 +336,9 @@ class SoFlow(nn.Module):
         augment_labels: Tensor | None = None,
     ) -> Tensor:
         """d/ds f(x, t, s) at s = t, which is a_s(t, t) x + b_s(t, t) F(x, t, t)."""
-        query = Query(x_t, t, t, labels, augment_labels)
-        return self._velocity_of(query, self._run(query))
+        (F,) = run_passes(self.network, self.execution, [Pass(x_t, t, t, labels, augment_labels)])
+        form = self.solution_form(t, t)
+        return velocity_of(x_t, F, form.a_s, form.b_s)
 
     def solution(
         self,
@@ -200,18 +349,12 @@ class SoFlow(nn.Module):
         augment_labels: Tensor | None = None,
     ) -> Tensor:
         """f(x, t, s): where the path that is at x_t at time t is at time s."""
-        query = Query(x_t, t, s, labels, augment_labels)
-        return self._solution_of(query, self._run(query))
+        (F,) = run_passes(self.network, self.execution, [Pass(x_t, t, s, labels, augment_labels)])
+        form = self.solution_form(t, s)
+        return solution_of(x_t, F, form.a, form.b)
 
-    def _velocity_of(self, query: Query, output: Tensor) -> Tensor:
-        """The velocity at (x, t), of an `output` F(x, t, t) that is there already."""
-        form = self.solution_form(query.t, query.t)
-        return widen(form.a_s, query.x) * query.x + widen(form.b_s, query.x) * output
-
-    def _solution_of(self, query: Query, output: Tensor) -> Tensor:
-        """f(x, t, s), of an `output` F(x, t, s) that is there already."""
-        form = self.solution_form(query.t, query.s)
-        return widen(form.a, query.x) * query.x + widen(form.b, query.x) * output
+    def jump(self, x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
+        return self.solution(x_t, t, s, labels)
 
     def flow_matching_loss(
         self,
@@ -225,8 +368,9 @@ class SoFlow(nn.Module):
     ) -> LossTerms:
         """The weighted squared error of the velocity, guided where the objective says so."""
         samples = Samples(x_0, x_1, labels, null_mask, augment_labels)
-        nothing, no_times = Samples(x_0[:0], x_1[:0]), ConsistencyTimes(t[:0], t[:0], t[:0])
-        return self(Batch(samples, t, nothing, no_times, len(x_0), 0), objective).flow_matching
+        loss = self._flow_matching(samples, t, objective)
+        (terms,) = run_together(self.network, self.execution, loss)
+        return terms.share(len(x_0))
 
     def consistency_loss(
         self,
@@ -240,244 +384,52 @@ class SoFlow(nn.Module):
         objective: Objective,
         augment_labels: Tensor | None = None,
     ) -> LossTerms:
-        """The division-free surrogate of the solution consistency loss.
-
-        Its gradient is that of weight (f_t - f_l)^2 / (2 |b(t, s)| (t - l)). Its value may be
-        negative and says nothing; squared_error, the mean square of the quotient
-        (f_t - f_l) / (t - l), does.
-        """
+        """The division-free surrogate of the consistency loss; see `consistency_terms`."""
         samples = Samples(x_0, x_1, labels, null_mask, augment_labels)
-        nothing, times = Samples(x_0[:0], x_1[:0]), ConsistencyTimes(t, l, s)
-        return self(Batch(nothing, t[:0], samples, times, 0, len(x_0)), objective).consistency
-
-    def forward(self, batch: Batch, objective: Objective) -> StepTerms:
-        """One step's objective on one part of the global batch, normalised by the global counts.
-
-        Each loss is weighted by its share of the global batch: every sample counts alike. Summed
-        over all parts, `loss` and its gradients are those of the whole batch.
-
-        The network runs three times: for guidance, with gradient, and at the times l; each time on
-        the samples of both losses at once, where dropout and precision let it.
-        """
-        times = batch.consistency_times
-        flow_matching = self._on_path(batch.flow_matching, batch.flow_matching_t, objective)
-        consistency = self._on_path(self._seeded(batch.consistency), times.t, objective)
-        guidance = self._guidance(flow_matching, consistency, objective)
-        asked_v = flow_matching.query(flow_matching.t, may_be_coarse=True)
-        asked_t = consistency.query(times.s, may_be_coarse=False)
-        output_v, output_t = self._ask(asked_v, asked_t)
-
-        predicted = self._velocity_of(asked_v, output_v)
-        own = predicted.detach()[flow_matching.guided]
-        target = _guided_velocity(flow_matching, guidance.flow_matching_null, own, objective)
-        velocity_terms = self._flow_matching_terms(asked_v, predicted, target, objective)
-        target = _guided_velocity(
-            consistency, guidance.consistency_null, guidance.consistency_own, objective
-        )
-        solution_terms = self._consistency_terms(asked_t, output_t, target, times, objective)
-
-        velocity_count = batch.global_flow_matching_count
-        solution_count = batch.global_consistency_count
-        loss = velocity_terms.loss.sum() + solution_terms.loss.sum()
-        return StepTerms(
-            loss / (velocity_count + solution_count),
-            velocity_terms.share(velocity_count),
-            solution_terms.share(solution_count),
-        )
-
-    def _on_path(self, samples: Samples, t: Tensor, objective: Objective) -> _OnPath:
-        """x_t and v_t, with the labels that the network gets and the places of the guided."""
-        is_guided = objective.cfg_scale > 1 and len(t) > 0
-        if is_guided and samples.labels is None:
-            raise ValueError("guidance (cfg_scale > 1) needs labels")
-        guided = _kept_places(samples) if is_guided else torch.arange(0)
-        return _OnPath(
-            samples,
-            self._drop_labels(samples),
-            t,
-            *self.interpolate(samples.x_0, samples.x_1, t),
-            guided.to(t.device, non_blocking=True),
-        )
-
-    def _drop_labels(self, samples: Samples) -> Tensor | None:
-        """The labels, [B], with the null class where the mask says so."""
-        if samples.labels is None or samples.null_mask is None:
-            return samples.labels
-        if self.null_label is None:
-            if samples.null_mask.any():
-                raise ValueError("a label is dropped, but the network has no null class")
-            return samples.labels
-        null_mask = samples.null_mask.to(samples.labels.device, non_blocking=True)
-        return samples.labels.masked_fill(null_mask, self.null_label)
-
-    def _seeded(self, samples: Samples) -> Samples:
-        """The samples, with a seed by which two passes drop the same where there may be dropout."""
-        if samples.dropout_seed is None and self.training:
-            return replace(samples, dropout_seed=int(torch.randint(2**62, ())))
-        return samples
-
-    @torch.no_grad()
-    def _guidance(
-        self, flow_matching: _OnPath, consistency: _OnPath, objective: Objective
-    ) -> _Guidance:
-        """The guided samples' velocities under the null class and, where it is mixed in, their own.
-
-        Flow matching makes the latter anyway.
-        """
-        asked = [(flow_matching, True), (consistency, True)]
-        if objective.mix_ratio < 1:
-            asked.append((consistency, False))
-        takes_all = self.execution.fixed_shapes and objective.cfg_scale > 1
-        queries = [
-            on_path.guidance_query(slice(None) if takes_all else on_path.guided, is_null)
-            for on_path, is_null in asked
-        ]
-        outputs = self._ask(*queries)
-        velocities = [self._velocity_of(*pair) for pair in zip(queries, outputs, strict=True)]
-        if takes_all:
-            velocities = [
-                velocity[on_path.guided]
-                for velocity, (on_path, _) in zip(velocities, asked, strict=True)
-            ]
-        return _Guidance(*velocities)
-
-    def _flow_matching_terms(
-        self, asked: Query, predicted: Tensor, target: Tensor, objective: Objective
-    ) -> LossTerms:
-        """The flow matching loss of each sample, [B] each, of the predicted velocity."""
-        error = sample_mean((predicted - target).square())
-        with torch.no_grad():
-            scale = self.solution_form(asked.t, asked.t).b_s.abs()
-            weight = 1 / (scale * (error + objective.eps) ** objective.p)
-        return LossTerms(weight * error, error.detach(), weight)
-
-    def _consistency_terms(
-        self,
-        asked_t: Query,
-        output_t: Tensor,
-        target: Tensor,
-        times: ConsistencyTimes,
-        objective: Objective,
-    ) -> LossTerms:
-        """The solution consistency loss of each sample, [B] each, of F(x_t, t, s)."""
-        x_t = asked_t.x
-        t, l, s = times  # noqa: E741
-        with torch.no_grad():
-            # Conditions and masks of the pass at t: f_t - f_l must not see two different networks.
-            asked_l = asked_t._replace(x=x_t + target * widen(l - t, x_t), t=l)
-            (output_l,) = self._ask(asked_l)
-            solution_t = self._solution_of(asked_t, output_t)
-            quotient = (solution_t - self._solution_of(asked_l, output_l)) / widen(t - l, x_t)
-            squared_error = sample_mean(quotient.square())
-            weight = 1 / (squared_error + objective.eps) ** objective.p
-            # d f_t / d F_t = b(t, s), so the sign alone is left of b / |b|.
-            sign = self.solution_form(t, s).b.sign()
-            slope = widen(sign * weight, x_t) * quotient
-        return LossTerms(sample_mean(output_t * slope), squared_error, weight)
-
-    # Asking the network
-
-    def _ask(self, *queries: Query) -> list[Tensor]:
-        """F of each query; one call of the network serves all that may run alike."""
-        outputs = [query.x[:0] for query in queries]  # as it is where nobody is asked about
-        alike: dict[tuple, list[int]] = {}
-        for index, query in enumerate(queries):
-            if len(query.x) > 0:
-                alike.setdefault(self._way_of_running(query), []).append(index)
-        for indices in alike.values():
-            joined = self._join([queries[index] for index in indices])
-            sizes = [len(queries[index].x) for index in indices]
-            for index, output in zip(indices, self._run(joined).split(sizes), strict=True):
-                outputs[index] = output
-        return outputs
-
-    def _way_of_running(self, query: Query) -> tuple:
-        """What queries must have in common to share a call of the network."""
-        seed = query.dropout_seed if self._uses_seeds() else None
-        return seed, self._is_coarse(query), query.augment_labels is None
-
-    def _join(self, queries: list[Query]) -> Query:
-        """The samples of all in one query."""
-        if len(queries) == 1:
-            return queries[0]
-        if any(query.labels is not None for query in queries):
-            queries = [self._with_labels(query) for query in queries]
-        columns = zip(*(query[:5] for query in queries), strict=True)
-        return Query(*map(_join_columns, columns), *queries[0][5:])
-
-    def _with_labels(self, query: Query) -> Query:
-        """The query, its null class spelt out."""
-        if query.labels is not None:
-            return query
-        if self.null_label is None:
-            raise ValueError("guidance needs a network with a null class")
-        return query._replace(labels=torch.full_like(query.t, self.null_label, dtype=torch.int64))
-
-    def _uses_seeds(self) -> bool:
-        """Whether the network drops out, by a seed that it is given."""
-        return self.training and getattr(self.network, "uses_dropout_seed", False)
-
-    def _run(self, query: Query) -> Tensor:
-        """F(x, t, s), with those conditions that there are."""
-        for times in (query.t, query.s):
-            _check_times(times, query.x)
-        has_seed = query.dropout_seed is not None and self._uses_seeds()
-        conditions = {
-            "labels": query.labels,
-            "augment_labels": query.augment_labels,
-            "dropout_seed": torch.tensor(query.dropout_seed) if has_seed else None,
-        }
-        given = {name: value for name, value in conditions.items() if value is not None}
-        with self._precision_of(query):
-            output = self.network(query.x, query.t, query.t - query.s, **given)
-        return output.to(query.x.dtype)
-
-    def _precision_of(self, query: Query) -> contextlib.AbstractContextManager:
-        """A block in which the network runs as coarsely as the query lets it."""
-        if not self._is_coarse(query):
-            return contextlib.nullcontext()
-        return torch.autocast(query.x.device.type, self.execution.coarse_dtype)
-
-    def _is_coarse(self, query: Query) -> bool:
-        return query.may_be_coarse and self.execution.coarse_dtype is not None
+        loss = self._consistency(samples, ConsistencyTimes(t, l, s), objective)
+        (terms,) = run_together(self.network, self.execution, loss)
+        return terms.share(len(x_0))
 
 
-@torch.no_grad()
-def _guided_velocity(
-    on_path: _OnPath, null_velocity: Tensor, own_velocity: Tensor | None, objective: Objective
-) -> Tensor:
-    """v*, the target velocity, [B, C, H, W].
-
-    v* = m v_g + (1 - m) velocity(x_t, t, label), v_g = v_t + kappa(t) (w - 1) (v_t - v_u),
-    with v_u the velocity of the null class. Samples with a dropped label keep v_t.
-    """
-    if len(on_path.guided) == 0:
-        return on_path.velocity_t
-    t, velocity_t = on_path.t[on_path.guided], on_path.velocity_t[on_path.guided]
-    strength = (objective.cfg_scale - 1) * guidance_decay(t, objective.cfg_decay_time)
-    guided = velocity_t + widen(strength, velocity_t) * (velocity_t - null_velocity)
-    if objective.mix_ratio < 1:
-        guided = torch.lerp(own_velocity, guided, objective.mix_ratio)
-    return on_path.velocity_t.index_copy(0, on_path.guided, guided)
-
-
-def _kept_places(samples: Samples) -> Tensor:
-    """Indices, on the CPU, of the samples whose label is kept."""
+def guided_places(samples: Samples, objective: Objective) -> Tensor:
+    """[K] places of the samples that guidance acts on: those that keep their label."""
+    device = samples.x_0.device
+    if objective.cfg_scale <= 1 or len(samples.x_0) == 0:
+        return torch.arange(0, device=device)
+    if samples.labels is None:
+        raise ValueError("guidance (cfg_scale > 1) needs labels")
     if samples.null_mask is None:
-        return torch.arange(len(samples.x_0))
-    return torch.nonzero(~samples.null_mask).squeeze(1)
+        return torch.arange(len(samples.x_0), device=device)
+    # Counted on the CPU, where it waits for no device.
+    return torch.nonzero(~samples.null_mask).squeeze(1).to(device, non_blocking=True)
 
 
-def _join_columns(tensors: Iterable[Tensor | None]) -> Tensor | None:
-    """One after the other along the batch; None where there are none."""
-    given = [tensor for tensor in tensors if tensor is not None]
-    return torch.cat(given) if given else None
+def _guidance(guided: Tensor) -> dict[str, Any]:
+    """How guidance passes run: for some samples alone, and to be subtracted from each other."""
+    return {"wanted": guided, "needs_gradient": False, "may_be_coarse": True}
 
 
-def _choose(table: dict[str, Callable], key: str, name: str) -> Callable:
+# Building
+
+
+METHODS: dict[str, type[Method]] = {"SoFlow": SoFlow}
+
+# By the first part of a model_type, up to its first "-". Each has `build` and `is_conditional`.
+BACKBONES: dict[str, type] = {"DiT": DiT, "UNet": UNet}
+
+
+def _choose(table: Mapping[str, Any], key: str, name: str) -> Any:
     if name not in table:
         raise ValueError(f"{key} {name!r} is not one of {', '.join(table)}")
     return table[name]
+
+
+def backbone_of(model_type: str) -> type:
+    """The class in BACKBONES that `model_type` names; ValueError where there is none."""
+    family = model_type.partition("-")[0]
+    if family not in BACKBONES:
+        raise ValueError(f"model_type {model_type!r} is none of {', '.join(BACKBONES)}")
+    return BACKBONES[family]
 
 
 def build_network(
@@ -493,13 +445,14 @@ def build_network(
     A DiT's label table has a row for the null class where cfg_drop_rate > 0; `dropout` is the
     UNet's. ValueError where the name is unknown or the data does not fit the network.
     """
-    if model_type == "UNet":
-        return UNet(data_size, data_channels, dropout)
-    try:
-        size, patch = parse_model_type(model_type)
-    except ValueError as error:
-        raise ValueError(f"model_type: {error}, nor UNet") from None
-    return DiT(size, patch, data_size, data_channels, num_classes, null_class=cfg_drop_rate > 0)
+    return backbone_of(model_type).build(
+        model_type,
+        data_size=data_size,
+        data_channels=data_channels,
+        num_classes=num_classes,
+        null_class=cfg_drop_rate > 0,
+        dropout=dropout,
+    )
 
 
 def build_model(
@@ -511,9 +464,10 @@ def build_model(
     noising_type: str = "Linear",
     coefficient_type: str = "Euler",
     dropout: float = 0.30,
-) -> SoFlow:
-    """A SoFlow around a fresh `build_network`; see there for the arguments."""
+    method: str = "SoFlow",
+) -> Any:
+    """A SoFlow, or another of METHODS, around a fresh `build_network`; see there."""
     network = build_network(
         model_type, data_channels, data_size, num_classes, cfg_drop_rate, dropout
     )
-    return SoFlow(network, noising_type, coefficient_type)
+    return _choose(METHODS, "method", method)(network, noising_type, coefficient_type)

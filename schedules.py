@@ -77,21 +77,22 @@ def guidance_decay(t: Tensor, cfg_decay_time: float) -> Tensor:
     return 1 - torch.exp(-DECAY_RATE * d / (1 - d))
 
 
+# Each is r(x) from init to end, with x = k/K the share of the steps that are finished.
+GAP_SCHEDULES: dict[str, Callable[[float, float, float], float]] = {
+    "Const": lambda x, init, end: end,
+    "Linear": lambda x, init, end: init + (end - init) * x,
+    "Cosine": lambda x, init, end: end + (init - end) * (1 + math.cos(math.pi * x)) / 2,
+    "Exponent": lambda x, init, end: init * (end / init) ** x,
+}
+
+
 def gap_fraction(
     schedule: str, step: int, total_steps: int, init_ratio: float, end_ratio: float
 ) -> float:
     """r(k, K): where l lies between t (r = 0) and s (r = 1) after `step` finished steps."""
-    progress = step / total_steps
-    match schedule:
-        case "Const":
-            return end_ratio
-        case "Linear":
-            return init_ratio + (end_ratio - init_ratio) * progress
-        case "Cosine":
-            return end_ratio + (init_ratio - end_ratio) * (1 + math.cos(math.pi * progress)) / 2
-        case "Exponent":
-            return init_ratio * (end_ratio / init_ratio) ** progress
-    raise ValueError(f"l_schedule {schedule!r} is not one of Const, Linear, Cosine, Exponent")
+    if schedule not in GAP_SCHEDULES:
+        raise ValueError(f"l_schedule {schedule!r} is not one of {', '.join(GAP_SCHEDULES)}")
+    return GAP_SCHEDULES[schedule](step / total_steps, init_ratio, end_ratio)
 
 
 class ConsistencyTimes(NamedTuple):

@@ -206,7 +206,24 @@ class UNet(nn.Module):
     Raises UserError for a data_size that cannot be halved twice, or a dropout outside [0, 1).
     """
 
+    is_conditional = False
+    null_label = None
     uses_dropout_seed = True
+
+    @classmethod
+    def build(
+        cls,
+        model_type: str,
+        data_size: int,
+        data_channels: int,
+        num_classes: int,
+        null_class: bool,
+        dropout: float,
+    ) -> "UNet":
+        """The UNet; ValueError where `model_type` says more than that, or the data do not fit."""
+        if model_type != "UNet":
+            raise ValueError(f"{model_type!r} is not UNet, which comes in one size")
+        return cls(data_size, data_channels, dropout)
 
     def __init__(self, data_size: int = 32, data_channels: int = 3, dropout: float = 0.30):
         super().__init__()
@@ -219,9 +236,8 @@ class UNet(nn.Module):
         if not 0 <= dropout < 1:
             raise UserError(f"dropout {dropout}: must be at least 0 and below 1")
         self.data_shape = (data_channels, data_size, data_size)
-        self.activation_checkpointing = (
-            False  # keep each block's output alone for the backward pass
-        )
+        # Keep each block's output alone for the backward pass.
+        self.activation_checkpointing = False
         sizes = [data_size // 2**level for level in range(LEVELS)]
         self.map_augment = nn.Linear(AUGMENT_LABELS, EMBEDDING_WIDTH, bias=False)
         self.map_layer0 = nn.Linear(EMBEDDING_WIDTH, EMBEDDING_WIDTH)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models import Batch, LossTerms, Objective, Samples, SoFlow, StepTerms, sample_mean, widen
+from models import Batch, Objective, Samples, SoFlow, StepTerms, sample_mean, widen
 
 # B samples of the whole batch, both parts together
 
@@ -20,7 +20,7 @@ class _Baseline(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: Batch, objective: Objective) -> StepTerms:
+    def forward(self, batch: Batch) -> StepTerms:
         """The loss as a step's objective; the metrics that SoFlow has beside it are zero."""
         parts = (batch.flow_matching, batch.consistency)
         samples = Samples(
@@ -30,9 +30,9 @@ class _Baseline(nn.Module):
         )
         t = torch.cat([batch.flow_matching_t, batch.consistency_times.t])
         s = torch.cat([batch.flow_matching_t, batch.consistency_times.s])
-        loss = self.loss(samples, t, s, objective)
-        zeros = LossTerms(*loss.new_zeros(3))
-        return StepTerms(loss, zeros, zeros)
+        loss = self.loss(samples, t, s, self.model.objective)
+        metrics = ("Vel_MSE", "Vel_Weight", "Con_MSE", "Con_Weight")
+        return StepTerms(loss, dict(zip(metrics, loss.new_zeros(4), strict=True)))
 
     def loss(self, samples: Samples, t: Tensor, s: Tensor, objective: Objective) -> Tensor:
         """The mean over the samples, whose labels are dropped by their mask."""
@@ -40,7 +40,7 @@ class _Baseline(nn.Module):
 
     def labels(self, samples: Samples) -> Tensor | None:
         """[B], the null class where the label is dropped."""
-        return self.model._drop_labels(samples)
+        return self.model.drop_labels(samples)
 
 
 class FlowMatching(_Baseline):

@@ -41,7 +41,7 @@ def saved_bytes(learner: Learner) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        terms = [learner.parallel_model(b, learner.objective) for b in drawn_batches(learner)]
+        terms = [learner.parallel_model(b) for b in drawn_batches(learner)]
     assert terms  # alive until here, so that no storage was counted in another's place
     return sum(sizes.values())
 

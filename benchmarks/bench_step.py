@@ -38,7 +38,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from learner import Learner
-from models import Batch, Objective, Samples, build_model
+from models import Batch, Samples, build_model
 from schedules import consistency_times
 from soflow.config import Config
 from soflow.distributed import processes
@@ -71,10 +71,10 @@ def count_flops(config: Config, name: str) -> float:
     with torch.device(device):
         channels = 4 if config.is_latent else 3
         model = build_model(**config.model_arguments(channels, NUM_CLASSES))
+    model.configure(config.to_dict())
     batch = exact_batch(config, count, device)
-    objective = Objective(config.cfg_scale, config.mix_ratio, config.cfg_decay_time, 1.0, 0.01)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as of_step:
-        STEPS[name](model)(batch, objective).loss.backward()
+        STEPS[name](model)(batch).loss.backward()
     parts = (batch.flow_matching, batch.consistency)
     x = torch.cat([part.x_0 for part in parts])
     labels = torch.cat([part.labels for part in parts]) if config.is_conditional else None

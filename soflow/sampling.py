@@ -26,7 +26,7 @@ IMAGES_AT_ONCE = 8  # turned into pixels
 class Model(Protocol):
     """What the sampler needs of a SoFlow."""
 
-    def solution(self, x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor: ...
+    def jump(self, x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor: ...
 
     def interpolate(self, x_0: Tensor, x_1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]: ...
 
@@ -44,7 +44,7 @@ def sample(model: Model, noises: Sequence[Tensor], labels: Tensor | None = None)
         t = torch.full_like(zeros, 1 - jump / len(noises))
         if jump > 0:
             x, _ = model.interpolate(x, noise, t)
-        x = model.solution(x, t, zeros, labels)
+        x = model.jump(x, t, zeros, labels)
     return x
 
 

@@ -1,0 +1,197 @@
+"""Asking the network: which samples share a call, in which precision, with which dropout masks.
+
+A loss asks the network more than once, and a step has more than one loss. Each loss is written as a
+generator that yields the passes it needs next and is sent their outputs,
+
+    (F_t,) = yield (Pass(x_t, t, s, labels),)
+
+so that it reads from top to bottom, and `run_together` lets the passes of all losses share calls.
+"""
+
+import contextlib
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+# B samples of a pass, K of them wanted, C channels, H = W side
+
+Result = TypeVar("Result")
+
+
+class Backbone(Protocol):
+    """A network F: what DiT and UNet are, and what a new backbone has to be.
+
+    It is an nn.Module called as `network(x, t, gap, labels=, augment_labels=, dropout_seed=)`, with
+    x [B, C, H, W], t and gap = t - s [B] in 0..1, and returns a tensor shaped like x. Of the three
+    conditions it is given only those that a pass has: labels [B] int64, augment_labels [B, 6], and
+    dropout_seed, a whole number as a scalar tensor on the CPU.
+    """
+
+    # The label of the null class, which labels=None stands for; None where the network has none.
+    null_label: int | None
+    # Whether dropout takes its masks from dropout_seed while training: equal seeds, equal masks,
+    # and no other random state is touched. Without a seed they come from the global generator.
+    uses_dropout_seed: bool
+    # Set by training: compute activations again in the backward pass instead of keeping them.
+    activation_checkpointing: bool
+    training: bool
+
+    def __call__(self, x: Tensor, t: Tensor, gap: Tensor, **conditions: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One evaluation of the network, F(x, t, s), and how it may run."""
+
+    x: Tensor  # [B, C, H, W]
+    t: Tensor  # [B]
+    s: Tensor  # [B]
+    labels: Tensor | None = None  # [B] int64; None: the null class for all
+    augment_labels: Tensor | None = None  # [B, 6]
+    dropout_seed: int | None = None
+    wanted: Tensor | None = None  # [K] places of the samples whose output is needed; None: all
+    needs_gradient: bool = True
+    may_be_coarse: bool = False  # whether a lower precision will do
+
+
+Passes = Generator[tuple[Pass, ...], list[Tensor], Result]  # what a loss is
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How passes run: their cost and their rounding depend on it, and nothing else."""
+
+    # Of passes that may be coarse; None: these too keep the precision of the weights.
+    coarse_dtype: torch.dtype | None = None
+    # Compute all samples of a pass, also those that are not wanted, so that shapes never change.
+    fixed_shapes: bool = False
+
+
+def run_together(network: Backbone, execution: Execution, *losses: Passes[Result]) -> list[Result]:
+    """The results of all losses. What they ask for at the same time shares calls where it can."""
+    results: dict[int, Result] = {}
+    answers: dict[int, list[Tensor] | None] = dict.fromkeys(range(len(losses)))
+    while answers:
+        asked = {}
+        for index, answer in answers.items():
+            try:
+                # The first send, of None, starts the loss.
+                asked[index] = losses[index].send(answer)  # type: ignore[arg-type]
+            except StopIteration as end:
+                results[index] = end.value
+        outputs = iter(run_passes(network, execution, [p for ps in asked.values() for p in ps]))
+        answers = {index: [next(outputs) for _ in passes] for index, passes in asked.items()}
+    return [results[index] for index in range(len(losses))]
+
+
+def run_passes(network: Backbone, execution: Execution, passes: Sequence[Pass]) -> list[Tensor]:
+    """The output of each pass, [K, C, H, W], in as few calls of the network as they allow."""
+    passes = [_chosen(one, execution) for one in passes]
+    outputs = [one.x[:0] for one in passes]  # what stays for a pass without samples
+    alike: dict[tuple, list[int]] = {}
+    for index, one in enumerate(passes):
+        if len(one.x) > 0:
+            alike.setdefault(_way_of_running(one, network, execution), []).append(index)
+    for indices in alike.values():
+        joined = _join([passes[index] for index in indices], network)
+        sizes = [len(passes[index].x) for index in indices]
+        parts = _call(joined, network, execution).split(sizes)
+        for index, output in zip(indices, parts, strict=True):
+            wanted = passes[index].wanted
+            outputs[index] = output if wanted is None else output[wanted]
+    return outputs
+
+
+def _chosen(one: Pass, execution: Execution) -> Pass:
+    """The pass with the wanted samples alone, unless shapes are to stay fixed."""
+    wanted = one.wanted
+    if wanted is None or execution.fixed_shapes:
+        return one
+    labels = None if one.labels is None else one.labels[wanted]
+    augment_labels = None if one.augment_labels is None else one.augment_labels[wanted]
+    return replace(
+        one,
+        x=one.x[wanted],
+        t=one.t[wanted],
+        s=one.s[wanted],
+        labels=labels,
+        augment_labels=augment_labels,
+        wanted=None,
+    )
+
+
+def _way_of_running(one: Pass, network: Backbone, execution: Execution) -> tuple:
+    """What passes must have in common to share a call."""
+    seed = one.dropout_seed if _uses_seeds(network) else None
+    return seed, _is_coarse(one, execution), one.augment_labels is None, one.needs_gradient
+
+
+def _join(passes: Sequence[Pass], network: Backbone) -> Pass:
+    """The samples of all in one pass."""
+    first = passes[0]
+    if len(passes) == 1:
+        return first
+    if any(one.labels is not None for one in passes):
+        passes = [_with_labels(one, network) for one in passes]
+    return replace(
+        first,
+        x=torch.cat([one.x for one in passes]),
+        t=torch.cat([one.t for one in passes]),
+        s=torch.cat([one.s for one in passes]),
+        labels=_cat_given(one.labels for one in passes),
+        augment_labels=_cat_given(one.augment_labels for one in passes),
+    )
+
+
+def _cat_given(tensors: Iterable[Tensor | None]) -> Tensor | None:
+    """The tensors one after the other; None where there are none."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    return torch.cat(given) if given else None
+
+
+def _with_labels(one: Pass, network: Backbone) -> Pass:
+    """The pass with its null class, if it has no labels, written out."""
+    if one.labels is not None:
+        return one
+    null_label = getattr(network, "null_label", None)
+    if null_label is None:
+        raise ValueError("guidance needs a network with a null class")
+    return replace(one, labels=torch.full_like(one.t, null_label, dtype=torch.int64))
+
+
+def _call(one: Pass, network: Backbone, execution: Execution) -> Tensor:
+    """F(x, t, s) of all samples of a pass, with the conditions that it has."""
+    for times in (one.t, one.s):
+        check_times(times, one.x)
+    has_seed = one.dropout_seed is not None and _uses_seeds(network)
+    conditions = {
+        "labels": one.labels,
+        "augment_labels": one.augment_labels,
+        "dropout_seed": torch.tensor(one.dropout_seed) if has_seed else None,
+    }
+    given = {name: value for name, value in conditions.items() if value is not None}
+    with contextlib.ExitStack() as contexts:
+        if not one.needs_gradient:
+            contexts.enter_context(torch.no_grad())
+        if _is_coarse(one, execution):
+            contexts.enter_context(torch.autocast(one.x.device.type, execution.coarse_dtype))
+        output = network(one.x, one.t, one.t - one.s, **given)
+        return output.to(one.x.dtype)
+
+
+def check_times(times: Tensor, x: Tensor) -> None:
+    """ValueError unless `times` are [B], one for each sample of x [B, C, H, W]."""
+    if times.shape != x.shape[:1]:
+        raise ValueError(f"times must be [{len(x)}], one per sample, not {list(times.shape)}")
+
+
+def _uses_seeds(network: Backbone) -> bool:
+    """Whether the network drops out now, by a seed that it is given."""
+    return network.training and getattr(network, "uses_dropout_seed", False)
+
+
+def _is_coarse(one: Pass, execution: Execution) -> bool:
+    return one.may_be_coarse and execution.coarse_dtype is not None
