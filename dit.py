@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from backbone import Backbone
+
 # B batch, C channels, H = W side of the data, P patch side, N tokens, D width, h heads
 
 
@@ -106,7 +108,6 @@ class LabelEmbedding(nn.Module):
 
     def __init__(self, num_classes: int, null_class: bool, width: int):
         super().__init__()
-        self.null_label = num_classes if null_class else None
         self.embedding_table = nn.Embedding(num_classes + null_class, width)
 
     def forward(self, labels: Tensor) -> Tensor:
@@ -175,11 +176,8 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
-class DiT(nn.Module):
+class DiT(Backbone):
     """Maps x [B, C, H, H] at times t, gap [B] and labels [B] to [B, C, H, H]."""
-
-    is_conditional = True
-    uses_dropout_seed = False  # there is no dropout
 
     def __init__(
         self,
@@ -193,7 +191,6 @@ class DiT(nn.Module):
         super().__init__()
         self.tokens_per_side = data_size // patch
         self.patch = patch
-        self.activation_checkpointing = False  # keep each block's input alone for the backward pass
         self.pos_embed = nn.Parameter(
             position_table(self.tokens_per_side, size.width), requires_grad=False
         )
@@ -201,6 +198,7 @@ class DiT(nn.Module):
         self.t_embedder = TimeEmbedding(size.width)
         self.s_embedder = TimeEmbedding(size.width)  # of the gap; the name is the checkpoints'
         self.y_embedder = LabelEmbedding(num_classes, null_class, size.width)
+        self.null_label = num_classes if null_class else None
         self.blocks = nn.ModuleList(Block(size.width, size.heads) for _ in range(size.depth))
         self.final_layer = FinalLayer(size.width, patch, data_channels)
         self._initialise()
@@ -215,14 +213,8 @@ class DiT(nn.Module):
         null_class: bool,
         dropout: float,
     ) -> "DiT":
-        """The DiT that `model_type` names; ValueError where there is none, or no room for it."""
         size, patch = parse_model_type(model_type, data_size)
         return cls(size, patch, data_size, data_channels, num_classes, null_class)
-
-    @property
-    def null_label(self) -> int | None:
-        """The label that stands for no class, or None where the table has no such row."""
-        return self.y_embedder.null_label
 
     def _initialise(self) -> None:
         for module in self.modules():
@@ -231,15 +223,15 @@ class DiT(nn.Module):
                 nn.init.zeros_(module.bias)
         patches = self.x_embedder.proj
         nn.init.xavier_uniform_(patches.weight.view(patches.out_channels, -1))
-        nn.init.zeros_(patches.bias)
+        nn.init.zeros_(self.get_parameter("x_embedder.proj.bias"))
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         # Only t: the gap embedding stays Xavier, so that the gap is seen from the first step on.
-        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
-        for block in self.blocks:
-            nn.init.zeros_(block.adaLN_modulation[1].weight)
-        nn.init.zeros_(self.final_layer.adaLN_modulation[1].weight)
+        nn.init.normal_(self.get_parameter("t_embedder.mlp.0.weight"), std=0.02)
+        nn.init.normal_(self.get_parameter("t_embedder.mlp.2.weight"), std=0.02)
         nn.init.zeros_(self.final_layer.linear.weight)
+        for name, parameter in self.named_parameters():
+            if "adaLN_modulation" in name:
+                nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, t: Tensor, gap: Tensor, labels: Tensor | None = None) -> Tensor:
         """The network's output, shaped like x; labels None means the null class for all."""

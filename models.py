@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from backbone import Backbone
 from dit import DiT
 from passes import Execution, Pass, Passes, check_times, run_passes, run_together
 from schedules import PATHS, SOLUTION_FORMS, ConsistencyTimes, PathPoint, guidance_decay
@@ -414,8 +415,8 @@ def _guidance(guided: Tensor) -> dict[str, Any]:
 
 METHODS: dict[str, type[Method]] = {"SoFlow": SoFlow}
 
-# By the first part of a model_type, up to its first "-". Each has `build` and `is_conditional`.
-BACKBONES: dict[str, type] = {"DiT": DiT, "UNet": UNet}
+# By the first part of a model_type, up to its first "-".
+BACKBONES: dict[str, type[Backbone]] = {"DiT": DiT, "UNet": UNet}
 
 
 def _choose(table: Mapping[str, Any], key: str, name: str) -> Any:
@@ -424,7 +425,7 @@ def _choose(table: Mapping[str, Any], key: str, name: str) -> Any:
     return table[name]
 
 
-def backbone_of(model_type: str) -> type:
+def backbone_of(model_type: str) -> type[Backbone]:
     """The class in BACKBONES that `model_type` names; ValueError where there is none."""
     family = model_type.partition("-")[0]
     if family not in BACKBONES:
@@ -465,7 +466,7 @@ def build_model(
     coefficient_type: str = "Euler",
     dropout: float = 0.30,
     method: str = "SoFlow",
-) -> Any:
+) -> Method:
     """A SoFlow, or another of METHODS, around a fresh `build_network`; see there."""
     network = build_network(
         model_type, data_channels, data_size, num_classes, cfg_drop_rate, dropout

@@ -11,35 +11,14 @@ so that it reads from top to bottom, and `run_together` lets the passes of all l
 import contextlib
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # B samples of a pass, K of them wanted, C channels, H = W side
 
 Result = TypeVar("Result")
-
-
-class Backbone(Protocol):
-    """A network F: what DiT and UNet are, and what a new backbone has to be.
-
-    It is an nn.Module called as `network(x, t, gap, labels=, augment_labels=, dropout_seed=)`, with
-    x [B, C, H, W], t and gap = t - s [B] in 0..1, and returns a tensor shaped like x. Of the three
-    conditions it is given only those that a pass has: labels [B] int64, augment_labels [B, 6], and
-    dropout_seed, a whole number as a scalar tensor on the CPU.
-    """
-
-    # The label of the null class, which labels=None stands for; None where the network has none.
-    null_label: int | None
-    # Whether dropout takes its masks from dropout_seed while training: equal seeds, equal masks,
-    # and no other random state is touched. Without a seed they come from the global generator.
-    uses_dropout_seed: bool
-    # Set by training: compute activations again in the backward pass instead of keeping them.
-    activation_checkpointing: bool
-    training: bool
-
-    def __call__(self, x: Tensor, t: Tensor, gap: Tensor, **conditions: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -70,7 +49,7 @@ class Execution:
     fixed_shapes: bool = False
 
 
-def run_together(network: Backbone, execution: Execution, *losses: Passes[Result]) -> list[Result]:
+def run_together(network: nn.Module, execution: Execution, *losses: Passes[Result]) -> list[Result]:
     """The results of all losses. What they ask for at the same time shares calls where it can."""
     results: dict[int, Result] = {}
     answers: dict[int, list[Tensor] | None] = dict.fromkeys(range(len(losses)))
@@ -87,7 +66,7 @@ def run_together(network: Backbone, execution: Execution, *losses: Passes[Result
     return [results[index] for index in range(len(losses))]
 
 
-def run_passes(network: Backbone, execution: Execution, passes: Sequence[Pass]) -> list[Tensor]:
+def run_passes(network: nn.Module, execution: Execution, passes: Sequence[Pass]) -> list[Tensor]:
     """The output of each pass, [K, C, H, W], in as few calls of the network as they allow."""
     passes = [_chosen(one, execution) for one in passes]
     outputs = [one.x[:0] for one in passes]  # what stays for a pass without samples
@@ -123,13 +102,13 @@ def _chosen(one: Pass, execution: Execution) -> Pass:
     )
 
 
-def _way_of_running(one: Pass, network: Backbone, execution: Execution) -> tuple:
+def _way_of_running(one: Pass, network: nn.Module, execution: Execution) -> tuple:
     """What passes must have in common to share a call."""
     seed = one.dropout_seed if _uses_seeds(network) else None
     return seed, _is_coarse(one, execution), one.augment_labels is None, one.needs_gradient
 
 
-def _join(passes: Sequence[Pass], network: Backbone) -> Pass:
+def _join(passes: Sequence[Pass], network: nn.Module) -> Pass:
     """The samples of all in one pass."""
     first = passes[0]
     if len(passes) == 1:
@@ -152,17 +131,18 @@ def _cat_given(tensors: Iterable[Tensor | None]) -> Tensor | None:
     return torch.cat(given) if given else None
 
 
-def _with_labels(one: Pass, network: Backbone) -> Pass:
+def _with_labels(one: Pass, network: nn.Module) -> Pass:
     """The pass with its null class, if it has no labels, written out."""
     if one.labels is not None:
         return one
-    null_label = getattr(network, "null_label", None)
+    null_label: int | None = getattr(network, "null_label", None)
     if null_label is None:
         raise ValueError("guidance needs a network with a null class")
-    return replace(one, labels=torch.full_like(one.t, null_label, dtype=torch.int64))
+    null_labels = torch.full_like(one.t, null_label, dtype=torch.int64)
+    return replace(one, labels=null_labels)
 
 
-def _call(one: Pass, network: Backbone, execution: Execution) -> Tensor:
+def _call(one: Pass, network: nn.Module, execution: Execution) -> Tensor:
     """F(x, t, s) of all samples of a pass, with the conditions that it has."""
     for times in (one.t, one.s):
         check_times(times, one.x)
@@ -188,7 +168,7 @@ def check_times(times: Tensor, x: Tensor) -> None:
         raise ValueError(f"times must be [{len(x)}], one per sample, not {list(times.shape)}")
 
 
-def _uses_seeds(network: Backbone) -> bool:
+def _uses_seeds(network: nn.Module) -> bool:
     """Whether the network drops out now, by a seed that it is given."""
     return network.training and getattr(network, "uses_dropout_seed", False)
 

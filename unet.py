@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from backbone import Backbone
 from soflow.files import UserError
 
 STEM_WIDTH = 128
@@ -81,6 +82,7 @@ class _Convolution(nn.Conv2d):
     ):
         super().__init__(in_channels, out_channels, kernel, padding=kernel // 2)
         self.resample = resample
+        self.resample_filter: Tensor
         if resample:
             taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
             self.register_buffer("resample_filter", torch.outer(taps, taps)[None, None])
@@ -119,7 +121,7 @@ class _Block(nn.Module):
         self.affine = nn.Linear(EMBEDDING_WIDTH, out_channels)
         self.norm1 = _norm(out_channels)
         self.conv1 = _Convolution(out_channels, out_channels, 3)
-        self.skip = nn.Identity()
+        self.skip: nn.Module = nn.Identity()
         if resample or in_channels != out_channels:
             self.skip = _Convolution(in_channels, out_channels, 1, resample)
         if attention:
@@ -162,8 +164,12 @@ def _block_seeds(dropout_seed: Tensor | None) -> Iterator[Tensor | None]:
     return (dropout_seed + index for index in itertools.count())
 
 
-def _encoder(sizes: list[int], data_channels: int, dropout: float) -> nn.ModuleDict:
-    entries = {f"{sizes[0]}x{sizes[0]}_conv": _Convolution(data_channels, STEM_WIDTH, 3)}
+def _encoder(
+    sizes: list[int], data_channels: int, dropout: float
+) -> dict[str, _Convolution | _Block]:
+    """The way to the smallest size, by the names of its parts; all their outputs are stored."""
+    stem = _Convolution(data_channels, STEM_WIDTH, 3)
+    entries: dict[str, _Convolution | _Block] = {f"{sizes[0]}x{sizes[0]}_conv": stem}
     width = STEM_WIDTH
     for level, size in enumerate(sizes):
         if level > 0:
@@ -173,7 +179,7 @@ def _encoder(sizes: list[int], data_channels: int, dropout: float) -> nn.ModuleD
             block = _Block(width, WIDTH, dropout, attention=attention)
             entries[f"{size}x{size}_block{index}"] = block
             width = WIDTH
-    return nn.ModuleDict(entries)
+    return entries
 
 
 def _decoder(
@@ -197,7 +203,7 @@ def _decoder(
     return nn.ModuleDict(entries)
 
 
-class UNet(nn.Module):
+class UNet(Backbone):
     """F(x, t, s) for pixels, without labels: 55.7 million parameters at any size.
 
     Its three levels see data_size, data_size / 2 and data_size / 4 pixels a side, and their names
@@ -207,7 +213,6 @@ class UNet(nn.Module):
     """
 
     is_conditional = False
-    null_label = None
     uses_dropout_seed = True
 
     @classmethod
@@ -220,7 +225,6 @@ class UNet(nn.Module):
         null_class: bool,
         dropout: float,
     ) -> "UNet":
-        """The UNet; ValueError where `model_type` says more than that, or the data do not fit."""
         if model_type != "UNet":
             raise ValueError(f"{model_type!r} is not UNet, which comes in one size")
         return cls(data_size, data_channels, dropout)
@@ -236,14 +240,13 @@ class UNet(nn.Module):
         if not 0 <= dropout < 1:
             raise UserError(f"dropout {dropout}: must be at least 0 and below 1")
         self.data_shape = (data_channels, data_size, data_size)
-        # Keep each block's output alone for the backward pass.
-        self.activation_checkpointing = False
         sizes = [data_size // 2**level for level in range(LEVELS)]
         self.map_augment = nn.Linear(AUGMENT_LABELS, EMBEDDING_WIDTH, bias=False)
         self.map_layer0 = nn.Linear(EMBEDDING_WIDTH, EMBEDDING_WIDTH)
         self.map_layer1 = nn.Linear(EMBEDDING_WIDTH, EMBEDDING_WIDTH)
-        self.enc = _encoder(sizes, data_channels, dropout)
-        stored_widths = [entry.out_channels for entry in self.enc.values()]
+        encoder = _encoder(sizes, data_channels, dropout)
+        self.enc = nn.ModuleDict(encoder)
+        stored_widths = [part.out_channels for part in encoder.values()]
         self.dec = _decoder(sizes, stored_widths, data_channels, dropout)
         self._draw_weights()
 
@@ -288,7 +291,7 @@ class UNet(nn.Module):
             h = self._pass(block, h, embedding, next(seeds))
         return conv(F.silu(norm(h)))
 
-    def _pass(self, block: _Block, x: Tensor, embedding: Tensor, seed: Tensor | None) -> Tensor:
+    def _pass(self, block: nn.Module, x: Tensor, embedding: Tensor, seed: Tensor | None) -> Tensor:
         """The block's output; with activation checkpointing nothing else is kept."""
         if not (self.activation_checkpointing and torch.is_grad_enabled()):
             return block(x, embedding, seed)
