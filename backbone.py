@@ -1,5 +1,6 @@
 """The slot for backbones: what a network F has to be, and what DiT and UNet are."""
 
+from collections.abc import Sequence
 from typing import Self
 
 from torch import nn
@@ -14,10 +15,13 @@ class Backbone(nn.Module):
     three conditions it is given only those that there are: labels [B] int64, augment_labels
     [B, 6], and dropout_seed, a whole number as a scalar tensor on the CPU.
 
-    A new one defines `build` and `forward`, says below what is other than here, and stands in
-    `models.BACKBONES` under the first part of its model_type.
+    A new one defines `forward` and the three class methods, says what is other than below, and
+    stands in `models.BACKBONES`.
     """
 
+    # How its model_types are written, and some of them, for those who misspell one.
+    written: str
+    examples: Sequence[str] = ()
     # Whether it takes labels.
     is_conditional: bool = True
     # The label of the null class, which labels=None stands for; None where there is none.
@@ -28,6 +32,16 @@ class Backbone(nn.Module):
     # Set from outside: compute activations again in the backward pass instead of keeping them. To
     # be obeyed where memory matters; it changes no gradient.
     activation_checkpointing: bool = False
+
+    @classmethod
+    def recognises(cls, model_type: str) -> bool:
+        """Whether `model_type` names such a network."""
+        raise NotImplementedError
+
+    @classmethod
+    def misfit(cls, model_type: str, data_size: int) -> tuple[str, str] | None:
+        """Why this network does not suit data of this side: the key to change, and the reason."""
+        return None
 
     @classmethod
     def build(
@@ -41,7 +55,6 @@ class Backbone(nn.Module):
     ) -> Self:
         """The network that `model_type` names, for data [data_channels, data_size, data_size].
 
-        null_class: whether labels may be dropped. ValueError where there is no such network, or the
-        data do not fit it.
+        null_class: whether labels may be dropped. ValueError where the data do not fit.
         """
         raise NotImplementedError

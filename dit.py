@@ -6,7 +6,7 @@ network knows nothing of SoFlow: it maps (x, t, gap, labels) to an array shaped 
 
 import math
 import re
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -40,20 +40,10 @@ MLP_RATIO = 4
 NORM_EPS = 1e-6
 
 
-def parse_model_type(model_type: str, data_size: int) -> tuple[Size, int]:
-    """Size and patch side named by "DiT-{size}-{patch}".
-
-    ValueError lists the sizes, or says that the patch does not divide data_size.
-    """
+def parse_model_type(model_type: str) -> tuple[Size, int] | None:
+    """Size and patch side named by "DiT-{size}-{patch}", if it names them."""
     match = re.fullmatch(r"DiT-([A-Za-z]+)-([1-9][0-9]{0,5})", model_type)
-    if match is None or match[1] not in SIZES:
-        raise ValueError(
-            f"{model_type!r} is not DiT-SIZE-PATCH with SIZE one of {', '.join(SIZES)}"
-        )
-    patch = int(match[2])
-    if data_size % patch:
-        raise ValueError(f"patch {patch} does not divide data_size {data_size}")
-    return SIZES[match[1]], patch
+    return (SIZES[match[1]], int(match[2])) if match and match[1] in SIZES else None
 
 
 def position_table(tokens_per_side: int, width: int) -> Tensor:
@@ -179,6 +169,24 @@ class FinalLayer(nn.Module):
 class DiT(Backbone):
     """Maps x [B, C, H, H] at times t, gap [B] and labels [B] to [B, C, H, H]."""
 
+    written = f"DiT-SIZE-PATCH with SIZE one of {', '.join(SIZES)}"
+    examples = tuple(f"DiT-{size}-2" for size in SIZES)
+
+    @classmethod
+    def recognises(cls, model_type: str) -> bool:
+        return parse_model_type(model_type) is not None
+
+    @classmethod
+    def misfit(cls, model_type: str, data_size: int) -> tuple[str, str] | None:
+        parsed = parse_model_type(model_type)
+        if parsed is None or data_size % parsed[1] == 0:
+            return None
+        fitting = ", ".join(str(patch) for patch in range(1, 17) if data_size % patch == 0)
+        return (
+            "model_type",
+            f"has a patch that does not divide data_size {data_size}; {fitting} would",
+        )
+
     def __init__(
         self,
         size: Size,
@@ -212,8 +220,13 @@ class DiT(Backbone):
         num_classes: int,
         null_class: bool,
         dropout: float,
-    ) -> "DiT":
-        size, patch = parse_model_type(model_type, data_size)
+    ) -> Self:
+        parsed = parse_model_type(model_type)
+        if parsed is None:
+            raise ValueError(f"model_type {model_type!r} is not {cls.written}")
+        size, patch = parsed
+        if data_size % patch:
+            raise ValueError(f"patch {patch} does not divide data_size {data_size}")
         return cls(size, patch, data_size, data_channels, num_classes, null_class)
 
     def _initialise(self) -> None:

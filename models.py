@@ -415,8 +415,7 @@ def _guidance(guided: Tensor) -> dict[str, Any]:
 
 METHODS: dict[str, type[Method]] = {"SoFlow": SoFlow}
 
-# By the first part of a model_type, up to its first "-".
-BACKBONES: dict[str, type[Backbone]] = {"DiT": DiT, "UNet": UNet}
+BACKBONES: dict[str, type[Backbone]] = {"UNet": UNet, "DiT": DiT}
 
 
 def _choose(table: Mapping[str, Any], key: str, name: str) -> Any:
@@ -427,10 +426,11 @@ def _choose(table: Mapping[str, Any], key: str, name: str) -> Any:
 
 def backbone_of(model_type: str) -> type[Backbone]:
     """The class in BACKBONES that `model_type` names; ValueError where there is none."""
-    family = model_type.partition("-")[0]
-    if family not in BACKBONES:
-        raise ValueError(f"model_type {model_type!r} is none of {', '.join(BACKBONES)}")
-    return BACKBONES[family]
+    for backbone in BACKBONES.values():
+        if backbone.recognises(model_type):
+            return backbone
+    written = " nor ".join(backbone.written for backbone in BACKBONES.values())
+    raise ValueError(f"model_type {model_type!r} is neither {written}")
 
 
 def build_network(

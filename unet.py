@@ -9,7 +9,7 @@ checkpoints.
 
 import itertools
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -212,8 +212,21 @@ class UNet(Backbone):
     Raises UserError for a data_size that cannot be halved twice, or a dropout outside [0, 1).
     """
 
+    written = "UNet"
+    examples = ("UNet",)
     is_conditional = False
     uses_dropout_seed = True
+
+    @classmethod
+    def recognises(cls, model_type: str) -> bool:
+        return model_type == "UNet"
+
+    @classmethod
+    def misfit(cls, model_type: str, data_size: int) -> tuple[str, str] | None:
+        factor = 2 ** (LEVELS - 1)
+        if data_size % factor == 0:
+            return None
+        return "data_size", f"must be a multiple of {factor} for the UNet, which halves it twice"
 
     @classmethod
     def build(
@@ -224,9 +237,7 @@ class UNet(Backbone):
         num_classes: int,
         null_class: bool,
         dropout: float,
-    ) -> "UNet":
-        if model_type != "UNet":
-            raise ValueError(f"{model_type!r} is not UNet, which comes in one size")
+    ) -> Self:
         return cls(data_size, data_channels, dropout)
 
     def __init__(self, data_size: int = 32, data_channels: int = 3, dropout: float = 0.30):

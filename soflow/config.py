@@ -5,112 +5,302 @@ there; keys of our own have defaults that keep the reference's behaviour.
 """
 
 import argparse
-import dataclasses
 import difflib
 import hashlib
 import json
 import os
 import re
-import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, NoReturn
 
 import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError, core_schema
 
+from backbone import Backbone
+from models import BACKBONES, METHODS, backbone_of
+from schedules import GAP_SCHEDULES, PATHS, SOLUTION_FORMS
 from soflow.files import UserError, atomic_write
 from soflow.vae import PIXELS_PER_LATENT, VAE_NAME
 
-LARGEST_NUMBER = 2**63
+LARGEST_NUMBER = 2**63  # beyond this neither torch nor a file system can count
 FILE_LIMIT_BYTES = 1 << 17  # of a config; the YAML parser takes a second for these
 LARGEST_PICTURE_PIXELS = 500_000_000  # of a grid of samples
-DIT_SIZES = ("Nano", "Ti", "S", "B", "M", "L", "XL")
+OPTIMIZERS = ("AdamW", "RAdam")
+DATASETS = ("Imagenet", "CIFAR10", "Digits", "ImageFolder")
+KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
-def operational(default: Any) -> Any:
-    """A field that may change when a run continues: it is still the same experiment."""
-    return field(default=default, metadata={"operational": True})
+# The types of values
+
+
+def _number(value: Any) -> Any:
+    """The number that `value` spells, if it does: YAML reads 1e-4 as a text."""
+    if isinstance(value, str):
+        try:
+            value = float(value) if re.search(r"[.eE]", value) else int(value)
+        except ValueError:
+            return value
+    if isinstance(value, int | float) and not abs(value) < LARGEST_NUMBER:
+        raise PydanticCustomError("uncountable", "too large to count with")
+    return value
+
+
+def _whole(value: Any) -> Any:
+    number = _number(value)
+    return int(number) if isinstance(number, float) and number == int(number) else number
+
+
+def _decimal(value: Any) -> Any:
+    number = _number(value)
+    return float(number) if type(number) is int else number  # a bool is an int
+
+
+def _name(value: Any) -> Any:
+    """A text; what is asked for by texts are files and names."""
+    try:
+        if isinstance(value, str) and b"\0" not in os.fsencode(value):
+            return value
+    except UnicodeEncodeError:
+        pass
+    if isinstance(value, str):
+        raise ValueError("has a character that no name can have")
+    return value
+
+
+def _tuple_of(count: int) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        if not isinstance(value, list | tuple) or len(value) != count:
+            raise PydanticCustomError("not_a_list", "another number of values")
+        return tuple(value)
+
+    return read
 
 
 @dataclass(frozen=True)
-class Config:
+class Choice:
+    """A type of text: one of the names in a table. The table that implements is the list."""
+
+    table: Collection[str]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
+        return core_schema.no_info_before_validator_function(self.read, handler(source))
+
+    def read(self, value: Any) -> str:
+        """`value`, if it is in the table; `Triangular` is read as `Trig`."""
+        if value == "Triangular" and "Trig" in self.table:
+            return "Trig"
+        if isinstance(value, str) and value in self.table:
+            return value
+        suggestion = suggest(value, list(self.table)) if isinstance(value, str) else ""
+        raise ValueError(f"is not one of {', '.join(self.table)}{suggestion}")
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+Decimal = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_decimal)]
+Name = Annotated[str, BeforeValidator(_name)]
+Logit = Annotated[Decimal, Field(ge=-100, le=100)]
+Spread = Annotated[Decimal, Field(ge=0, le=100)]
+Beta = Annotated[Decimal, Field(ge=0, lt=1)]
+Cells = Annotated[Whole, Field(ge=1, le=1000)]
+Three, Two = BeforeValidator(_tuple_of(3)), BeforeValidator(_tuple_of(2))
+
+
+def key(default: Any, comment: str, operational: bool = False, **limits: Any) -> Any:
+    """A key of the config: its default, what it means, and the range of its number.
+
+    `operational`: it may change when a run continues, which stays the same experiment.
+    """
+    extra = {"operational": operational}
+    return Field(default, description=comment, json_schema_extra=extra, **limits)
+
+
+class Config(BaseModel):
     """One experiment; every field but `working_dir` has a default.
 
-    Fields made by `operational` may change between the parts of a continued run. Fields that
-    default to None for lack of a recipe are filled in by `resolve`.
+    Fields that default to None for lack of a recipe are filled in by `resolve`.
     """
 
-    working_dir: str = operational("")  # folder of the run, relative to the current directory
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+    working_dir: Name = key(
+        "", "folder of the run, relative to where the command is started", operational=True
+    )
     # Model
-    noising_type: Literal["Linear", "Trig"] = "Linear"
-    coefficient_type: Literal["Euler", "Trig"] = "Euler"
-    model_type: str = "DiT-B-4"  # DiT-SIZE-PATCH or UNet
-    unet_dropout: float = 0.30  # probability; the DiT has none
+    method: Annotated[str, Choice(METHODS)] = key("SoFlow", "what is trained: SoFlow")
+    noising_type: Annotated[str, Choice(PATHS)] = key(
+        "Linear", "how data and noise are mixed over time: Linear or Trig"
+    )
+    coefficient_type: Annotated[str, Choice(SOLUTION_FORMS)] = key(
+        "Euler", "form of the solution f = a x + b F: Euler or Trig"
+    )
+    model_type: Name = key("DiT-B-4", "DiT-SIZE-PATCH (Nano, Ti, S, B, M, L, XL) or UNet")
+    unet_dropout: Decimal = key(
+        0.30, "probability of dropout in the UNet; the DiT has none", ge=0, lt=1
+    )
     # Data
-    dataset_type: Literal["Imagenet", "CIFAR10", "Digits", "ImageFolder"] = "Imagenet"
-    data_size: int = 32  # side, in pixels or latents
-    dataset_path: str | None = operational(None)  # folder; Digits needs none
-    augment_probability: float | None = None  # recipe: 0.12 for a UNet on CIFAR10, else 0
+    dataset_type: Annotated[str, Choice(DATASETS)] = key(
+        "Imagenet", "Imagenet (latents), CIFAR10, ImageFolder or Digits"
+    )
+    data_size: Whole = key(32, "side of the data, in pixels or latents", ge=1, le=8192)
+    dataset_path: Name | None = key(None, "folder of the data set", operational=True)
+    augment_probability: Decimal | None = key(
+        None,
+        "probability of each augmentation; null: 0.12 for a UNet on CIFAR10, else 0",
+        ge=0,
+        le=1,
+    )
     # Operational, since one and the same VAE has a name here and a folder there; that it made the
     # latents is checked against their file.
-    vae: str = operational(VAE_NAME)  # folder, or name on the Hugging Face Hub; Imagenet only
-    vae_batch_size: int = operational(16)  # images decoded at a time; bounds memory, per process
+    vae: Name = key(
+        VAE_NAME,
+        "VAE of the latents: a name on the Hugging Face Hub, or a folder",
+        operational=True,
+    )
+    vae_batch_size: Whole = key(16, "images that it decodes at a time", operational=True, ge=1)
     # Objective
-    velocity_loss_ratio: float = 0.75  # share of the global batch for flow matching
-    p: float = 1.0  # exponent of the loss weight
-    eps: float = 0.01  # added to the squared error in the loss weight
-    time_mean: tuple[float, float, float] = (-0.2, -1.0, 0.2)  # flow matching t, consistency s, t
-    time_std: tuple[float, float, float] = (1.0, 0.8, 0.8)  # of the same three, before the sigmoid
-    cfg_scale: float = 1.0  # guidance scale; 1 is no guidance
-    mix_ratio: float = 1.0  # share of the guided velocity in the target
-    cfg_drop_rate: float = 0.0  # probability that a label is dropped
-    cfg_decay_time: float = 1.0  # time beyond which guidance fades
-    l_schedule: Literal["Const", "Linear", "Cosine", "Exponent"] = "Exponent"
-    l_init_ratio: float = 0.1  # gap fraction at the first step
-    l_end_ratio: float = 0.002  # gap fraction at the last step
+    velocity_loss_ratio: Decimal = key(
+        0.75, "share of each batch for flow matching; the rest is for consistency", ge=0, le=1
+    )
+    p: Decimal = key(1.0, "exponent of the loss weight 1 / (squared error + eps)^p", ge=0, le=10)
+    eps: Decimal = key(0.01, "keeps the loss weight finite", gt=0)
+    time_mean: Annotated[tuple[Logit, Logit, Logit], Three] = key(
+        (-0.2, -1.0, 0.2),
+        "logit-normal means of: flow matching t, consistency s, consistency t",
+    )
+    time_std: Annotated[tuple[Spread, Spread, Spread], Three] = key(
+        (1.0, 0.8, 0.8), "logit-normal standard deviations of the same three"
+    )
+    cfg_scale: Decimal = key(1.0, "guidance trained into the model; 1 is none", ge=1)
+    mix_ratio: Decimal = key(
+        1.0,
+        "share of the guided velocity in the target; the rest is the model's own",
+        ge=0,
+        le=1,
+    )
+    cfg_drop_rate: Decimal = key(
+        0.0, "probability that a label is replaced by the null class", ge=0, lt=1
+    )
+    cfg_decay_time: Decimal = key(
+        1.0, "time beyond which guidance fades towards the noise; 1 is never", ge=0
+    )
+    l_schedule: Annotated[str, Choice(GAP_SCHEDULES)] = key(
+        "Exponent", "how the gap fraction r falls: Const, Linear, Cosine or Exponent"
+    )
+    l_init_ratio: Decimal = key(
+        0.1, "r at the first step: where l lies between t (0) and s (1)", gt=0, le=1
+    )
+    l_end_ratio: Decimal = key(0.002, "r at the last step", gt=0, le=1)
     # Training
-    total_steps: int = 400_000
-    ema_decay_rate: float = 0.9999  # per step
-    ema_every_steps: int | None = None  # recipe: 16 on CIFAR10, else 1
-    optimizer: Literal["AdamW", "RAdam"] | None = None  # recipe: RAdam on CIFAR10, else AdamW
-    learning_rate: float = operational(1e-4)
-    betas: tuple[float, float] = operational((0.9, 0.99))
-    weight_decay: float = operational(0.0)
-    warmup_steps: int | None = operational(None)  # the learning rate rises from 0; 0 or null: none
-    gradient_clip: float | None = operational(None)  # bound on the gradient's norm; null: none
-    batch_size: int = 256  # samples per step, over all processes
-    accumulation_steps: int = operational(1)  # parts that each process cuts its share into
-    num_workers: int = operational(12)  # loader processes; 0 loads in the training process
-    prefetch_factor: int | None = operational(6)  # batches ahead, per worker
-    seed: int = 42
-    # Results, in steps; 0 or null switches one off
-    eval_steps: int | None = operational(25_000)
-    eval_batch_size: int = operational(125)  # images per process
-    eval_NFE: int = operational(1)  # noqa: N815 - jumps per image; the reference's key
-    eval_num_samples: int = operational(50_000)  # images
-    eval_demo_steps: int | None = operational(1_000)
-    eval_demo_shape: tuple[int, int] = operational((4, 8))  # rows, columns
-    ckpt_saving_steps: int | None = operational(200_000)
-    logging_steps: int | None = operational(100)
-    # Of checkpoints and evals the last so many are kept, and all at multiples of so many steps;
-    # null, as by default, keeps all.
-    keep_last: int | None = operational(None)
-    keep_every_steps: int | None = operational(None)
+    total_steps: Whole = key(
+        400_000, "length of training; it also stretches the schedule of r", ge=1, le=10**9
+    )
+    ema_decay_rate: Decimal = key(
+        0.9999,
+        "decay per step of the averaged weights, from which images are made",
+        ge=0,
+        lt=1,
+    )
+    ema_every_steps: Whole | None = key(
+        None, "the average moves after steps 1, 1 + this, ...; null: 16 on CIFAR10, else 1", ge=1
+    )
+    optimizer: Annotated[str, Choice(OPTIMIZERS)] | None = key(
+        None, "AdamW or RAdam; null: RAdam on CIFAR10, else AdamW"
+    )
+    learning_rate: Decimal = key(
+        1e-4, "constant from the first step to the last", operational=True, ge=0
+    )
+    betas: Annotated[tuple[Beta, Beta], Two] = key(
+        (0.9, 0.99), "decay rates of the optimizer's two moments", operational=True
+    )
+    weight_decay: Decimal = key(0.0, "of the optimizer", operational=True, ge=0)
+    warmup_steps: Whole | None = key(
+        None, "steps in which the learning rate rises from 0; 0 is none", operational=True, ge=0
+    )
+    gradient_clip: Decimal | None = key(
+        None, "bound on the gradient's norm; null is none", operational=True, gt=0
+    )
+    batch_size: Whole = key(
+        256, "samples per step over all processes and accumulation steps", ge=1, le=10**8
+    )
+    accumulation_steps: Whole = key(
+        1, "parts that each process cuts its share of the batch into", operational=True, ge=1
+    )
+    num_workers: Whole = key(
+        12,
+        "processes that load data; 0 loads in the training process",
+        operational=True,
+        ge=0,
+        le=1000,
+    )
+    prefetch_factor: Whole | None = key(
+        6, "batches that each of them prepares ahead", operational=True, ge=1, le=1000
+    )
+    seed: Whole = key(42, "of everything that is drawn", ge=0)
+    # Results
+    eval_steps: Whole | None = key(
+        25_000, "images for scoring every so many steps; 0 is never", operational=True, ge=0
+    )
+    eval_batch_size: Whole = key(
+        125, "images at a time and process", operational=True, ge=1, le=10**8
+    )
+    eval_NFE: Whole = key(  # noqa: N815 - the reference's key
+        1, "jumps per image", operational=True, ge=1, le=1000
+    )
+    eval_num_samples: Whole = key(50_000, "images for scoring", operational=True, ge=1, le=10**8)
+    eval_demo_steps: Whole | None = key(
+        1_000, "a picture of samples every so many steps; 0 is never", operational=True, ge=0
+    )
+    eval_demo_shape: Annotated[tuple[Cells, Cells], Two] = key(
+        (4, 8), "its rows and columns", operational=True
+    )
+    ckpt_saving_steps: Whole | None = key(
+        200_000,
+        "a checkpoint every so many steps, besides the first and the last",
+        operational=True,
+        ge=0,
+    )
+    logging_steps: Whole | None = key(
+        100, "a line of metrics every so many steps", operational=True, ge=0
+    )
+    keep_last: Whole | None = key(
+        None, "checkpoints and evals that are kept, the newest; null: all", operational=True, ge=1
+    )
+    keep_every_steps: Whole | None = key(
+        None, "besides, those at multiples of so many steps are kept", operational=True, ge=1
+    )
     # Machine; none of these changes results but by rounding
-    device: Literal["auto", "cuda", "mps", "cpu"] = operational("auto")
-    # On CUDA tf32 and bf16 use TF32. bf16 is for the flow matching and guidance passes alone.
-    precision: Literal["tf32", "fp32", "bf16"] = operational("tf32")
-    compile: bool = operational(False)  # the network, while training
-    activation_checkpointing: bool = operational(False)  # compute activations twice, to store few
-    channels_last: bool = operational(False)  # memory layout of a UNet; DiTs have no use for it
-    timeout_minutes: float = operational(30.0)  # silence after which a process gives up on another
+    device: Annotated[str, Choice(("auto", "cuda", "mps", "cpu"))] = key(
+        "auto", "auto (the best there is), cuda, mps or cpu", operational=True
+    )
+    precision: Annotated[str, Choice(("tf32", "fp32", "bf16"))] = key(
+        "tf32",
+        "tf32, fp32 or bf16; bf16 is for the flow matching and guidance passes alone",
+        operational=True,
+    )
+    compile: bool = key(False, "compile the network, while training", operational=True)
+    activation_checkpointing: bool = key(
+        False, "compute activations twice, to store few", operational=True
+    )
+    channels_last: bool = key(
+        False, "memory layout of a UNet; DiTs have no use for it", operational=True
+    )
+    timeout_minutes: Decimal = key(
+        30.0,
+        "silence after which a process gives up on another",
+        operational=True,
+        gt=0,
+        le=100_000,
+    )
 
     @property
     def is_conditional(self) -> bool:
-        """Whether the network is told the class: the UNet is unconditional."""
-        return self.model_type != "UNet"
+        """Whether the network is told the class: a UNet is not."""
+        return backbone_of(self.model_type).is_conditional
 
     @property
     def is_latent(self) -> bool:
@@ -125,6 +315,7 @@ class Config:
     def model_arguments(self, data_channels: int, num_classes: int) -> dict[str, Any]:
         """What `build_model` takes, for this config on data of so many channels and classes."""
         return {
+            "method": self.method,
             "model_type": self.model_type,
             "data_channels": data_channels,
             "data_size": self.data_size,
@@ -137,18 +328,67 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, as YAML, JSON and `torch.load(weights_only=True)` know them."""
-        return {
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in dataclasses.asdict(self).items()
-        }
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in self}
 
     def digest(self) -> str:
         """SHA-256 of the resolved config."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
 
-FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+FIELDS = Config.model_fields
 TYPES = typing.get_type_hints(Config)
+
+
+def may_change(name: str) -> bool:
+    """Whether this key may change when a run continues."""
+    extra = FIELDS[name].json_schema_extra
+    return isinstance(extra, dict) and bool(extra["operational"])
+
+
+def choices_of(name: str) -> list[str] | None:
+    """The values that this key may have, where they are listed."""
+    for part in (*FIELDS[name].metadata, *_annotations(FIELDS[name].annotation)):
+        if isinstance(part, Choice):
+            return list(part.table)
+    return None
+
+
+def _annotations(kind: Any) -> list[Any]:
+    """What a type and the types within it are annotated with."""
+    found = []
+    for part in getattr(kind, "__metadata__", ()):
+        found += part.metadata if isinstance(part, FieldInfo) else [part]
+    for part in typing.get_args(kind):
+        found += _annotations(part)
+    return found
+
+
+def range_of(name: str) -> str | None:
+    """The range of this key's number, or numbers, in words."""
+    field = FIELDS[name]
+    is_list = typing.get_origin(TYPES[name]) is tuple
+    limits: dict[str, Any] = {}
+    for part in (*field.metadata, *_annotations(field.annotation)):
+        for bound in ("ge", "gt", "le", "lt"):
+            if getattr(part, bound, None) is not None:
+                limits[bound] = getattr(part, bound)
+    ge, gt, le, lt = (limits.get(bound) for bound in ("ge", "gt", "le", "lt"))
+    match (ge, gt, le, lt):
+        case (None, None, None, None):
+            return None
+        case (_, None, None, None):
+            words = f"{ge} or more"
+        case (None, _, None, None):
+            words = f"above {gt}"
+        case (_, None, _, None):
+            words = f"between {ge:,} and {le:,}"
+        case (_, None, None, _):
+            words = f"at least {ge} and below {lt}"
+        case _:
+            words = f"above {gt} and at most {le:,}"
+    if name == "prefetch_factor":
+        words += ", or null"  # which is what a user who is out of its range may have meant
+    return f"{words} each" if is_list else words
 
 
 # Loading
@@ -190,21 +430,47 @@ def config_from_dict(values: Mapping[str, Any], source: str) -> Config:
 
 def _build(values: Mapping[str, tuple[Any, str]], source: str) -> Config:
     """Check and resolve values that each come with the place they were written at."""
-    converted = {}
-    for key, (value, place) in values.items():
-        if key not in FIELDS:
-            raise UserError(f"{place}: unknown key{suggest(str(key), FIELDS)}")
-        converted[key] = _convert(TYPES[key], value, place)
-    places = {key: place for key, (_, place) in values.items()}
-    for key in FIELDS:
-        places.setdefault(key, f"{source}: {key} (default)")
-    if "working_dir" in converted:
-        place = places["working_dir"]
-        converted["working_dir"] = _expand_folder(converted["working_dir"], place)
-    config = resolve(Config(**converted))
-    _check_ranges(config, places)
+    for name, (_, place) in values.items():
+        if name not in FIELDS:
+            raise UserError(f"{place}: unknown key{suggest(str(name), FIELDS)}")
+    places = {name: place for name, (_, place) in values.items()}
+    for name in FIELDS:
+        places.setdefault(name, f"{source}: {name} (default)")
+    given = {name: value for name, (value, _) in values.items()}
+    try:
+        config = Config(**given)
+    except ValidationError as error:
+        name, wrong = _what_is_wrong(error, given)
+        raise UserError(f"{places[name]}: {wrong}") from None
+    folder = _expand_folder(config.working_dir, places["working_dir"])
+    config = resolve(config.model_copy(update={"working_dir": folder}))
     _check_together(config, places)
     return config
+
+
+def _what_is_wrong(error: ValidationError, given: Mapping[str, Any]) -> tuple[str, str]:
+    """The key of the first wrong value, and what is said of it."""
+    first = error.errors()[0]
+    name, *index = first["loc"]
+    value = first["input"]
+    if first["type"] == "value_error":
+        return name, f"{shorten(value)} {first['ctx']['error']}"
+    if first["type"].startswith(("greater_than", "less_than")):
+        # Of a list all is shown.
+        return name, f"{shorten(given[name] if index else value)} must be {range_of(name)}"
+    return name, f"{shorten(value)} is not {_wanted(TYPES[name], bool(index))}"
+
+
+def _wanted(kind: Any, is_element: bool) -> str:
+    """What a value of this type is called; of a list's type, the list or one of its elements."""
+    parts = typing.get_args(kind)
+    if type(None) in parts:
+        return f"{_wanted(parts[0], is_element)} or null"
+    if typing.get_origin(kind) is not tuple:
+        return KINDS[kind]
+    if is_element:
+        return KINDS[parts[0]]
+    return f"a list of {len(parts)} {'numbers' if parts[0] is float else 'whole numbers'}"
 
 
 def _expand_folder(name: str, place: str) -> str:
@@ -244,7 +510,7 @@ def resolve(config: Config) -> Config:
         "augment_probability": 0.12 if is_cifar and not config.is_conditional else 0.0,
     }
     missing = {key: value for key, value in recipe.items() if getattr(config, key) is None}
-    return dataclasses.replace(config, **missing)
+    return config.model_copy(update=missing)
 
 
 def is_due(finished_steps: int, every: int | None) -> bool:
@@ -315,186 +581,28 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
-# Types
-
-_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-
-
-def _convert(kind: Any, value: Any, place: str) -> Any:
-    """`value` as `kind`; UserError says what it should have been."""
-    is_optional = typing.get_origin(kind) in (types.UnionType, typing.Union)
-    if is_optional:
-        if value is None:
-            return None
-        kind = next(part for part in typing.get_args(kind) if part is not type(None))
-    match typing.get_origin(kind):
-        case typing.Literal:
-            return _convert_choice(typing.get_args(kind), value, place)
-        case origin if origin is tuple:
-            return _convert_list(typing.get_args(kind), value, place)
-    number = _number(value) if kind in (int, float) else None
-    if kind is float and number is not None:
-        return float(number)
-    if kind is int and number is not None and number == int(number):
-        return int(number)
-    if kind is bool and isinstance(value, bool):
-        return value
-    if kind is str and isinstance(value, str):
-        if not _is_name(value):
-            raise UserError(f"{place}: {shorten(value)} has a character that no name can have")
-        return value
-    wanted = f"{_NAMES[kind]} or null" if is_optional else _NAMES[kind]
-    raise UserError(f"{place}: {shorten(value)} is not {wanted}")
-
-
-def _is_name(text: str) -> bool:
-    """Whether a file could be called that: what is asked for by text are files and names."""
-    try:
-        return b"\0" not in os.fsencode(text)
-    except UnicodeEncodeError:
-        return False
-
-
-def _convert_choice(choices: Sequence[str], value: Any, place: str) -> str:
-    is_text = isinstance(value, str)
-    if is_text and value == "Triangular" and "Trig" in choices:
-        return "Trig"
-    if is_text and value in choices:
-        return value
-    suggestion = suggest(value, choices) if is_text else ""
-    raise UserError(f"{place}: {shorten(value)} is not one of {', '.join(choices)}{suggestion}")
-
-
-def _convert_list(kinds: Sequence[type], value: Any, place: str) -> tuple:
-    if not isinstance(value, list | tuple) or len(value) != len(kinds):
-        names = "numbers" if kinds[0] is float else "whole numbers"
-        raise UserError(f"{place}: {shorten(value)} is not a list of {len(kinds)} {names}")
-    return tuple(_convert(kind, item, place) for kind, item in zip(kinds, value, strict=True))
-
-
-def _number(value: Any) -> int | float | None:
-    """`value` as a finite number, if it is one or spells one."""
-    if isinstance(value, str):
-        try:
-            value = float(value) if re.search(r"[.eE]", value) else int(value)
-        except ValueError:
-            return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    # Beyond this neither torch nor a file system can count.
-    return value if abs(value) < LARGEST_NUMBER else None
-
-
-# Ranges
-
-Check = tuple[Callable[[Any], bool], str]
-
-
-def _each(check: Check) -> Check:
-    holds, wanted = check
-    return (lambda values: all(holds(value) for value in values)), f"{wanted} each"
-
-
-_POSITIVE: Check = (lambda value: value is None or value > 0, "above 0")
-_NOT_NEGATIVE: Check = (lambda value: value is None or value >= 0, "0 or more")
-_AT_LEAST_ONE: Check = (lambda value: value is None or value >= 1, "1 or more")
-_STEPS: Check = (lambda value: 1 <= value <= 10**9, "between 1 and 1,000,000,000")
-_COUNT: Check = (lambda value: 1 <= value <= 10**8, "between 1 and 100,000,000")
-_SIDE: Check = (lambda value: 1 <= value <= 8192, "between 1 and 8,192")
-_WORKERS: Check = (lambda value: 0 <= value <= 1000, "between 0 and 1,000")
-_AHEAD: Check = (lambda value: value is None or 1 <= value <= 1000, "between 1 and 1,000, or null")
-_LOGIT: Check = (lambda value: -100 <= value <= 100, "between -100 and 100")
-_SPREAD: Check = (lambda value: 0 <= value <= 100, "between 0 and 100")
-_EXPONENT: Check = (lambda value: 0 <= value <= 10, "between 0 and 10")
-_MINUTES: Check = (lambda value: 0 < value <= 100_000, "above 0 and at most 100,000")
-_FEW: Check = (lambda value: 1 <= value <= 1000, "between 1 and 1,000")
-_SHARE: Check = (lambda value: 0 <= value <= 1, "between 0 and 1")
-_BELOW_ONE: Check = (lambda value: 0 <= value < 1, "at least 0 and below 1")
-_RATIO: Check = (lambda value: 0 < value <= 1, "above 0 and at most 1")
-
-_RANGES: dict[str, Check] = {
-    "unet_dropout": _BELOW_ONE,
-    "data_size": _SIDE,
-    "augment_probability": _SHARE,
-    "vae_batch_size": _AT_LEAST_ONE,
-    "velocity_loss_ratio": _SHARE,
-    "p": _EXPONENT,
-    "eps": _POSITIVE,
-    "time_mean": _each(_LOGIT),
-    "time_std": _each(_SPREAD),
-    "cfg_scale": _AT_LEAST_ONE,
-    "mix_ratio": _SHARE,
-    "cfg_drop_rate": _BELOW_ONE,
-    "cfg_decay_time": _NOT_NEGATIVE,
-    "l_init_ratio": _RATIO,
-    "l_end_ratio": _RATIO,
-    "total_steps": _STEPS,
-    "ema_decay_rate": _BELOW_ONE,
-    "ema_every_steps": _AT_LEAST_ONE,
-    "learning_rate": _NOT_NEGATIVE,
-    "betas": _each(_BELOW_ONE),
-    "weight_decay": _NOT_NEGATIVE,
-    "warmup_steps": _NOT_NEGATIVE,
-    "gradient_clip": _POSITIVE,
-    "batch_size": _COUNT,
-    "accumulation_steps": _AT_LEAST_ONE,
-    "num_workers": _WORKERS,
-    "prefetch_factor": _AHEAD,
-    "seed": _NOT_NEGATIVE,
-    "eval_steps": _NOT_NEGATIVE,
-    "eval_batch_size": _COUNT,
-    "eval_NFE": _FEW,
-    "eval_num_samples": _COUNT,
-    "eval_demo_steps": _NOT_NEGATIVE,
-    "eval_demo_shape": _each(_FEW),
-    "ckpt_saving_steps": _NOT_NEGATIVE,
-    "logging_steps": _NOT_NEGATIVE,
-    "keep_last": _AT_LEAST_ONE,
-    "keep_every_steps": _AT_LEAST_ONE,
-    "timeout_minutes": _MINUTES,
-}
-
-
-def _check_ranges(config: Config, places: Mapping[str, str]) -> None:
-    for key, (holds, wanted) in _RANGES.items():
-        value = getattr(config, key)
-        if not holds(value):
-            raise UserError(f"{places[key]}: {shorten(value)} must be {wanted}")
+# Keys together
 
 
 def _check_together(config: Config, places: Mapping[str, str]) -> None:
     """Refuse values that are fine alone and contradict each other."""
 
-    def refuse(key: str, reason: str) -> typing.NoReturn:
+    def refuse(key: str, reason: str) -> NoReturn:
         raise UserError(f"{places[key]}: {shorten(getattr(config, key))} {reason}")
 
     if not config.working_dir.strip():
         refuse("working_dir", "must name the folder of the run")
-    if config.is_conditional:
-        match = re.fullmatch(r"DiT-([A-Za-z]+)-([1-9][0-9]{0,5})", config.model_type)
-        if match is None or match[1] not in DIT_SIZES:
-            choices = [f"DiT-{size}-2" for size in DIT_SIZES]
-            refuse(
-                "model_type",
-                f"is neither UNet nor DiT-SIZE-PATCH with SIZE one of {', '.join(DIT_SIZES)}"
-                f"{suggest(config.model_type, ['UNet', *choices])}",
-            )
-        if config.data_size % int(match[2]):
-            fitting = [str(patch) for patch in range(1, 17) if config.data_size % patch == 0]
-            refuse(
-                "model_type",
-                f"has a patch that does not divide data_size {config.data_size}; "
-                f"{', '.join(fitting)} would",
-            )
-        if config.augment_probability > 0:
+    backbone = _backbone(config, refuse)
+    if misfit := backbone.misfit(config.model_type, config.data_size):
+        refuse(*misfit)
+    if backbone.is_conditional:
+        if config.augment_probability:
             refuse("augment_probability", "needs model_type UNet: a DiT takes no augmentation")
         if config.channels_last:
             refuse("channels_last", "needs model_type UNet: a DiT has no use for that layout")
     else:
         if config.cfg_scale > 1:
             refuse("cfg_scale", "needs labels, and the UNet is unconditional; use 1, or a DiT")
-        if config.data_size % 4:
-            refuse("data_size", "must be a multiple of 4 for the UNet, which halves it twice")
         if config.is_latent:
             refuse(
                 "model_type",
@@ -532,6 +640,15 @@ def _check_together(config: Config, places: Mapping[str, str]) -> None:
         refuse("data_size", "must be 32 for CIFAR10")
 
 
+def _backbone(config: Config, refuse: Callable[[str, str], NoReturn]) -> type[Backbone]:
+    try:
+        return backbone_of(config.model_type)
+    except ValueError as error:
+        wrong = str(error).removeprefix(f"model_type {config.model_type!r} ")
+        examples = [name for backbone in BACKBONES.values() for name in backbone.examples]
+        refuse("model_type", f"{wrong}{suggest(config.model_type, examples)}")
+
+
 # A run's recorded config
 
 
@@ -561,9 +678,7 @@ def refuse_another_experiment(
     """
     changes = changed_keys(old, new)
     refused = {
-        key: change
-        for key, change in changes.items()
-        if not FIELDS[key].metadata.get("operational") and key not in allowed
+        key: change for key, change in changes.items() if not may_change(key) and key not in allowed
     }
     if refused:
         listed = ", ".join(f"{key} {before!r} -> {now!r}" for key, (before, now) in refused.items())

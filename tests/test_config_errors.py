@@ -8,7 +8,7 @@ import typing
 
 import pytest
 
-from soflow.config import FIELDS, TYPES, config_from_dict, load_config
+from soflow.config import FIELDS, TYPES, choices_of, config_from_dict, load_config
 from soflow.files import UserError
 
 BASE = {
@@ -64,7 +64,11 @@ def wrong_types(key: str) -> list[tuple[object, str]]:
     if is_optional:
         (kind,) = (part for part in typing.get_args(kind) if part is not type(None))
     or_null = " or null" if is_optional else ""
-    if kind is bool:
+    if choices := choices_of(key):
+        slip = choices[0][1:]
+        listed = f"is not one of {', '.join(choices)}"
+        rows = [(3, f"3 {listed}"), (slip, f"{slip!r} {listed}{CHOICES}{choices[0]}?")]
+    elif kind is bool:
         rows = [(3, "3 is not"), ("maybe", "'maybe' is not"), ([], "[] is not")]
     elif kind is int:
         wanted = f"is not a whole number{or_null}"
@@ -77,12 +81,6 @@ def wrong_types(key: str) -> list[tuple[object, str]]:
     elif kind is str:
         wanted = f"is not a text{or_null}"
         rows = [(3, f"3 {wanted}"), (["a"], f"['a'] {wanted}"), (False, f"false {wanted}")]
-    elif typing.get_origin(kind) is typing.Literal:
-        choices = typing.get_args(kind)
-        first = choices[0]
-        listed = f"is not one of {', '.join(choices)}"
-        slip = first[1:]
-        rows = [(3, f"3 {listed}"), (slip, f"{slip!r} {listed}{CHOICES}{first}?")]
     elif typing.get_origin(kind) is tuple:
         parts = typing.get_args(kind)
         name = "numbers" if parts[0] is float else "whole numbers"

@@ -1,6 +1,5 @@
 """The training step: its options change its cost, and results by rounding alone."""
 
-import dataclasses
 import functools
 
 import pytest
@@ -36,7 +35,7 @@ CONFIGS = {"DiT": GUIDED, "UNet": PIXELS}
 
 def make_learner(config: Config, **options) -> tuple[Learner, list[str]]:
     """A learner with some options whose every weight matters, and what it notes."""
-    config = resolve(dataclasses.replace(config, **options))
+    config = resolve(config.model_copy(update=options))
     channels = 3 if config.model_type == "UNet" else 1
     plan = BatchPlan(config.batch_size, config.flow_matching_count, 1, config.accumulation_steps)
     made, notes = build_learner(config, CPU, plan, channels, 10)
@@ -300,7 +299,7 @@ def test_tf32_is_allowed_on_cuda_unless_fp32_is_asked_for(monkeypatch, precision
     try:
         for flag in flags:
             flag.allow_tf32 = not is_allowed
-        set_options(model, dataclasses.replace(GUIDED, precision=precision), torch.device("cuda"))
+        set_options(model, GUIDED.model_copy(update={"precision": precision}), torch.device("cuda"))
         assert [flag.allow_tf32 for flag in flags] == [is_allowed, is_allowed]
     finally:
         for flag, value in zip(flags, before, strict=True):

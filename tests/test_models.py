@@ -491,8 +491,8 @@ def test_network_keeps_the_shape_of_the_data_for_any_patch():
     [
         (("DiT-B", 3, 8, 10, 0.1), "SIZE one of Nano, Ti, S, B, M, L, XL"),
         (("DiT-Q-2", 3, 8, 10, 0.1), "SIZE one of"),
-        (("VGG", 3, 8, 10, 0.1), "none of DiT, UNet"),
-        (("UNet-2", 3, 8, 10, 0.1), "is not UNet"),
+        (("VGG", 3, 8, 10, 0.1), "neither UNet nor DiT-SIZE-PATCH"),
+        (("UNet-2", 3, 8, 10, 0.1), "neither UNet nor DiT-SIZE-PATCH"),
         (("DiT-B-3", 3, 8, 10, 0.1), "patch 3 does not divide data_size 8"),
         (("DiT-Nano-2", 3, 8, 10, 0.1, "Cubic"), "noising_type 'Cubic'"),
         (("DiT-Nano-2", 3, 8, 10, 0.1, "Linear", "euler"), "coefficient_type 'euler'"),
