@@ -1,6 +1,7 @@
 """One training step: how a global batch changes the model, its optimizer and its average."""
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator
 from functools import partial
@@ -35,9 +36,7 @@ class Learner:
             )
         # After DistributedDataParallel has made the weights equal, so that the average is of them.
         self.state = TrainState.fresh(model, build_optimizer(config, model))
-        self.objective = Objective(
-            config.cfg_scale, config.mix_ratio, config.cfg_decay_time, config.p, config.eps
-        )
+        self.objective = objective_of(config)
         # On the CPU, where looking at a step's result waits for nothing.
         self.refuses_at_once = processes.device.type == "cpu"
         self._broken_at = torch.full((), -1, device=processes.device)
@@ -123,6 +122,12 @@ class Learner:
             f"step {step}: {', '.join(broken)} not finite; the step was not applied and nothing of "
             f"it saved; a lower learning_rate, a gradient_clip or a larger eps may help"
         )
+
+
+def objective_of(config: Config) -> Objective:
+    """What the config minimises: its keys are called what they are called there."""
+    names = [part.name for part in dataclasses.fields(Objective)]
+    return Objective(**{name: getattr(config, name) for name in names})
 
 
 def build_learner(

@@ -37,8 +37,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from learner import Learner
-from models import Batch, Objective, Samples, build_model
+from learner import Learner, objective_of
+from models import Batch, Samples, build_model
 from schedules import consistency_times
 from soflow.config import Config
 from soflow.distributed import processes
@@ -72,7 +72,7 @@ def count_flops(config: Config, name: str) -> float:
         channels = 4 if config.is_latent else 3
         model = build_model(**config.model_arguments(channels, NUM_CLASSES))
     batch = exact_batch(config, count, device)
-    objective = Objective(config.cfg_scale, config.mix_ratio, config.cfg_decay_time, 1.0, 0.01)
+    objective = objective_of(config)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as of_step:
         STEPS[name](model)(batch, objective).loss.backward()
     parts = (batch.flow_matching, batch.consistency)
