@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from drawing import draw_batch
-from learner import METRICS, build_learner
+from learner import METRICS, build_learner, gap_fraction_at, learning_rate_at
 from models import Batch, build_model
 from run import Run, due_results, save_and_stop
 from soflow.background import background
@@ -94,13 +94,17 @@ def draw_batches(run: Run, parts: Iterator[RawBatch]) -> Iterator[Batch]:
 
 
 def log_metrics(run: Run, interval: Interval) -> None:
-    """One line with the means since the last."""
+    """One line with the means since the last, and what the schedules gave the step just done."""
     means, seconds, steps = interval.close(run.processes)
-    finished, total = run.state.finished_steps, run.config.total_steps
+    config, finished = run.config, run.state.finished_steps
+    total, last = config.total_steps, finished - 1
     metrics = ", ".join(f"{name}: {mean:.4f}" for name, mean in zip(METRICS, means, strict=True))
     run.logbook.line(
         f"Step: {finished}/{total} ({100 * finished / total:.1f}%), {metrics}, "
+        f"Gap_Fraction: {gap_fraction_at(config, last):.4g}, "
+        f"Learning_Rate: {learning_rate_at(config, last):.4g}, "
         f"Memory: {peak_memory_gb(run.processes.device):.2f} GB, Seconds: {seconds:.1f}, "
+        f"Images/s: {steps * config.batch_size / seconds:.1f}, "
         f"ETA: {duration(seconds / steps * (total - finished))}"
     )
 

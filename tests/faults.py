@@ -248,7 +248,8 @@ def _read(path: Path) -> object:
 
 
 LINE = re.compile(
-    r"\S+ \S+ Step: (\d+)/\d+ \([\d.]+%\), (.*), Memory: [\d.]+ GB, Seconds: [\d.]+, ETA: \S+"
+    r"\S+ \S+ Step: (\d+)/\d+ \([\d.]+%\), (.*), Memory: [\d.]+ GB, Seconds: [\d.]+, "
+    r"Images/s: \S+, ETA: \S+"
 )
 START = re.compile(r"\S+ \S+ (?:resumed at step (\d+) from|fresh run in) .*")
 

@@ -159,6 +159,16 @@ def test_log_has_all_metrics_and_how_the_run_started(small_run):
         assert word in text
 
 
+def test_log_has_the_gap_and_the_learning_rate_of_the_step_just_done(small_run):
+    folder = small_run(warmup_steps=4, l_schedule="Linear", l_init_ratio=0.6, l_end_ratio=0.3)
+    lines = [line for line in (folder / "log.txt").read_text().splitlines() if "Step: " in line]
+    # The second, fourth and sixth step of six.
+    expected = [("0.55", "0.001"), ("0.45", "0.002"), ("0.35", "0.002")]
+    for line, (gap, rate) in zip(lines, expected, strict=True):
+        assert f", Gap_Fraction: {gap}, Learning_Rate: {rate}, Memory: " in line
+        assert re.search(r"GB, Seconds: [0-9.]+, Images/s: [0-9.]+, ETA: ", line)
+
+
 def test_recorded_config_loads_to_the_same_config_and_is_never_overwritten(small_run, capsys):
     folder = small_run()
     recorded = (folder / "config.yaml").read_text()
