@@ -10,6 +10,8 @@ record in its eval_results.jsonl; what has them is passed over. Needs TensorFlow
 GPU, and no torch. Distances are called FID only with the Inception graph, else FD.
 """
 
+from soflow.command import run_command  # isort: skip - first: it attends to the start
+
 import argparse
 import contextlib
 import json
@@ -24,7 +26,7 @@ import numpy as np
 
 from soflow import __version__
 from soflow.feature_graph import DEFAULT_NAME, FeatureGraph, find_graph
-from soflow.files import UserError, append_line, make_folder, natural_key, run_command, sha256_of
+from soflow.files import UserError, append_line, make_folder, natural_key, sha256_of
 from soflow.references import (
     Measured,
     Reference,

@@ -10,7 +10,7 @@ The images come from the averaged weights of ckpts/{steps}.pt in the config's wo
 evals/{steps}_{NFE}NFE_{seed}.npz there. Guidance was trained in: there is no scale to choose.
 """
 
-import soflow  # noqa: F401  # isort: skip - before torch: tells its threads how to wait
+from soflow.command import run_command  # isort: skip - first: it attends to the start
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ from soflow.checkpoint import check_weights, checkpoint_path, read_checkpoint
 from soflow.config import Config, add_options, load_config
 from soflow.data import SOURCES
 from soflow.distributed import Processes, processes
-from soflow.files import UserError, check_writable, make_folder, run_command
+from soflow.files import UserError, check_writable, make_folder
 from soflow.hardware import allow_tf32
 from soflow.logbook import record_of, weights_digest, write_record
 from soflow.npz import read_archive

@@ -10,6 +10,8 @@ Stopped at any moment, the same command goes on. Classes are the folders below -
 order: by number where all have numbers for names, else by alphabet.
 """
 
+from soflow.command import run_command  # isort: skip - first: it attends to the start
+
 import argparse
 import contextlib
 import hashlib
@@ -25,7 +27,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from soflow.distributed import Processes, processes
-from soflow.files import UserError, run_command
+from soflow.files import UserError
 from soflow.hardware import allow_tf32
 from soflow.images import LabelledFiles, class_folders, read_image, to_images
 from soflow.latent_parts import PART_IMAGES, SKIPPED_FILE, Part, PartsFolder, Plan

@@ -8,7 +8,7 @@
 Everything goes into the config's working_dir: config.yaml, log.txt, ckpts/, evals/, figs/.
 """
 
-import soflow  # noqa: F401  # isort: skip - before torch: tells its threads how to wait
+from soflow.command import run_command  # isort: skip - first: it attends to the start
 
 import argparse
 import contextlib
@@ -43,7 +43,7 @@ from soflow.config import (
 )
 from soflow.data import SOURCES, RawBatch, TrainingData, build_data, count_classes
 from soflow.distributed import Processes, processes, world_size_asked_for
-from soflow.files import UserError, delete_superseded, hold_lock, make_folder, run_command
+from soflow.files import UserError, delete_superseded, hold_lock, make_folder
 from soflow.logbook import Interval, Logbook, device_name, duration, peak_memory_gb
 from soflow.sampling import find_decoder
 from soflow.signals import Asked, listening

@@ -19,8 +19,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import evaluator
+from soflow.command import run_command
 from soflow.data import digits_split
-from soflow.files import UserError, run_command
+from soflow.files import UserError
 from soflow.images import to_pixels
 from soflow.npz import read_archive, write_images
 
