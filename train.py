@@ -26,7 +26,7 @@ from run import Run, due_results, save_and_stop
 from soflow.background import background
 from soflow.batches import BatchPlan, build_loader
 from soflow.budget import describe_model, describe_needs
-from soflow.checkpoint import newest_checkpoint, read_checkpoint
+from soflow.checkpoint import find_checkpoints, newest_checkpoint, read_checkpoint
 from soflow.config import (
     FIELDS,
     Config,
@@ -36,6 +36,7 @@ from soflow.config import (
     due_steps,
     is_due,
     load_config,
+    parse_options,
     refuse_another_experiment,
     save_config,
     shorten,
@@ -137,6 +138,18 @@ def claimed_folder(run: Run) -> Iterator[None]:
             stack.enter_context(hold_lock(folder / ".lock", refusal))
         run.jobs = stack.enter_context(background())
         yield
+
+
+def look_beside(config_path: str, run: Run) -> list[str]:
+    """A line where a fresh run starts although the config lies beside a run's checkpoints."""
+    folder = Path(config_path).resolve().parent
+    there = find_checkpoints(folder / "ckpts")
+    if not there or find_checkpoints(run.folder / "ckpts"):
+        return []
+    return [
+        f"{config_path} lies beside a run of {max(there)} steps, which this is not; to continue "
+        f"that one, say --set working_dir={folder}"
+    ]
 
 
 def resume(run: Run, allowed: Sequence[str]) -> None:
@@ -289,7 +302,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="print the resolved config and what the run takes, then end",
     )
-    return parser.parse_args(argv)
+    return parse_options(parser, argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -304,6 +317,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     with processes(config.device, config.timeout_minutes) as own:
         run = build_run(config, own)
+        run.notes += look_beside(arguments.config, run)
         with claimed_folder(run), listening() as run.listener:
             resume(run, arguments.allow_changed)
             open_folder(run)

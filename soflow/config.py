@@ -166,6 +166,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def parse_options(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> argparse.Namespace:
+    """The command line's options; one that is a key of the config is answered with --set."""
+    arguments, unknown = parser.parse_known_args(argv)
+    for word, following in zip(unknown, [*unknown[1:], "--"], strict=False):
+        option, _, value = word.partition("=")
+        key = option.lstrip("-").replace("-", "_")
+        if option.startswith("-") and key in FIELDS:
+            value = value or ("VALUE" if following.startswith("--") else following)
+            raise UserError(f"{option}: a key of the config; say --set {key}={value}")
+    if unknown:
+        options = [f"--{name.replace('_', '-')}" for name in vars(arguments)]
+        suggestion = suggest(unknown[0].partition("=")[0], options)
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{suggestion}")
+    return arguments
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The resolved config of a YAML file with `KEY=VALUE` overrides; UserError names what is wrong.
 

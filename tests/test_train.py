@@ -180,6 +180,45 @@ def test_recorded_config_loads_to_the_same_config_and_is_never_overwritten(small
     assert (folder / "config.yaml").read_text() == recorded
 
 
+def test_a_fresh_run_by_a_config_that_lies_beside_another_run_is_pointed_to_that(
+    small_run, monkeypatch, tmp_path, capsys
+):
+    recorded = small_run(folder="run") / "config.yaml"
+    text = recorded.read_text().replace(str(tmp_path / "run"), "run")
+    recorded.write_text(text)
+    (tmp_path / "elsewhere").mkdir()
+    line = f"{recorded} lies beside a run of 6 steps, which this is not; to continue that one, say "
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for says_so in (True, False):  # the second time it goes on with its own
+        capsys.readouterr()
+        train.main(["--config", str(recorded)])
+        said = capsys.readouterr().out
+        assert (f"{line}--set working_dir={tmp_path / 'run'}\n" in said) == says_so
+    monkeypatch.chdir(tmp_path)
+    train.main(["--config", str(recorded)])
+    assert "lies beside" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--learning-rate", "1e-4"], "--learning-rate: a key of the config; say --set learning_"),
+        (["--batch_size=3"], "--batch_size: a key of the config; say --set batch_size=3"),
+        (["--seed", "-1"], "--seed: a key of the config; say --set seed=-1"),
+        (["--compile", "--dry-run"], "--compile: a key of the config; say --set compile=VALUE"),
+    ],
+)
+def test_a_key_among_the_options_is_answered_with_set(words, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        train.main(["--config=nowhere.yaml", *words])
+
+
+def test_an_unknown_option_is_answered_with_the_nearest(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--config=nowhere.yaml", "--dryrun"])
+    assert "unrecognized arguments: --dryrun; did you mean --dry-run?" in capsys.readouterr().err
+
+
 def test_another_experiment_in_the_same_folder_is_refused(small_run):
     folder = small_run()
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
