@@ -46,6 +46,7 @@ from soflow.data import SOURCES, RawBatch, TrainingData, build_data, count_class
 from soflow.distributed import Processes, processes, world_size_asked_for
 from soflow.files import UserError, delete_superseded, hold_lock, make_folder
 from soflow.logbook import Interval, Logbook, device_name, duration, peak_memory_gb
+from soflow.published import save_published_config
 from soflow.sampling import find_decoder
 from soflow.signals import Asked, listening
 
@@ -302,6 +303,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="print the resolved config and what the run takes, then end",
     )
+    parser.add_argument(
+        "--save-published-config",
+        metavar="FILE",
+        help="write the config with the keys that the published code knows alone, then end",
+    )
     return parse_options(parser, argv)
 
 
@@ -312,6 +318,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for key in arguments.allow_changed:
         if key not in FIELDS:
             raise UserError(f"--allow-changed {key}: unknown key{suggest(key, FIELDS)}")
+    if arguments.save_published_config:
+        print(*save_published_config(config, Path(arguments.save_published_config)), sep="\n")
+        return
     if arguments.dry_run:
         dry_run(config)
         return

@@ -147,6 +147,18 @@ class Config:
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
 
+# Those of the published code. Keys of ours are not among them: `soflow.published` says what it does
+# about each.
+PUBLISHED_KEYS = frozenset(
+    {
+        "working_dir", "noising_type", "coefficient_type", "model_type", "dataset_type",
+        "data_size", "dataset_path", "velocity_loss_ratio", "p", "eps", "time_mean", "time_std",
+        "cfg_scale", "mix_ratio", "cfg_drop_rate", "cfg_decay_time", "l_schedule", "l_init_ratio",
+        "l_end_ratio", "total_steps", "ema_decay_rate", "learning_rate", "betas", "weight_decay",
+        "batch_size", "num_workers", "prefetch_factor", "eval_steps", "eval_batch_size", "eval_NFE",
+        "eval_demo_steps", "eval_demo_shape", "ckpt_saving_steps", "logging_steps", "seed",
+    }
+)  # fmt: skip
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 TYPES = typing.get_type_hints(Config)
 
