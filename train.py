@@ -3,16 +3,17 @@
     python train.py --config configs/digits.yaml
     torchrun --nproc-per-node=8 train.py --config configs/imagenet.yaml
     python train.py --config configs/digits.yaml --set total_steps=500 --set working_dir=runs/short
-    python train.py --config configs/imagenet.yaml --dry-run
+    python train.py --config configs/imagenet.yaml --dry-run --time
 
 Everything goes into the config's working_dir: config.yaml, log.txt, ckpts/, evals/, figs/.
 """
 
-from soflow.command import run_command  # isort: skip - first: it attends to the start
+from soflow.command import is_first_process, run_command  # isort: skip - first: it attends to the start
 
 import argparse
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 from drawing import draw_batch
 from learner import METRICS, build_learner, gap_fraction_at, learning_rate_at
 from models import Batch, build_model
+from rehearsal import MadeUpData, rehearse, within_memory
 from run import Run, due_results, save_and_stop
 from soflow.background import background
 from soflow.batches import BatchPlan, build_loader
@@ -119,7 +121,11 @@ def build_run(config: Config, own: Processes) -> Run:
     plan = plan_batch(config, own.world_size)
     if makes_pixels(config):
         find_decoder(config)
-    data = build_data(config)
+    return assemble_run(config, own, plan, build_data(config))
+
+
+def assemble_run(config: Config, own: Processes, plan: BatchPlan, data: TrainingData) -> Run:
+    """A fresh run on these data."""
     learner, notes = build_learner(config, own, plan, data.spec.channels, data.spec.num_classes)
     logbook = Logbook(Path(config.working_dir) / "log.txt", own.is_main)
     return Run(config, own, data, learner, logbook, notes)
@@ -277,9 +283,27 @@ def dry_run(config: Config) -> None:
     with torch.device("meta"):
         model = build_model(**config.model_arguments(source.channels, count_classes(config)))
     plan = plan_batch(config, world_size_asked_for())
-    print(as_yaml(config), end="")
+    say(as_yaml(config).rstrip())
     for line in describe_needs(config, model, plan, source.channels):
-        print(f"# {line}")
+        say(f"# {line}")
+
+
+def time_steps(config: Config) -> None:
+    """Print what a few steps take here, on made-up data; nothing is written."""
+    with processes(config.device, config.timeout_minutes) as own, within_memory(own.device):
+        plan = plan_batch(config, own.world_size)
+        data = MadeUpData(config, plan.batch_size // plan.num_parts)
+        run = assemble_run(config, own, plan, data)
+        parts = itertools.repeat(data.whole())
+        timed = rehearse(run.learner, lambda: draw_batches(run, parts))
+        for line in itertools.chain(run.notes, timed):
+            say(f"# {line}")
+
+
+def say(text: str) -> None:
+    """Print, once for all processes, before what follows takes its time."""
+    if is_first_process():
+        print(text, flush=True)
 
 
 # The command
@@ -304,6 +328,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="print the resolved config and what the run takes, then end",
     )
     parser.add_argument(
+        "--time",
+        action="store_true",
+        help="with --dry-run: time a few steps here, on made-up data",
+    )
+    parser.add_argument(
         "--save-published-config",
         metavar="FILE",
         help="write the config with the keys that the published code knows alone, then end",
@@ -314,6 +343,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     arguments = parse_arguments(argv)
+    if arguments.time and not arguments.dry_run:
+        raise UserError("--time: goes with --dry-run, and times a few steps before a run")
     config = load_config(arguments.config, arguments.set)
     for key in arguments.allow_changed:
         if key not in FIELDS:
@@ -323,6 +354,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if arguments.dry_run:
         dry_run(config)
+        if arguments.time:
+            time_steps(config)
         return
     with processes(config.device, config.timeout_minutes) as own:
         run = build_run(config, own)

@@ -54,6 +54,11 @@ def run_command(main: Callable[[], int | None]) -> None:
     sys.exit(status)
 
 
+def is_first_process() -> bool:
+    """Whether this process talks: of those that torchrun has started, or because it is alone."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _status_of(main: Callable[[], int | None]) -> int:
     """Main's status, or that of what ended it, which is said."""
     try:
@@ -62,7 +67,7 @@ def _status_of(main: Callable[[], int | None]) -> int:
         _say_error(str(error))
         return 1
     except Stopped as stop:
-        if os.environ.get("RANK", "0") == "0":
+        if is_first_process():
             print(stop, flush=True)
         return STOPPED_STATUS
     except KeyboardInterrupt:
@@ -72,10 +77,10 @@ def _status_of(main: Callable[[], int | None]) -> int:
 
 def _say_error(text: str) -> None:
     """One line on stderr; what all processes meet the first says, and torchrun ends the others."""
-    rank = os.environ.get("RANK", "0")
-    if rank != "0":
+    whose = ""
+    if not is_first_process():
         time.sleep(PATIENCE_SECONDS)
-    whose = "" if rank == "0" else f" (process {rank})"
+        whose = f" (process {os.environ['RANK']})"
     print(f"error{whose}: {text}", file=sys.stderr, flush=True)
 
 
