@@ -169,6 +169,7 @@ def write_samples(
 ) -> None:
     """Stream `sample_pixels` to an .npz, which appears only when all images are in it.
 
+    The images are `arr_0`; their labels, where there are classes, follow as `arr_1`, int64 [N].
     Every process calls this; the main one writes, and tells `report` of every batch written. The
     record is written just before, so that a kill leaves no archive without one.
     """
@@ -176,10 +177,14 @@ def write_samples(
         for _ in batches:
             raise AssertionError("only the main process gets images")
         return
+    labels = []
     with write_images(path, num_images) as writer:
         for batch in batches:
             writer.append(batch.pixels)
+            labels += [] if batch.labels is None else [batch.labels]
             report(batch)
+        if labels:
+            writer.further_arrays["arr_1"] = np.concatenate(labels).astype(np.int64)
         write_own_record()
 
 

@@ -125,12 +125,24 @@ def test_archive_is_streamed_whole_and_in_order(tmp_path):
     labels = wanted.stream.draw(range(10), 0).labels.numpy()
     expected = np.floor(127.5 * class_value(labels) + 128)
     with np.load(path) as archive:
-        assert archive.files == ["arr_0"]
+        assert archive.files == ["arr_0", "arr_1"]
         assert archive["arr_0"].dtype == np.uint8
+        assert archive["arr_1"].dtype == np.int64
+        assert np.array_equal(archive["arr_1"], labels)
         assert np.array_equal(archive["arr_0"][:, 0, 0, 0], expected)
     with read_archive(path) as archive:
         assert archive.images_header().shape == (10, 4, 4, 1)
     assert np.array_equal(first.by_class()[:, 0, 0, 0], np.sort(expected[:6]))
+
+
+def test_archive_of_a_model_without_classes_has_no_labels(tmp_path):
+    wanted = SampleRequest(3, 2, 1, PerImageStream(7, None, SHAPE))
+    batches = sample_pixels(
+        SoFlow(ExactNetwork(torch.zeros(1, *SHAPE))), wanted, ALONE, lambda x: x
+    )
+    write_samples(tmp_path / "images.npz", batches, 3, True, lambda: None)
+    with np.load(tmp_path / "images.npz") as archive:
+        assert archive.files == ["arr_0"]
 
 
 def test_archive_that_is_not_finished_leaves_nothing(tmp_path):
