@@ -31,7 +31,8 @@ from soflow.logbook import record_of, weights_digest, write_record
 from soflow.npz import read_archive
 from soflow.randomness import GivenLabels, PerImageStream, ReferenceStream, SamplingStream
 from soflow.sampling import (
-    FirstImages,
+    Grid,
+    GridImages,
     Sampled,
     SampleRequest,
     decoder_record,
@@ -117,8 +118,7 @@ def run_inference(arguments: argparse.Namespace, config: Config, own: Processes)
         config.eval_NFE,
         choose_stream(arguments, config, sampler, own),
     )
-    rows, columns = config.eval_demo_shape
-    first = FirstImages(rows * columns)
+    shown = GridImages(config.eval_demo_shape, sampler.num_classes, arguments.labels or ())
 
     def write_own_record() -> None:
         record = record_of(
@@ -142,7 +142,7 @@ def run_inference(arguments: argparse.Namespace, config: Config, own: Processes)
     ):
 
         def report(batch: Sampled) -> None:
-            first.add(batch)
+            shown.add(batch)
             bar.update(len(batch.pixels))
 
         batches = sample_pixels(sampler.model, request, own, decode)
@@ -151,8 +151,15 @@ def run_inference(arguments: argparse.Namespace, config: Config, own: Processes)
         return
     print(f"{request.num_images} images in {output}")
     if arguments.grid:
-        save_grid(Path(arguments.grid), first.by_class(), columns)
-        print(f"the first of them, by class, in {arguments.grid}")
+        grid = shown.arranged()
+        save_grid(Path(arguments.grid), grid.pixels, grid.columns)
+        print(f"{describe(grid)} in {arguments.grid}")
+
+
+def describe(grid: Grid) -> str:
+    """What a grid shows, in words."""
+    size = f"{len(grid.pixels) // grid.columns} rows of {grid.columns} of them"
+    return f"{size}, of the classes {', '.join(map(str, grid.classes))}," if grid.classes else size
 
 
 def find_working_dir(config: Config, config_path: Path) -> Path:
@@ -240,7 +247,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--labels", type=parse_labels, metavar="3,7,7", help="classes in turn, repeated to fill"
     )
     parser.add_argument(
-        "--grid", metavar="FILE.png", help="also draw the first images (eval_demo_shape), by class"
+        "--grid",
+        metavar="FILE.png",
+        help="also draw some of them, one class a row where there are enough (eval_demo_shape)",
     )
     parser.add_argument("--cfg-scale", "--guidance-scale", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
