@@ -13,7 +13,8 @@ evals/{steps}_{NFE}NFE_{seed}.npz there. Guidance was trained in: there is no sc
 import soflow  # noqa: F401  # isort: skip - before torch: tells its threads how to wait
 
 import argparse
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +22,14 @@ import torch
 from tqdm import tqdm
 
 from models import SoFlow, build_model
-from soflow.checkpoint import check_weights, checkpoint_path, read_checkpoint
-from soflow.config import Config, add_options, load_config
+from soflow.checkpoint import (
+    check_weights,
+    checkpoint_path,
+    read_checkpoint,
+    run_of_checkpoint,
+    run_of_config,
+)
+from soflow.config import Config, add_options, config_from_dict, load_config
 from soflow.data import SOURCES
 from soflow.distributed import Processes, processes
 from soflow.files import UserError, check_writable, make_folder, run_command
@@ -44,7 +51,77 @@ from soflow.sampling import (
 )
 
 LARGEST_COUNT = 10**7  # of channels or classes
+# The reference's of this command, which differ from those of its configs.
 DEFAULTS = ("eval_batch_size=32", "eval_NFE=1", "seed=42")
+
+
+class Sources(NamedTuple):
+    """What is sampled from, and the folder that its samples go to."""
+
+    config: Config
+    checkpoint: Path
+    results: Path
+
+
+def find_sources(arguments: argparse.Namespace, report: Callable[[str], None]) -> Sources:
+    """The checkpoint that the command line asks for, with its config; `report` takes notes.
+
+    A --set working_dir is the folder of the run without question. Otherwise that is where the
+    config lies, or where the checkpoint does that --ckpt names.
+    """
+    settings = settings_of(arguments)
+    chosen = next((text for text in settings if text.startswith("working_dir=")), None)
+    if arguments.ckpt is None:
+        if arguments.config is None:
+            raise UserError("--config: needed with --ckpt-steps; --ckpt FILE does without")
+        config = load_config(arguments.config, settings, report)
+        folder = find_run(config, Path(arguments.config), is_chosen=chosen is not None)
+        checkpoint = checkpoint_path(folder / "ckpts", arguments.ckpt_steps)
+        return Sources(config, checkpoint, folder / "evals")
+    checkpoint = Path(arguments.ckpt)
+    if arguments.config is None:
+        config = config_of_checkpoint(checkpoint, settings, report)
+    else:
+        config = load_config(arguments.config, settings, report)
+    folder = Path(config.working_dir) if chosen else run_of_checkpoint(checkpoint)
+    return Sources(config, checkpoint, folder / "evals" if folder else checkpoint.parent)
+
+
+def find_run(config: Config, config_path: Path, is_chosen: bool) -> Path:
+    """The folder of the run that a config stands for: the one it lies in, else its working_dir.
+
+    UserError where there is none, or where each is the folder of another run and the user has not
+    chosen.
+    """
+    named, own = Path(config.working_dir), run_of_config(config_path)
+    if own and not is_chosen:
+        if (named / "ckpts").is_dir() and named.resolve() != own.resolve():
+            raise UserError(
+                f"{config_path}: lies beside {own / 'ckpts'}, and its working_dir {named} has "
+                f"checkpoints too; say --set working_dir={own} or --set working_dir={named}"
+            )
+        return own
+    if not named.is_dir():
+        hint = "start where it is relative to, or say --set working_dir=FOLDER"
+        if own:
+            hint = f"leave out --set working_dir to sample from {own}"
+        raise UserError(f"{config_path}: working_dir: {named} does not exist; {hint}")
+    return named
+
+
+def config_of_checkpoint(
+    path: Path, settings: Sequence[str], report: Callable[[str], None]
+) -> Config:
+    """The config that a checkpoint holds; of one that holds none, the one of its run."""
+    folder = run_of_checkpoint(path)
+    content = read_checkpoint(path)
+    if "config" in content:
+        # Its own working_dir may be a place on another machine.
+        values = {**content["config"], "working_dir": str(folder or path.parent)}
+        return config_from_dict(values, str(path), settings, report)
+    if folder and (folder / "config.yaml").exists():
+        return load_config(folder / "config.yaml", settings, report)
+    raise UserError(f"{path}: holds no config, as published checkpoints do not; say --config FILE")
 
 
 class Sampler(NamedTuple):
@@ -99,11 +176,10 @@ def data_of(config: Config, content: Mapping[str, Any], path: Path) -> tuple[int
     return source.channels, source.num_classes
 
 
-def run_inference(arguments: argparse.Namespace, config: Config, own: Processes) -> None:
+def run_inference(arguments: argparse.Namespace, sources: Sources, own: Processes) -> None:
     """Sample what the command line asks for; all processes take part."""
-    folder = find_working_dir(config, Path(arguments.config))
-    source = Path(arguments.ckpt or checkpoint_path(folder / "ckpts", arguments.ckpt_steps))
-    output = folder / "evals" / f"{source.stem}_{config.eval_NFE}NFE_{config.seed}.npz"
+    config, source, results = sources
+    output = results / f"{source.stem}_{config.eval_NFE}NFE_{config.seed}.npz"
     if own.is_main:
         make_folder(output.parent)
         refuse_to_shrink(output, config.eval_num_samples)
@@ -162,18 +238,6 @@ def describe(grid: Grid) -> str:
     return f"{size}, of the classes {', '.join(map(str, grid.classes))}," if grid.classes else size
 
 
-def find_working_dir(config: Config, config_path: Path) -> Path:
-    """The config's working_dir, which has to be there; UserError with a hint otherwise."""
-    folder = Path(config.working_dir)
-    if folder.is_dir():
-        return folder
-    beside = config_path.resolve().parent
-    hint = "start in the folder that it is relative to"
-    if (beside / "ckpts").is_dir():
-        hint += f", or add --set working_dir={beside}, the config's own folder"
-    raise UserError(f"{config_path}: working_dir: {config.working_dir} does not exist; {hint}")
-
-
 def refuse_to_shrink(output: Path, num_images: int) -> None:
     """UserError where a larger archive of the same name would be replaced."""
     if not output.exists():
@@ -222,7 +286,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_options(parser)
+    add_options(parser, needs_config=False)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument(
         "--ckpt-steps", type=int, metavar="K", help="sample from ckpts/K.pt of the working_dir"
@@ -255,11 +319,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command."""
-    arguments = parse_arguments(argv)
-    if arguments.cfg_scale is not None:
-        raise UserError("there is no guidance scale when sampling: guidance was trained in")
+def settings_of(arguments: argparse.Namespace) -> list[str]:
+    """The command line's values of the config's keys, the last one of a key being the one meant."""
     given = {
         "eval_batch_size": arguments.eval_batch_size,
         "eval_NFE": arguments.eval_NFE,
@@ -267,10 +328,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         "seed": arguments.seed,
     }
     flags = [f"{key}={value}" for key, value in given.items() if value is not None]
-    # The reference's defaults of the command, which differ from those of its configs.
-    config = load_config(arguments.config, [*DEFAULTS, *arguments.set, *flags])
-    with processes(config.device, config.timeout_minutes) as own:
-        run_inference(arguments, config, own)
+    return [*DEFAULTS, *arguments.set, *flags]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    arguments = parse_arguments(argv)
+    if arguments.cfg_scale is not None:
+        raise UserError("there is no guidance scale when sampling: guidance was trained in")
+    notes = []
+    sources = find_sources(arguments, notes.append)
+    with processes(sources.config.device, sources.config.timeout_minutes) as own:
+        for note in notes if own.is_main else []:
+            print(note, file=sys.stderr)
+        run_inference(arguments, sources, own)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -149,7 +150,7 @@ def test_data_set_is_not_opened(run, monkeypatch):
         (["--ckpt-steps=5"], r"5\.pt: does not exist; .* has the steps 0, 6"),
         (["--labels=3,10"], "--labels: 10 is not a class; those are 0 to 9"),
         (["--cfg-scale=4"], "no guidance scale when sampling: guidance was trained in"),
-        (["--set=working_dir=nowhere"], "working_dir: nowhere does not exist.*add --set working_d"),
+        (["--set=working_dir=nowhere"], "working_dir: nowhere does not exist; leave out --set"),
         (["--num-samples=0"], "eval_num_samples: 0 must be between 1 and"),
         (["--set=coefficient_type=Trig"], "coefficient_type 'Euler' in the checkpoint, 'Trig' in"),
         (["--set=model_type=DiT-Nano-4"], "model_type 'DiT-Nano-2' in the checkpoint"),
@@ -188,6 +189,100 @@ def test_command_samples_in_a_process_of_its_own(run):
     )  # fmt: skip
     assert "3 images in" in said
     assert ROOT.name not in said.partition("images in")[0]
+
+
+# Which run, which checkpoint, which config
+
+
+def sample_two(*flags: object) -> None:
+    inference.main([*map(str, flags), "--num-samples=2"])
+
+
+def made(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.npz"))
+
+
+@pytest.fixture
+def elsewhere(trained, tmp_path, monkeypatch):
+    """An empty current directory, with a copy of the run's folder as shared/ beside it."""
+    shutil.copytree(trained, tmp_path / "shared")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    shared = tmp_path / "shared"
+    (shared / "config.yaml").write_text(
+        (shared / "config.yaml").read_text().replace(str(trained), "runs/digits")
+    )
+    return tmp_path
+
+
+def test_a_config_beside_checkpoints_means_those(elsewhere):
+    sample_two("--config=../shared/config.yaml", "--ckpt-steps=6")
+    assert made(elsewhere) == ["shared/evals/6_1NFE_42.npz"]
+
+
+def test_where_working_dir_has_checkpoints_too_the_user_has_to_choose(elsewhere, trained):
+    shutil.copytree(trained, "runs/digits")
+    command = ("--config=../shared/config.yaml", "--ckpt-steps=6")
+    with pytest.raises(UserError, match=r"\.\./shared/ckpts, and its working_dir runs/digits has"):
+        sample_two(*command)
+    assert made(elsewhere) == []
+    sample_two(*command, "--set=working_dir=runs/digits")
+    assert made(elsewhere) == ["here/runs/digits/evals/6_1NFE_42.npz"]
+    sample_two(*command, "--set=working_dir=../shared")
+    assert len(made(elsewhere)) == 2
+    shutil.rmtree("runs")
+    Path("runs").mkdir()
+    Path("runs/digits").symlink_to(elsewhere / "shared")  # one and the same is no question
+    sample_two(*command, "--seed=1")
+    assert "shared/evals/6_1NFE_1.npz" in made(elsewhere)
+
+
+def test_a_config_elsewhere_means_its_working_dir(elsewhere):
+    shutil.move("../shared/config.yaml", "mine.yaml")
+    with pytest.raises(
+        UserError, match=r"mine\.yaml: working_dir: runs/digits does not exist; start"
+    ):
+        sample_two("--config=mine.yaml", "--ckpt-steps=6")
+    shutil.copytree("../shared", "runs/digits")
+    sample_two("--config=mine.yaml", "--ckpt-steps=6")
+    assert made(elsewhere) == ["here/runs/digits/evals/6_1NFE_42.npz"]
+
+
+def test_a_checkpoint_alone_is_enough(elsewhere, monkeypatch):
+    (elsewhere / "shared" / "config.yaml").unlink()
+    sample_two("--ckpt=../shared/ckpts/6.pt", "--set=eval_NFE=2")
+    assert made(elsewhere) == ["shared/evals/6_2NFE_42.npz"]
+    monkeypatch.chdir("../shared/ckpts")
+    sample_two("--ckpt=6.pt")
+    assert "shared/evals/6_1NFE_42.npz" in made(elsewhere)
+    shutil.copy("6.pt", "../../here/mine.pt")
+    sample_two("--ckpt=../../here/mine.pt")
+    assert "here/mine_1NFE_42.npz" in made(elsewhere)
+
+
+def test_a_checkpoint_without_config_takes_that_of_its_run_or_asks_for_one(elsewhere):
+    path = elsewhere / "shared" / "ckpts" / "6.pt"
+    content = torch.load(path, weights_only=True)
+    torch.save({key: content[key] for key in list(content)[:5]}, path)
+    sample_two(f"--ckpt={path}")
+    assert made(elsewhere) == ["shared/evals/6_1NFE_42.npz"]
+    shutil.copy(path, "mine.pt")
+    with pytest.raises(UserError, match=r"mine\.pt: holds no config, .*; say --config FILE"):
+        sample_two("--ckpt=mine.pt")
+    sample_two("--ckpt=mine.pt", "--config=../shared/config.yaml")
+    assert "here/mine_1NFE_42.npz" in made(elsewhere)
+    with pytest.raises(UserError, match="--config: needed with --ckpt-steps"):
+        sample_two("--ckpt-steps=6")
+
+
+def test_keys_of_a_published_config_that_are_not_known_are_named_and_passed_over(elsewhere, capsys):
+    with open("../shared/config.yaml", "a") as file:
+        file.write("use_fp16: false\nvae_scale: 1.0\n")
+    sample_two("--config=../shared/config.yaml", "--ckpt-steps=6")
+    said = "../shared/config.yaml: passed over keys that are not known here: use_fp16, vae_scale"
+    assert capsys.readouterr().err.startswith(said)
+    with pytest.raises(UserError, match="use_fp16: unknown key"):
+        train.main(["--config=../shared/config.yaml"])
 
 
 # Latents
