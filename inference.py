@@ -101,8 +101,8 @@ def find_run(config: Config, config_path: Path, is_chosen: bool) -> Path:
     chosen.
     """
     named, own = Path(config.working_dir), run_of_config(config_path)
-    if own and not is_chosen:
-        if (named / "ckpts").is_dir() and named.resolve() != own.resolve():
+    if own and not is_chosen and named.resolve() != own.resolve():
+        if (named / "ckpts").is_dir():
             raise UserError(
                 f"{config_path}: lies beside {own / 'ckpts'}, and its working_dir {named} has "
                 f"checkpoints too; say --set working_dir={own} or --set working_dir={named}"
