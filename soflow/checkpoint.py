@@ -145,6 +145,17 @@ def find_checkpoints(folder: Path) -> dict[int, Path]:
     return numbered_files(folder, ".pt")
 
 
+def run_of_config(path: Path) -> Path | None:
+    """The folder of the run that a config lies in, beside ckpts/; None where it lies elsewhere."""
+    return path.parent if (path.parent / "ckpts").is_dir() else None
+
+
+def run_of_checkpoint(path: Path) -> Path | None:
+    """The folder of the run in whose ckpts/ a checkpoint lies; None where it lies elsewhere."""
+    folder = path.parent if path.parent.name else path.absolute().parent
+    return folder.parent if folder.name == "ckpts" else None
+
+
 def host_copy(content: Any) -> Any:
     """`content` with tensors of its own in host memory, which training does not change any more."""
     if isinstance(content, torch.Tensor):

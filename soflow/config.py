@@ -166,9 +166,11 @@ TYPES = typing.get_type_hints(Config)
 # Loading
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: argparse.ArgumentParser, needs_config: bool = True) -> None:
     """Give a command the options that `load_config` takes: --config and --set."""
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML config of the run")
+    parser.add_argument(
+        "--config", required=needs_config, metavar="FILE", help="YAML config of the run"
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -196,25 +198,39 @@ def parse_options(
     return arguments
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    pass_over: Callable[[str], None] | None = None,
+) -> Config:
     """The resolved config of a YAML file with `KEY=VALUE` overrides; UserError names what is wrong.
 
     Numeric strings are numbers (YAML reads 1e-4 as a string), whole numbers are floats, and
-    `Triangular` is read as `Trig`.
+    `Triangular` is read as `Trig`. Unknown keys of the file are refused, or left out and named in a
+    line for `pass_over`.
     """
-    values = {key: (value, f"{path}: {_clip(key)}") for key, value in _read_yaml(path).items()}
+    return config_from_dict(_read_yaml(path), str(path), overrides, pass_over)
+
+
+def config_from_dict(
+    values: Mapping[str, Any],
+    source: str,
+    overrides: Sequence[str] = (),
+    pass_over: Callable[[str], None] | None = None,
+) -> Config:
+    """The resolved config of plain values, such as a checkpoint holds; as `load_config`."""
+    unknown = [key for key in values if key not in FIELDS]
+    if unknown and pass_over:
+        named = ", ".join(map(_clip, unknown)) + "".join(suggest(key, FIELDS) for key in unknown)
+        pass_over(f"{source}: passed over keys that are not known here: {named}")
+        values = {key: value for key, value in values.items() if key in FIELDS}
+    placed = {key: (value, f"{source}: {_clip(str(key))}") for key, value in values.items()}
     for override in overrides:
         key, equals, text = override.partition("=")
         place = _clip(repr(override)[1:-1])  # as typed, but in one line
         if not equals:
             raise UserError(f"--set {place}: not of the form KEY=VALUE")
-        values[key] = (_parse_yaml(text, f"--set {place}"), f"--set {place.partition('=')[0]}")
-    return _build(values, str(path))
-
-
-def config_from_dict(values: Mapping[str, Any], source: str) -> Config:
-    """The resolved config of plain values, such as a checkpoint holds."""
-    placed = {key: (value, f"{source}: {_clip(str(key))}") for key, value in values.items()}
+        placed[key] = (_parse_yaml(text, f"--set {place}"), f"--set {place.partition('=')[0]}")
     return _build(placed, source)
 
 

@@ -402,7 +402,7 @@ def test_evals_and_demos_are_made_by_the_averaged_model(small_run):
     with read_archive(folder / "evals" / "6_1NFE_42.npz") as archive:
         assert (next(archive.batches(10)) == during).all()
     inference.main(
-        [*options, *flags, "--labels=0,0,5,5", "--seed=42", f"--grid={folder / 'g.png'}"]
+        [*options, *flags, "--labels=0,0,5,5", "--overwrite", f"--grid={folder / 'g.png'}"]
     )
     assert (folder / "g.png").read_bytes() == picture
 
