@@ -29,12 +29,27 @@ from soflow.references import (
     find_images,
     load_reference,
     measure,
+    refuse_to_replace,
     write_reference,
 )
-from soflow.results import Results, Stamp, format_scores, printable
-from soflow.scores import Manifold, frechet_distance, inception_score, precision_recall
+from soflow.results import (
+    FEW_IMAGES,
+    Results,
+    Stamp,
+    Yardstick,
+    format_scores,
+    origin_of,
+    printable,
+)
+from soflow.scores import (
+    DISTANCES,
+    Manifold,
+    frechet_distance,
+    inception_score,
+    precision_recall,
+)
 
-COMMON_IMAGES = 50_000  # what published scores are made of
+COMMON_IMAGES = 50_000  # behind published scores
 
 
 # One file.
@@ -53,16 +68,20 @@ def score_file(path: Path, reference: Reference, graph: FeatureGraph) -> dict:
             f"{reference.images.size}"
         )
     stamp = Stamp.of(path)
-    sha256 = sha256_of(path)
+    sha256, origin = sha256_of(path), origin_of(path, images.num_images)
     measured = measure(images, graph)
+    manifold = Manifold.of(measured.features, reference.manifold.distances)
     if Stamp.of(path) != stamp:
         raise UserError(f"{path}: changed while it was being scored")
     return {
         "file": path.name,
-        "scores": compare(measured, reference, graph),
+        "scores": compare(measured, manifold, reference, graph),
+        "distances": manifold.distances,
         "num_images": images.num_images,
         "image_shape": images.image_shape,
-        "notes": notes(images.num_images, reference, max(graph.widths[:2])),
+        "step": origin.get("step"),
+        "NFE": origin.get("NFE"),
+        "notes": notes(manifold, reference, graph),
         "size_bytes": stamp.size_bytes,
         "modified_ns": stamp.modified_ns,
         "sha256": sha256,
@@ -86,10 +105,12 @@ def score_file(path: Path, reference: Reference, graph: FeatureGraph) -> dict:
     }
 
 
-def compare(samples: Measured, reference: Reference, graph: FeatureGraph) -> dict[str, float]:
+def compare(
+    samples: Measured, manifold: Manifold, reference: Reference, graph: FeatureGraph
+) -> dict[str, float]:
     """The scores by column; distances have the name that the graph gives them."""
     distance = "FID" if graph.is_inception else "FD"
-    coverage = precision_recall(Manifold.of(samples.features), reference.manifold)
+    coverage = precision_recall(manifold, reference.manifold)
     return {
         "IS": inception_score(samples.features, graph.class_weights),
         distance: frechet_distance(samples.pool, reference.pool),
@@ -99,21 +120,35 @@ def compare(samples: Measured, reference: Reference, graph: FeatureGraph) -> dic
     }
 
 
-def notes(num_images: int, reference: Reference, width: int) -> list[str]:
-    """What a reader of the scores has to know about the numbers of images."""
+def notes(samples: Manifold, reference: Reference, graph: FeatureGraph) -> list[str]:
+    """What a reader of the scores has to know about numbers of images, and of float16."""
     found = []
-    for whose, count in (("samples", num_images), ("reference", reference.count)):
+    width = max(graph.widths[:2])
+    frechet = "FID and sFID" if graph.is_inception else "FD and sFD"
+    for whose, count, manifold in (
+        ("samples", len(samples.features), samples),
+        ("reference", reference.count, reference.manifold),
+    ):
         if count is not None and count < COMMON_IMAGES:
-            biased = f"{whose}: {count} images, fewer than {COMMON_IMAGES}; distances are too large"
-            found.append(biased)
+            bias = "biased upwards" if count < FEW_IMAGES else f"above those of {COMMON_IMAGES:,}"
+            found.append(f"{whose}: {count:,} images; {frechet} are {bias}")
         if count is not None and count < width + 1:
             found.append(f"{whose}: fewer images than features + 1 = {width + 1}")
+        if overflows := manifold.num_overflows:
+            found.append(
+                f"{whose}: {overflows:,} images overflow float16; prec and recall mean nothing"
+            )
+    if reference.origin == "file" and not (reference.names_graph or graph.is_inception):
+        found.append("reference: does not say whether this graph made its statistics")
     return found
 
 
 # The commands.
 
-SCORING_ONLY = ("ref_batch", "sample_batch_dir", "watch", "delete_evaluated", "no_cache")
+SCORING_ONLY = (
+    *("ref_batch", "sample_batch_dir", "distances"),
+    *("watch", "delete_evaluated", "no_cache"),
+)
 MAKING_ONLY = ("write_ref", "images", "image_size", "ref_images")
 
 
@@ -124,13 +159,17 @@ class Session:
         self._arguments = arguments
         self._folder = Path(arguments.sample_batch_dir)
         if not self._folder.is_dir():
-            raise UserError(f"{self._folder}: no such folder (--sample_batch_dir)")
+            kind = "is a file, not a folder" if self._folder.exists() else "no such folder"
+            raise UserError(f"{self._folder}: {kind} (--sample_batch_dir)")
         make_folder(self._folder)  # proves that results can be written before hours are spent
         self._reference_images = archive_images(arguments.ref_batch)
-        self._reference_sha256 = sha256_of(arguments.ref_batch)
         self._graph_path = find_graph_of(arguments)
-        self._graph_sha256 = sha256_of(self._graph_path)
-        print(f"graph {self._graph_path}, SHA-256 {self._graph_sha256}")
+        self.yardstick = Yardstick(
+            sha256_of(arguments.ref_batch),
+            sha256_of(self._graph_path),
+            arguments.distances or "exact",
+        )
+        print(f"graph {self._graph_path}, SHA-256 {self.yardstick.graph_sha256}")
         self.results = Results.open(self._folder)
         self._loaded: tuple[Reference, FeatureGraph] | None = None
         self.failed: dict[Path, Stamp] = {}
@@ -150,7 +189,7 @@ class Session:
 
     def score(self, path: Path, stamp: Stamp) -> None:
         """Score `path` unless that was done or has failed on the same content; say what came."""
-        if self.failed.get(path) == stamp or self._is_done(path, stamp):
+        if self.failed.get(path) == stamp or self.results.has(path.name, stamp, self.yardstick):
             return
         reference, graph = self._load()
         try:
@@ -164,14 +203,12 @@ class Session:
         self.results.add(record)
         self.failed.pop(path, None)
         print(f"{printable(path.name)} # {format_scores(record['scores'])}")
-        print(f"  {record['num_images']} images in {record['seconds']:.1f} s", flush=True)
+        print(f"  {record['num_images']} images in {record['seconds']:.1f} s")
+        print(f"  prec and recall by {record['distances']} distances", flush=True)
         for note in record["notes"]:
             print(f"  {note}", flush=True)
         if self._arguments.delete_evaluated and not path.samefile(self._arguments.ref_batch):
             delete(path)
-
-    def _is_done(self, path: Path, stamp: Stamp) -> bool:
-        return self.results.has(path.name, stamp, self._reference_sha256, self._graph_sha256)
 
     def _load(self) -> tuple[Reference, FeatureGraph]:
         if self._loaded is None:
@@ -181,8 +218,9 @@ class Session:
             print(f"TensorFlow {graph.tensorflow_version} on {graph.device}", flush=True)
             reference = load_reference(
                 self._arguments.ref_batch,
-                self._reference_sha256,
+                self.yardstick.reference_sha256,
                 graph,
+                self.yardstick.distances,
                 use_cache=not self._arguments.no_cache,
             )
             self._loaded = reference, graph
@@ -203,7 +241,8 @@ def score_folder(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         if arguments.watch is None:
             raise
-    print(session.results.table())
+    if session.results.lines:
+        print(session.results.table(session.yardstick))
     for path in session.failed:
         print(f"not scored: {printable(path.name)}", file=sys.stderr)
     return 1 if session.failed else 0
@@ -234,6 +273,7 @@ def find_graph_of(arguments: argparse.Namespace) -> Path:
 def make_reference(arguments: argparse.Namespace) -> int:
     """Write the reference file that was asked for."""
     images = find_images(arguments.images, arguments.image_size)
+    refuse_to_replace(arguments.write_ref)
     graph = FeatureGraph(find_graph_of(arguments), images.image_shape, arguments.batch_size)
     print(f"graph {graph.path}, SHA-256 {graph.sha256}")
     write_reference(arguments.write_ref, images, graph, arguments.ref_images)
@@ -244,10 +284,12 @@ def make_reference(arguments: argparse.Namespace) -> int:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    distances_help = "of precision and recall: exact (default), or float16 as in ADM's evaluator"
     watch_help = "keep scoring what appears, looking every so many seconds (60)"
     add = parser.add_argument
     add("--ref_batch", metavar="R.npz", help="reference file to score against")
     add("--sample_batch_dir", metavar="DIR", help="folder whose .npz files are scored")
+    add("--distances", choices=DISTANCES, help=distances_help)
     add("--watch", type=positive, nargs="?", const=60, metavar="SECONDS", help=watch_help)
     add("--delete_evaluated", action="store_true", help="delete each file once it is scored")
     add("--no_cache", action="store_true", help="neither read nor write the reference's cache")
@@ -258,7 +300,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--inception", metavar="PATH", help=f"frozen graph (default: {DEFAULT_NAME})")
     add("--inception_sha256", metavar="HEX", help="digest that the graph must have")
     add("--batch_size", type=positive, default=64, help="images per run of the graph (64)")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(list(map(underscored, sys.argv[1:] if argv is None else argv)))
     chosen = vars(arguments)
     scoring = all(chosen[key] for key in ("ref_batch", "sample_batch_dir"))
     making = all(chosen[key] for key in ("write_ref", "images"))
@@ -268,6 +310,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if given := [f"--{key}" for key in stray if chosen[key]]:
         parser.error(f"{', '.join(given)}: not used with {'--write_ref' if making else 'scoring'}")
     return arguments
+
+
+def underscored(word: str) -> str:
+    """An option as it is known here; the other commands write theirs with hyphens."""
+    option, equals, value = word.partition("=")
+    is_option = word.startswith("--")
+    return f"--{option[2:].replace('-', '_')}{equals}{value}" if is_option else word
 
 
 def positive(text: str) -> int:
