@@ -140,7 +140,7 @@ class LatentData(TrainingData):
         From there the training process has them in a fraction of the time that a worker takes to
         hand them over: the worker waits for the disk, and no more.
         """
-        if get_worker_info() and self.reader.is_mapped:
+        if get_worker_info() and self.reader.is_plain:
             self.reader.fetch(indices)
             return indices
         return self[indices]
