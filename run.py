@@ -102,7 +102,7 @@ def make_checkpoint(run: Run, path: Path) -> None:
     content = host_copy(
         {
             **run.state.state_dict(order.steps_per_epoch),
-            "data": run.data.spec.to_dict(),
+            "data": run.data.record(),
             "config": config.to_dict(),
             "parts": dataclasses.asdict(run.plan),
         }

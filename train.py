@@ -41,12 +41,19 @@ from soflow.config import (
     parse_options,
     refuse_another_experiment,
     save_config,
-    shorten,
     suggest,
 )
-from soflow.data import SOURCES, RawBatch, TrainingData, build_data, count_classes
+from soflow.data import (
+    SKIPPED_FILE,
+    SOURCES,
+    RawBatch,
+    TrainingData,
+    build_data,
+    compare_data,
+    count_classes,
+)
 from soflow.distributed import Processes, processes, world_size_asked_for
-from soflow.files import UserError, delete_superseded, hold_lock, make_folder
+from soflow.files import UserError, atomic_write, delete_superseded, hold_lock, make_folder
 from soflow.logbook import Interval, Logbook, device_name, duration, peak_memory_gb
 from soflow.published import save_published_config
 from soflow.sampling import find_decoder
@@ -116,19 +123,19 @@ def log_metrics(run: Run, interval: Interval) -> None:
 # Setting up
 
 
-def build_run(config: Config, own: Processes) -> Run:
+def build_run(config: Config, own: Processes, check_data: bool = False) -> Run:
     """A fresh run, its data and model checked; nothing is read of its folder, nothing written."""
     plan = plan_batch(config, own.world_size)
     if makes_pixels(config):
         find_decoder(config)
-    return assemble_run(config, own, plan, build_data(config))
+    return assemble_run(config, own, plan, build_data(config, own, check_data))
 
 
 def assemble_run(config: Config, own: Processes, plan: BatchPlan, data: TrainingData) -> Run:
     """A fresh run on these data."""
     learner, notes = build_learner(config, own, plan, data.spec.channels, data.spec.num_classes)
     logbook = Logbook(Path(config.working_dir) / "log.txt", own.is_main)
-    return Run(config, own, data, learner, logbook, notes)
+    return Run(config, own, data, learner, logbook, [*data.notes, *notes])
 
 
 @contextlib.contextmanager
@@ -197,6 +204,9 @@ def open_folder(run: Run) -> None:
         make_folder(run.folder / name)
     if not (run.folder / "config.yaml").exists():
         save_config(run.config, run.folder / "config.yaml")
+    if run.config.skip_bad:
+        with atomic_write(run.folder / SKIPPED_FILE) as file:
+            file.write("".join(f"{path}\n" for path in run.data.skipped).encode(errors="replace"))
     for note in run.notes:
         run.logbook.line(note)
     # What a run killed between a save and the deletions after it has left.
@@ -248,19 +258,13 @@ def compare_with_record(
         recorded = config_from_dict(checkpoint[1]["config"], str(source))
     elif record.exists():
         recorded = load_config(record)
-    if checkpoint and checkpoint[1].get("data", data.spec.to_dict()) != data.spec.to_dict():
-        before, now = checkpoint[1]["data"], data.spec.to_dict()
-        raise UserError(
-            f"{checkpoint[0]}: trained on other data: "
-            + "; ".join(
-                f"{key} {shorten(before.get(key))} then, {shorten(now.get(key))} now"
-                for key in now | before
-                if before.get(key) != now.get(key)
-            )
-        )
-    if recorded is None:
-        return []
-    return refuse_another_experiment(recorded, config, allowed, str(source))
+    notes = []
+    if checkpoint and "data" in checkpoint[1]:
+        before, is_allowed = checkpoint[1]["data"], "data" in allowed
+        notes = compare_data(before, data.record(), str(checkpoint[0]), is_allowed)
+    if recorded is not None:
+        notes += refuse_another_experiment(recorded, config, allowed, str(source))
+    return notes
 
 
 def compare_parts(plan: BatchPlan, content: Mapping[str, Any], path: Path) -> list[str]:
@@ -320,7 +324,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="KEY",
-        help="continue although this key, which makes it another experiment, changed (repeatable)",
+        help="continue although this key, which makes it another experiment, changed, or the "
+        "pictures did: `data` (repeatable)",
+    )
+    parser.add_argument(
+        "--check-data",
+        action="store_true",
+        help="decode every picture before the first step, and name those that cannot be read",
     )
     parser.add_argument(
         "--dry-run",
@@ -347,8 +357,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--time: goes with --dry-run, and times a few steps before a run")
     config = load_config(arguments.config, arguments.set)
     for key in arguments.allow_changed:
-        if key not in FIELDS:
-            raise UserError(f"--allow-changed {key}: unknown key{suggest(key, FIELDS)}")
+        if key not in (*FIELDS, "data"):
+            raise UserError(f"--allow-changed {key}: unknown key{suggest(key, (*FIELDS, 'data'))}")
     if arguments.save_published_config:
         print(*save_published_config(config, Path(arguments.save_published_config)), sep="\n")
         return
@@ -358,7 +368,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             time_steps(config)
         return
     with processes(config.device, config.timeout_minutes) as own:
-        run = build_run(config, own)
+        run = build_run(config, own, arguments.check_data)
         run.notes += look_beside(arguments.config, run)
         with claimed_folder(run), listening() as run.listener:
             resume(run, arguments.allow_changed)

@@ -53,6 +53,9 @@ class Config:
     data_size: int = 32  # side, in pixels or latents
     dataset_path: str | None = operational(None)  # folder; Digits needs none
     augment_probability: float | None = None  # recipe: 0.12 for a UNet on CIFAR10, else 0
+    horizontal_flips: bool = False  # of half the pictures, by chance; ImageFolder only
+    # Operational, since what it changes is known by the number of pictures that are left.
+    skip_bad: bool = operational(False)  # leave out unreadable pictures; ImageFolder only
     # Operational, since one and the same VAE has a name here and a folder there; that it made the
     # latents is checked against their file.
     vae: str = operational(VAE_NAME)  # folder, or name on the Hugging Face Hub; Imagenet only
@@ -546,6 +549,11 @@ def _check_together(config: Config, places: Mapping[str, str]) -> None:
                 "model_type",
                 "is for pixels (CIFAR10, ImageFolder, Digits), not for Imagenet's latents",
             )
+    for key in ("horizontal_flips", "skip_bad"):
+        if getattr(config, key) and config.dataset_type != "ImageFolder":
+            refuse(key, f"is for dataset_type ImageFolder, not for {config.dataset_type}")
+    if config.horizontal_flips and config.augment_probability > 0:
+        refuse("horizontal_flips", "must be false where augment_probability is above 0: it flips")
     if config.keep_every_steps and not config.keep_last:
         refuse("keep_every_steps", "has no meaning where keep_last is null: then all are kept")
     if config.cfg_scale > 1 and config.cfg_drop_rate == 0:
