@@ -349,6 +349,13 @@ def test_links_lead_somewhere():
             assert not heading or heading in slugs, f"{path.relative_to(ROOT)}: {target}"
 
 
+def test_tree_of_files_names_every_module():
+    _, _, tree = README.read_text().partition("## Files")
+    named = set(re.findall(r"\b\w+\.py\b", tree.partition("\n## ")[0]))
+    modules = [*ROOT.glob("*.py"), *(ROOT / "soflow").glob("[!_]*.py")]
+    assert named == {path.name for path in modules}
+
+
 def test_readme_is_one_sitting():
     assert len(README.read_text().splitlines()) <= 200
 
