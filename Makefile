@@ -1,6 +1,6 @@
-# make quickstart: install, train on real digits, sample with 1 and 2 steps, score
+# make quickstart: install into .venv, train on real digits, sample with 1 and 2 steps, score
 # make test:       install, lint, run the tests
-# make faults:     runs killed, stopped, damaged in many more ways than the tests do; a quarter hour
+# make faults:     kill, stop and damage runs in 534 ways; three to five minutes
 
 PYTHON ?= python3
 DIGITS = runs/digits

@@ -1,4 +1,4 @@
-"""The draws of a training step: noise, times, dropped labels, augmentation and dropout seeds.
+"""The draws of a training step: noise, times, dropped labels, flips, augmentation, dropout seeds.
 
 Every draw belongs to (seed, purpose, step, part) and to nothing else, so that a continued run draws
 what an unbroken one would have drawn.
@@ -35,6 +35,13 @@ class PartDraws:
     def noise(self, like: Tensor) -> Tensor:
         """x_1, shaped like x_0."""
         return torch.randn(like.shape, generator=self.on_device("noise"), device=self.device)
+
+    def flipped(self, x_0: Tensor) -> Tensor:
+        """x_0, half of it mirrored left to right by chance, where the config asks for it."""
+        if not self.config.horizontal_flips:
+            return x_0
+        is_flipped = torch.rand(len(x_0), generator=self.on_cpu("horizontal flips")) < 0.5
+        return torch.where(is_flipped.to(self.device)[:, None, None, None], x_0.flip(-1), x_0)
 
     def augmented(self, x_0: Tensor) -> tuple[Tensor, Tensor | None]:
         """x_0 augmented, and what the network is told of it, where the config asks for it."""
@@ -90,7 +97,8 @@ def draw_batch(
     """One part of the global batch that follows `step` finished steps, on `device`."""
     draws = PartDraws(config, step, part, device)
     stored = raw.stored.to(device, non_blocking=True)
-    x_0, augment_labels = draws.augmented(data.clean(stored, draws.on_device("latents")))
+    x_0 = draws.flipped(data.clean(stored, draws.on_device("latents")))
+    x_0, augment_labels = draws.augmented(x_0)
     x_1 = draws.noise(x_0)
     labels = raw.labels.to(device, non_blocking=True) if config.is_conditional else None
     null_mask = draws.null_mask(len(x_0))

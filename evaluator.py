@@ -10,21 +10,20 @@ record in its eval_results.jsonl; what has them is passed over. Needs TensorFlow
 GPU, and no torch. Distances are called FID only with the Inception graph, else FD.
 """
 
+from soflow.command import run_command  # isort: skip - first: it attends to the start
+
 import argparse
 import contextlib
-import json
 import platform
-import re
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from soflow import __version__
 from soflow.feature_graph import DEFAULT_NAME, FeatureGraph, find_graph
-from soflow.files import UserError, append_line, make_folder, natural_key, run_command, sha256_of
+from soflow.files import UserError, make_folder, natural_key, sha256_of
 from soflow.references import (
     Measured,
     Reference,
@@ -32,13 +31,27 @@ from soflow.references import (
     find_images,
     load_reference,
     measure,
+    refuse_to_replace,
     write_reference,
 )
-from soflow.scores import Manifold, frechet_distance, inception_score, precision_recall
+from soflow.results import (
+    FEW_IMAGES,
+    Results,
+    Stamp,
+    Yardstick,
+    format_scores,
+    origin_of,
+    printable,
+)
+from soflow.scores import (
+    DISTANCES,
+    Manifold,
+    frechet_distance,
+    inception_score,
+    precision_recall,
+)
 
-COMMON_IMAGES = 50_000  # what published scores are made of
-COLUMNS = ("IS", "FID", "sFID", "FD", "sFD", "prec", "recall")
-LINE = re.compile(r"(?P<file>.+) # (?P<scores>IS: .+)", re.DOTALL)
+COMMON_IMAGES = 50_000  # behind published scores
 
 
 # One file.
@@ -57,16 +70,20 @@ def score_file(path: Path, reference: Reference, graph: FeatureGraph) -> dict:
             f"{reference.images.size}"
         )
     stamp = Stamp.of(path)
-    sha256 = sha256_of(path)
+    sha256, origin = sha256_of(path), origin_of(path, images.num_images)
     measured = measure(images, graph)
+    manifold = Manifold.of(measured.features, reference.manifold.distances)
     if Stamp.of(path) != stamp:
         raise UserError(f"{path}: changed while it was being scored")
     return {
         "file": path.name,
-        "scores": compare(measured, reference, graph),
+        "scores": compare(measured, manifold, reference, graph),
+        "distances": manifold.distances,
         "num_images": images.num_images,
         "image_shape": images.image_shape,
-        "notes": notes(images.num_images, reference, max(graph.widths[:2])),
+        "step": origin.get("step"),
+        "NFE": origin.get("NFE"),
+        "notes": notes(manifold, reference, graph),
         "size_bytes": stamp.size_bytes,
         "modified_ns": stamp.modified_ns,
         "sha256": sha256,
@@ -90,10 +107,12 @@ def score_file(path: Path, reference: Reference, graph: FeatureGraph) -> dict:
     }
 
 
-def compare(samples: Measured, reference: Reference, graph: FeatureGraph) -> dict[str, float]:
+def compare(
+    samples: Measured, manifold: Manifold, reference: Reference, graph: FeatureGraph
+) -> dict[str, float]:
     """The scores by column; distances have the name that the graph gives them."""
     distance = "FID" if graph.is_inception else "FD"
-    coverage = precision_recall(Manifold.of(samples.features), reference.manifold)
+    coverage = precision_recall(manifold, reference.manifold)
     return {
         "IS": inception_score(samples.features, graph.class_weights),
         distance: frechet_distance(samples.pool, reference.pool),
@@ -103,140 +122,35 @@ def compare(samples: Measured, reference: Reference, graph: FeatureGraph) -> dic
     }
 
 
-def notes(num_images: int, reference: Reference, width: int) -> list[str]:
-    """What a reader of the scores has to know about the numbers of images."""
+def notes(samples: Manifold, reference: Reference, graph: FeatureGraph) -> list[str]:
+    """What a reader of the scores has to know about numbers of images, and of float16."""
     found = []
-    for whose, count in (("samples", num_images), ("reference", reference.count)):
+    width = max(graph.widths[:2])
+    frechet = "FID and sFID" if graph.is_inception else "FD and sFD"
+    for whose, count, manifold in (
+        ("samples", len(samples.features), samples),
+        ("reference", reference.count, reference.manifold),
+    ):
         if count is not None and count < COMMON_IMAGES:
-            biased = f"{whose}: {count} images, fewer than {COMMON_IMAGES}; distances are too large"
-            found.append(biased)
+            bias = "biased upwards" if count < FEW_IMAGES else f"above those of {COMMON_IMAGES:,}"
+            found.append(f"{whose}: {count:,} images; {frechet} are {bias}")
         if count is not None and count < width + 1:
             found.append(f"{whose}: fewer images than features + 1 = {width + 1}")
+        if overflows := manifold.num_overflows:
+            found.append(
+                f"{whose}: {overflows:,} images overflow float16; prec and recall mean nothing"
+            )
+    if reference.origin == "file" and not (reference.names_graph or graph.is_inception):
+        found.append("reference: does not say whether this graph made its statistics")
     return found
-
-
-# What is known of a folder.
-
-
-@dataclass(frozen=True)
-class Stamp:
-    """Size and time of a file: what tells whether it is the one that was scored."""
-
-    size_bytes: int
-    modified_ns: int
-
-    @classmethod
-    def of(cls, path: Path) -> "Stamp":
-        try:
-            status = path.stat()
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-        return cls(status.st_size, status.st_mtime_ns)
-
-
-@dataclass
-class Results:
-    """eval_results.txt, which people read and older runs left, and eval_results.jsonl, the truth.
-
-    A record is written before its line; a line that a killed process did not write is added when
-    the folder is opened again.
-    """
-
-    folder: Path
-    lines: dict[str, list[str]] = field(default_factory=dict)  # file name -> scores as text
-    records: dict[str, dict] = field(default_factory=dict)  # file name -> its last record
-
-    @classmethod
-    def open(cls, folder: Path) -> "Results":
-        results = cls(folder)
-        for text in _whole_lines(folder / "eval_results.txt"):
-            if match := LINE.fullmatch(text.rstrip()):
-                results.lines.setdefault(match["file"], []).append(match["scores"])
-        for text in _whole_lines(folder / "eval_results.jsonl"):
-            if record := _parse_record(text):
-                results.records[record["file"]] = record
-        for name, record in results.records.items():
-            if format_scores(record["scores"]) not in results.lines.get(name, []):
-                results._add_line(name, record)
-        return results
-
-    def has(self, name: str, stamp: Stamp, reference_sha256: str, graph_sha256: str) -> bool:
-        """Whether a file is scored: by a line without a record, or by a record that still fits."""
-        record = self.records.get(name)
-        if record is None:
-            return name in self.lines
-        return (
-            record.get("size_bytes") == stamp.size_bytes
-            and record.get("modified_ns") == stamp.modified_ns
-            and _digest(record, "reference") == reference_sha256
-            and _digest(record, "graph") == graph_sha256
-        )
-
-    def add(self, record: dict) -> None:
-        """Keep a new record and its line."""
-        append_line(self.folder / "eval_results.jsonl", json.dumps(record))
-        self.records[record["file"]] = record
-        self._add_line(record["file"], record)
-
-    def _add_line(self, name: str, record: dict) -> None:
-        text = format_scores(record["scores"])
-        append_line(self.folder / "eval_results.txt", f"{name} # {text}")
-        self.lines.setdefault(name, []).append(text)
-
-    def table(self) -> str:
-        """All files with their last scores, in natural order."""
-        rows = {name: parse_scores(texts[-1]) for name, texts in self.lines.items()}
-        columns = [column for column in COLUMNS if any(column in row for row in rows.values())]
-        width = max(map(len, rows), default=4)
-        lines = [f"{'file':{width}}" + "".join(f"{column:>12}" for column in columns)]
-        for name in sorted(rows, key=natural_key):
-            cells = (rows[name].get(column) for column in columns)
-            texts = ("-" if cell is None else f"{cell:.4f}" for cell in cells)
-            lines.append(f"{name:{width}}" + "".join(f"{text:>12}" for text in texts))
-        return printable("\n".join(lines))
-
-
-def format_scores(scores: dict[str, float]) -> str:
-    """`IS: .., FID: .., sFID: .., prec: .., recall: ..` in full precision."""
-    return ", ".join(f"{column}: {scores[column]!r}" for column in COLUMNS if column in scores)
-
-
-def parse_scores(text: str) -> dict[str, float]:
-    """The inverse of `format_scores`; what it does not understand is left out."""
-    scores = {}
-    for column, number in re.findall(r"(\w+): ([^\s,]+)", text):
-        with contextlib.suppress(ValueError):
-            scores[column] = float(number)
-    return scores
-
-
-def _whole_lines(path: Path) -> list[str]:
-    """Lines of a file that end; what follows the last line end was torn by a killed process."""
-    try:
-        text = path.read_bytes().decode(errors="surrogateescape") if path.exists() else ""
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    return text.split("\n")[:-1]
-
-
-def _parse_record(text: str) -> dict | None:
-    """A record as `score_file` makes it, or None: torn lines and other content are passed over."""
-    try:
-        record = json.loads(text)
-        scores = {column: float(value) for column, value in record["scores"].items()}
-        return {**record, "file": str(record["file"]), "scores": scores}
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-        return None
-
-
-def _digest(record: dict, part: str) -> str | None:
-    value = record.get(part)
-    return value.get("sha256") if isinstance(value, dict) else None
 
 
 # The commands.
 
-SCORING_ONLY = ("ref_batch", "sample_batch_dir", "watch", "delete_evaluated", "no_cache")
+SCORING_ONLY = (
+    *("ref_batch", "sample_batch_dir", "distances"),
+    *("watch", "delete_evaluated", "no_cache"),
+)
 MAKING_ONLY = ("write_ref", "images", "image_size", "ref_images")
 
 
@@ -247,13 +161,17 @@ class Session:
         self._arguments = arguments
         self._folder = Path(arguments.sample_batch_dir)
         if not self._folder.is_dir():
-            raise UserError(f"{self._folder}: no such folder (--sample_batch_dir)")
+            kind = "is a file, not a folder" if self._folder.exists() else "no such folder"
+            raise UserError(f"{self._folder}: {kind} (--sample_batch_dir)")
         make_folder(self._folder)  # proves that results can be written before hours are spent
         self._reference_images = archive_images(arguments.ref_batch)
-        self._reference_sha256 = sha256_of(arguments.ref_batch)
         self._graph_path = find_graph_of(arguments)
-        self._graph_sha256 = sha256_of(self._graph_path)
-        print(f"graph {self._graph_path}, SHA-256 {self._graph_sha256}")
+        self.yardstick = Yardstick(
+            sha256_of(arguments.ref_batch),
+            sha256_of(self._graph_path),
+            arguments.distances or "exact",
+        )
+        print(f"graph {self._graph_path}, SHA-256 {self.yardstick.graph_sha256}")
         self.results = Results.open(self._folder)
         self._loaded: tuple[Reference, FeatureGraph] | None = None
         self.failed: dict[Path, Stamp] = {}
@@ -273,7 +191,7 @@ class Session:
 
     def score(self, path: Path, stamp: Stamp) -> None:
         """Score `path` unless that was done or has failed on the same content; say what came."""
-        if self.failed.get(path) == stamp or self._is_done(path, stamp):
+        if self.failed.get(path) == stamp or self.results.has(path.name, stamp, self.yardstick):
             return
         reference, graph = self._load()
         try:
@@ -287,14 +205,12 @@ class Session:
         self.results.add(record)
         self.failed.pop(path, None)
         print(f"{printable(path.name)} # {format_scores(record['scores'])}")
-        print(f"  {record['num_images']} images in {record['seconds']:.1f} s", flush=True)
+        print(f"  {record['num_images']} images in {record['seconds']:.1f} s")
+        print(f"  prec and recall by {record['distances']} distances", flush=True)
         for note in record["notes"]:
             print(f"  {note}", flush=True)
         if self._arguments.delete_evaluated and not path.samefile(self._arguments.ref_batch):
             delete(path)
-
-    def _is_done(self, path: Path, stamp: Stamp) -> bool:
-        return self.results.has(path.name, stamp, self._reference_sha256, self._graph_sha256)
 
     def _load(self) -> tuple[Reference, FeatureGraph]:
         if self._loaded is None:
@@ -304,8 +220,9 @@ class Session:
             print(f"TensorFlow {graph.tensorflow_version} on {graph.device}", flush=True)
             reference = load_reference(
                 self._arguments.ref_batch,
-                self._reference_sha256,
+                self.yardstick.reference_sha256,
                 graph,
+                self.yardstick.distances,
                 use_cache=not self._arguments.no_cache,
             )
             self._loaded = reference, graph
@@ -326,7 +243,8 @@ def score_folder(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         if arguments.watch is None:
             raise
-    print(session.results.table())
+    if session.results.lines:
+        print(session.results.table(session.yardstick))
     for path in session.failed:
         print(f"not scored: {printable(path.name)}", file=sys.stderr)
     return 1 if session.failed else 0
@@ -349,11 +267,6 @@ def delete(path: Path) -> None:
         raise UserError(f"{path}: scored, but cannot be deleted ({error.strerror})") from error
 
 
-def printable(text: str) -> str:
-    """`text` with those bytes of file names replaced that are not UTF-8."""
-    return text.encode(errors="replace").decode()
-
-
 def find_graph_of(arguments: argparse.Namespace) -> Path:
     beside = Path(__file__).resolve().parent
     return find_graph(arguments.inception, beside, arguments.inception_sha256)
@@ -362,6 +275,7 @@ def find_graph_of(arguments: argparse.Namespace) -> Path:
 def make_reference(arguments: argparse.Namespace) -> int:
     """Write the reference file that was asked for."""
     images = find_images(arguments.images, arguments.image_size)
+    refuse_to_replace(arguments.write_ref)
     graph = FeatureGraph(find_graph_of(arguments), images.image_shape, arguments.batch_size)
     print(f"graph {graph.path}, SHA-256 {graph.sha256}")
     write_reference(arguments.write_ref, images, graph, arguments.ref_images)
@@ -372,10 +286,12 @@ def make_reference(arguments: argparse.Namespace) -> int:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    distances_help = "of precision and recall: exact (default), or float16 as in ADM's evaluator"
     watch_help = "keep scoring what appears, looking every so many seconds (60)"
     add = parser.add_argument
     add("--ref_batch", metavar="R.npz", help="reference file to score against")
     add("--sample_batch_dir", metavar="DIR", help="folder whose .npz files are scored")
+    add("--distances", choices=DISTANCES, help=distances_help)
     add("--watch", type=positive, nargs="?", const=60, metavar="SECONDS", help=watch_help)
     add("--delete_evaluated", action="store_true", help="delete each file once it is scored")
     add("--no_cache", action="store_true", help="neither read nor write the reference's cache")
@@ -386,7 +302,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--inception", metavar="PATH", help=f"frozen graph (default: {DEFAULT_NAME})")
     add("--inception_sha256", metavar="HEX", help="digest that the graph must have")
     add("--batch_size", type=positive, default=64, help="images per run of the graph (64)")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(list(map(underscored, sys.argv[1:] if argv is None else argv)))
     chosen = vars(arguments)
     scoring = all(chosen[key] for key in ("ref_batch", "sample_batch_dir"))
     making = all(chosen[key] for key in ("write_ref", "images"))
@@ -396,6 +312,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if given := [f"--{key}" for key in stray if chosen[key]]:
         parser.error(f"{', '.join(given)}: not used with {'--write_ref' if making else 'scoring'}")
     return arguments
+
+
+def underscored(word: str) -> str:
+    """An option as it is known here; the other commands write theirs with hyphens."""
+    option, equals, value = word.partition("=")
+    is_option = word.startswith("--")
+    return f"--{option[2:].replace('-', '_')}{equals}{value}" if is_option else word
 
 
 def positive(text: str) -> int:

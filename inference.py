@@ -10,10 +10,12 @@ The images come from the averaged weights of ckpts/{steps}.pt in the config's wo
 evals/{steps}_{NFE}NFE_{seed}.npz there. Guidance was trained in: there is no scale to choose.
 """
 
-import soflow  # noqa: F401  # isort: skip - before torch: tells its threads how to wait
+from soflow.command import run_command  # isort: skip - first: it attends to the start
 
 import argparse
-from collections.abc import Mapping, Sequence
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,17 +23,23 @@ import torch
 from tqdm import tqdm
 
 from models import SoFlow, build_model
-from soflow.checkpoint import check_weights, checkpoint_path, read_checkpoint
-from soflow.config import Config, add_options, load_config
+from soflow.checkpoint import (
+    check_weights,
+    checkpoint_path,
+    read_checkpoint,
+    run_of_checkpoint,
+    run_of_config,
+)
+from soflow.config import Config, add_options, config_from_dict, load_config, shorten, suggest
 from soflow.data import SOURCES
 from soflow.distributed import Processes, processes
-from soflow.files import UserError, check_writable, make_folder, run_command
+from soflow.files import UserError, check_writable, make_folder
 from soflow.hardware import allow_tf32
 from soflow.logbook import record_of, weights_digest, write_record
-from soflow.npz import read_archive
 from soflow.randomness import GivenLabels, PerImageStream, ReferenceStream, SamplingStream
 from soflow.sampling import (
-    FirstImages,
+    Grid,
+    GridImages,
     Sampled,
     SampleRequest,
     decoder_record,
@@ -43,7 +51,84 @@ from soflow.sampling import (
 )
 
 LARGEST_COUNT = 10**7  # of channels or classes
+# Entries of a record, or of the config in it, that decide the images.
+DECISIVE = (
+    *("weights_sha256", "noising_type", "coefficient_type", "model_type", "dataset_type"),
+    *("num_images", "NFE", "seed", "labels", "noise_stream"),
+    *("vae", "vae_revision", "latent_scale"),
+)
+DECISIVE_IN_REFERENCE_STREAM = ("eval_batch_size", "processes", "device")
+# The reference's of this command, which differ from those of its configs.
 DEFAULTS = ("eval_batch_size=32", "eval_NFE=1", "seed=42")
+
+
+class Sources(NamedTuple):
+    """What is sampled from, and the folder that its samples go to."""
+
+    config: Config
+    checkpoint: Path
+    results: Path
+
+
+def find_sources(arguments: argparse.Namespace, report: Callable[[str], None]) -> Sources:
+    """The checkpoint that the command line asks for, with its config; `report` takes notes.
+
+    A --set working_dir is the folder of the run without question. Otherwise that is where the
+    config lies, or where the checkpoint does that --ckpt names.
+    """
+    settings = settings_of(arguments)
+    chosen = next((text for text in settings if text.startswith("working_dir=")), None)
+    if arguments.ckpt is None:
+        if arguments.config is None:
+            raise UserError("--config: needed with --ckpt-steps; --ckpt FILE does without")
+        config = load_config(arguments.config, settings, report)
+        folder = find_run(config, Path(arguments.config), is_chosen=chosen is not None)
+        checkpoint = checkpoint_path(folder / "ckpts", arguments.ckpt_steps)
+        return Sources(config, checkpoint, folder / "evals")
+    checkpoint = Path(arguments.ckpt)
+    if arguments.config is None:
+        config = config_of_checkpoint(checkpoint, settings, report)
+    else:
+        config = load_config(arguments.config, settings, report)
+    folder = Path(config.working_dir) if chosen else run_of_checkpoint(checkpoint)
+    return Sources(config, checkpoint, folder / "evals" if folder else checkpoint.parent)
+
+
+def find_run(config: Config, config_path: Path, is_chosen: bool) -> Path:
+    """The folder of the run that a config stands for: the one it lies in, else its working_dir.
+
+    UserError where there is none, or where each is the folder of another run and the user has not
+    chosen.
+    """
+    named, own = Path(config.working_dir), run_of_config(config_path)
+    if own and not is_chosen and named.resolve() != own.resolve():
+        if (named / "ckpts").is_dir():
+            raise UserError(
+                f"{config_path}: lies beside {own / 'ckpts'}, and its working_dir {named} has "
+                f"checkpoints too; say --set working_dir={own} or --set working_dir={named}"
+            )
+        return own
+    if not named.is_dir():
+        hint = "start where it is relative to, or say --set working_dir=FOLDER"
+        if own:
+            hint = f"leave out --set working_dir to sample from {own}"
+        raise UserError(f"{config_path}: working_dir: {named} does not exist; {hint}")
+    return named
+
+
+def config_of_checkpoint(
+    path: Path, settings: Sequence[str], report: Callable[[str], None]
+) -> Config:
+    """The config that a checkpoint holds; of one that holds none, the one of its run."""
+    folder = run_of_checkpoint(path)
+    content = read_checkpoint(path, is_verified=True)  # that is left to whoever reads its weights
+    if "config" in content:
+        # Its own working_dir may be a place on another machine.
+        values = {**content["config"], "working_dir": str(folder or path.parent)}
+        return config_from_dict(values, str(path), settings, report)
+    if folder and (folder / "config.yaml").exists():
+        return load_config(folder / "config.yaml", settings, report)
+    raise UserError(f"{path}: holds no config, as published checkpoints do not; say --config FILE")
 
 
 class Sampler(NamedTuple):
@@ -52,6 +137,7 @@ class Sampler(NamedTuple):
     model: SoFlow
     shape: tuple[int, int, int]  # [C, H, W]
     num_classes: int
+    class_names: Sequence[str]  # none where the checkpoint has none
     weights_sha256: str
 
 
@@ -66,7 +152,8 @@ def load_sampler(config: Config, path: Path, device: torch.device) -> Sampler:
     model.to_empty(device=device).eval().requires_grad_(False)
     model.load_state_dict(content["ema_model"])
     shape = (channels, config.data_size, config.data_size)
-    return Sampler(model, shape, num_classes, weights_digest(content["ema_model"]))
+    names = names_of(content, num_classes, path)
+    return Sampler(model, shape, num_classes, names, weights_digest(content["ema_model"]))
 
 
 def refuse_other_model(config: Config, recorded: Mapping[str, Any], path: Path) -> None:
@@ -98,116 +185,198 @@ def data_of(config: Config, content: Mapping[str, Any], path: Path) -> tuple[int
     return source.channels, source.num_classes
 
 
-def run_inference(arguments: argparse.Namespace, config: Config, own: Processes) -> None:
+def names_of(content: Mapping[str, Any], num_classes: int, path: Path) -> list[str]:
+    """The names of a checkpoint's classes, in order; none where it has none."""
+    names = content.get("data", {}).get("class_names", [])
+    if names and (len(names) != num_classes or not all(isinstance(name, str) for name in names)):
+        raise UserError(f"{path}: its entry `data` is damaged")
+    return names
+
+
+def run_inference(arguments: argparse.Namespace, sources: Sources, own: Processes) -> None:
     """Sample what the command line asks for; all processes take part."""
-    folder = find_working_dir(config, Path(arguments.config))
-    source = Path(arguments.ckpt or checkpoint_path(folder / "ckpts", arguments.ckpt_steps))
-    output = folder / "evals" / f"{source.stem}_{config.eval_NFE}NFE_{config.seed}.npz"
-    if own.is_main:
-        make_folder(output.parent)
-        refuse_to_shrink(output, config.eval_num_samples)
-        if arguments.grid:
-            check_writable(Path(arguments.grid))
+    config = sources.config
+    output = choose_output(arguments, sources)
     find_decoder(config)
     allow_tf32(own.device, config.precision != "fp32")
-    sampler = load_sampler(config, source, own.device)
+    sampler = load_sampler(config, sources.checkpoint, own.device)
+    labels = choose_labels(arguments.labels, config, sampler)
+    stream = choose_stream(arguments.noise_stream, labels, config, sampler, own)
     request = SampleRequest(
-        config.eval_num_samples,
-        config.eval_batch_size,
-        config.eval_NFE,
-        choose_stream(arguments, config, sampler, own),
+        config.eval_num_samples, config.eval_batch_size, config.eval_NFE, stream
     )
-    rows, columns = config.eval_demo_shape
-    first = FirstImages(rows * columns)
 
-    def write_own_record() -> None:
-        record = record_of(
+    def own_record() -> dict[str, Any]:
+        return record_of(
             output,
             config,
             own,
             config.seed,
             num_images=request.num_images,
             NFE=request.num_jumps,
-            labels=arguments.labels or "uniform",
+            labels=labels or ("uniform" if config.is_conditional else None),
             noise_stream=arguments.noise_stream,
-            checkpoint=str(source),
+            checkpoint=str(sources.checkpoint),
             weights_sha256=sampler.weights_sha256,
             **decoder_record(config),
         )
-        write_record(output, record)
 
+    def write_own_record() -> None:
+        write_record(output, own_record())
+
+    if own.is_main:
+        make_folder(output.parent)
+        if arguments.grid:
+            check_writable(Path(arguments.grid))
+        if not arguments.overwrite:
+            refuse_to_replace(output, own_record())
+    shown = GridImages(config.eval_demo_shape, sampler.num_classes, labels)
     with (
         decoding(config, own.device) as decode,
         tqdm(total=request.num_images, unit="image", disable=None if own.is_main else True) as bar,
     ):
 
         def report(batch: Sampled) -> None:
-            first.add(batch)
+            shown.add(batch)
             bar.update(len(batch.pixels))
 
         batches = sample_pixels(sampler.model, request, own, decode)
         write_samples(output, batches, request.num_images, own.is_main, write_own_record, report)
-    if not own.is_main:
-        return
-    print(f"{request.num_images} images in {output}")
-    if arguments.grid:
-        save_grid(Path(arguments.grid), first.by_class(), columns)
-        print(f"the first of them, by class, in {arguments.grid}")
+    if own.is_main:
+        print(f"{request.num_images} images in {output}")
+        if arguments.grid:
+            draw(shown.arranged(), Path(arguments.grid), sampler.class_names)
 
 
-def find_working_dir(config: Config, config_path: Path) -> Path:
-    """The config's working_dir, which has to be there; UserError with a hint otherwise."""
-    folder = Path(config.working_dir)
-    if folder.is_dir():
-        return folder
-    beside = config_path.resolve().parent
-    hint = "start in the folder that it is relative to"
-    if (beside / "ckpts").is_dir():
-        hint += f", or add --set working_dir={beside}, the config's own folder"
-    raise UserError(f"{config_path}: working_dir: {config.working_dir} does not exist; {hint}")
+def draw(grid: Grid, path: Path, class_names: Sequence[str]) -> None:
+    """Write the picture and say what is in it."""
+    save_grid(path, grid.pixels, grid.columns)
+    size = f"{len(grid.pixels) // grid.columns} rows of {grid.columns} of them"
+    names = [class_names[label] if class_names else str(label) for label in grid.classes]
+    print(f"{size}{', of the classes ' if names else ''}{', '.join(names)}: {path}")
 
 
-def refuse_to_shrink(output: Path, num_images: int) -> None:
-    """UserError where a larger archive of the same name would be replaced."""
+# What is there already
+
+
+def choose_output(arguments: argparse.Namespace, sources: Sources) -> Path:
+    """Where the samples go."""
+    for flag, suffix in (("output", ".npz"), ("grid", ".png")):
+        name = getattr(arguments, flag)
+        if name and Path(name).suffix.lower() != suffix:
+            raise UserError(f"--{flag} {name}: must be the name of a {suffix} file")
+    if arguments.output:
+        return Path(arguments.output)
+    config = sources.config
+    name = f"{sources.checkpoint.stem}_{config.eval_NFE}NFE_{config.seed}.npz"
+    return sources.results / name
+
+
+def refuse_to_replace(output: Path, record: Mapping[str, Any]) -> None:
+    """UserError where samples of another request than the record's are in the way."""
+    in_the_way = [path for path in (output, output.with_suffix(".json")) if path.exists()]
+    instead = "say --output FILE for another, or --overwrite"
+    there = read_record(output)
+    if in_the_way and there is None:
+        raise UserError(f"{in_the_way[0]}: exists, and no record says of which samples; {instead}")
     if not output.exists():
-        return
-    with read_archive(output) as archive:
-        present = archive.images_header().shape[0]
-    if present > num_images:
-        raise UserError(
-            f"{output}: has {present} images, and {num_images} would replace them; "
-            f"move it away, or choose another --seed"
-        )
+        return  # at most a record, whose samples a kill has kept from appearing
+    before, now = decisive(there), decisive(record)
+    differing = [
+        f"{key} {in_short(before.get(key))} there, {in_short(now.get(key))} asked for"
+        for key in before | now
+        if before.get(key) != now.get(key)
+    ]
+    if differing:
+        raise UserError(f"{output}: exists, with other samples: {'; '.join(differing)}; {instead}")
+
+
+def read_record(output: Path) -> dict[str, Any] | None:
+    """The record beside a file of samples, if there is one."""
+    try:
+        record = json.loads(output.with_suffix(".json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("config"), dict) else None
+
+
+def decisive(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a record decides the images, but for rounding."""
+    known = {**record["config"], **record}
+    is_reference = known.get("noise_stream") == "reference"
+    keys = DECISIVE + (DECISIVE_IN_REFERENCE_STREAM if is_reference else ())
+    return {key: known.get(key) for key in keys}
+
+
+def in_short(value: Any) -> str:
+    """A value of a record in bearable length."""
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= 40 else f"{text[:12]}..."
+
+
+# Labels and noise
 
 
 def choose_stream(
-    arguments: argparse.Namespace, config: Config, sampler: Sampler, own: Processes
+    name: str, labels: Sequence[int], config: Config, sampler: Sampler, own: Processes
 ) -> SamplingStream:
     """The source of noise and labels that the command line asks for."""
     num_classes, shape = sampler.num_classes, sampler.shape
     stream: SamplingStream
-    if arguments.noise_stream == "reference":
+    if name == "reference":
         stream = ReferenceStream(
             config.seed, own.rank, num_classes, shape, config.is_conditional, own.device
         )
     else:
         stream = PerImageStream(config.seed, num_classes if config.is_conditional else None, shape)
-    if arguments.labels is None:
-        return stream
+    return GivenLabels(stream, labels) if labels else stream
+
+
+def choose_labels(text: str | None, config: Config, sampler: Sampler) -> list[int]:
+    """The classes of a list of names and numbers, such as cat,dog,3; none for None."""
+    if text is None:
+        return []
     if not config.is_conditional:
         raise UserError(f"--labels: {config.model_type} is unconditional and takes none")
-    for label in arguments.labels:
-        if not 0 <= label < num_classes:
-            raise UserError(f"--labels: {label} is not a class; those are 0 to {num_classes - 1}")
-    return GivenLabels(stream, arguments.labels)
+    names = sampler.class_names
+    meanings = meanings_of(sampler.num_classes, names)
+    spelled = [name for name in names if not name.isdecimal()]
+    labels = []
+    for word in text.split(","):
+        if word.strip() not in meanings:
+            raise UserError(
+                f"--labels: {shorten(word.strip())} is not a class; those are "
+                f"{describe_classes(meanings, sampler)}{suggest(word.strip(), spelled)}"
+            )
+        labels.append(meanings[word.strip()])
+    return labels
 
 
-def parse_labels(text: str) -> list[int]:
-    """The labels of a comma-separated list."""
-    try:
-        return [int(label) for label in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list such as 3,7,7") from None
+def meanings_of(num_classes: int, names: Sequence[str]) -> dict[str, int]:
+    """The class that each word stands for: its name or number.
+
+    Names alone, where one of them is another class's number: of folders 1, 2, 10 the class called 1
+    is number 0, and nobody should have to guess which 1 is meant.
+    """
+    numbers = {str(label): label for label in range(num_classes)}
+    named = {name: label for label, name in enumerate(names)}
+    is_ambiguous = any(numbers.get(name, label) != label for name, label in named.items())
+    return named if is_ambiguous else numbers | named
+
+
+def describe_classes(meanings: Mapping[str, int], sampler: Sampler) -> str:
+    """The words that --labels takes."""
+    numbers = f"0 to {sampler.num_classes - 1}"
+    named = ", ".join(sampler.class_names)
+    named = named if len(named) <= 80 else f"{named[:60]}..."
+    if not sampler.class_names or named == ", ".join(map(str, range(sampler.num_classes))):
+        return numbers
+    if len(meanings) == len(sampler.class_names):
+        return f"{named} (by name alone, since some names are other classes' numbers)"
+    return f"{numbers}, or by name {named}"
+
+
+# The command
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -215,7 +384,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_options(parser)
+    add_options(parser, needs_config=False)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument(
         "--ckpt-steps", type=int, metavar="K", help="sample from ckpts/K.pt of the working_dir"
@@ -237,20 +406,29 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "reference: as the published code draws, by process and batch",
     )
     parser.add_argument(
-        "--labels", type=parse_labels, metavar="3,7,7", help="classes in turn, repeated to fill"
+        "--labels",
+        metavar="cat,dog,3",
+        help="classes by name or number, in turn, repeated to fill; without, all are as likely",
     )
     parser.add_argument(
-        "--grid", metavar="FILE.png", help="also draw the first images (eval_demo_shape), by class"
+        "--output", metavar="FILE.npz", help="where the images go, instead of evals/"
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace a file of other samples; the same samples are replaced without it",
+    )
+    parser.add_argument(
+        "--grid",
+        metavar="FILE.png",
+        help="also draw some of them, one class a row where there are enough (eval_demo_shape)",
     )
     parser.add_argument("--cfg-scale", "--guidance-scale", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command."""
-    arguments = parse_arguments(argv)
-    if arguments.cfg_scale is not None:
-        raise UserError("there is no guidance scale when sampling: guidance was trained in")
+def settings_of(arguments: argparse.Namespace) -> list[str]:
+    """The command line's values of the config's keys, the last one of a key being the one meant."""
     given = {
         "eval_batch_size": arguments.eval_batch_size,
         "eval_NFE": arguments.eval_NFE,
@@ -258,10 +436,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         "seed": arguments.seed,
     }
     flags = [f"{key}={value}" for key, value in given.items() if value is not None]
-    # The reference's defaults of the command, which differ from those of its configs.
-    config = load_config(arguments.config, [*DEFAULTS, *arguments.set, *flags])
-    with processes(config.device, config.timeout_minutes) as own:
-        run_inference(arguments, config, own)
+    return [*DEFAULTS, *arguments.set, *flags]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    arguments = parse_arguments(argv)
+    if arguments.cfg_scale is not None:
+        raise UserError("there is no guidance scale when sampling: guidance was trained in")
+    notes = []
+    sources = find_sources(arguments, notes.append)
+    with processes(sources.config.device, sources.config.timeout_minutes) as own:
+        for note in notes if own.is_main else []:
+            print(note, file=sys.stderr)
+        run_inference(arguments, sources, own)
 
 
 if __name__ == "__main__":

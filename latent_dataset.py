@@ -2,13 +2,15 @@
 
     python latent_dataset.py --data-path photos --save-path data/photos --image-size 256
     torchrun --nproc-per-node=8 latent_dataset.py --data-path imagenet/train \\
-        --save-path data/imagenet-latents --image-size 256
+        --save-path data/imagenet-latents --image-size 256 --exif ignore
     python latent_dataset.py --data-path photos --save-path data/photos --image-size 256 \\
         --vae folders/sd-vae-ft-mse --dtype float16 --skip-bad
 
 Stopped at any moment, the same command goes on. Classes are the folders below --data-path, in
 order: by number where all have numbers for names, else by alphabet.
 """
+
+from soflow.command import run_command  # isort: skip - first: it attends to the start
 
 import argparse
 import contextlib
@@ -25,9 +27,15 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from soflow.distributed import Processes, processes
-from soflow.files import UserError, run_command
+from soflow.files import UserError
 from soflow.hardware import allow_tf32
-from soflow.images import LabelledFiles, class_folders, read_image, to_images
+from soflow.images import (
+    LabelledFiles,
+    class_folders,
+    describe_classes,
+    read_image,
+    to_images,
+)
 from soflow.latent_parts import PART_IMAGES, SKIPPED_FILE, Part, PartsFolder, Plan
 from soflow.latents import MOMENT_CHANNELS, LatentInfo, LatentReader
 from soflow.logbook import code_version, duration, weights_digest
@@ -62,18 +70,19 @@ class LoadedPictures(NamedTuple):
 class Pictures(Dataset):
     """Batches of pictures, cropped to size, by lists of their indices."""
 
-    def __init__(self, files: LabelledFiles, folder: Path, size: int):
-        self.folder, self.size = folder, size
+    def __init__(self, files: LabelledFiles, plan: Plan):
+        self.folder, self.size = files.folder, plan.image_size
+        self.apply_exif = plan.exif == "apply"
         self.labels = np.array(files.labels)
         # One array instead of a million objects, which loader workers would come to copy.
-        self.paths = np.array(relative_names(files, folder))
+        self.paths = np.array(files.relative_names())
 
     def __getitem__(self, indices: Sequence[int]) -> LoadedPictures:
         pixels, labels, unreadable = [], [], []
         for index in indices:
-            path = self.paths[index].decode(errors="surrogateescape")
+            path = os.fsdecode(self.paths[index])
             try:
-                pixels.append(read_image(self.folder / path, self.size))
+                pixels.append(read_image(self.folder / path, self.size, self.apply_exif))
                 labels.append(int(self.labels[index]))
             except UserError as error:  # raised in a worker, it would lose its one line
                 unreadable.append((path, str(error)))
@@ -83,16 +92,10 @@ class Pictures(Dataset):
         return LoadedPictures(channels_first.contiguous(), labels, unreadable)
 
 
-def relative_names(files: LabelledFiles, folder: Path) -> list[bytes]:
-    """The paths below `folder`, as the bytes that the file system knows them by."""
-    names = (path.relative_to(folder).as_posix() for path in files.paths)
-    return [name.encode(errors="surrogateescape") for name in names]
-
-
-def images_digest(files: LabelledFiles, folder: Path) -> str:
+def images_digest(files: LabelledFiles) -> str:
     """SHA-256 of the pictures' names and sizes, in order."""
     digest = hashlib.sha256()
-    for name, path in zip(relative_names(files, folder), files.paths, strict=True):
+    for name, path in zip(files.relative_names(), files.paths, strict=True):
         try:
             num_bytes = path.stat().st_size
         except OSError as error:
@@ -239,6 +242,7 @@ class Extraction(NamedTuple):
             class_names=tuple(names),
             class_counts=tuple(np.bincount(labels, minlength=len(names)).tolist()),
             code_version=code_version(),
+            exif=self.plan.exif,
         )
 
 
@@ -249,8 +253,17 @@ def is_made(parts_folder: PartsFolder, plan: Plan) -> bool:
         return False
     info = LatentReader(target).info
     wanted = {key: value for key, value in vars(plan).items() if key in LatentInfo.__annotations__}
-    if info is None or any(getattr(info, key) != value for key, value in wanted.items()):
-        raise UserError(f"{target}: made by another command; move it, or say another --save-path")
+    differing = "it does not say by which"
+    if info is not None:
+        differing = "; ".join(
+            f"{key} {getattr(info, key)} there, {value} now"
+            for key, value in wanted.items()
+            if getattr(info, key) != value
+        )
+    if differing:
+        raise UserError(
+            f"{target}: made by another command ({differing}); move it, or say another --save-path"
+        )
     parts_folder.clear()
     say(f"{target} was made before")
     return True
@@ -265,16 +278,22 @@ def run_extraction(
     """
     data_path = Path(os.path.expanduser(arguments.data_path))
     files = class_folders(data_path)
+    if own.is_main:
+        counts = np.bincount(files.labels, minlength=len(files.class_names))
+        say(describe_classes(files.class_names, counts.tolist()))
+        if note := files.left_out_note():
+            say(note)
     found = find_vae(arguments.vae)
     vae = load_vae(found, own.device)
     plan = Plan(
         num_images=len(files.paths),
-        images_sha256=images_digest(files, data_path),
+        images_sha256=images_digest(files),
         image_size=arguments.image_size,
         vae_sha256=weights_digest(vae.state_dict()),
         dtype=arguments.dtype,
         seed=arguments.seed,
         part_images=max(PART_IMAGES, arguments.device_batch_size),
+        exif=arguments.exif,
     )
     if own.agree(plan.images_sha256) != plan.images_sha256:
         raise UserError(f"{data_path}: process {own.rank} sees other pictures there than process 0")
@@ -285,13 +304,10 @@ def run_extraction(
         until_end.enter_context(parts_folder.owned())
     plan, missing = own.agree(begin(parts_folder, plan, arguments) if own.is_main else None)
     if own.is_main:
-        say(
-            f"{len(files.paths)} pictures of {len(files.class_names)} classes, in "
-            f"{plan.num_parts} parts; {len(missing)} of them are to be made"
-        )
+        say(f"pictures in {plan.num_parts} parts; {len(missing)} of them are to be made")
     parts = missing[own.rank :: own.world_size]
     progress = Progress(own, sum(len(plan.images_of(part)) for part in parts))
-    loader = build_loader(Pictures(files, data_path, plan.image_size), plan, parts, arguments)
+    loader = build_loader(Pictures(files, plan), plan, parts, arguments)
     maker = PartMaker(plan, arguments, loader, vae, progress)
     for index in parts:
         parts_folder.write_part(index, maker.make(index))
@@ -399,6 +415,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--vae", default=VAE_NAME, metavar="NAME_OR_FOLDER", help=f"(default {VAE_NAME})"
     )
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")
+    parser.add_argument(
+        "--exif",
+        choices=("apply", "ignore"),
+        default="apply",
+        help="turn pictures upright as their EXIF data say (default apply); ImageNet's published "
+        "recipe ignores them",
+    )
     parser.add_argument(
         "--skip-bad", action="store_true", help="leave out unreadable pictures, and list them"
     )

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from models import Batch, Method, build_model
 from passes import Execution
+from schedules import gap_fraction
 from soflow.batches import BatchPlan
 from soflow.checkpoint import TrainState
 from soflow.config import Config
@@ -179,3 +180,14 @@ def learning_rate_at(config: Config, finished_steps: int) -> float:
     if not config.warmup_steps:
         return config.learning_rate
     return config.learning_rate * min(1.0, (finished_steps + 1) / config.warmup_steps)
+
+
+def gap_fraction_at(config: Config, finished_steps: int) -> float:
+    """The gap fraction r of the step that follows."""
+    return gap_fraction(
+        config.l_schedule,
+        finished_steps,
+        config.total_steps,
+        config.l_init_ratio,
+        config.l_end_ratio,
+    )

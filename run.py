@@ -102,7 +102,7 @@ def make_checkpoint(run: Run, path: Path) -> None:
     content = host_copy(
         {
             **run.state.state_dict(order.steps_per_epoch),
-            "data": run.data.spec.to_dict(),
+            "data": run.data.record(),
             "config": config.to_dict(),
             "parts": dataclasses.asdict(run.plan),
         }
@@ -147,7 +147,7 @@ def make_demo(run: Run, path: Path) -> None:
 
 
 def make_eval(run: Run, path: Path) -> None:
-    """Write eval_num_samples images made by the averaged model, and their record."""
+    """Write eval_num_samples images made by the averaged model, their labels and record."""
     config = run.config
     request = sample_request(run, config.eval_num_samples)
     run.logbook.line(f"sampling {request.num_images} images to {path}")
@@ -160,6 +160,7 @@ def make_eval(run: Run, path: Path) -> None:
             config.seed,
             num_images=request.num_images,
             NFE=request.num_jumps,
+            labels="uniform" if config.is_conditional else None,
             noise_stream="image",
             finished_steps=run.state.finished_steps,
             weights_sha256=weights_digest(run.state.ema_model.state_dict()),

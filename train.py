@@ -3,16 +3,17 @@
     python train.py --config configs/digits.yaml
     torchrun --nproc-per-node=8 train.py --config configs/imagenet.yaml
     python train.py --config configs/digits.yaml --set total_steps=500 --set working_dir=runs/short
-    python train.py --config configs/imagenet.yaml --dry-run
+    python train.py --config configs/imagenet.yaml --dry-run --time
 
 Everything goes into the config's working_dir: config.yaml, log.txt, ckpts/, evals/, figs/.
 """
 
-import soflow  # noqa: F401  # isort: skip - before torch: tells its threads how to wait
+from soflow.command import is_first_process, run_command  # isort: skip - first: it attends to the start
 
 import argparse
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,14 @@ from typing import Any
 import torch
 
 from drawing import draw_batch
-from learner import METRICS, build_learner
+from learner import METRICS, build_learner, gap_fraction_at, learning_rate_at
 from models import Batch, build_model
+from rehearsal import MadeUpData, rehearse, within_memory
 from run import Run, due_results, save_and_stop
 from soflow.background import background
 from soflow.batches import BatchPlan, build_loader
 from soflow.budget import describe_model, describe_needs
-from soflow.checkpoint import newest_checkpoint, read_checkpoint
+from soflow.checkpoint import find_checkpoints, newest_checkpoint, read_checkpoint
 from soflow.config import (
     FIELDS,
     Config,
@@ -36,15 +38,24 @@ from soflow.config import (
     due_steps,
     is_due,
     load_config,
+    parse_options,
     refuse_another_experiment,
     save_config,
-    shorten,
     suggest,
 )
-from soflow.data import SOURCES, RawBatch, TrainingData, build_data, count_classes
+from soflow.data import (
+    SKIPPED_FILE,
+    SOURCES,
+    RawBatch,
+    TrainingData,
+    build_data,
+    compare_data,
+    count_classes,
+)
 from soflow.distributed import Processes, processes, world_size_asked_for
-from soflow.files import UserError, delete_superseded, hold_lock, make_folder, run_command
+from soflow.files import UserError, atomic_write, delete_superseded, hold_lock, make_folder
 from soflow.logbook import Interval, Logbook, device_name, duration, peak_memory_gb
+from soflow.published import save_published_config
 from soflow.sampling import find_decoder
 from soflow.signals import Asked, listening
 
@@ -94,13 +105,17 @@ def draw_batches(run: Run, parts: Iterator[RawBatch]) -> Iterator[Batch]:
 
 
 def log_metrics(run: Run, interval: Interval) -> None:
-    """One line with the means since the last."""
+    """One line with the means since the last, and what the schedules gave the step just done."""
     means, seconds, steps = interval.close(run.processes)
-    finished, total = run.state.finished_steps, run.config.total_steps
+    config, finished = run.config, run.state.finished_steps
+    total, last = config.total_steps, finished - 1
     metrics = ", ".join(f"{name}: {mean:.4f}" for name, mean in zip(METRICS, means, strict=True))
     run.logbook.line(
         f"Step: {finished}/{total} ({100 * finished / total:.1f}%), {metrics}, "
+        f"Gap_Fraction: {gap_fraction_at(config, last):.4g}, "
+        f"Learning_Rate: {learning_rate_at(config, last):.4g}, "
         f"Memory: {peak_memory_gb(run.processes.device):.2f} GB, Seconds: {seconds:.1f}, "
+        f"Images/s: {steps * config.batch_size / seconds:.1f}, "
         f"ETA: {duration(seconds / steps * (total - finished))}"
     )
 
@@ -108,15 +123,19 @@ def log_metrics(run: Run, interval: Interval) -> None:
 # Setting up
 
 
-def build_run(config: Config, own: Processes) -> Run:
+def build_run(config: Config, own: Processes, check_data: bool = False) -> Run:
     """A fresh run, its data and model checked; nothing is read of its folder, nothing written."""
     plan = plan_batch(config, own.world_size)
     if makes_pixels(config):
         find_decoder(config)
-    data = build_data(config)
+    return assemble_run(config, own, plan, build_data(config, own, check_data))
+
+
+def assemble_run(config: Config, own: Processes, plan: BatchPlan, data: TrainingData) -> Run:
+    """A fresh run on these data."""
     learner, notes = build_learner(config, own, plan, data.spec.channels, data.spec.num_classes)
     logbook = Logbook(Path(config.working_dir) / "log.txt", own.is_main)
-    return Run(config, own, data, learner, logbook, notes)
+    return Run(config, own, data, learner, logbook, [*data.notes, *notes])
 
 
 @contextlib.contextmanager
@@ -133,6 +152,18 @@ def claimed_folder(run: Run) -> Iterator[None]:
             stack.enter_context(hold_lock(folder / ".lock", refusal))
         run.jobs = stack.enter_context(background())
         yield
+
+
+def look_beside(config_path: str, run: Run) -> list[str]:
+    """A line where a fresh run starts although the config lies beside a run's checkpoints."""
+    folder = Path(config_path).resolve().parent
+    there = find_checkpoints(folder / "ckpts")
+    if not there or find_checkpoints(run.folder / "ckpts"):
+        return []
+    return [
+        f"{config_path} lies beside a run of {max(there)} steps, which this is not; to continue "
+        f"that one, say --set working_dir={folder}"
+    ]
 
 
 def resume(run: Run, allowed: Sequence[str]) -> None:
@@ -173,6 +204,9 @@ def open_folder(run: Run) -> None:
         make_folder(run.folder / name)
     if not (run.folder / "config.yaml").exists():
         save_config(run.config, run.folder / "config.yaml")
+    if run.config.skip_bad:
+        with atomic_write(run.folder / SKIPPED_FILE) as file:
+            file.write("".join(f"{path}\n" for path in run.data.skipped).encode(errors="replace"))
     for note in run.notes:
         run.logbook.line(note)
     # What a run killed between a save and the deletions after it has left.
@@ -224,19 +258,13 @@ def compare_with_record(
         recorded = config_from_dict(checkpoint[1]["config"], str(source))
     elif record.exists():
         recorded = load_config(record)
-    if checkpoint and checkpoint[1].get("data", data.spec.to_dict()) != data.spec.to_dict():
-        before, now = checkpoint[1]["data"], data.spec.to_dict()
-        raise UserError(
-            f"{checkpoint[0]}: trained on other data: "
-            + "; ".join(
-                f"{key} {shorten(before.get(key))} then, {shorten(now.get(key))} now"
-                for key in now | before
-                if before.get(key) != now.get(key)
-            )
-        )
-    if recorded is None:
-        return []
-    return refuse_another_experiment(recorded, config, allowed, str(source))
+    notes = []
+    if checkpoint and "data" in checkpoint[1]:
+        before, is_allowed = checkpoint[1]["data"], "data" in allowed
+        notes = compare_data(before, data.record(), str(checkpoint[0]), is_allowed)
+    if recorded is not None:
+        notes += refuse_another_experiment(recorded, config, allowed, str(source))
+    return notes
 
 
 def compare_parts(plan: BatchPlan, content: Mapping[str, Any], path: Path) -> list[str]:
@@ -259,9 +287,27 @@ def dry_run(config: Config) -> None:
     with torch.device("meta"):
         model = build_model(**config.model_arguments(source.channels, count_classes(config)))
     plan = plan_batch(config, world_size_asked_for())
-    print(as_yaml(config), end="")
+    say(as_yaml(config).rstrip())
     for line in describe_needs(config, model, plan, source.channels):
-        print(f"# {line}")
+        say(f"# {line}")
+
+
+def time_steps(config: Config) -> None:
+    """Print what a few steps take here, on made-up data; nothing is written."""
+    with processes(config.device, config.timeout_minutes) as own, within_memory(own.device):
+        plan = plan_batch(config, own.world_size)
+        data = MadeUpData(config, plan.batch_size // plan.num_parts)
+        run = assemble_run(config, own, plan, data)
+        parts = itertools.repeat(data.whole())
+        timed = rehearse(run.learner, lambda: draw_batches(run, parts))
+        for line in itertools.chain(run.notes, timed):
+            say(f"# {line}")
+
+
+def say(text: str) -> None:
+    """Print, once for all processes, before what follows takes its time."""
+    if is_first_process():
+        print(text, flush=True)
 
 
 # The command
@@ -278,28 +324,52 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="KEY",
-        help="continue although this key, which makes it another experiment, changed (repeatable)",
+        help="continue although this key, which makes it another experiment, changed, or the "
+        "pictures did: `data` (repeatable)",
+    )
+    parser.add_argument(
+        "--check-data",
+        action="store_true",
+        help="decode every picture before the first step, and name those that cannot be read",
     )
     parser.add_argument(
         "--dry-run",
         action="store_true",
         help="print the resolved config and what the run takes, then end",
     )
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--time",
+        action="store_true",
+        help="with --dry-run: time a few steps here, on made-up data",
+    )
+    parser.add_argument(
+        "--save-published-config",
+        metavar="FILE",
+        help="write the config with the keys that the published code knows alone, then end",
+    )
+    return parse_options(parser, argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     arguments = parse_arguments(argv)
+    if arguments.time and not arguments.dry_run:
+        raise UserError("--time: goes with --dry-run, and times a few steps before a run")
     config = load_config(arguments.config, arguments.set)
     for key in arguments.allow_changed:
-        if key not in FIELDS:
-            raise UserError(f"--allow-changed {key}: unknown key{suggest(key, FIELDS)}")
+        if key not in (*FIELDS, "data"):
+            raise UserError(f"--allow-changed {key}: unknown key{suggest(key, (*FIELDS, 'data'))}")
+    if arguments.save_published_config:
+        print(*save_published_config(config, Path(arguments.save_published_config)), sep="\n")
+        return
     if arguments.dry_run:
         dry_run(config)
+        if arguments.time:
+            time_steps(config)
         return
     with processes(config.device, config.timeout_minutes) as own:
-        run = build_run(config, own)
+        run = build_run(config, own, arguments.check_data)
+        run.notes += look_beside(arguments.config, run)
         with claimed_folder(run), listening() as run.listener:
             resume(run, arguments.allow_changed)
             open_folder(run)

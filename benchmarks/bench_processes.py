@@ -27,8 +27,8 @@ from measuring import (
 # isort: split
 from torch.nn.parallel import DistributedDataParallel
 
+from soflow.command import run_command
 from soflow.distributed import processes
-from soflow.files import run_command
 
 AS_TRAINING = {"gradient_as_bucket_view": True}
 WAYS = {

@@ -17,8 +17,9 @@ from sklearn.neighbors import KNeighborsClassifier
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from soflow.command import run_command
 from soflow.data import digits_split
-from soflow.files import UserError, run_command
+from soflow.files import UserError
 from soflow.npz import read_archive
 
 NUM_NEIGHBOURS = 3

@@ -11,12 +11,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import tensorflow as tf
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from soflow.data import digits_split
 from soflow.files import atomic_write
+from soflow.tensorflow_start import import_tensorflow
+
+tf = import_tensorflow()
 
 GRAPH = Path(__file__).with_suffix(".pb")
 CHANNELS = (16, 24, 48)  # after each convolution; the last is the number of features

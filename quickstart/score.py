@@ -19,10 +19,12 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import evaluator
+from soflow.command import run_command
 from soflow.data import digits_split
-from soflow.files import UserError, run_command
+from soflow.files import UserError
 from soflow.images import to_pixels
 from soflow.npz import read_archive, write_images
+from soflow.results import Results
 
 GRAPH = Path(__file__).with_name("digit_classifier.pb")
 NUM_IMAGES = 600
@@ -58,7 +60,7 @@ def score(rows: dict[str, np.ndarray], reference: np.ndarray) -> dict[str, dict[
             status = evaluator.main([str(word) for pair in flags.items() for word in pair])
         if status:
             raise UserError("not all rows could be scored")
-        records = evaluator.Results.open(folder).records
+        records = Results.open(folder).records
         return {files[file]: record["scores"] for file, record in records.items()}
 
 

@@ -21,7 +21,7 @@ def describe_needs(
     The model may be on the meta device. Two moments are counted for the optimizer.
     """
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
-    gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    gradients = gradient_bytes(model)
     steps, every = config.total_steps, config.ckpt_saving_steps
     # Besides those that are due: the untrained model, and the last step where it is not due.
     saves = len(due_steps(steps, every)) + 1 + (not every or steps % every != 0)
@@ -32,10 +32,22 @@ def describe_needs(
         f"model: {describe_model(config, model)}",
         f"batch: {plan}",
         f"memory: weights {size(weights)}, their average {size(weights)}, gradients "
-        f"{size(gradients)}, optimizer state {size(2 * gradients)}; activations come on top",
+        f"{size(gradients)}, optimizer state {size(2 * gradients)}, together "
+        f"{size(state_bytes(model))}; activations come on top",
         f"disk: {saves} checkpoints of {size(checkpoint)}, {evals} evals of {size(eval_bytes)}, "
         f"together {size(saves * checkpoint + evals * eval_bytes)}",
     ]
+
+
+def state_bytes(model: nn.Module) -> int:
+    """Bytes of weights, their average, gradients and an optimizer's two moments."""
+    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    return 2 * weights + 3 * gradient_bytes(model)
+
+
+def gradient_bytes(model: nn.Module) -> int:
+    """Bytes of the gradients of all that is trained."""
+    return sum(p.nbytes for p in model.parameters() if p.requires_grad)
 
 
 def pixel_bytes(config: Config, data_channels: int) -> int:

@@ -59,15 +59,15 @@ class TrainState:
         self.check(state, source)
         settings = self.optimizer.state_dict()["param_groups"]
         saved = state["optimizer"]
+        before, now = (_settings(groups[0]) for groups in (saved["param_groups"], settings))
         self.model.load_state_dict(state["model"])
         self.ema_model.load_state_dict(state["ema_model"])
         self.optimizer.load_state_dict({"state": saved["state"], "param_groups": settings})
         self.finished_steps = state["finished_steps"]
         return [
-            f"{key} is {settings[0][key]} now; it was {before} in {source}"
-            for key in ("lr", "betas", "weight_decay")
-            if (before := saved["param_groups"][0].get(key)) != settings[0][key]
-            and before is not None
+            f"{key} is {now[key]} now; it was {before[key]} in {source}"
+            for key in before
+            if before[key] != now[key]
         ]
 
     def check(self, state: Mapping[str, Any], source: str) -> None:
@@ -106,6 +106,16 @@ class TrainState:
                     raise UserError(f"{source}: {name} of {whose} is not an array of floats")
 
 
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimizer's settings by name, as far as there are any; pairs as lists, as in YAML."""
+    found = {key: group.get(key) for key in ("lr", "betas", "weight_decay")}
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in found.items()
+        if value is not None
+    }
+
+
 def _is_step(value: Any) -> bool:
     """Whether `value` can count an optimizer's steps."""
     return isinstance(value, int | float) or (
@@ -133,6 +143,17 @@ def checkpoint_path(folder: Path, finished_steps: int) -> Path:
 def find_checkpoints(folder: Path) -> dict[int, Path]:
     """Finished steps -> file, in ascending order, of all that is named like a checkpoint."""
     return numbered_files(folder, ".pt")
+
+
+def run_of_config(path: Path) -> Path | None:
+    """The folder of the run that a config lies in, beside ckpts/; None where it lies elsewhere."""
+    return path.parent if (path.parent / "ckpts").is_dir() else None
+
+
+def run_of_checkpoint(path: Path) -> Path | None:
+    """The folder of the run in whose ckpts/ a checkpoint lies; None where it lies elsewhere."""
+    folder = path.parent if path.parent.name else path.absolute().parent
+    return folder.parent if folder.name == "ckpts" else None
 
 
 def host_copy(content: Any) -> Any:

@@ -154,6 +154,11 @@ class Config(BaseModel):
         ge=0,
         le=1,
     )
+    horizontal_flips: bool = key(False, "half of the pictures, by chance, in a mirror; ImageFolder")
+    # Operational, since what it changes is known by the number of pictures that are left.
+    skip_bad: bool = key(
+        False, "leave out pictures that cannot be read; ImageFolder", operational=True
+    )
     # Operational, since one and the same VAE has a name here and a folder there; that it made the
     # latents is checked against their file.
     vae: Name = key(
@@ -335,6 +340,18 @@ class Config(BaseModel):
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
 
+# Those of the published code. Keys of ours are not among them: `soflow.published` says what it does
+# about each.
+PUBLISHED_KEYS = frozenset(
+    {
+        "working_dir", "noising_type", "coefficient_type", "model_type", "dataset_type",
+        "data_size", "dataset_path", "velocity_loss_ratio", "p", "eps", "time_mean", "time_std",
+        "cfg_scale", "mix_ratio", "cfg_drop_rate", "cfg_decay_time", "l_schedule", "l_init_ratio",
+        "l_end_ratio", "total_steps", "ema_decay_rate", "learning_rate", "betas", "weight_decay",
+        "batch_size", "num_workers", "prefetch_factor", "eval_steps", "eval_batch_size", "eval_NFE",
+        "eval_demo_steps", "eval_demo_shape", "ckpt_saving_steps", "logging_steps", "seed",
+    }
+)  # fmt: skip
 FIELDS = Config.model_fields
 TYPES = typing.get_type_hints(Config)
 
@@ -394,9 +411,11 @@ def range_of(name: str) -> str | None:
 # Loading
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: argparse.ArgumentParser, needs_config: bool = True) -> None:
     """Give a command the options that `load_config` takes: --config and --set."""
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML config of the run")
+    parser.add_argument(
+        "--config", required=needs_config, metavar="FILE", help="YAML config of the run"
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -406,25 +425,57 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def parse_options(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> argparse.Namespace:
+    """The command line's options; one that is a key of the config is answered with --set."""
+    arguments, unknown = parser.parse_known_args(argv)
+    for word, following in zip(unknown, [*unknown[1:], "--"], strict=False):
+        option, _, value = word.partition("=")
+        key = option.lstrip("-").replace("-", "_")
+        if option.startswith("-") and key in FIELDS:
+            value = value or ("VALUE" if following.startswith("--") else following)
+            raise UserError(f"{option}: a key of the config; say --set {key}={value}")
+    if unknown:
+        options = [f"--{name.replace('_', '-')}" for name in vars(arguments)]
+        suggestion = suggest(unknown[0].partition("=")[0], options)
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{suggestion}")
+    return arguments
+
+
+def load_config(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    pass_over: Callable[[str], None] | None = None,
+) -> Config:
     """The resolved config of a YAML file with `KEY=VALUE` overrides; UserError names what is wrong.
 
     Numeric strings are numbers (YAML reads 1e-4 as a string), whole numbers are floats, and
-    `Triangular` is read as `Trig`.
+    `Triangular` is read as `Trig`. Unknown keys of the file are refused, or left out and named in a
+    line for `pass_over`.
     """
-    values = {key: (value, f"{path}: {_clip(key)}") for key, value in _read_yaml(path).items()}
+    return config_from_dict(_read_yaml(path), str(path), overrides, pass_over)
+
+
+def config_from_dict(
+    values: Mapping[str, Any],
+    source: str,
+    overrides: Sequence[str] = (),
+    pass_over: Callable[[str], None] | None = None,
+) -> Config:
+    """The resolved config of plain values, such as a checkpoint holds; as `load_config`."""
+    unknown = [key for key in values if key not in FIELDS]
+    if unknown and pass_over:
+        named = ", ".join(map(_clip, unknown)) + "".join(suggest(key, FIELDS) for key in unknown)
+        pass_over(f"{source}: passed over keys that are not known here: {named}")
+        values = {key: value for key, value in values.items() if key in FIELDS}
+    placed = {key: (value, f"{source}: {_clip(str(key))}") for key, value in values.items()}
     for override in overrides:
         key, equals, text = override.partition("=")
         place = _clip(repr(override)[1:-1])  # as typed, but in one line
         if not equals:
             raise UserError(f"--set {place}: not of the form KEY=VALUE")
-        values[key] = (_parse_yaml(text, f"--set {place}"), f"--set {place.partition('=')[0]}")
-    return _build(values, str(path))
-
-
-def config_from_dict(values: Mapping[str, Any], source: str) -> Config:
-    """The resolved config of plain values, such as a checkpoint holds."""
-    placed = {key: (value, f"{source}: {_clip(str(key))}") for key, value in values.items()}
+        placed[key] = (_parse_yaml(text, f"--set {place}"), f"--set {place.partition('=')[0]}")
     return _build(placed, source)
 
 
@@ -440,7 +491,7 @@ def _build(values: Mapping[str, tuple[Any, str]], source: str) -> Config:
     try:
         config = Config(**given)
     except ValidationError as error:
-        name, wrong = _what_is_wrong(error, given)
+        name, wrong = _what_is_wrong(error.errors()[0], given)
         raise UserError(f"{places[name]}: {wrong}") from None
     folder = _expand_folder(config.working_dir, places["working_dir"])
     config = resolve(config.model_copy(update={"working_dir": folder}))
@@ -448,14 +499,13 @@ def _build(values: Mapping[str, tuple[Any, str]], source: str) -> Config:
     return config
 
 
-def _what_is_wrong(error: ValidationError, given: Mapping[str, Any]) -> tuple[str, str]:
-    """The key of the first wrong value, and what is said of it."""
-    first = error.errors()[0]
-    name, *index = first["loc"]
-    value = first["input"]
-    if first["type"] == "value_error":
-        return name, f"{shorten(value)} {first['ctx']['error']}"
-    if first["type"].startswith(("greater_than", "less_than")):
+def _what_is_wrong(error: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[str, str]:
+    """The key of a wrong value, and what is said of it."""
+    name, *index = error["loc"]
+    value = error["input"]
+    if error["type"] == "value_error":
+        return name, f"{shorten(value)} {error['ctx']['error']}"
+    if error["type"].startswith(("greater_than", "less_than")):
         # Of a list all is shown.
         return name, f"{shorten(given[name] if index else value)} must be {range_of(name)}"
     return name, f"{shorten(value)} is not {_wanted(TYPES[name], bool(index))}"
@@ -608,6 +658,11 @@ def _check_together(config: Config, places: Mapping[str, str]) -> None:
                 "model_type",
                 "is for pixels (CIFAR10, ImageFolder, Digits), not for Imagenet's latents",
             )
+    for key in ("horizontal_flips", "skip_bad"):
+        if getattr(config, key) and config.dataset_type != "ImageFolder":
+            refuse(key, f"is for dataset_type ImageFolder, not for {config.dataset_type}")
+    if config.horizontal_flips and config.augment_probability > 0:
+        refuse("horizontal_flips", "must be false where augment_probability is above 0: it flips")
     if config.keep_every_steps and not config.keep_last:
         refuse("keep_every_steps", "has no meaning where keep_last is null: then all are kept")
     if config.cfg_scale > 1 and config.cfg_drop_rate == 0:

@@ -1,20 +1,33 @@
 """The data sets: what each is made of, and how it is loaded and checked."""
 
+import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
+from tqdm import tqdm
 
 from soflow.cifar10 import load_training_set
-from soflow.config import Config
+from soflow.config import Config, shorten
+from soflow.distributed import Processes
 from soflow.files import UserError
-from soflow.images import class_folders, class_names, read_image, refuse_non_pictures, to_images
+from soflow.images import (
+    MOST_NAMED,
+    class_folders,
+    class_names,
+    describe_classes,
+    find_unreadable,
+    read_image,
+    refuse_non_pictures,
+    to_images,
+    why_unreadable,
+)
 from soflow.latents import LATENT_FILE, LatentInfo, LatentReader
 from soflow.logbook import weights_digest
 from soflow.vae import LATENT_CHANNELS, draw_latents, find_vae, load_vae
@@ -23,6 +36,9 @@ from soflow.vae import LATENT_CHANNELS, draw_latents, find_vae, load_vae
 
 DIGITS_TRAINING_COUNT = 1_197
 DIGITS_LEVELS = 16
+CHECKED_AT_ONCE = 256  # latents
+SKIPPED_FILE = "skipped_images.txt"
+ALONE = Processes(0, 0, 1, torch.device("cpu"))
 
 
 @dataclass(frozen=True)
@@ -67,12 +83,35 @@ class TrainingData(Dataset):
 
     def __init__(self, spec: DataSpec, labels: Tensor):
         self.spec, self.labels = spec, labels
+        self.notes: list[str] = []  # what is to be said of it at the start
+        self.skipped: list[str] = []  # files left out because they cannot be read
 
     def __len__(self) -> int:
         return self.spec.num_examples
 
     def __getitem__(self, indices: list[int]) -> RawBatch:
         return RawBatch(self.stored(indices), self.labels[indices])
+
+    @property
+    def class_counts(self) -> list[int]:
+        """Examples of each class."""
+        return torch.bincount(self.labels, minlength=self.spec.num_classes).tolist()
+
+    def record(self) -> dict[str, int | list[str] | list[int]]:
+        """What a checkpoint says of the data that it was trained on."""
+        return {**self.spec.to_dict(), "class_counts": self.class_counts}
+
+    def find_bad(self, share: range, advance: Callable[[], None]) -> list[int]:
+        """Which examples of `share` cannot be read; what is in memory has been."""
+        return []
+
+    def why_bad(self, index: int) -> str:
+        """What such an example is refused with."""
+        raise NotImplementedError
+
+    def leave_out(self, bad: list[int]) -> None:
+        """Go on without these examples."""
+        raise NotImplementedError
 
     def prepare(self, indices: list[int]) -> RawBatch | list[int]:
         """What is done of a batch ahead, where there are loader workers in one of them.
@@ -111,19 +150,58 @@ class PixelData(TrainingData):
 class FolderData(TrainingData):
     """Pictures in class folders, RGB, decoded and cropped to `size` when they are asked for."""
 
-    def __init__(self, folder: Path, size: int):
+    def __init__(self, folder: Path, size: int, skip_bad: bool):
+        """With `skip_bad`, files that are no pictures are left for `check_examples`."""
+        self.folder = folder
         files = class_folders(folder)
-        refuse_non_pictures(files.paths)
+        if not skip_bad:
+            refuse_non_pictures(files.paths)
         spec = DataSpec(3, size, tuple(files.class_names), len(files.paths))
         super().__init__(spec, torch.tensor(files.labels))
         # One array instead of a million objects: a loader worker that only counts references to
         # these would come to hold a copy of each.
         self._paths = np.array([os.fsencode(path) for path in files.paths])
 
+        if note := files.left_out_note():
+            self.notes.append(note)
+
     def stored(self, indices: list[int]) -> Tensor:
         """uint8 [B, 3, H, W]; UserError names a file that cannot be decoded."""
-        paths = [os.fsdecode(path) for path in self._paths[indices]]
-        return channels_first(np.stack([read_image(path, self.spec.size) for path in paths]))
+        try:
+            pixels = [read_image(path, self.spec.size) for path in self._paths_of(indices)]
+        except UserError as error:
+            raise UserError(
+                f"{error}; put a whole picture in its place, or go on without such files: "
+                "--set skip_bad=true --allow-changed data"
+            ) from error
+        return channels_first(np.stack(pixels))
+
+    def find_bad(self, share: range, advance: Callable[[], None]) -> list[int]:
+        """Which pictures of `share` cannot be decoded, each of them tried."""
+        # More threads than cores: some of them wait for the disk.
+        num_threads = 2 * torch.get_num_threads()
+        paths = self._paths_of(list(share))
+        return [
+            share[place] for place in find_unreadable(paths, self.spec.size, num_threads, advance)
+        ]
+
+    def why_bad(self, index: int) -> str:
+        """What `read_image` says of a picture."""
+        return why_unreadable(self._paths_of([index])[0], self.spec.size)
+
+    def leave_out(self, bad: list[int]) -> None:
+        """Go on without these pictures; UserError where a class loses all of its own."""
+        self.skipped = [str(path.relative_to(self.folder)) for path in self._paths_of(bad)]
+        is_kept = torch.ones(len(self), dtype=torch.bool)
+        is_kept[bad] = False
+        self.labels, self._paths = self.labels[is_kept], self._paths[is_kept.numpy()]
+        self.spec = dataclasses.replace(self.spec, num_examples=len(self._paths))
+        for name, count in zip(self.spec.class_names, self.class_counts, strict=True):
+            if count == 0:
+                raise UserError(f"{self.folder / name}: none of its pictures can be read")
+
+    def _paths_of(self, indices: list[int]) -> list[Path]:
+        return [Path(os.fsdecode(path)) for path in self._paths[indices]]
 
 
 class LatentData(TrainingData):
@@ -140,7 +218,7 @@ class LatentData(TrainingData):
         From there the training process has them in a fraction of the time that a worker takes to
         hand them over: the worker waits for the disk, and no more.
         """
-        if get_worker_info() and self.reader.is_mapped:
+        if get_worker_info() and self.reader.is_plain:
             self.reader.fetch(indices)
             return indices
         return self[indices]
@@ -148,6 +226,15 @@ class LatentData(TrainingData):
     def stored(self, indices: list[int]) -> Tensor:
         """[B, 8, H, W]: the posterior's mean and then its standard deviation."""
         return self.reader.read(indices)
+
+    def find_bad(self, share: range, advance: Callable[[], None]) -> list[int]:
+        """Reads every row of `share`; UserError at the first that is bad, for none is left out."""
+        for start in range(0, len(share), CHECKED_AT_ONCE):
+            rows = share[start : start + CHECKED_AT_ONCE]
+            self.reader.read(rows)
+            for _ in rows:
+                advance()
+        return []
 
     def clean(self, stored: Tensor, source: torch.Generator) -> Tensor:
         """x_0 = (mean + std N) 0.18215, with N from `source`."""
@@ -198,7 +285,7 @@ def load_cifar10_data(config: Config) -> TrainingData:
 
 def load_folder_data(config: Config) -> TrainingData:
     """The pictures in the class folders of dataset_path."""
-    return FolderData(data_folder(config), config.data_size)
+    return FolderData(data_folder(config), config.data_size, config.skip_bad)
 
 
 def data_folder(config: Config) -> Path:
@@ -275,9 +362,16 @@ def count_classes(config: Config) -> int:
     return len(class_names(data_folder(config))) if known is None else known
 
 
-def build_data(config: Config) -> TrainingData:
-    """The data set that the config names; UserError where it is missing, damaged or too small."""
+def build_data(
+    config: Config, processes: Processes = ALONE, check_data: bool = False
+) -> TrainingData:
+    """The data set that the config names; UserError where it is missing, damaged or too small.
+
+    With `check_data` or the config's `skip_bad` every example is read, by all processes together.
+    """
     data = SOURCES[config.dataset_type].load(config)
+    if check_data or config.skip_bad:
+        check_examples(data, processes, config.skip_bad)
     where = config.dataset_path or config.dataset_type
     if len(data) < config.batch_size:
         raise UserError(
@@ -290,4 +384,58 @@ def build_data(config: Config) -> TrainingData:
                 f"{where}: has a label {label}; its {data.spec.num_classes} classes go from 0 to "
                 f"{data.spec.num_classes - 1}"
             )
+    data.notes.insert(0, describe_classes(data.spec.class_names, data.class_counts))
     return data
+
+
+def check_examples(data: TrainingData, processes: Processes, skip_bad: bool) -> None:
+    """Read every example; those that cannot be read are left out, or named by a UserError.
+
+    Each process reads its share, and all come to the same list: none waits long for another.
+    """
+    rank, count = processes.rank, processes.world_size
+    share = range(len(data) * rank // count, len(data) * (rank + 1) // count)
+    # disable=None: a progress bar on terminals only
+    quiet = None if processes.is_main else True
+    with tqdm(total=len(share), desc="checking", unit="example", disable=quiet) as bar:
+        is_bad = torch.zeros(len(data), dtype=torch.uint8, device=processes.device)
+        is_bad[data.find_bad(share, bar.update)] = 1
+    bad = processes.sum_over_ranks(is_bad).nonzero().flatten().tolist()
+    if bad and not skip_bad:
+        named = "; ".join(data.why_bad(index) for index in bad[:MOST_NAMED])
+        more = f"; and {len(bad) - MOST_NAMED} more" if bad[MOST_NAMED:] else ""
+        raise UserError(
+            f"{len(bad)} of {len(data)} pictures cannot be read: {named}{more}; mend or delete "
+            "them, or leave them out by --set skip_bad=true"
+        )
+    count = len(data)
+    if bad:
+        data.leave_out(bad)
+        data.notes.append(
+            f"left out {len(bad)} of {count} pictures, which cannot be read: see {SKIPPED_FILE}"
+        )
+    data.notes.append(f"checked: {len(data)} examples can be read")
+
+
+def compare_data(
+    before: Mapping[str, Any], now: Mapping[str, Any], source: str, is_allowed: bool
+) -> list[str]:
+    """A line where a run goes on with other data than before; UserError where it must not.
+
+    Other classes are refused in any case: labels would have another meaning.
+    """
+    # By what was recorded: older checkpoints say less.
+    changes = {key: value for key, value in before.items() if now.get(key) != value}
+    if not changes:
+        return []
+    listed = "; ".join(
+        f"{key} {shorten(was)} then, {shorten(now.get(key))} now" for key, was in changes.items()
+    )
+    may_go_on = changes.keys() <= {"num_examples", "class_counts"}
+    if may_go_on and is_allowed:
+        return [
+            f"data changed: {listed}; from here on their order is another, and epochs are counted "
+            "as if these had been the data from the start"
+        ]
+    way_out = "; --allow-changed data continues with them, in another order" if may_go_on else ""
+    raise UserError(f"{source}: trained on other data: {listed}{way_out}")

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from soflow.files import UserError, download, one_line, regular_only, sha256_of
+from soflow.tensorflow_start import import_tensorflow
 
 DEFAULT_NAME = "classify_image_graph_def.pb"
 URL = (
@@ -78,14 +79,10 @@ class FeatureGraph:
     """
 
     def __init__(self, path: Path, image_shape: tuple[int, ...], batch_images: int = 64):
-        # The level has to be set before the import; warnings of drivers are not ours to print.
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-        import tensorflow
-
-        self._tf = tensorflow
+        self._tf = import_tensorflow()
         self.path, self.name, self.sha256 = path, path.name, sha256_of(path)
         self.batch_images = batch_images
-        self.tensorflow_version = tensorflow.__version__
+        self.tensorflow_version = self._tf.__version__
         graph_def = self._read()
         self._session = self._load(graph_def)
         self.class_weights = self._class_weights(graph_def)

@@ -12,9 +12,8 @@ import os
 import re
 import stat
 import sys
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -29,39 +28,6 @@ class UserError(ValueError):
 
 class Stopped(Exception):  # noqa: N818 - no error
     """The end of work that was asked to stop early and goes on when started again."""
-
-
-STOPPED_STATUS = 75  # what sysexits.h calls a temporary failure: try again
-PATIENCE_SECONDS = 3  # torchrun ends the others within a tenth of a second of one's end
-
-
-def run_command(main: Callable[[], int | None]) -> None:
-    """Exit with main's status; a `UserError` becomes one line on stderr and status 1."""
-    rank = os.environ.get("RANK", "0")
-    try:
-        status = main() or 0
-    except UserError as error:
-        if rank == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
-            # What all processes meet the first one says, and torchrun then ends the rest.
-            time.sleep(PATIENCE_SECONDS)
-            print(f"error (process {rank}): {error}", file=sys.stderr, flush=True)
-        status = 1
-    except Stopped as stop:
-        if rank == "0":
-            print(stop, flush=True)
-        status = STOPPED_STATUS
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        status = 130
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        # Without the interpreter's way out: there, threads of torch's connections that are still
-        # there have been seen to abort a process that had finished its work.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
 
 
 def temporary_path(path: Path) -> Path:

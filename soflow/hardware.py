@@ -2,7 +2,11 @@
 
 import contextlib
 import ctypes
+import os
+import re
+import resource
 import sys
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -11,6 +15,9 @@ from soflow.files import one_line
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # what glibc's mallopt calls them
 NEVER, NONE = -1, 0
+CONTAINER = Path("/sys/fs/cgroup")  # whose bounds are found here, where there are any
+# What torch and oneDNN say instead of a MemoryError.
+OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory|could not create a memory")
 
 
 def keep_freed_memory() -> None:
@@ -27,6 +34,46 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_MAX, NONE)
         mallopt(M_TRIM_THRESHOLD, NEVER)
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Bytes that could still be taken on `device`; where the system does not say, all it has."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with contextlib.suppress(OSError):  # not Linux
+        free.append(_kilobytes("/proc/meminfo", "MemAvailable") * 1024)
+    with contextlib.suppress(OSError, ValueError):  # no container, or one without bounds
+        bound, used = (
+            int((CONTAINER / f"memory.{name}").read_text()) for name in ("max", "current")
+        )
+        free.append(bound - used)
+    return max(0, min(free))
+
+
+def limit_memory() -> None:
+    """Let this process's allocations fail beyond what is free now; Linux alone knows how.
+
+    Without that Linux promises more than there is, and then kills.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    taken = _kilobytes("/proc/self/status", "VmData") * 1024
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = taken + free_memory_bytes(torch.device("cpu"))
+    if hard == resource.RLIM_INFINITY or limit < hard:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is not enough memory."""
+    return isinstance(error, MemoryError) or bool(OUT_OF_MEMORY.search(str(error)))
+
+
+def _kilobytes(path: str, entry: str) -> int:
+    """An entry of one of the kernel's lists of memory."""
+    lines = Path(path).read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{entry}:"))
 
 
 def allow_tf32(device: torch.device, is_allowed: bool) -> None:

@@ -1,29 +1,61 @@
-"""Pictures without torch: decode, crop, class folders, uint8 and back, tiles, PNG.
+"""Pictures without torch: decode, turn, crop, class folders, uint8 and back, tiles, PNG.
 
 `pixels` are uint8 0..255 with channels last; `images` are float -1..1 in whatever layout.
 """
 
+import contextlib
 import os
+import re
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError, features
 
 from soflow.files import UserError, atomic_write, one_line, regular_only
 
-EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-# Named, because some of Pillow's other decoders start programs (EPS) or open further files.
-FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+# What is read, and by which endings it is found. Named, because some of Pillow's other decoders
+# start programs (EPS), open further files, or take anything for a picture (TGA).
+ENDINGS = {
+    "AVIF": (".avif", ".avifs"),
+    "BMP": (".bmp", ".dib"),
+    "GIF": (".gif",),
+    "JPEG": (".jfif", ".jpe", ".jpeg", ".jpg", ".mpo"),
+    "JPEG2000": (".j2c", ".j2k", ".jp2", ".jpc", ".jpf", ".jpx"),
+    "PNG": (".apng", ".png"),
+    "PPM": (".pbm", ".pgm", ".pnm", ".ppm"),
+    "QOI": (".qoi",),
+    "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",),
+}
+# Builds of Pillow may lack these, under its own names for them.
+MAY_LACK = {"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}
+FORMATS = tuple(kind for kind in ENDINGS if kind not in MAY_LACK or features.check(MAY_LACK[kind]))
+EXTENSIONS = tuple(sorted(ending for kind in FORMATS for ending in ENDINGS[kind]))
 # How files of these formats begin (RIFF: WebP; P1 to P6: PPM and its kin).
-SIGNATURES = (
-    *(b"\xff\xd8\xff", b"\x89PNG", b"BM", b"RIFF", b"II*\0", b"MM\0*"),
-    *(b"P1", b"P2", b"P3", b"P4", b"P5", b"P6"),
+SIGNATURE = re.compile(
+    rb"\xff\xd8\xff|\x89PNG|BM|RIFF|II\*\0|MM\0\*|P[1-6]|GIF8|qoif"
+    rb"|\xff\x4f\xff\x51|\0\0\0\x0cjP|....ftypavi[fs]",
+    re.DOTALL,
 )
+SIGNATURE_BYTES = 12
+# How the eight EXIF orientations are turned upright; 1 is upright.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+MOST_NAMED = 5  # files that one message names
+MOST_CLASSES_LISTED = 20
 MAX_PIXELS = 89_478_485  # where Pillow begins to warn of decompression bombs: 256 MiB of RGB
 
 Array = TypeVar("Array")  # numpy.ndarray or torch.Tensor
@@ -43,11 +75,14 @@ def to_images(pixels: Array) -> Array:
     return floats / 127.5 - 1
 
 
-def read_image(path: str | Path, crop_size: int | None = None) -> np.ndarray:
+def read_image(
+    path: str | Path, crop_size: int | None = None, apply_exif: bool = True
+) -> np.ndarray:
     """The picture at `path` as RGB, uint8 [H, W, 3]; with `crop_size`, its `centre_crop`.
 
-    Decoded as Pillow does: grey is repeated, alpha dropped, EXIF rotation not applied. Raises
-    UserError where the file is damaged, of another format, or unpacks to more than 89 megapixels.
+    Decoded as Pillow does: grey is repeated, alpha dropped, of several frames the first is taken.
+    Turned upright as its EXIF data say, unless told not to. Raises UserError where the file is
+    damaged, of another format, or unpacks to more than 89 megapixels.
     """
     try:
         with warnings.catch_warnings():
@@ -56,7 +91,8 @@ def read_image(path: str | Path, crop_size: int | None = None) -> np.ndarray:
                 open(path, "rb", opener=regular_only) as file,
                 Image.open(file, formats=FORMATS) as picture,
             ):
-                pixels = np.asarray(picture.convert("RGB"))
+                rgb = picture.convert("RGB")
+                pixels = np.asarray(_upright(rgb, picture) if apply_exif else rgb)
         return pixels if crop_size is None else centre_crop(pixels, crop_size)
     except UnidentifiedImageError as error:
         raise UserError(
@@ -64,6 +100,16 @@ def read_image(path: str | Path, crop_size: int | None = None) -> np.ndarray:
         ) from error
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
         raise UserError(f"{path}: not a readable picture ({one_line(error)})") from error
+
+
+def _upright(pixels: Image.Image, picture: Image.Image) -> Image.Image:
+    """`pixels`, decoded from `picture`, turned as its EXIF data say."""
+    try:
+        # After decoding: Pillow then has turned a TIFF itself, and says so here.
+        turn = TURNS.get(picture.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # Pillow raises many kinds on damaged EXIF data; the pixels are whole
+        return pixels
+    return pixels if turn is None else pixels.transpose(turn)
 
 
 def centre_crop(pixels: np.ndarray, size: int) -> np.ndarray:
@@ -88,9 +134,26 @@ def centre_crop(pixels: np.ndarray, size: int) -> np.ndarray:
 class LabelledFiles:
     """Picture files with their labels; label k is `class_names[k]`."""
 
+    folder: Path
     paths: list[Path]
     labels: list[int]
     class_names: list[str]
+    left_out: dict[str, Counter[str]]  # by class: how many files of each ending are not read
+
+    def relative_names(self) -> list[bytes]:
+        """The paths below `folder`, as the bytes that the file system knows them by."""
+        return [os.fsencode(path.relative_to(self.folder).as_posix()) for path in self.paths]
+
+    def left_out_note(self) -> str:
+        """A line on the files that are not read; nothing where there are none."""
+        if not self.left_out:
+            return ""
+        classes = [
+            f"{printable(name)} {_list_endings(found)}" for name, found in self.left_out.items()
+        ]
+        count = sum(found.total() for found in self.left_out.values())
+        more = f"; and in {len(classes) - MOST_NAMED} more classes" if classes[MOST_NAMED:] else ""
+        return f"left out, not read: {count} files ({'; '.join(classes[:MOST_NAMED])}{more})"
 
 
 def class_folders(folder: str | Path) -> LabelledFiles:
@@ -102,12 +165,35 @@ def class_folders(folder: str | Path) -> LabelledFiles:
     """
     folder = Path(folder)
     names = class_names(folder)
-    files = LabelledFiles([], [], names)
+    files = LabelledFiles(folder, [], [], names, {})
     for label, name in enumerate(names):
-        paths = find_pictures(folder / name)
+        paths, left_out = _look_through(folder / name)
         files.paths.extend(paths)
         files.labels.extend([label] * len(paths))
+        if left_out:
+            files.left_out[name] = left_out
     return files
+
+
+def _list_endings(counts: Counter[str]) -> str:
+    """The most frequent endings with their counts."""
+    frequent = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:MOST_NAMED]
+    return ", ".join(f"{count} {printable(ending)}" for ending, count in frequent)
+
+
+def describe_classes(names: Sequence[str], counts: Sequence[int]) -> str:
+    """The classes in order, with their numbers of examples, in one line of bearable length."""
+    listed = [f"{printable(name)} ({count})" for name, count in zip(names, counts, strict=True)]
+    if len(listed) > MOST_CLASSES_LISTED:
+        listed = [*listed[:3], "...", listed[-1]]
+    classes = "class" if len(names) == 1 else "classes"
+    return f"{sum(counts)} examples of {len(names)} {classes}, in order: {', '.join(listed)}"
+
+
+def printable(name: str) -> str:
+    """`name`, of a file, as any screen takes it, in one line of bearable length."""
+    text = "".join(letter if letter.isprintable() else "?" for letter in name)
+    return text if len(text) <= 40 else f"{text[:30]}..."
 
 
 def class_names(folder: str | Path) -> list[str]:
@@ -126,28 +212,59 @@ def refuse_non_pictures(paths: Sequence[Path]) -> None:
     """UserError names files that are no pictures, at most five of them.
 
     Affordable for a million files: it reads the first bytes of each, and decodes only those that do
-    not begin as a picture does. What is damaged further on is left for `read_image` to find.
+    not begin as a picture does. What is damaged further on is left for `find_unreadable`.
     """
     chunks = [paths[start : start + 500] for start in range(0, len(paths), 500)]
     refusals = []
     # Threads, because a file on a network drive takes long to open and no work.
-    with ThreadPoolExecutor(16) as pool:
+    with _threads(16) as pool:
         for suspects in pool.map(_without_signature, chunks):
-            for path in suspects:
-                try:
-                    read_image(path)
-                except UserError as error:
-                    refusals.append(str(error))
-            if len(refusals) >= 5:
-                pool.shutdown(cancel_futures=True)
+            refusals += [refusal for path in suspects if (refusal := why_unreadable(path))]
+            if len(refusals) >= MOST_NAMED:
                 break
     if refusals:
-        raise UserError("; ".join(refusals[:5]))
+        raise UserError("; ".join(refusals[:MOST_NAMED]))
+
+
+def find_unreadable(
+    paths: Sequence[Path], crop_size: int, num_threads: int, advance: Callable[[], None]
+) -> list[int]:
+    """Which of `paths` cannot be decoded and cropped, every one of them tried.
+
+    Decoders let other threads run. `advance` is called for every path that is done with.
+    """
+    bad = []
+    with _threads(num_threads) as pool:
+        refusals = pool.map(lambda path: why_unreadable(path, crop_size), paths)
+        for index, refusal in enumerate(refusals):
+            advance()
+            if refusal:
+                bad.append(index)
+    return bad
+
+
+def why_unreadable(path: Path, crop_size: int | None = None) -> str:
+    """What `read_image` refuses a picture with, or nothing."""
+    try:
+        read_image(path, crop_size)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """A block with threads whose work is dropped where the block ends early."""
+    with ThreadPoolExecutor(count) as pool:
+        try:
+            yield pool
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _without_signature(paths: Sequence[Path]) -> list[Path]:
     """Those of `paths` that do not begin as a picture does, or cannot be opened."""
-    return [path for path in paths if not _first_bytes(path).startswith(SIGNATURES)]
+    return [path for path in paths if not SIGNATURE.match(_first_bytes(path))]
 
 
 def _first_bytes(path: Path) -> bytes:
@@ -156,7 +273,7 @@ def _first_bytes(path: Path) -> bytes:
     except OSError:
         return b""
     try:
-        return os.read(descriptor, 8)
+        return os.read(descriptor, SIGNATURE_BYTES)
     except OSError:
         return b""
     finally:
@@ -168,18 +285,24 @@ def find_pictures(folder: str | Path) -> list[Path]:
 
     Links to folders below are not followed. Raises UserError where there are none.
     """
-    _entries(Path(folder))
-    paths = []
-    for place, below, files in os.walk(folder):
+    return _look_through(Path(folder))[0]
+
+
+def _look_through(folder: Path) -> tuple[list[Path], Counter[str]]:
+    """What `find_pictures` finds, and how many other files there are, by their endings."""
+    _entries(folder)
+    paths, left_out = [], Counter()
+    for place, below, names in os.walk(folder):
         below[:] = sorted(name for name in below if not name.startswith("."))
-        paths += [
-            Path(place, name)
-            for name in sorted(files)
-            if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
-        ]
+        for name in sorted(name for name in names if not name.startswith(".")):
+            if name.lower().endswith(EXTENSIONS):
+                paths.append(Path(place, name))
+            else:
+                left_out[os.path.splitext(name)[1].lower() or "without ending"] += 1
     if not paths:
-        raise UserError(f"{folder}: holds no pictures ({', '.join(EXTENSIONS)})")
-    return paths
+        there = f"; {_list_endings(left_out)} there are not read" if left_out else ""
+        raise UserError(f"{folder}: holds no pictures ({', '.join(EXTENSIONS)}){there}")
+    return paths, left_out
 
 
 def _entries(folder: Path) -> list[os.DirEntry]:

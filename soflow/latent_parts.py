@@ -51,6 +51,7 @@ class Plan:
     dtype: str
     seed: int
     part_images: int  # images of a part; a matter of form, taken over from the folder
+    exif: str = "ignore"  # as of LatentInfo; plans that do not say are of before
 
     @property
     def num_parts(self) -> int:

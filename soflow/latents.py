@@ -6,8 +6,8 @@ say what made the file; the published code writes none.
 """
 
 import io
+import itertools
 import math
-import mmap
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +28,7 @@ UNSAID_CLASSES = 1000  # of a file without attributes: ImageNet's
 ROWS_LOOKED_AT = 256  # of the values, before training
 MAX_DEFLATION = 1100  # times that HDF5's own compression can shrink: a file can promise no more
 CHUNK_LIMIT_BYTES = 1 << 28  # unpacked whole for the sake of one row; h5py's own choice is 1 MB
+NEIGHBOURS_AT_ONCE = 256  # rows of one call of the system, which takes 1024 buffers at most
 FLOATS = (np.float16, np.float32, np.float64)
 
 # N rows, B of them read at a time, S latent side
@@ -48,6 +49,7 @@ class LatentInfo:
     class_names: tuple[str, ...]
     class_counts: tuple[int, ...]
     code_version: str
+    exif: str = "ignore"  # apply: pictures were turned upright first; older files do not say
 
     def write(self, attributes: h5py.AttributeManager) -> None:
         """Set the attributes."""
@@ -66,6 +68,8 @@ class LatentInfo:
         """What `write` wrote; KeyError, TypeError or ValueError for anything else."""
         values: dict[str, Any] = {}
         for name, kind in cls.__annotations__.items():
+            if name not in attributes and hasattr(cls, name):  # has a default
+                continue
             if kind in (int, float):
                 values[name] = kind(attributes[name])
             elif kind is str:
@@ -187,14 +191,15 @@ def locate_latents(path: Path) -> Location:
 class LatentReader:
     """Rows of a latent file, opened in each process that reads; UserError for a bad file.
 
-    Whole batches are read at once: from memory mapped onto the file where the values lie there as
-    they are, by h5py in ascending order where they are compressed or in chunks.
+    Whole batches are read at once: by the system's own calls where the values lie in the file as
+    they are, by h5py in ascending order where they are compressed or in chunks. Not from memory
+    mapped onto the file: where that is cut short meanwhile, the process would end without a word.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._process: int | None = None
-        self._rows: Any = None
+        self._file: Any = None
         with _opened(self.path) as file:
             try:
                 self._look_at(file)
@@ -212,8 +217,8 @@ class LatentReader:
         return self.shape[2]
 
     @property
-    def is_mapped(self) -> bool:
-        """Whether values are read from mapped memory rather than through h5py."""
+    def is_plain(self) -> bool:
+        """Whether values lie in the file as they are, and h5py is not needed to read them."""
         return self._offset is not None
 
     @property
@@ -228,28 +233,17 @@ class LatentReader:
 
         A row may be asked for more than once.
         """
-        rows = np.asarray(indices, np.int64)
-        if self._process != os.getpid():  # an open file is not to be shared with a loader worker
-            self._open()
-        try:
-            values = self._rows[rows] if self.is_mapped else self._read_ascending(rows)
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be read ({one_line(error)})") from error
-        moments = torch.from_numpy(np.asarray(values))
+        values = self._read_plain(indices) if self.is_plain else self._read_by_h5py(indices)
+        moments = torch.from_numpy(values)
         # One sum instead of a look at every value: it is finite only if they all are.
         if not moments.sum(dtype=torch.float32).isfinite():
-            self._refuse_values(rows, moments)
+            self._refuse_values(np.asarray(indices), moments)
         return moments
 
     def fetch(self, indices: Sequence[int]) -> None:
         """Have rows in the system's cache, from where `read` of any process has them at once."""
-        if self._process != os.getpid():
-            self._open()
-        if self.is_mapped:
-            every_byte = self._rows.reshape(len(self), -1).view(np.uint8)
-            # A byte of each page that the rows lie on: waits for the disk, and copies nothing.
-            np.add.reduce(every_byte[:, :: mmap.PAGESIZE][indices], axis=None)
-            np.add.reduce(every_byte[:, -1][indices])
+        if self.is_plain:
+            self._read_plain(indices)
 
     def check_values(self) -> None:
         """UserError where some of the values, spread over the file, cannot be of latents."""
@@ -268,7 +262,7 @@ class LatentReader:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is open: loader workers that are not forked get a copy."""
-        return {**vars(self), "_process": None, "_rows": None}
+        return {**vars(self), "_process": None, "_file": None}
 
     def _look_at(self, file: h5py.File) -> None:
         latents, labels = _dataset(file, "latents"), _dataset(file, "labels")
@@ -276,18 +270,44 @@ class LatentReader:
         self._check_shapes(latents, labels, file)
         self.labels = torch.from_numpy(labels[()].astype(np.int64))
         self.info = self._read_info(file)
-        self._offset = self._mappable(latents)
+        # Where the values lie, if they do as they are, in one piece.
+        self._offset = latents.id.get_offset() if latents.dtype.isnative else None
 
-    def _open(self) -> None:
-        if self.is_mapped:
-            self._rows = np.memmap(self.path, self.dtype, "r", self._offset, self.shape)
-        else:
-            self._rows = _opened(self.path)["latents"]
-        self._process = os.getpid()
+    def _own_file(self) -> Any:
+        """The open file, of this process alone: a loader worker is not to share it."""
+        if self._process != os.getpid():
+            self._file = io.FileIO(self.path) if self.is_plain else _opened(self.path)["latents"]
+            self._process = os.getpid()
+        return self._file
 
-    def _read_ascending(self, rows: np.ndarray) -> np.ndarray:
-        ascending, places = np.unique(rows, return_inverse=True)  # as h5py wants them: once each
-        return self._rows[ascending][places].astype(self.dtype.newbyteorder("="))
+    def _read_plain(self, indices: Sequence[int]) -> np.ndarray:
+        """The rows' values, neighbours by one call; UserError where the file is too short."""
+        rows = np.asarray(indices, np.int64)
+        values = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        row_bytes = values[:1].nbytes
+        try:
+            descriptor = self._own_file().fileno()
+            for places in _runs(rows):
+                row = int(rows[places[0]])
+                buffers = [values[place] for place in places]
+                got = os.preadv(descriptor, buffers, self._offset + row * row_bytes)
+                if got < len(places) * row_bytes:
+                    raise UserError(
+                        f"{self.path}: ends before row {row + got // row_bytes} of {len(self)} "
+                        "does: it was cut short or replaced after it was opened"
+                    )
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read ({one_line(error)})") from error
+        return values
+
+    def _read_by_h5py(self, indices: Sequence[int]) -> np.ndarray:
+        # In ascending order and once each, as h5py wants them.
+        ascending, places = np.unique(np.asarray(indices, np.int64), return_inverse=True)
+        try:
+            values = self._own_file()[ascending][places]
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read ({one_line(error)})") from error
+        return values.astype(self.dtype.newbyteorder("="))
 
     def _refuse_values(self, rows: np.ndarray, moments: Tensor) -> None:
         finite = moments.isfinite().flatten(1).all(dim=1).numpy()
@@ -339,12 +359,6 @@ class LatentReader:
                 f"{file_bytes}: these are no latents"
             )
 
-    def _mappable(self, latents: h5py.Dataset) -> int | None:
-        """Where the values lie in the file, if they do as they are, in one piece."""
-        # HDF5 has compared the place with the file's size: reading mapped memory beyond its end
-        # would end the process without a word.
-        return latents.id.get_offset() if latents.dtype.isnative else None
-
     def _read_info(self, file: h5py.File) -> LatentInfo | None:
         if "vae" not in file.attrs:
             return None
@@ -365,6 +379,15 @@ class LatentReader:
                 f"has latents of side {self.size}, which is for {PIXELS_PER_LATENT * self.size}"
             )
         return info
+
+
+def _runs(rows: np.ndarray) -> Iterator[list[int]]:
+    """The places of `rows` in ascending order, those of neighbouring rows together."""
+    order = rows.argsort(kind="stable")
+    ends = np.flatnonzero(np.diff(rows[order]) != 1) + 1
+    for start, end in itertools.pairwise([0, *ends.tolist(), len(rows)]):
+        for first in range(start, end, NEIGHBOURS_AT_ONCE):
+            yield order[first : min(first + NEIGHBOURS_AT_ONCE, end)].tolist()
 
 
 def _opened(path: Path) -> h5py.File:

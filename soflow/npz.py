@@ -1,5 +1,7 @@
 """Image archives: an .npz with uint8 `arr_0` [N, H, W, C], written and read as streams.
 
+Further arrays may follow, such as the images' labels: `arr_1`, as in ADM's labeled files.
+
 The layout is what `numpy.savez` makes (a stored zip member `arr_0.npy`, npy header 1.0), so that
 `numpy.load(path)["arr_0"]` reads it; neither side ever holds all the images. The reader also takes
 deflated members and header 2.0. It trusts no size that a file declares and never unpickles.

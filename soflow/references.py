@@ -11,19 +11,20 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from soflow import cifar10
 from soflow.feature_graph import FeatureGraph
-from soflow.files import UserError, atomic_write
-from soflow.images import find_pictures, read_image
+from soflow.files import UserError, atomic_write, check_writable
+from soflow.images import EXTENSIONS, find_pictures, read_image
 from soflow.npz import ArchiveReader, read_archive, write_images
-from soflow.scores import NEIGHBOUR, Manifold, Moments, Statistics
+from soflow.scores import DISTANCES, NEIGHBOUR, Manifold, Moments, Statistics
 
 READ_IMAGES = 256
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,11 @@ class ImageSet:
     def __post_init__(self):
         if self.image_shape[2] not in (1, 3):
             raise UserError(
-                f"{self.name}: images must have 1 or 3 channels, not {list(self.image_shape)}"
+                f"{self.name}: images must be [H, W, 1 or 3], not {list(self.image_shape)}"
             )
         if self.num_images <= NEIGHBOUR:
             raise UserError(
-                f"{self.name}: {self.num_images} images are too few, at least {NEIGHBOUR + 1}"
+                f"{self.name}: too few images, {self.num_images} of at least {NEIGHBOUR + 1}"
             )
 
     @property
@@ -100,11 +101,16 @@ def cifar10_images(folder: str | Path) -> ImageSet:
 
 def find_images(source: str | Path, image_size: int | None = None) -> ImageSet:
     """The images of `source`: an .npz, a folder with CIFAR-10's batches, or one of pictures."""
-    if Path(source).is_dir() and not cifar10.training_batches(source):
+    source = Path(source)
+    if not source.exists():
+        raise UserError(f"{source}: no such file or folder (--images)")
+    if source.is_dir() and not cifar10.training_batches(source):
         return folder_images(source, image_size)
+    if source.is_file() and source.name.lower().endswith(EXTENSIONS):
+        raise UserError(f"{source}: --images takes a folder of pictures, not a single one")
     if image_size is not None:
         raise UserError(f"{source}: --image_size is for folders of pictures")
-    return cifar10_images(source) if Path(source).is_dir() else archive_images(source)
+    return cifar10_images(source) if source.is_dir() else archive_images(source)
 
 
 @dataclass(frozen=True)
@@ -154,9 +160,24 @@ class Reference:
     sha256: str
     count: int | None  # images behind the statistics, None where the file does not say
     origin: str  # of the statistics: "file" or "images"
+    names_graph: bool  # whether the file says which graph made its statistics
     manifold: Manifold
     pool: Statistics
     spatial: Statistics
+
+
+def refuse_to_replace(path: str | Path) -> None:
+    """UserError where a reference could not be written, or would replace what is none of ours."""
+    check_writable(path)
+    if not Path(path).exists():
+        return
+    try:
+        with read_archive(path) as archive:
+            is_ours = "graph_sha256" in archive
+    except UserError:
+        is_ours = False
+    if not is_ours:
+        raise UserError(f"{path}: exists and was not made by --write_ref; name another file")
 
 
 def write_reference(
@@ -194,7 +215,11 @@ def write_reference(
 
 
 def load_reference(
-    path: str | Path, sha256: str, graph: FeatureGraph, use_cache: bool = True
+    path: str | Path,
+    sha256: str,
+    graph: FeatureGraph,
+    distances: str = "exact",
+    use_cache: bool = True,
 ) -> Reference:
     """The reference at `path` as `graph` sees it, from the cache beside it where that fits.
 
@@ -210,19 +235,26 @@ def load_reference(
             "spatial": _statistics(archive, "mu_s", "sigma_s", graph.widths[1]),
         }
         count = archive.integer("count") if "count" in archive else None
+        names_graph = "graph_sha256" in archive
     origin = "images" if None in own.values() else "file"
     if origin == "images":
         count = images.num_images
     cache = cache_path(path, graph)
     key = f"{CACHE_VERSION} {sha256} {graph.sha256}"
-    arrays = _read_cache(cache, key, images.num_images, graph) if use_cache else None
-    if arrays is None:
+    cached = _read_cache(cache, key, images.num_images, graph) if use_cache else None
+    if cached is None:
         measured = measure(images, graph)
         pool, spatial = own["pool"] or measured.pool, own["spatial"] or measured.spatial
-        arrays = Manifold.of(measured.features), pool, spatial
-        if use_cache:
-            _write_cache(cache, key, *arrays)
-    return Reference(images, sha256, count, origin, *arrays)
+        cached = Cached(Measured(measured.features, pool, spatial), {})
+    measured, radii = cached
+    manifold = Manifold.of(measured.features, distances, radii.get(distances))
+    # What float16 could not hold is not kept: all that is read back has to be finite.
+    if use_cache and distances not in radii and np.isfinite(manifold.squared_radii).all():
+        radii[distances] = manifold.squared_radii
+        _write_cache(cache, key, cached)
+    return Reference(
+        images, sha256, count, origin, names_graph, manifold, measured.pool, measured.spatial
+    )
 
 
 def _refuse_other_graph(archive: ArchiveReader, graph: FeatureGraph) -> None:
@@ -247,12 +279,19 @@ def _statistics(archive: ArchiveReader, mean: str, covariance: str, width: int):
 # The cache: features and radii are most of the time of a run with few files.
 
 
+class Cached(NamedTuple):
+    """What the graph sees in a reference, and the squared radii [N] by kind of distances."""
+
+    measured: Measured
+    squared_radii: dict[str, np.ndarray]
+
+
 def cache_path(reference: Path, graph: FeatureGraph) -> Path:
     """Where the features of `reference` by `graph` are kept; not an .npz, lest it be scored."""
     return reference.with_name(f"{reference.name}.{graph.sha256[:12]}.cache")
 
 
-def _read_cache(path: Path, key: str, num_images: int, graph: FeatureGraph):
+def _read_cache(path: Path, key: str, num_images: int, graph: FeatureGraph) -> Cached | None:
     if not path.exists():
         return None
     width, spatial_width, _ = graph.widths
@@ -261,29 +300,32 @@ def _read_cache(path: Path, key: str, num_images: int, graph: FeatureGraph):
             if archive.text("key") != key:
                 return None
             features = archive.floats("features", (num_images, width), np.float32)
-            radii = archive.floats("squared_radii", (num_images,), np.float32)
+            radii = {
+                kind: archive.floats(f"squared_radii_{kind}", (num_images,), np.float32)
+                for kind in DISTANCES
+                if f"squared_radii_{kind}" in archive
+            }
             pool = _statistics(archive, "mu", "sigma", width)
             spatial = _statistics(archive, "mu_s", "sigma_s", spatial_width)
     except UserError as error:
         print(f"cache computed again: {error}", file=sys.stderr)
         return None
-    return (Manifold(features, radii), pool, spatial) if pool and spatial else None
+    return Cached(Measured(features, pool, spatial), radii) if pool and spatial else None
 
 
-def _write_cache(
-    path: Path, key: str, manifold: Manifold, pool: Statistics, spatial: Statistics
-) -> None:
+def _write_cache(path: Path, key: str, cached: Cached) -> None:
+    measured, radii = cached
     try:
         with atomic_write(path) as file:
             np.savez(
                 file,
                 key=np.array(key),
-                features=manifold.features,
-                squared_radii=manifold.squared_radii,
-                mu=pool.mean,
-                sigma=pool.covariance,
-                mu_s=spatial.mean,
-                sigma_s=spatial.covariance,
+                features=measured.features,
+                mu=measured.pool.mean,
+                sigma=measured.pool.covariance,
+                mu_s=measured.spatial.mean,
+                sigma_s=measured.spatial.covariance,
+                **{f"squared_radii_{kind}": values for kind, values in radii.items()},
             )
     except UserError as error:
         print(f"no cache: {error}", file=sys.stderr)

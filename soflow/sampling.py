@@ -1,6 +1,7 @@
 """From noise to images: the one sampler, which training and inference both call."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -18,6 +19,7 @@ from soflow.randomness import SamplingStream
 
 MIN_TILE_PIXELS = 48  # so that a grid of 8 x 8 digits can be seen
 FRAME_GREY = 96
+MOST_CLASS_ROWS = 32  # of a grid that has a row for each class asked for
 IMAGES_AT_ONCE = 8  # turned into pixels
 
 # B images of a batch, C channels, H = W side; images are float -1..1, pixels uint8 [B, H, W, C]
@@ -169,6 +171,7 @@ def write_samples(
 ) -> None:
     """Stream `sample_pixels` to an .npz, which appears only when all images are in it.
 
+    The images are `arr_0`; their labels, where there are classes, follow as `arr_1`, int64 [N].
     Every process calls this; the main one writes, and tells `report` of every batch written. The
     record is written just before, so that a kill leaves no archive without one.
     """
@@ -176,43 +179,83 @@ def write_samples(
         for _ in batches:
             raise AssertionError("only the main process gets images")
         return
+    labels = []
     with write_images(path, num_images) as writer:
         for batch in batches:
             writer.append(batch.pixels)
+            labels += [] if batch.labels is None else [batch.labels]
             report(batch)
+        if labels:
+            writer.further_arrays["arr_1"] = np.concatenate(labels).astype(np.int64)
         write_own_record()
 
 
 def save_grid(path: Path, pixels: np.ndarray, columns: int) -> None:
-    """Write uint8 [N, H, W, C] as one picture, row by row; small images are enlarged."""
+    """Write uint8 [N, H, W, C] as full rows of one picture; small images are enlarged."""
     zoom = max(1, MIN_TILE_PIXELS // pixels.shape[1])
-    missing = np.zeros((-len(pixels) % columns, *pixels.shape[1:]), np.uint8)
-    filled = np.concatenate([pixels, missing]).repeat(zoom, axis=1).repeat(zoom, axis=2)
-    framed = np.pad(filled, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=FRAME_GREY)
+    enlarged = pixels.repeat(zoom, axis=1).repeat(zoom, axis=2)
+    framed = np.pad(enlarged, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=FRAME_GREY)
     save_png(path, tile(framed, len(framed) // columns, columns))
 
 
-class FirstImages:
-    """The first `wanted` images of a stream of batches, for a picture of them."""
+class Grid(NamedTuple):
+    """What `save_grid` draws: pixels uint8 [rows * columns, H, W, C], and the class of each row."""
 
-    def __init__(self, wanted: int):
-        self.wanted = wanted
-        self._batches: list[Sampled] = []
+    pixels: np.ndarray
+    columns: int
+    classes: list[int]  # none where rows are not of one class
+
+
+class GridImages:
+    """Gathers from a stream of batches what a picture of (rows, columns) is to show.
+
+    That is one class a row: each of the `given` classes, in that order, with as many columns as all
+    of them fill; where none are given (or too many), classes spread evenly over `num_classes`, if
+    their rows fill up. Otherwise it is the first images, sorted by class, in a rectangle that they
+    fill.
+    """
+
+    def __init__(self, shape: tuple[int, int], num_classes: int, given: Sequence[int] = ()):
+        self.rows, self.columns = shape
+        choices = list(dict.fromkeys(given)) or range(num_classes)
+        self.shows_all = bool(given) and len(choices) <= max(self.rows, MOST_CLASS_ROWS)
+        if not self.shows_all:
+            spread = labels_by_row(len(choices), (min(self.rows, len(choices)), 1))
+            choices = [choices[place] for place in spread]
+        self.rows_of_each = max(1, self.rows // len(choices))
+        self._of_class: dict[int, list[np.ndarray]] = {label: [] for label in choices}
+        self._first: list[tuple[int, np.ndarray]] = []
 
     def add(self, batch: Sampled) -> None:
-        """Keep what is still wanted of the batch."""
-        missing = self.wanted - sum(len(kept.pixels) for kept in self._batches)
-        if missing > 0:
-            labels = None if batch.labels is None else batch.labels[:missing]
-            self._batches.append(Sampled(batch.pixels[:missing], labels))
+        """Keep what may be shown of the batch, in copies: a view would keep all of it."""
+        missing = self.rows * self.columns - len(self._first)
+        labels = [0] * len(batch.pixels) if batch.labels is None else batch.labels.tolist()
+        labelled = list(zip(labels, batch.pixels, strict=True))
+        self._first += [(label, image.copy()) for label, image in labelled[:missing]]
+        for label, image in labelled if batch.labels is not None else []:
+            images = self._of_class.get(label)
+            if images is not None and len(images) < self.rows_of_each * self.columns:
+                images.append(image.copy())
 
-    def by_class(self) -> np.ndarray:
-        """Their pixels, sorted by label where there are labels."""
-        pixels = np.concatenate([batch.pixels for batch in self._batches])
-        if self._batches[0].labels is None:
-            return pixels
-        labels = np.concatenate([batch.labels for batch in self._batches])
-        return pixels[np.argsort(labels, kind="stable")]
+    def arranged(self) -> Grid:
+        """The picture's images, which leave no cell of it empty."""
+        made = {label: images for label, images in self._of_class.items() if images}
+        shown = made if self.shows_all else self._of_class
+        fewest = min(map(len, shown.values()), default=0)
+        if fewest >= (1 if self.shows_all else self.columns):
+            rows, columns = fullest_rectangle(fewest, (self.rows_of_each, self.columns))
+            pixels = [image for images in shown.values() for image in images[: rows * columns]]
+            return Grid(np.stack(pixels), columns, [label for label in shown for _ in range(rows)])
+        rows, columns = fullest_rectangle(len(self._first), (self.rows, self.columns))
+        by_class = sorted(self._first[: rows * columns], key=lambda labelled: labelled[0])
+        return Grid(np.stack([image for _, image in by_class]), columns, [])
+
+
+def fullest_rectangle(num_images: int, shape: tuple[int, int]) -> tuple[int, int]:
+    """The (rows, columns) within `shape` that take most of the images and are full."""
+    rows, columns = shape
+    fitting = [(row, min(columns, num_images // row)) for row in range(1, rows + 1)]
+    return max(fitting, key=math.prod)
 
 
 def labels_by_row(num_classes: int, shape: tuple[int, int]) -> list[int]:

@@ -2,24 +2,23 @@
 
 They work on features of whatever network; what is called FID is the Frechet distance of Inception
 features. Definitions: Heusel et al. 2017 (FID), Salimans et al. 2016 (Inception Score),
-Kynkaanniemi et al. 2019 (precision and recall); splits, neighbours and names as in ADM's evaluator.
+Kynkaanniemi et al. 2019 (precision and recall); splits, neighbours and names as in ADM's evaluator,
+whose float16 distances can be asked for.
 """
 
 # N images, D width of the features, K classes.
 
 import contextlib
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 NEIGHBOUR = 3
 SPLIT_IMAGES = 5000
 BLOCK_ROWS = 1000
-# Squared distances in float32 are sums of norms and products: below this share of the squared norm
-# they are rounding, so that equal features count as equal.
-ROUNDING = 1e-5
 
 
 @dataclass(frozen=True)
@@ -115,26 +114,84 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
 
+# Squared distances are |a|^2 - 2 ab + |b|^2, by one large product of matrices.
+
+
+def _norms(features: np.ndarray) -> np.ndarray:
+    """|a|^2 of each row, float32."""
+    return np.einsum("nd,nd->n", features, features)
+
+
+def _to_float16(values: np.ndarray) -> np.ndarray:
+    """float32 rounded to values that float16 has; what is beyond 65504 becomes infinite."""
+    with np.errstate(over="ignore"):
+        return values.astype(np.float16).astype(np.float32)
+
+
+def _float16_norms(features: np.ndarray) -> np.ndarray:
+    """|a|^2 of each row, squares and sum rounded to float16; float32."""
+    norms = np.empty(len(features), np.float32)
+    for start in range(0, len(features), BLOCK_ROWS):
+        rows = slice(start, start + BLOCK_ROWS)
+        norms[rows] = _to_float16(features[rows] ** 2).sum(axis=1)
+    return _to_float16(norms)
+
+
+class Distances(NamedTuple):
+    """How squared distances are computed: the rounding of every operation, |a|^2, least radii."""
+
+    round: Callable[[np.ndarray], np.ndarray]
+    norms: Callable[[np.ndarray], np.ndarray]
+    least_radii: Callable[[np.ndarray], np.ndarray]  # squared, of norms
+
+
+# exact: in float32. Below 1e-5 of |a|^2 all is rounding, so equal features count as equal.
+#
+# float16: features, squares, |a|^2, ab and both sums are rounded to float16, as in ADM's evaluator.
+# A sum or product of two float16 that is computed in float32 and then rounded is that of float16.
+# What this leaves open is as on GPUs: |a|^2 and ab are added up in float32, and the sums are
+# (|a|^2 - 2 ab) + |b|^2. No feature is its own neighbour, wherever its distance to itself is
+# rounded to. Distances below 0 count as 0, which concerns radii alone.
+DISTANCES = {
+    "exact": Distances(lambda values: values, _norms, lambda norms: 1e-5 * norms),
+    "float16": Distances(_to_float16, _float16_norms, np.zeros_like),
+}
+# Of |a|^2 in float16, where |a|^2 - 2 ab of an image like this one is not finite any more.
+FLOAT16_LIMIT = float(np.finfo(np.float16).max) / 2
+
+
 @dataclass(frozen=True)
 class Manifold:
     """Features [N, D] float32, each with the ball that reaches to its 3rd nearest neighbour."""
 
     features: np.ndarray
     squared_radii: np.ndarray
+    distances: str = "exact"  # a key of DISTANCES
 
     @classmethod
-    def of(cls, features: np.ndarray, neighbour: int = NEIGHBOUR) -> "Manifold":
-        """The balls of `features`; at least `neighbour` + 1 of them."""
-        features = features.astype(np.float32, copy=False)
-        if len(features) <= neighbour:
-            raise ValueError(f"{len(features)} features have no neighbour number {neighbour}")
-        norms = squared_norms(features)
-        radii = np.empty(len(features), np.float32)
-        for start, distances in _distance_blocks(features, norms, features, norms):
-            rows = np.arange(len(distances))
-            distances[rows, start + rows] = np.inf  # itself
-            radii[start : start + len(rows)] = _smallest(distances, neighbour)
-        return cls(features, radii)
+    def of(
+        cls,
+        features: np.ndarray,
+        distances: str = "exact",
+        squared_radii: np.ndarray | None = None,
+    ) -> "Manifold":
+        """The balls of `features`, at least 4 of them; of radii that are known already, if any."""
+        if len(features) <= NEIGHBOUR:
+            raise ValueError(f"{len(features)} features have no neighbour number {NEIGHBOUR}")
+        features = DISTANCES[distances].round(features.astype(np.float32, copy=False))
+        if squared_radii is None:
+            squared_radii = _squared_radii(features, DISTANCES[distances])
+        return cls(features, squared_radii, distances)
+
+    @property
+    def norms(self) -> np.ndarray:
+        """|a|^2 of each feature, float32."""
+        return DISTANCES[self.distances].norms(self.features)
+
+    @property
+    def num_overflows(self) -> int:
+        """How many features are too long for float16; what it says of their distances is void."""
+        return int((self.norms > FLOAT16_LIMIT).sum()) if self.distances == "float16" else 0
 
 
 @dataclass(frozen=True)
@@ -147,46 +204,62 @@ class PrecisionRecall:
 
 def precision_recall(samples: Manifold, reference: Manifold) -> PrecisionRecall:
     """How far the two sets of balls cover each other's centres."""
-    sample_norms, reference_norms = map(squared_norms, (samples.features, reference.features))
-    sample_reach = np.maximum(samples.squared_radii, ROUNDING * sample_norms)
-    reference_reach = np.maximum(reference.squared_radii, ROUNDING * reference_norms)
-    sample_inside = np.zeros(len(sample_norms), bool)
-    reference_inside = np.zeros(len(reference_norms), bool)
-    for start, distances in _distance_blocks(
-        samples.features, sample_norms, reference.features, reference_norms
+    if samples.distances != reference.distances:
+        raise ValueError(f"{samples.distances} distances against {reference.distances} ones")
+    sample_inside = np.zeros(len(samples.features), bool)
+    reference_inside = np.zeros(len(reference.features), bool)
+    for start, squared in _distance_blocks(
+        samples.features,
+        samples.norms,
+        reference.features,
+        reference.norms,
+        DISTANCES[samples.distances],
     ):
-        rows = slice(start, start + len(distances))
-        sample_inside[rows] = (distances <= reference_reach).any(axis=1)
-        reference_inside |= (distances <= sample_reach[rows, None]).any(axis=0)
+        rows = slice(start, start + len(squared))
+        sample_inside[rows] = (squared <= reference.squared_radii).any(axis=1)
+        reference_inside |= (squared <= samples.squared_radii[rows, None]).any(axis=0)
     return PrecisionRecall(float(sample_inside.mean()), float(reference_inside.mean()))
 
 
-def squared_norms(features: np.ndarray) -> np.ndarray:
-    """|x|^2 of each row, float32."""
-    return np.einsum("nd,nd->n", features, features)
+def _squared_radii(features: np.ndarray, how: Distances) -> np.ndarray:
+    norms = how.norms(features)
+    radii = np.empty(len(features), np.float32)
+    for start, squared in _distance_blocks(features, norms, features, norms, how):
+        rows = np.arange(len(squared))
+        squared[rows, start + rows] = np.inf  # itself
+        radii[start : start + len(rows)] = _smallest(squared, NEIGHBOUR)
+    return np.maximum(radii, how.least_radii(norms))
 
 
 def _distance_blocks(
-    rows: np.ndarray, row_norms: np.ndarray, columns: np.ndarray, column_norms: np.ndarray
+    rows: np.ndarray,
+    row_norms: np.ndarray,
+    columns: np.ndarray,
+    column_norms: np.ndarray,
+    how: Distances,
 ) -> Iterable[tuple[int, np.ndarray]]:
     """(first row, squared distances [B, columns]) for block after block of rows; float32.
 
-    Each block is the same piece of memory, which the caller may change.
+    The caller may change a block, which may be the same piece of memory as the one before.
     """
     memory = np.empty((min(BLOCK_ROWS, len(rows)), len(columns)), np.float32)
     for start in range(0, len(rows), BLOCK_ROWS):
         block = rows[start : start + BLOCK_ROWS]
-        distances = np.matmul(-2 * block, columns.T, out=memory[: len(block)])
-        distances += row_norms[start : start + BLOCK_ROWS, None]
-        distances += column_norms
-        yield start, distances
+        squared = how.round(np.matmul(-2 * block, columns.T, out=memory[: len(block)]))
+        with np.errstate(invalid="ignore"):  # in float16, inf - inf is not a number and nobody near
+            squared += row_norms[start : start + BLOCK_ROWS, None]
+            squared = how.round(squared)
+            squared += column_norms
+        yield start, how.round(squared)
 
 
 def _smallest(distances: np.ndarray, rank: int) -> np.ndarray:
     """The value of `rank` (1 is the least) in each row; overwrites the lesser ones.
 
-    A few passes of argmin cost a small part of a partition's time.
+    A few passes of argmin cost a small part of a partition's time, but take NaN for the least.
     """
+    if np.isnan(distances.min()):
+        return np.partition(distances, rank - 1, axis=1)[:, rank - 1]
     rows = np.arange(len(distances))
     for _ in range(rank - 1):
         distances[rows, distances.argmin(axis=1)] = np.inf

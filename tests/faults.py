@@ -39,9 +39,9 @@ from tqdm import tqdm
 
 import train
 from soflow.checkpoint import find_checkpoints, read_checkpoint, save_checkpoint
+from soflow.command import STOPPED_STATUS, run_command
 from soflow.config import load_config
 from soflow.distributed import Processes
-from soflow.files import STOPPED_STATUS, run_command
 from soflow.npz import read_archive
 
 TESTS = ROOT / "tests"
@@ -248,7 +248,8 @@ def _read(path: Path) -> object:
 
 
 LINE = re.compile(
-    r"\S+ \S+ Step: (\d+)/\d+ \([\d.]+%\), (.*), Memory: [\d.]+ GB, Seconds: [\d.]+, ETA: \S+"
+    r"\S+ \S+ Step: (\d+)/\d+ \([\d.]+%\), (.*), Memory: [\d.]+ GB, Seconds: [\d.]+, "
+    r"Images/s: \S+, ETA: \S+"
 )
 START = re.compile(r"\S+ \S+ (?:resumed at step (\d+) from|fresh run in) .*")
 

@@ -25,7 +25,8 @@ import learner
 import run
 import train
 from soflow import data, files, sampling
-from soflow.files import UserError, run_command
+from soflow.command import run_command
+from soflow.files import UserError
 
 BALLAST = "ballast"
 GONE = ".gone"

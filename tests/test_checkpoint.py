@@ -68,6 +68,18 @@ def test_settings_stay_those_of_the_config_and_the_change_is_said():
     assert new.optimizer.state[new.model[0].weight]["step"] == 1
 
 
+@pytest.mark.parametrize(
+    ("saved", "notes"),
+    [
+        ([0.9, 0.99], []),  # as YAML has it, and with it the published checkpoints
+        ([0.9, 0.999], ["betas is [0.9, 0.99] now; it was [0.9, 0.999] in 1.pt"]),
+    ],
+)
+def test_a_list_of_betas_is_no_change_and_another_value_is(saved, notes):
+    old, new = fresh_state(betas=saved), fresh_state(betas=(0.9, 0.99))
+    assert new.load_state_dict(old.state_dict(1), "1.pt") == notes
+
+
 def test_only_whole_numbers_with_the_ending_are_checkpoints(tmp_path):
     names = ["0.pt", "10.pt", "9.pt", "007.pt", "1.pt.tmp", ".5.pt.tmp", "a.pt", "-1.pt", "3.json",
              "2.pt2", "٣.pt"]  # fmt: skip

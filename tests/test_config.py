@@ -235,3 +235,21 @@ def test_operational_keys_may_change_and_others_may_not(load):
 )  # fmt: skip
 def test_what_makes_the_experiment_is_not_operational(key):
     assert not may_change(key)
+
+
+def test_unknown_keys_of_a_file_are_passed_over_in_one_line_where_that_is_asked_for(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("working_dir: runs/x\nuse_fp16: true\nnoising_typ: Trig\nseed: 7\n")
+    said = []
+    assert load_config(path, ["batch_size=8"], said.append).seed == 7
+    assert said == [
+        f"{path}: passed over keys that are not known here: use_fp16, noising_typ; did you mean "
+        "noising_type?"
+    ]
+    with pytest.raises(UserError, match="use_fp16: unknown key"):
+        load_config(path)
+    with pytest.raises(UserError, match="--set batchsize: unknown key; did you mean batch_size"):
+        load_config(path, ["batchsize=8"], said.append)
+    path.write_text("working_dir: runs/x\nuse_fp16: true\nseed: seven\n")
+    with pytest.raises(UserError, match="seed: 'seven' is not a whole number"):
+        load_config(path, pass_over=said.append)

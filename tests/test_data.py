@@ -1,5 +1,6 @@
 """Data sets: what each is made of, and what is refused before training starts."""
 
+import contextlib
 import hashlib
 
 import numpy as np
@@ -13,7 +14,15 @@ import soflow.data
 import train
 from soflow.batches import BatchPlan, build_loader
 from soflow.config import config_from_dict
-from soflow.data import PixelData, Source, build_data, count_classes, digits_split
+from soflow.data import (
+    PixelData,
+    Source,
+    build_data,
+    compare_data,
+    count_classes,
+    digits_split,
+)
+from soflow.distributed import Processes
 from soflow.files import UserError
 from soflow.images import read_image
 
@@ -206,8 +215,98 @@ def test_picture_damaged_further_on_is_named_when_its_batch_comes(tmp_path, num_
         "ImageFolder", tmp_path, num_workers=num_workers, prefetch_factor=num_workers or None
     )
     data = build_data(config)
-    with pytest.raises(UserError, match=f"^{path}: not a readable picture [^\n]*$"):
+    go_on = "--set skip_bad=true --allow-changed data$"
+    with pytest.raises(UserError, match=f"^{path}: not a readable picture [^\n]*{go_on}"):
         list(first_steps(config, data))
+
+
+def damage(*paths):
+    """Cut pictures short, far enough in to begin as pictures do."""
+    for path in paths:
+        path.write_bytes(path.read_bytes()[:500])
+
+
+def test_every_picture_is_checked_on_request_and_the_bad_ones_are_named(tmp_path):
+    standins.write_image_folder(tmp_path)
+    config = config_of("ImageFolder", tmp_path)
+    assert "checked: 24 examples can be read" in build_data(config, check_data=True).notes
+    damage(*(tmp_path / "cup").iterdir(), tmp_path / "cat" / "3.jpg")
+    build_data(config)
+    with pytest.raises(UserError) as caught:
+        build_data(config, check_data=True)
+    said = str(caught.value)
+    assert said.startswith(f"7 of 24 pictures cannot be read: {tmp_path / 'cat' / '3.jpg'}: not a")
+    assert said.count("not a readable picture") == 5
+    assert said.endswith(
+        "; and 2 more; mend or delete them, or leave them out by --set skip_bad=true"
+    )
+    assert "\n" not in said
+
+
+def test_bad_pictures_are_left_out_on_request(tmp_path):
+    standins.write_image_folder(tmp_path, per_class=3)
+    damage(tmp_path / "cup" / "1.jpg", tmp_path / "cat" / "0.jpg")
+    (tmp_path / "china" / "page.jpg").write_text("<html>not found</html>")
+    data = build_data(config_of("ImageFolder", tmp_path, skip_bad=True))
+    assert data.skipped == ["cat/0.jpg", "china/page.jpg", "cup/1.jpg"]
+    assert data.notes == [
+        "10 examples of 4 classes, in order: cat (2), china (3), cup (2), flower (3)",
+        "left out 3 of 13 pictures, which cannot be read: see skipped_images.txt",
+        "checked: 10 examples can be read",
+    ]
+    assert data.labels.tolist() == [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]
+    assert data.record()["class_counts"] == [2, 3, 2, 3]
+    assert data.record()["num_examples"] == 10
+    raw = data[list(range(10))]
+    expected = read_image(tmp_path / "cup" / "2.jpg", 16)
+    np.testing.assert_array_equal(raw.stored[6].permute(1, 2, 0), expected)
+
+
+def test_class_that_loses_all_its_pictures_is_refused(tmp_path):
+    standins.write_image_folder(tmp_path, per_class=3)
+    damage(*(tmp_path / "cup").iterdir())
+    said = refusal(config_of("ImageFolder", tmp_path, skip_bad=True))
+    assert said == f"{tmp_path / 'cup'}: none of its pictures can be read"
+
+
+def test_processes_check_a_share_each_and_come_to_one_list(tmp_path, monkeypatch):
+    standins.write_image_folder(tmp_path, per_class=3)
+    damage(tmp_path / "cup" / "1.jpg", tmp_path / "cat" / "0.jpg")
+    shares, tried = [], []
+    monkeypatch.setattr(Processes, "sum_over_ranks", lambda own, mask: shares.append(mask) or mask)
+    find = soflow.data.find_unreadable
+    monkeypatch.setattr(
+        soflow.data, "find_unreadable", lambda paths, *how: tried.extend(paths) or find(paths, *how)
+    )
+    config = config_of("ImageFolder", tmp_path)
+    for rank in range(5):
+        with pytest.raises(UserError) if rank in (0, 3) else contextlib.nullcontext():
+            build_data(config, Processes(rank, rank, 5, torch.device("cpu")), check_data=True)
+    assert sum(shares).nonzero().flatten().tolist() == [0, 7]
+    assert len(tried) == len(set(tried)) == 12
+
+
+@pytest.mark.parametrize("key", ["skip_bad", "horizontal_flips"])
+def test_keys_for_folders_of_pictures_are_refused_elsewhere(key):
+    with pytest.raises(UserError, match=f"test: {key}: true is for dataset_type ImageFolder, not"):
+        config_of("Digits", **{key: True})
+
+
+def test_flips_are_not_asked_for_twice(tmp_path):
+    values = {"model_type": "UNet", "augment_probability": 0.1, "horizontal_flips": True}
+    with pytest.raises(UserError, match="horizontal_flips: true must be false where augment_prob"):
+        config_of("ImageFolder", tmp_path, **values)
+
+
+def test_pictures_of_phones_are_trained_on_upright(tmp_path):
+    photograph = Image.fromarray(standins.photographs()["cat"][:40, :60])
+    for name, turned, orientation in (("a", 0, 1), ("b", 90, 6)):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        (tmp_path / name).mkdir()
+        photograph.rotate(turned, expand=True).save(tmp_path / name / "0.png", exif=exif)
+    data = build_data(config_of("ImageFolder", tmp_path, batch_size=2))
+    assert torch.equal(*data[[0, 1]].stored)
 
 
 def test_folders_without_classes_or_pictures_are_refused(tmp_path):
@@ -274,6 +373,44 @@ def test_photographs_train_to_a_grid_and_their_classes_are_recorded(photographs,
     assert checkpoint["data"]["channels"] == 3
     table = checkpoint["model"]["network.y_embedder.embedding_table.weight"]
     assert len(table) == 4 + 1, "the classes and the null class"
+
+
+def test_bad_picture_met_on_the_way_is_left_out_when_that_is_agreed_to(tmp_path, capsys):
+    folder, run_folder = tmp_path / "photographs", tmp_path / "run"
+    standins.write_image_folder(folder)
+    train.main(options(run_folder, folder, total_steps=4, ckpt_saving_steps=2, num_workers=0))
+    (run_folder / "ckpts" / "4.pt").unlink()
+    damage(folder / "cup" / "0.jpg")
+    skip = options(run_folder, folder, total_steps=4, skip_bad="true", num_workers=0)
+    with pytest.raises(
+        UserError, match=r"num_examples 24 then, 23 now; .*--allow-changed data con"
+    ):
+        train.main(skip)
+    train.main([*skip, "--allow-changed", "data"])
+    log = (run_folder / "log.txt").read_text()
+    assert "23 examples of 4 classes, in order: cat (6), china (6), cup (5), flower (6)" in log
+    assert "left out 1 of 24 pictures, which cannot be read: see skipped_images.txt" in log
+    assert "data changed: num_examples 24 then, 23 now; class_counts" in log
+    assert (run_folder / "skipped_images.txt").read_text() == "cup/0.jpg\n"
+    checkpoint = torch.load(run_folder / "ckpts" / "4.pt", weights_only=True)
+    assert checkpoint["data"]["class_counts"] == [6, 6, 5, 6]
+
+
+def test_other_data_are_refused_and_other_classes_whatever_is_allowed():
+    before = {"channels": 3, "class_names": ["a", "b"], "num_examples": 4, "class_counts": [2, 2]}
+    fewer = {**before, "num_examples": 3, "class_counts": [2, 1]}
+    renamed = {**fewer, "class_names": ["a", "c"]}
+    assert compare_data(before, before, "1.pt", False) == []
+    older = {key: before[key] for key in ("channels", "class_names", "num_examples")}
+    assert compare_data(older, before, "1.pt", False) == []
+    said = "1.pt: trained on other data: num_examples 4 then, 3 now"
+    with pytest.raises(UserError, match=f"^{said}.*; --allow-changed data continues"):
+        compare_data(before, fewer, "1.pt", False)
+    (line,) = compare_data(before, fewer, "1.pt", True)
+    assert line.startswith("data changed: num_examples 4 then, 3 now; class_counts ")
+    for is_allowed in (True, False):
+        with pytest.raises(UserError, match=r"class_names \['a', 'b'\] then, .*now$"):
+            compare_data(before, renamed, "1.pt", is_allowed)
 
 
 def test_dry_run_looks_up_the_classes_of_a_folder(photographs, tmp_path, capsys):

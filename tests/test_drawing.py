@@ -114,3 +114,20 @@ def test_a_unet_on_cifar_gets_augmented_images_and_what_was_done_to_them():
     untouched = draw(dataclasses.replace(plain, augment_probability=0.0))
     assert untouched.consistency.augment_labels is None
     assert not torch.allclose(batch.flow_matching.x_0, untouched.flow_matching.x_0, atol=0.1)
+
+
+def test_half_the_pictures_are_flipped_on_request_and_nothing_else_changes():
+    folder = {"dataset_type": "ImageFolder", "augment_probability": 0.0}
+    plain, flipped = (draw(config(horizontal_flips=on, **folder)) for on in (False, True))
+    x_0, mirrored = (
+        torch.cat([batch.flow_matching.x_0, batch.consistency.x_0]) for batch in (plain, flipped)
+    )
+    is_flipped = (mirrored == x_0.flip(-1)).flatten(1).all(dim=1)
+    assert torch.equal(mirrored, torch.where(is_flipped[:, None, None, None], x_0.flip(-1), x_0))
+    assert 0 < is_flipped.sum() < len(x_0)
+    again = draw(config(horizontal_flips=True, **folder))
+    later = draw(config(horizontal_flips=True, **folder), step=1)
+    assert torch.equal(again.flow_matching.x_0, flipped.flow_matching.x_0)
+    assert not torch.equal(later.flow_matching.x_0, flipped.flow_matching.x_0)
+    for name, value in tensors(plain).items():
+        assert name.endswith("x_0") or torch.equal(value, tensors(flipped)[name]), name

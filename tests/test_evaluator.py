@@ -1,5 +1,6 @@
 """The evaluator scores each file once, with the numbers of plain numpy, whatever it is given."""
 
+import dataclasses
 import json
 import os
 import pickle
@@ -22,6 +23,7 @@ import evaluator
 from soflow import feature_graph, references
 from soflow.files import UserError, sha256_of
 from soflow.images import centre_crop
+from soflow.npz import read_archive
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ["IS", "FD", "sFD", "prec", "recall"]
@@ -84,6 +86,15 @@ class Place:
     @property
     def caches(self):
         return sorted(self.folder.glob("*.cache"))
+
+
+def printed_table(output):
+    """The rows of the table that ends a command's output, by file and column; and its remarks."""
+    header, *lines = output[output.rindex("\nfile ") + 1 :].splitlines()
+    columns = header.split()[1:]
+    split = [line.rsplit(None, len(columns)) for line in lines if ": " not in line]
+    rows = {name: dict(zip(columns, cells, strict=True)) for name, *cells in split}
+    return rows, [line for line in lines if ": " in line]
 
 
 @pytest.fixture
@@ -179,14 +190,124 @@ def test_few_images_are_said_on_screen_and_in_the_record(place, capsys):
     place.add("a.npz")
     place.run()
     notes = [
-        "samples: 60 images, fewer than 50000; distances are too large",
+        "samples: 60 images; FD and sFD are biased upwards",
         "samples: fewer images than features + 1 = 113",
-        "reference: 70 images, fewer than 50000; distances are too large",
+        "reference: 70 images; FD and sFD are biased upwards",
         "reference: fewer images than features + 1 = 113",
     ]
     assert place.records[0]["notes"] == notes
     printed = capsys.readouterr().out
     assert all(note in printed for note in notes)
+    remark = "FD, sFD are biased upwards by fewer than 10,000 images: a.npz"
+    assert printed_table(printed)[1] == [remark]
+    assert printed.count("biased upwards") == 3
+
+
+def test_ten_thousand_images_are_no_longer_few_but_fewer_than_published_ones(place, capsys):
+    np.savez(place.reference, some_pixels(0, 10_000, size=4))
+    np.savez(place.samples / "a.npz", some_pixels(1, 10_000, size=4))
+    place.run()
+    assert place.records[0]["notes"] == [
+        "samples: 10,000 images; FD and sFD are above those of 50,000",
+        "reference: 10,000 images; FD and sFD are above those of 50,000",
+    ]
+    rows, remarks = printed_table(capsys.readouterr().out)
+    assert rows["a.npz"]["images"] == "10000"
+    assert remarks == []
+
+
+def test_table_tells_images_step_and_nfe_by_the_record_beside_or_else_by_the_name(place, capsys):
+    records = {
+        "1000_2NFE_42": None,
+        "2000": None,
+        "best": {"num_images": 60, "NFE": 4, "checkpoint": "/runs/a/ckpts/3000.pt"},
+        "4000": {"num_images": 60, "NFE": 1, "finished_steps": 4000, "seed": 3},
+        "5000_1NFE_0": {"num_images": 50, "NFE": 8, "finished_steps": 7},  # of another archive
+        "odd": {"num_images": 60, "NFE": "many", "finished_steps": True, "checkpoint": ["x.pt"]},
+        "torn": "{",
+        "list": [1],
+    }
+    for name, record in records.items():
+        place.add(f"{name}.npz")
+        if record is not None:
+            text = record if isinstance(record, str) else json.dumps(record)
+            (place.samples / f"{name}.json").write_text(text)
+    assert place.run() == 0
+    rows, _ = printed_table(capsys.readouterr().out)
+    origins = {name: (row["images"], row["step"], row["NFE"]) for name, row in rows.items()}
+    assert origins == {
+        "1000_2NFE_42.npz": ("60", "1000", "2"),
+        "2000.npz": ("60", "2000", "-"),
+        "best.npz": ("60", "3000", "4"),
+        "4000.npz": ("60", "4000", "1"),
+        "5000_1NFE_0.npz": ("60", "5000", "1"),
+        **dict.fromkeys(["odd.npz", "torn.npz", "list.npz"], ("60", "-", "-")),
+    }
+    steps = {record["file"]: (record["step"], record["NFE"]) for record in place.records}
+    assert steps["best.npz"] == (3000, 4)
+    assert steps["odd.npz"] == (None, None)
+
+
+def test_float16_distances_are_said_everywhere_and_a_file_is_scored_again_by_them(
+    place, count_measured, capsys
+):
+    place.add("a.npz", count=300)
+    place.run()
+    assert printed_table(capsys.readouterr().out)[0]["a.npz"]["distances"] == "exact"
+    count_measured.clear()
+    place.run("--distances", "float16")
+    assert count_measured == ["a.npz"]  # the reference's features do not depend on it
+    printed = capsys.readouterr().out
+    assert "prec and recall by float16 distances" in printed
+    assert printed_table(printed)[0]["a.npz"]["distances"] == "float16"
+    exact, float16 = place.records
+    assert [exact["distances"], float16["distances"]] == ["exact", "float16"]
+    assert {**exact["scores"], "prec": 0, "recall": 0} == {
+        **float16["scores"],
+        "prec": 0,
+        "recall": 0,
+    }
+    count_measured.clear()
+    place.run("--distances", "float16")
+    assert count_measured == []
+    place.run()
+    assert count_measured == ["a.npz"]
+    assert place.records[-1]["scores"] == exact["scores"]
+    with read_archive(place.caches[0]) as cache:
+        assert "squared_radii_exact" in cache
+        assert "squared_radii_float16" in cache
+
+
+def test_overflow_of_float16_is_said_and_not_kept(place, monkeypatch):
+    real = references.measure
+
+    def large(images, graph, *rest):
+        measured = real(images, graph, *rest)
+        return dataclasses.replace(measured, features=measured.features * 1000)
+
+    monkeypatch.setattr(references, "measure", large)
+    monkeypatch.setattr(evaluator, "measure", large)
+    place.add("a.npz")
+    assert place.run("--distances", "float16") == 0
+    notes = [note for note in place.records[0]["notes"] if "overflow" in note]
+    assert notes == [
+        f"{whose} images overflow float16; prec and recall mean nothing"
+        for whose in ("samples: 60", "reference: 70")
+    ]
+    assert place.caches == []
+    assert place.run() == 0
+    assert not [note for note in place.records[1]["notes"] if "overflow" in note]
+
+
+def test_table_names_files_that_were_scored_against_something_else(place, capsys):
+    place.add("a.npz")
+    place.run()
+    (place.samples / "a.npz").unlink()
+    np.savez(place.reference, some_pixels(3, 70))
+    place.add("b.npz")
+    place.run()
+    remarks = printed_table(capsys.readouterr().out)[1]
+    assert remarks[-1] == "by another reference or graph, or not known by which: a.npz"
 
 
 def test_distances_are_called_fid_only_with_the_inception_graph(place, toy, monkeypatch, capsys):
@@ -202,9 +323,12 @@ def test_distances_are_called_fid_only_with_the_inception_graph(place, toy, monk
     place.run()
     assert ", FID: " in place.text.splitlines()[-1]
     assert ", sFID: " in place.text.splitlines()[-1]
-    header, *rows = capsys.readouterr().out.splitlines()[-4:]
-    assert header.split() == ["file", "IS", "FID", "sFID", "FD", "sFD", "prec", "recall"]
-    assert [row.split()[2] == "-" for row in rows] == [True, True, False]
+    printed = capsys.readouterr().out
+    rows, remarks = printed_table(printed)
+    columns = ["images", "step", "NFE", "IS", "FID", "sFID", "FD", "sFD", "prec", "recall"]
+    assert list(rows["a.npz"]) == [*columns, "distances"]
+    assert [row["FID"] == "-" for row in rows.values()] == [True, True, False]
+    assert remarks[0].startswith("FID, sFID, FD, sFD are biased upwards")
 
 
 def test_batch_size_does_not_change_the_scores(place):
@@ -255,6 +379,7 @@ def test_statistics_in_the_reference_are_used(place, toy):
         plain_frechet(sample_spatials, spatials), rel=1e-4
     )
     assert record["reference"]["statistics_from"] == "file"
+    assert record["notes"][-1] == "reference: does not say whether this graph made its statistics"
 
 
 @pytest.mark.parametrize(
@@ -317,7 +442,7 @@ def test_what_is_scored_is_not_scored_again_and_nothing_is_deleted(place, count_
     assert place.run() == 0
     assert count_measured == []
     assert place.names == ["a.npz", "b.npz"]
-    assert capsys.readouterr().out.splitlines()[-2].split()[0] == "a.npz"
+    assert list(printed_table(capsys.readouterr().out)[0]) == ["a.npz", "b.npz"]
     assert (place.samples / "a.npz").exists()
 
 
@@ -330,8 +455,10 @@ def test_a_changed_file_is_scored_again_and_its_last_line_counts(place, capsys):
     assert place.names == ["a.npz", "a.npz"]
     last = place.records[-1]["scores"]
     assert place.records[0]["scores"] != last
-    row = capsys.readouterr().out.splitlines()[-1]
-    assert row.split() == ["a.npz", *(f"{last[column]:.4f}" for column in COLUMNS)]
+    rows, _ = printed_table(capsys.readouterr().out)
+    assert [rows["a.npz"][column] for column in COLUMNS] == [
+        f"{last[column]:.4f}" for column in COLUMNS
+    ]
 
 
 def test_old_result_file_is_understood(place, capsys):
@@ -346,9 +473,11 @@ def test_old_result_file_is_understood(place, capsys):
     )
     assert place.run() == 0
     assert [record["file"] for record in place.records] == ["50000.npz"]
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-4:]]
-    assert rows[0] == ["25000.npz", "9.5000", "3.2500", "4.5000", "-", "-", "0.5000", "0.6250"]
-    assert rows[3][:3] == ["deleted.npz", "1.0000", "2.0000"]
+    rows, remarks = printed_table(capsys.readouterr().out)
+    cells = "- 25000 - 9.5000 3.2500 4.5000 - - 0.5000 0.6250 -"
+    assert list(rows["25000.npz"].values()) == cells.split()
+    assert list(rows["deleted.npz"].values())[3:5] == ["1.0000", "2.0000"]
+    assert remarks[-1].endswith("not known by which: 25000.npz, a b # c.npz, deleted.npz")
 
 
 def test_old_result_file_that_ends_in_the_middle_of_a_number_does_not_count(place):
@@ -500,7 +629,7 @@ def test_killed_in_the_middle_it_goes_on_with_the_next_file_and_imports_no_torch
     assert 2 <= scored < 12
     process = run_in_process(place)
     output, errors = process.communicate(timeout=100)
-    assert process.returncode == 0, errors.decode()
+    assert (process.returncode, errors) == (0, b"")
     expected = [f"{number}.npz" for number in range(12)]
     assert [record["file"] for record in place.records] == expected
     assert place.names == expected
@@ -546,7 +675,7 @@ def test_watch_scores_what_appears_once_it_is_whole(place, monkeypatch, capsys):
     monkeypatch.setattr(evaluator.time, "sleep", sleep)
     assert place.run("--watch", "7") == 0
     assert steps == [["1.npz"], ["1.npz"], ["1.npz"], ["1.npz", "2.npz"]]
-    assert capsys.readouterr().out.splitlines()[-1].startswith("2.npz")
+    assert list(printed_table(capsys.readouterr().out)[0]) == ["1.npz", "2.npz"]
 
 
 def test_watch_tells_of_a_damaged_file_once(place, monkeypatch, capsys):
@@ -635,6 +764,35 @@ def test_pictures_of_different_sizes_need_a_crop(place):
     np.testing.assert_array_equal(own[3], centre_crop(some_pixels(3, 1, 40)[0], 8))
 
 
+@pytest.mark.parametrize(
+    ("source", "line"),
+    [
+        ("missing", r"missing: no such file or folder \(--images\)"),
+        ("0.png", r"0\.png: --images takes a folder of pictures, not a single one"),
+        ("empty", "empty: holds no pictures"),
+        ("one", "one: too few images, 1 of at least 4"),
+    ],
+)
+def test_images_that_are_none_are_named(place, source, line):
+    for name in ("0.png", "one/0.png"):
+        (place.folder / "one").mkdir(exist_ok=True)
+        Image.fromarray(some_pixels(0, 1)[0]).save(place.folder / name)
+    (place.folder / "empty").mkdir()
+    with pytest.raises(UserError, match=line):
+        make_reference(place, place.folder / source)
+
+
+def test_own_reference_replaces_an_own_one_and_nothing_else(place):
+    make_reference(place, place.reference)
+    make_reference(place, place.reference)
+    content = place.reference.read_bytes()
+    flags = ["--images", place.folder / "own.npz", "--inception", place.graph]
+    for name in ("ref.npz", "samples"):
+        with pytest.raises(UserError, match=rf"{name}: (exists and was not|is a folder)"):
+            evaluator.main(list(map(str, ["--write_ref", place.folder / name, *flags])))
+    assert place.reference.read_bytes() == content
+
+
 def test_own_reference_from_cifar10_holds_its_training_images_in_order(place):
     folder = place.folder / "cifar-10-batches-py"
     folder.mkdir()
@@ -705,6 +863,9 @@ def test_folder_without_archives_or_no_folder_is_named(place):
         place.run()
     place.samples.rmdir()
     with pytest.raises(UserError, match="samples: no such folder"):
+        place.run()
+    place.samples.touch()
+    with pytest.raises(UserError, match="samples: is a file, not a folder"):
         place.run()
 
 
@@ -917,6 +1078,16 @@ def test_commands_that_ask_for_nothing_or_too_much_are_refused(arguments, line, 
         evaluator.main(arguments)
     assert exit_.value.code == 2
     assert line in capsys.readouterr().err
+
+
+def test_options_are_understood_with_hyphens_too(place):
+    place.add("a.npz")
+    arguments = [word.replace("_", "-", 2) for word in place.arguments("--no_cache")[::2]]
+    assert "--sample-batch-dir" in arguments
+    values = place.arguments()[1::2]
+    pairs = [f"{option}={value}" for option, value in zip(arguments, values, strict=False)]
+    assert evaluator.main([*pairs, "--no-cache"]) == 0
+    assert place.names == ["a.npz"]
 
 
 def test_help_comes_without_tensorflow_and_shows_commands_that_work():

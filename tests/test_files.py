@@ -17,7 +17,6 @@ from soflow.files import (
     make_folder,
     natural_key,
     one_line,
-    run_command,
     sha256_of,
     temporary_path,
 )
@@ -72,7 +71,8 @@ def test_place_that_cannot_be_written_is_named(tmp_path):
 @pytest.mark.parametrize("size", [1000, 100_000])
 def test_full_disk_is_named_and_the_former_file_stays(tmp_path, size):
     write = (
-        "from soflow.files import atomic_write, run_command\n"
+        "from soflow.command import run_command\n"
+        "from soflow.files import atomic_write\n"
         "def main():\n"
         "    with atomic_write('a.bin') as file:\n"
         f"        for _ in range(1000): file.write(bytes({size}))\n"
@@ -90,27 +90,6 @@ def test_full_disk_is_named_and_the_former_file_stays(tmp_path, size):
     )
     assert result.stderr == "error: a.bin: not written (No space left on device)\n"
     assert result.stdout.split() == ["status", "1", "former", "a.bin"]
-
-
-@pytest.mark.parametrize(
-    ("main", "status", "line"),
-    [
-        (lambda: None, 0, ""),
-        (lambda: 3, 3, ""),
-        (lambda: (_ for _ in ()).throw(UserError("a.yaml: no")), 1, "error: a.yaml: no\n"),
-        (lambda: (_ for _ in ()).throw(KeyboardInterrupt), 130, "interrupted\n"),
-    ],
-)
-def test_command_ends_with_one_line_and_a_status(main, status, line, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        run_command(main)
-    assert exit_.value.code == status
-    assert capsys.readouterr().err == line
-
-
-def test_a_bug_keeps_its_traceback():
-    with pytest.raises(ZeroDivisionError):
-        run_command(lambda: 1 // 0)
 
 
 def test_digest_is_that_of_the_bytes(tmp_path):

@@ -10,10 +10,15 @@ from PIL import Image
 
 from soflow.files import UserError
 from soflow.images import (
+    EXTENSIONS,
+    FORMATS,
     centre_crop,
     class_folders,
+    describe_classes,
     find_pictures,
+    find_unreadable,
     read_image,
+    refuse_non_pictures,
     save_png,
     tile,
     to_images,
@@ -77,7 +82,60 @@ def test_grey_pictures_count_as_rgb(tmp_path):
     np.testing.assert_array_equal(read_image(tmp_path / "a.png"), grey.repeat(3, axis=2))
 
 
-@pytest.mark.parametrize("extension", ["png", "jpg", "bmp", "tiff", "webp"])
+OTHER_KINDS = ["avif", "bmp", "gif", "jp2", "j2k", "jfif", "qoi", "apng"]
+
+
+@pytest.mark.parametrize("extension", OTHER_KINDS)
+def test_pictures_are_found_by_ending_and_read_by_what_they_are(tmp_path, extension):
+    path = tmp_path / f"a.{extension}"
+    if f".{extension}" not in EXTENSIONS:
+        pytest.skip("this build of Pillow does not read them")
+    frames = [Image.new("RGB", (9, 5), colour) for colour in ("red", "blue")]
+    later = {"save_all": True, "append_images": frames[1:]} if extension in ("gif", "apng") else {}
+    kind = {"format": "PNG"} if extension == "apng" else {}
+    frames[0].save(path, **kind, **later)
+    assert find_pictures(tmp_path) == [path]
+    refuse_non_pictures([path])
+    pixels = read_image(path)
+    assert pixels.shape == (5, 9, 3)
+    assert np.abs(pixels.astype(int) - [255, 0, 0]).max() < 5, "the first frame"
+    path.rename(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), pixels)
+
+
+def test_formats_that_start_programs_or_open_files_are_not_read():
+    assert not {"EPS", "WMF", "FPX", "MIC", "IMT", "TGA"} & set(FORMATS)
+    assert not {".eps", ".ps", ".wmf", ".tga"} & set(EXTENSIONS)
+
+
+@pytest.mark.parametrize("extension", ["png", "jpg", "webp", "tiff"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_turned_upright_as_their_exif_data_say(tmp_path, extension, orientation):
+    """Of the picture's four corners, the one that EXIF says is at the top left, is there."""
+    quarters = np.kron([[0, 80], [160, 240]], np.ones((8, 16)))[..., None].repeat(3, axis=2)
+    turns = {  # what a viewer does, by the standard's names of the 0th row and 0th column
+        1: lambda p: p, 2: lambda p: p[:, ::-1], 3: lambda p: p[::-1, ::-1], 4: lambda p: p[::-1],
+        5: lambda p: p.swapaxes(0, 1), 6: lambda p: p[::-1].swapaxes(0, 1),
+        7: lambda p: p[::-1, ::-1].swapaxes(0, 1), 8: lambda p: p[:, ::-1].swapaxes(0, 1),
+    }  # fmt: skip
+    path = tmp_path / f"a.{extension}"
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"tiffinfo": {0x0112: orientation}} if extension == "tiff" else {"exif": exif}
+    Image.fromarray(quarters.astype(np.uint8)).save(path, **options)
+    assert np.abs(read_image(path) - turns[orientation](quarters)).max() < 12
+    if extension != "tiff":  # which Pillow turns itself
+        assert np.abs(read_image(path, apply_exif=False) - quarters).max() < 12
+
+
+@pytest.mark.parametrize("exif", [b"", b"Exif\0\0II*\0", b"Exif\0\0MM" + b"\xff" * 40, b"x" * 99])
+def test_damaged_exif_data_leave_a_picture_as_it_lies(tmp_path, exif):
+    save = {"exif": exif} if exif else {}
+    Image.fromarray(some_pixels(4, 6, 3)).save(tmp_path / "a.png", **save)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), some_pixels(4, 6, 3))
+
+
+@pytest.mark.parametrize("extension", ["png", "jpg", "bmp", "tiff", "webp", "avif", "gif", "jp2"])
 def test_a_picture_cut_short_is_named(tmp_path, extension):
     path = tmp_path / f"a.{extension}"
     Image.fromarray(some_pixels(40, 40, 3)).save(path)
@@ -217,6 +275,49 @@ def test_other_files_and_hidden_names_are_passed_over(tmp_path):
     files = class_folders(tmp_path)
     assert [path.name for path in files.paths] == ["1.png"]
     assert files.class_names == ["a"]
+
+
+def test_files_that_are_not_read_are_counted_by_class_and_ending(tmp_path):
+    make_files(tmp_path, "a/1.png", "b/1.png", "b/2.HEIC", "b/3.heic", "b/deep/x.mov", "b/README")
+    make_files(tmp_path, "b/.DS_Store", "b/.git/x.heic")
+    assert class_folders(tmp_path).left_out_note() == (
+        "left out, not read: 4 files (b 2 .heic, 1 .mov, 1 without ending)"
+    )
+    (tmp_path / "b" / "1.png").unlink()
+    with pytest.raises(
+        UserError, match=r"; 2 \.heic, 1 \.mov, 1 without ending there are not read$"
+    ):
+        class_folders(tmp_path)
+
+
+def test_of_many_classes_with_files_left_out_five_are_named(tmp_path):
+    for number in range(9):
+        make_files(tmp_path, f"{number}/1.png", f"{number}/a\n.\x1b[31m")
+    note = class_folders(tmp_path).left_out_note()
+    assert note.startswith("left out, not read: 9 files (0 1 .?[31m; 1 1 .?[31m; ")
+    assert note.endswith("; and in 4 more classes)")
+    assert note.isprintable()
+
+
+def test_classes_are_described_in_one_line_however_many(tmp_path):
+    assert describe_classes(["cat", "b\n\udcff"], [3, 1]) == (
+        "4 examples of 2 classes, in order: cat (3), b?? (1)"
+    )
+    many = describe_classes([f"n{k:08}" for k in range(1000)], [1300] * 1000)
+    assert many.startswith("1300000 examples of 1000 classes, in order: n00000000 (1300), ")
+    assert many.endswith(", ..., n00000999 (1300)")
+    assert len(many) < 150
+
+
+def test_every_unreadable_picture_is_found(tmp_path):
+    paths = [tmp_path / f"{number}.png" for number in range(20)]
+    for path in paths:
+        save_png(path, some_pixels(8, 9, 3))
+    for number in (3, 19):
+        paths[number].write_bytes(paths[number].read_bytes()[:99])
+    done = []
+    assert find_unreadable(paths, 8, 4, lambda: done.append(1)) == [3, 19]
+    assert len(done) == 20
 
 
 def test_pictures_below_a_folder_come_in_order(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,7 +82,7 @@ def test_averaged_weights_are_sampled(run):
     for tensor in content["ema_model"].values():
         tensor.zero_()
     torch.save(content, path)
-    assert not np.array_equal(run("--num-samples=3"), before)
+    assert not np.array_equal(run("--num-samples=3", "--overwrite"), before)
 
 
 def test_images_are_the_same_for_any_batch_size(run):
@@ -147,14 +148,17 @@ def test_data_set_is_not_opened(run, monkeypatch):
     ("flags", "message"),
     [
         (["--ckpt-steps=5"], r"5\.pt: does not exist; .* has the steps 0, 6"),
-        (["--labels=3,10"], "--labels: 10 is not a class; those are 0 to 9"),
+        (["--labels=3,10"], "--labels: '10' is not a class; those are 0 to 9$"),
         (["--cfg-scale=4"], "no guidance scale when sampling: guidance was trained in"),
-        (["--set=working_dir=nowhere"], "working_dir: nowhere does not exist.*add --set working_d"),
+        (["--set=working_dir=nowhere"], "working_dir: nowhere does not exist; leave out --set"),
         (["--num-samples=0"], "eval_num_samples: 0 must be between 1 and"),
         (["--set=coefficient_type=Trig"], "coefficient_type 'Euler' in the checkpoint, 'Trig' in"),
         (["--set=model_type=DiT-Nano-4"], "model_type 'DiT-Nano-2' in the checkpoint"),
         (["--set=dataset_type=ImageFolder"], "dataset_type 'Digits' in the checkpoint, 'ImageF"),
-        (["--grid=/"], "is a folder, not a file to write"),
+        (["--labels=3,,4"], "--labels: '' is not a class; those are 0 to 9$"),
+        (["--grid=/"], "--grid /: must be the name of a .png file"),
+        (["--grid=/x.png/y.jpg"], "--grid /x.png/y.jpg: must be the name of a .png file"),
+        (["--output=samples"], "--output samples: must be the name of a .npz file"),
         (["--ckpt=/nowhere/3.pt"], "the folder /nowhere does not exist"),
     ],
 )
@@ -174,11 +178,113 @@ def test_checkpoint_of_another_model_without_a_record_is_refused(run):
         run("--num-samples=1", "--seed=1", "--set=model_type=DiT-Nano-4")
 
 
-def test_more_images_are_not_replaced_by_fewer(run):
+# Samples that are there already
+
+
+def test_samples_of_another_request_are_not_replaced(run):
+    run("--num-samples=4", "--labels=0,1,2")
+    path = run.folder / "evals" / "6_1NFE_42.npz"
+    before = path.read_bytes()
+    for flags, said in (
+        (["--labels=2"], "exists, with other samples: labels 0,1,2 there, 2 asked for; say --out"),
+        ([], "labels 0,1,2 there, uniform asked for"),
+        (["--labels=0,1,2", "--num-samples=3"], "samples: num_images 4 there, 3 asked for; say"),
+        (["--labels=0,1,2", "--noise-stream=reference"], "noise_stream image there, reference"),
+        (["--labels=0,1,2", "--ckpt-steps=0", f"--output={path}"], "samples: weights_sha256 .{12}"),
+    ):
+        with pytest.raises(UserError, match=said):
+            run("--num-samples=4", *flags)
+        assert path.read_bytes() == before
+    assert len(run("--num-samples=4", "--labels=0,1,2", "--eval-batch-size=3")) == 4
+    assert run("--num-samples=3", "--labels=2", "--overwrite").shape[0] == 3
+    with np.load(path) as archive:
+        assert archive["arr_1"].tolist() == [2, 2, 2]
+
+
+def test_draws_by_batch_are_another_request_in_other_batches(run):
+    run("--num-samples=4", "--noise-stream=reference")
+    with pytest.raises(UserError, match="samples: eval_batch_size 32 there, 3 asked for"):
+        run("--num-samples=4", "--noise-stream=reference", "--eval-batch-size=3")
+
+
+@pytest.mark.parametrize("text", [None, "", "3", "{}", "[" * 100_000])
+def test_samples_that_no_record_describes_are_not_replaced(run, text):
     run("--num-samples=4")
-    with pytest.raises(UserError, match="has 4 images, and 3 would replace them"):
-        run("--num-samples=3")
-    assert len(run("--num-samples=4")) == 4
+    record = run.folder / "evals" / "6_1NFE_42.json"
+    record.unlink() if text is None else record.write_text(text)
+    with pytest.raises(UserError, match=r"npz: exists, and no record says of which samples; say"):
+        run("--num-samples=4")
+    run("--num-samples=4", "--overwrite")
+    run("--num-samples=4")
+
+
+def test_samples_go_where_output_says_and_spare_what_is_no_record_there(run, tmp_path):
+    inference.main([f"--ckpt={run.folder / 'ckpts' / '6.pt'}", "--num-samples=2",
+                    f"--output={tmp_path / 'new' / 'two.npz'}"])  # fmt: skip
+    assert json.loads((tmp_path / "new" / "two.json").read_text())["num_images"] == 2
+    (tmp_path / "mine.json").write_text("[1, 2]")
+    with pytest.raises(UserError, match=r"mine\.json: exists, and no record"):
+        run("--num-samples=2", f"--output={tmp_path / 'mine.npz'}")
+    assert (tmp_path / "mine.json").read_text() == "[1, 2]"
+
+
+# Classes by name
+
+
+def labels_of(text: str, names: list[str]) -> list[int]:
+    sampler = inference.Sampler(None, (1, 8, 8), len(names) or 4, names, "")
+    return inference.choose_labels(text, Config(), sampler)
+
+
+@pytest.mark.parametrize(
+    ("text", "names", "labels"),
+    [
+        ("cat, dog,3", ["ant", "cat", "dog", "eel"], [1, 2, 3]),
+        ("3,0", [], [3, 0]),
+        ("2,0", ["0", "1", "2"], [2, 0]),
+        ("07,7", [f"{number:02}" for number in range(10)], [7, 7]),
+        ("6,0", ["5", "6"], [1, 0]),  # 5 and 6 are names, 0 and 1 numbers
+        ("2,10", ["1", "2", "10"], [1, 2]),  # names alone: 1 would be the number of 2
+    ],
+)
+def test_classes_are_asked_for_by_name_or_number(text, names, labels):
+    assert labels_of(text, names) == labels
+
+
+@pytest.mark.parametrize(
+    ("text", "names", "said"),
+    [
+        ("cta", ["ant", "cat"], "those are 0 to 1, or by name ant, cat; did you mean cat?"),
+        ("Cat", ["ant", "cat"], "; did you mean cat?"),
+        ("cat", [], "'cat' is not a class; those are 0 to 3"),
+        ("0", ["1", "2", "10"], "'0' is not a class; those are 1, 2, 10 (by name alone, since "),
+        ("x", [f"n{number:08}" for number in range(1000)], "0 to 999, or by name n00000000, "),
+    ],
+)  # fmt: skip
+def test_a_class_that_is_none_is_refused_with_what_there_is(text, names, said):
+    with pytest.raises(UserError) as refusal:
+        labels_of(text, names)
+    assert said in str(refusal.value)
+    assert len(str(refusal.value)) < 250
+
+
+def test_class_names_come_from_the_checkpoint(run, tmp_path, capsys):
+    path = run.folder / "ckpts" / "6.pt"
+    content = torch.load(path, weights_only=True)
+    content["data"]["class_names"] = ["nought", *"123456789"]
+    torch.save(content, path)
+    run("--num-samples=4", "--labels=nought,7", f"--grid={tmp_path / 'grid.png'}")
+    with np.load(run.folder / "evals" / "6_1NFE_42.npz") as archive:
+        assert archive["arr_1"].tolist() == [0, 7, 0, 7]
+    said = f"2 rows of 2 of them, of the classes nought, 7: {tmp_path / 'grid.png'}"
+    assert said in capsys.readouterr().out
+    content["data"]["class_names"].pop()
+    torch.save(content, path)
+    with pytest.raises(UserError, match=r"6\.pt: its entry `data` is damaged"):
+        run("--num-samples=1")
+
+
+# The command in a process of its own
 
 
 def test_command_samples_in_a_process_of_its_own(run):
@@ -188,6 +294,106 @@ def test_command_samples_in_a_process_of_its_own(run):
     )  # fmt: skip
     assert "3 images in" in said
     assert ROOT.name not in said.partition("images in")[0]
+
+
+# Which run, which checkpoint, which config
+
+
+def sample_two(*flags: object) -> None:
+    inference.main([*map(str, flags), "--num-samples=2"])
+
+
+def made(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.npz"))
+
+
+@pytest.fixture
+def elsewhere(trained, tmp_path, monkeypatch):
+    """An empty current directory, with a copy of the run's folder as shared/ beside it."""
+    shutil.copytree(trained, tmp_path / "shared")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    shared = tmp_path / "shared"
+    (shared / "config.yaml").write_text(
+        (shared / "config.yaml").read_text().replace(str(trained), "runs/digits")
+    )
+    return tmp_path
+
+
+def test_a_config_beside_checkpoints_means_those(elsewhere):
+    sample_two("--config=../shared/config.yaml", "--ckpt-steps=6")
+    assert made(elsewhere) == ["shared/evals/6_1NFE_42.npz"]
+
+
+def test_where_working_dir_has_checkpoints_too_the_user_has_to_choose(elsewhere, trained):
+    shutil.copytree(trained, "runs/digits")
+    command = ("--config=../shared/config.yaml", "--ckpt-steps=6")
+    with pytest.raises(UserError, match=r"\.\./shared/ckpts, and its working_dir runs/digits has"):
+        sample_two(*command)
+    assert made(elsewhere) == []
+    sample_two(*command, "--set=working_dir=runs/digits")
+    assert made(elsewhere) == ["here/runs/digits/evals/6_1NFE_42.npz"]
+    sample_two(*command, "--set=working_dir=../shared")
+    assert len(made(elsewhere)) == 2
+    shutil.rmtree("runs")
+    Path("runs").mkdir()
+    Path("runs/digits").symlink_to(elsewhere / "shared")  # one and the same is no question
+    sample_two(*command, "--seed=1")
+    assert "shared/evals/6_1NFE_1.npz" in made(elsewhere)
+
+
+def test_a_config_elsewhere_means_its_working_dir(elsewhere):
+    shutil.move("../shared/config.yaml", "mine.yaml")
+    with pytest.raises(
+        UserError, match=r"mine\.yaml: working_dir: runs/digits does not exist; start"
+    ):
+        sample_two("--config=mine.yaml", "--ckpt-steps=6")
+    shutil.copytree("../shared", "runs/digits")
+    sample_two("--config=mine.yaml", "--ckpt-steps=6")
+    assert made(elsewhere) == ["here/runs/digits/evals/6_1NFE_42.npz"]
+
+
+def test_a_checkpoint_alone_is_enough(elsewhere, monkeypatch):
+    (elsewhere / "shared" / "config.yaml").unlink()
+    sample_two("--ckpt=../shared/ckpts/6.pt", "--set=eval_NFE=2")
+    assert made(elsewhere) == ["shared/evals/6_2NFE_42.npz"]
+    monkeypatch.chdir("../shared/ckpts")
+    sample_two("--ckpt=6.pt")
+    assert "shared/evals/6_1NFE_42.npz" in made(elsewhere)
+    shutil.copy("6.pt", "../../here/mine.pt")
+    sample_two("--ckpt=../../here/mine.pt")
+    assert "here/mine_1NFE_42.npz" in made(elsewhere)
+
+
+def test_a_checkpoint_without_config_takes_that_of_its_run_or_asks_for_one(elsewhere):
+    path = elsewhere / "shared" / "ckpts" / "6.pt"
+    content = torch.load(path, weights_only=True)
+    torch.save({key: content[key] for key in list(content)[:5]}, path)
+    sample_two(f"--ckpt={path}")
+    assert made(elsewhere) == ["shared/evals/6_1NFE_42.npz"]
+    shutil.copy(path, "mine.pt")
+    with pytest.raises(UserError, match=r"mine\.pt: holds no config, .*; say --config FILE"):
+        sample_two("--ckpt=mine.pt")
+    sample_two("--ckpt=mine.pt", "--config=../shared/config.yaml")
+    assert "here/mine_1NFE_42.npz" in made(elsewhere)
+    with pytest.raises(UserError, match="--config: needed with --ckpt-steps"):
+        sample_two("--ckpt-steps=6")
+
+
+def test_a_mistyped_checkpoint_leaves_nothing(elsewhere):
+    with pytest.raises(UserError, match="the folder nowhere/ckpts does not exist"):
+        sample_two("--ckpt=nowhere/ckpts/6.pt", "--config=../shared/config.yaml")
+    assert not Path("nowhere").exists()
+
+
+def test_keys_of_a_published_config_that_are_not_known_are_named_and_passed_over(elsewhere, capsys):
+    with open("../shared/config.yaml", "a") as file:
+        file.write("use_fp16: false\nvae_scale: 1.0\n")
+    sample_two("--config=../shared/config.yaml", "--ckpt-steps=6")
+    said = "../shared/config.yaml: passed over keys that are not known here: use_fp16, vae_scale"
+    assert capsys.readouterr().err.startswith(said)
+    with pytest.raises(UserError, match="use_fp16: unknown key"):
+        train.main(["--config=../shared/config.yaml"])
 
 
 # Latents

@@ -248,7 +248,7 @@ def test_half_the_room_on_request_trains_too(made, tmp_path):
     latent_dataset.main(options(made, **{"save-path": tmp_path / "latents", "dtype": "float16"}))
     half, full = (LatentReader(f / "latents" / LATENT_FILE) for f in (tmp_path, made))
     assert half.dtype == np.float16
-    assert half.is_mapped
+    assert half.is_plain
     assert torch.allclose(half.read([3, 1]).float(), full.read([3, 1]), rtol=1e-3, atol=1e-4)
     (tmp_path / "vae").symlink_to(made / "vae")
     train.main(training_options(made, tmp_path / "run", dataset_path=tmp_path / "latents"))
@@ -264,6 +264,48 @@ def test_512_pixels_give_latents_of_side_64(made, tmp_path):
     train.main(training_options(tmp_path, tmp_path / "run", **values))
     with Image.open(tmp_path / "run" / "figs" / "1.png") as picture:
         assert picture.size == (2 * 514, 3 * 514)
+
+
+def test_pictures_are_turned_upright_unless_asked_otherwise_and_the_file_says_so(made, tmp_path):
+    """Phones store a picture as it lay, and say in its EXIF data how to turn it."""
+    upright, lying = tmp_path / "upright" / "photos", tmp_path / "lying" / "photos"
+    photograph = Image.fromarray(standins.photographs()["cat"][:200, :300])
+    for folder, turned, orientation in ((upright, 0, 1), (lying, 90, 6)):
+        (folder / "cat").mkdir(parents=True)
+        (folder.parent / "vae").symlink_to(made / "vae")
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        photograph.rotate(turned, expand=True).save(folder / "cat" / "0.png", exif=exif)
+    latent_dataset.main(options(upright.parent))
+    latent_dataset.main(options(lying.parent))
+    latent_dataset.main(options(lying.parent, "as-it-lies", exif="ignore"))
+    readers = [
+        LatentReader(folder / LATENT_FILE)
+        for folder in (upright.parent / "latents", lying.parent / "latents")
+    ]
+    ignoring = LatentReader(lying.parent / "as-it-lies" / LATENT_FILE)
+    assert torch.equal(readers[0].read([0]), readers[1].read([0]))
+    assert not torch.equal(readers[0].read([0]), ignoring.read([0]))
+    assert [reader.info.exif for reader in (*readers, ignoring)] == ["apply", "apply", "ignore"]
+
+
+def test_parts_made_before_pictures_were_turned_are_not_mixed_with_others(scratch):
+    killed, _ = extract_and_kill(options(scratch), 10)
+    assert killed
+    path = scratch / "latents" / "imagenet_latent.parts" / "plan.json"
+    plan = json.loads(path.read_text())
+    assert plan.pop("exif") == "apply"
+    path.write_text(json.dumps(plan))
+    assert "exif ignore there, apply now" in refusal(options(scratch))
+
+
+def test_files_that_are_not_read_are_said_at_the_start(scratch, capsys):
+    for name in ("a.heic", "b.heic", "c.mov", ".hidden.mov"):
+        (scratch / "photos" / "china" / name).touch()
+    latent_dataset.main(options(scratch))
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "27 examples of 3 classes, in order: cat (9), china (9), flower (9)"
+    assert said[1] == "left out, not read: 3 files (china 2 .heic, 1 .mov)"
 
 
 # Killed.
@@ -374,7 +416,7 @@ def test_finished_parts_are_not_made_again(scratch, monkeypatch, capsys):
     assert there
     read = []
     monkeypatch.setattr(
-        latent_dataset, "read_image", lambda path, size: read.append(path) or read_image(path, size)
+        latent_dataset, "read_image", lambda path, *how: read.append(path) or read_image(path, *how)
     )
     latent_dataset.main(options(scratch))
     assert len(read) == 27 - 4 * len(there)
@@ -390,7 +432,7 @@ def test_progress_says_rate_time_left_and_the_share_of_the_vae(scratch, monkeypa
     latent_dataset.main(options(scratch))
     said = capsys.readouterr().out.splitlines()
     number = r"[0-9]+\.[0-9]"
-    assert re.fullmatch(rf"about 3 of 27 images, {number} images/s, ETA 0:00:0.", said[1])
+    assert re.fullmatch(rf"about 3 of 27 images, {number} images/s, ETA 0:00:0.", said[2])
     assert "merging parts: 7 of 7" in said
     assert "verifying parts: 7 of 7" in said
     (summary,) = [line for line in said if "VAE" in line]
@@ -425,6 +467,7 @@ def test_batch_size_and_processes_may_change_on_the_way(scratch, made):
         ({"image-size": 128}, "image_size 64 there, 128 now"),
         ({"dtype": "float16"}, "dtype float32 there, float16 now"),
         ({"seed": 7}, "seed 42 there, 7 now"),
+        ({"exif": "ignore"}, "exif apply there, ignore now"),
         ({"vae": "other"}, "vae_sha256 .* there, .* now"),
         ({"photos": "fewer"}, "num_images 27 there, 26 now"),
         ({"photos": "another"}, "images_sha256 .* there, .* now"),
@@ -449,7 +492,8 @@ def test_parts_of_another_command_are_refused_and_kept(scratch, changes, message
 def test_finished_file_of_another_command_is_not_replaced(scratch, made):
     shutil.copytree(made / "latents", scratch / "latents")
     before = latents_of(scratch)
-    assert f"{LATENT_FILE}: made by another command" in refusal(options(scratch, seed=1))
+    said = refusal(options(scratch, seed=1, exif="ignore"))
+    assert f"{LATENT_FILE}: made by another command (seed 42 there, 1 now; exif apply" in said
     assert latents_of(scratch) == before
     with h5py.File(scratch / "latents" / LATENT_FILE, "r+") as file:
         for name in list(file.attrs):

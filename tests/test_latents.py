@@ -104,7 +104,7 @@ LAYOUTS = {
 def test_rows_come_in_the_order_asked_for_whatever_the_layout(tmp_path, layout):
     moments = some_moments()
     reader = LatentReader(write_reference_form(tmp_path, moments, **LAYOUTS[layout]))
-    assert reader.is_mapped == (layout in ("contiguous", "half"))
+    assert reader.is_plain == (layout in ("contiguous", "half"))
     rows = [7, 0, 11, 7, 3]
     expected = torch.from_numpy(moments[rows])
     if layout == "half":
@@ -149,17 +149,48 @@ def test_value_that_is_not_finite_ends_training_in_one_line_with_workers_too(tmp
         list(loader)
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_file_cut_short_while_training_ends_it_in_one_line(tmp_path, num_workers):
+    path = write_reference_form(tmp_path, some_moments(60))
+    config = config_of(tmp_path, num_workers=num_workers, batch_size=4, total_steps=15)
+    loader = build_loader(build_data(config), config, BatchPlan(4, 3, 1, 1), 0, 0, False)
+    next(loader)
+    os.truncate(path, locate_latents(path).offset + 20 * 512 + 7)
+    said = rf"^{path}: ends before row [2-5][0-9] of 60 does: it was cut short or replaced"
+    with pytest.raises(UserError, match=said):
+        list(loader)
+
+
+def test_neighbouring_rows_are_read_together_and_any_others_too(tmp_path, monkeypatch):
+    moments, calls = some_moments(600), []
+    reader = LatentReader(write_reference_form(tmp_path, moments))
+
+    def counted(descriptor, buffers, offset):
+        calls.append(len(buffers))
+        return preadv(descriptor, buffers, offset)
+
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", counted)
+    for rows, runs in (([], []), ([7], [1]), ([3, 9, 2, 9, 8, 8], [2, 1, 2, 1])):
+        assert torch.equal(reader.read(rows), torch.from_numpy(moments[np.array(rows, int)]))
+        assert calls == runs
+        calls.clear()
+    rows = list(reversed(range(600)))
+    assert torch.equal(reader.read(rows), torch.from_numpy(moments[rows]))
+    assert calls == [256, 256, 88]
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "chunked"])
 def test_open_file_is_not_shared_with_another_process(tmp_path, layout):
     reader = LatentReader(write_reference_form(tmp_path, **LAYOUTS[layout]))
     reader.read([0])
-    opened = reader._rows
+    opened = reader._file
     if os.fork() == 0:
         reader.read([1])
-        os._exit(0 if reader._rows is not opened else 1)
+        os._exit(0 if reader._file is not opened else 1)
     assert os.wait()[1] == 0
     copied = pickle.loads(pickle.dumps(reader))
-    assert copied._rows is None
+    assert copied._file is None
     assert torch.equal(copied.read([2]), reader.read([2]))
 
 
@@ -189,7 +220,7 @@ def test_our_file_says_what_it_is_and_has_the_reference_entries(tmp_path):
     assert data.spec.class_names == ("cat", "dog", "fish")
     assert count_classes(config_of(tmp_path)) == 3
     assert data.reader.info == INFO
-    assert data.reader.is_mapped
+    assert data.reader.is_plain
     with h5py.File(path, "r") as file:
         assert sorted(file) == ["amount", "labels", "latent_size", "latents"]
         assert np.array_equal(file["latents"][:], some_moments())
@@ -205,6 +236,15 @@ def test_many_classes_with_odd_names_are_said(tmp_path):
     assert build_data(config_of(tmp_path)).spec.class_names == names
     write_ours(tmp_path, class_names=("a", "b\udcff", "c"))
     assert build_data(config_of(tmp_path)).spec.class_names == ("a", "b?", "c")
+
+
+def test_older_file_of_ours_had_its_pictures_as_they_lay(tmp_path):
+    path = write_ours(tmp_path, exif="apply")
+    assert LatentReader(path).info.exif == "apply"
+    with h5py.File(path, "r+") as file:
+        del file.attrs["exif"]
+    assert LatentReader(path).info == INFO
+    assert INFO.exif == "ignore"
 
 
 def test_other_size_and_scale_are_refused(tmp_path):

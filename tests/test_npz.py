@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from soflow.files import UserError
 from soflow.npz import read_archive, write_images
+from soflow.references import archive_images
 
 
 def some_pixels(count=5, height=3, width=4, channels=3):
@@ -91,6 +92,14 @@ def test_further_arrays_follow_the_images(tmp_path):
         assert archive.integer("count") == 7
         with pytest.raises(UserError, match="mu: must be one integer"):
             archive.integer("mu")
+
+
+def test_labels_beside_the_images_are_passed_over_by_who_reads_images(tmp_path):
+    with write_images(tmp_path / "a.npz", 5) as writer:
+        writer.append(some_pixels())
+        writer.further_arrays["arr_1"] = np.arange(5)
+    assert archive_images(tmp_path / "a.npz").num_images == 5
+    np.testing.assert_array_equal(np.concatenate(read_all(tmp_path / "a.npz")), some_pixels())
 
 
 # Reading.

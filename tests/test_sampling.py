@@ -15,7 +15,8 @@ from soflow.files import UserError
 from soflow.npz import read_archive
 from soflow.randomness import GivenLabels, PerImageStream
 from soflow.sampling import (
-    FirstImages,
+    GridImages,
+    Sampled,
     SampleRequest,
     labels_by_row,
     plan_rounds,
@@ -119,18 +120,30 @@ def test_images_do_not_depend_on_the_batch_size():
 def test_archive_is_streamed_whole_and_in_order(tmp_path):
     path = tmp_path / "images.npz"
     wanted = request(10, 4)
-    first = FirstImages(6)
+    reported = []
     batches = sample_pixels(SoFlow(ClassImage()), wanted, ALONE, decode=lambda x_0: x_0)
-    write_samples(path, batches, 10, True, lambda: None, first.add)
+    write_samples(path, batches, 10, True, lambda: None, reported.append)
     labels = wanted.stream.draw(range(10), 0).labels.numpy()
     expected = np.floor(127.5 * class_value(labels) + 128)
     with np.load(path) as archive:
-        assert archive.files == ["arr_0"]
+        assert archive.files == ["arr_0", "arr_1"]
         assert archive["arr_0"].dtype == np.uint8
+        assert archive["arr_1"].dtype == np.int64
+        assert np.array_equal(archive["arr_1"], labels)
         assert np.array_equal(archive["arr_0"][:, 0, 0, 0], expected)
     with read_archive(path) as archive:
         assert archive.images_header().shape == (10, 4, 4, 1)
-    assert np.array_equal(first.by_class()[:, 0, 0, 0], np.sort(expected[:6]))
+    assert [len(batch.pixels) for batch in reported] == [4, 4, 2]
+
+
+def test_archive_of_a_model_without_classes_has_no_labels(tmp_path):
+    wanted = SampleRequest(3, 2, 1, PerImageStream(7, None, SHAPE))
+    batches = sample_pixels(
+        SoFlow(ExactNetwork(torch.zeros(1, *SHAPE))), wanted, ALONE, lambda x: x
+    )
+    write_samples(tmp_path / "images.npz", batches, 3, True, lambda: None)
+    with np.load(tmp_path / "images.npz") as archive:
+        assert archive.files == ["arr_0"]
 
 
 def test_archive_that_is_not_finished_leaves_nothing(tmp_path):
@@ -167,13 +180,75 @@ def test_given_labels_reach_the_network():
     assert pixels[0].mean() == pixels[2].mean() > pixels[1].mean() == pixels[3].mean()
 
 
-def test_grid_fills_its_last_row_and_enlarges_small_images(tmp_path):
-    pixels = np.full((5, 8, 8, 1), 255, np.uint8)
+def test_grid_enlarges_small_images_and_has_full_rows(tmp_path):
+    pixels = np.full((6, 8, 8, 1), 255, np.uint8)
     save_grid(tmp_path / "grid.png", pixels, columns=3)
     with Image.open(tmp_path / "grid.png") as picture:
         assert picture.size == (3 * 50, 2 * 50)
         assert picture.getpixel((25, 25)) == 255
-        assert picture.getpixel((125, 75)) == 0
     save_grid(tmp_path / "large.png", np.zeros((2, 64, 64, 3), np.uint8), columns=2)
     with Image.open(tmp_path / "large.png") as picture:
         assert picture.size == (2 * 66, 66)
+    with pytest.raises(ValueError, match="5 images do not fill"):
+        save_grid(tmp_path / "grid.png", pixels[:5], columns=3)
+
+
+def grid_of(labels, shape, num_classes=10, given=()) -> tuple[list[list[int]], list[int]]:
+    """The labels in the grid's cells, row by row, and the rows' classes; in batches of 7."""
+    images = GridImages(shape, num_classes, given)
+    for start in range(0, len(labels), 7):
+        part = np.array(labels[start : start + 7])
+        pixels = part.astype(np.uint8)[:, None, None, None]
+        images.add(Sampled(pixels, part))
+    grid = images.arranged()
+    return grid.pixels.reshape(-1, grid.columns).tolist(), grid.classes
+
+
+@pytest.mark.parametrize(
+    ("given", "num_images", "shape", "expected"),
+    [
+        (range(10), 100, (4, 8), [[label] * 8 for label in range(10)]),
+        (range(10), 50, (4, 8), [[label] * 5 for label in range(10)]),
+        ([7, 3], 100, (2, 4), [[7] * 4, [3] * 4]),
+        ([7, 3], 100, (4, 4), [[7] * 4, [7] * 4, [3] * 4, [3] * 4]),
+        ([5], 5, (4, 8), [[5] * 5]),
+        ([5], 12, (4, 8), [[5] * 6] * 2),
+        ([4, 1, 2], 2, (4, 8), [[4], [1]]),  # of the third there is none
+        ([3, 0], 5, (4, 8), [[3] * 2, [0] * 2]),
+    ],
+)
+def test_every_class_asked_for_has_rows_of_its_own(given, num_images, shape, expected):
+    given = list(given)
+    labels = [given[image % len(given)] for image in range(num_images)]
+    assert grid_of(labels, shape, given=given) == (expected, [row[0] for row in expected])
+
+
+def test_uniform_labels_fill_rows_of_classes_spread_over_all_where_enough_come():
+    labels = np.random.default_rng(0).integers(10, size=300)
+    assert grid_of(labels, (4, 8)) == ([[label] * 8 for label in (0, 2, 5, 7)], [0, 2, 5, 7])
+    labels = np.random.default_rng(0).integers(2, size=300)
+    assert grid_of(labels, (4, 3), 2) == ([[0] * 3] * 2 + [[1] * 3] * 2, [0, 0, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("num_images", "size"),
+    [(32, (4, 8)), (31, (4, 7)), (20, (4, 5)), (13, (2, 6)), (5, (1, 5)), (1, (1, 1))],
+)
+def test_too_few_for_rows_of_classes_are_sorted_in_a_rectangle_without_gaps(num_images, size):
+    labels = np.random.default_rng(0).integers(1000, size=num_images) % 250
+    cells, classes = grid_of(labels, (4, 8), num_classes=250)
+    assert (len(cells), len(cells[0])) == size
+    assert [label for row in cells for label in row] == sorted(labels[: size[0] * size[1]])
+    assert classes == []
+
+
+def test_grid_of_more_classes_than_rows_can_be_is_that_of_uniform_ones():
+    given = list(range(100))
+    assert grid_of(given, (2, 3), 100, given) == ([[0, 1, 2], [3, 4, 5]], [])
+    assert grid_of(given * 3, (2, 3), 100, given) == ([[0] * 3, [50] * 3], [0, 50])
+
+
+def test_grid_of_a_model_without_classes_has_the_images_in_their_order():
+    images = GridImages((2, 3), 10)
+    images.add(Sampled(np.arange(9, dtype=np.uint8)[:, None, None, None], None))
+    assert images.arranged().pixels.ravel().tolist() == [0, 1, 2, 3, 4, 5]

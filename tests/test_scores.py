@@ -16,6 +16,7 @@ from soflow.scores import (
     precision_recall,
     softmax,
 )
+from soflow.tensorflow_start import import_tensorflow
 
 
 def gaussian_features(count, width, seed, shift=0.0):
@@ -175,3 +176,89 @@ def test_an_image_is_not_its_own_neighbour():
     assert Manifold.of(features).squared_radii.tolist() == [36, 25, 9, 36, 99**2]
     with pytest.raises(ValueError, match="3 features have no neighbour number 3"):
         Manifold.of(features[:3])
+
+
+# Distances in float16.
+
+
+def inception_like(count, seed, shift=0.0):
+    """Features of Inception's width, none below 0, their |a|^2 around 500."""
+    random_state = np.random.RandomState(seed)
+    mixing = np.random.RandomState(99).normal(size=(64, 2048)) / 8
+    common = random_state.normal(size=(count, 64)) @ mixing + shift
+    own = random_state.normal(size=(count, 2048))
+    return np.abs(0.35 * common + 0.15 * own + 0.3).astype(np.float32)
+
+
+def float16_distances(a, b):
+    """By TensorFlow's float16, [A, B]; sums of squares are added up in float32, as on GPUs."""
+    tf = import_tensorflow()
+    a, b = (tf.cast(features, tf.float16) for features in (a, b))
+    norms = [tf.cast(tf.reduce_sum(tf.cast(x * x, tf.float32), 1), tf.float16) for x in (a, b)]
+    squared = norms[0][:, None] - 2 * tf.matmul(a, b, transpose_b=True) + norms[1]
+    return tf.maximum(squared, tf.constant(0, tf.float16)).numpy()
+
+
+def precision_recall_by(distances, samples, reference):
+    def radii(features):
+        squared = distances(features, features)
+        np.fill_diagonal(squared, np.inf)
+        return np.sort(squared, axis=1)[:, 2]
+
+    cross = distances(samples, reference)
+    precision = (cross <= radii(reference)).any(axis=1).mean()
+    return precision, (cross <= radii(samples)[:, None]).any(axis=0).mean()
+
+
+@pytest.mark.parametrize("block_rows", [170, 1000])
+def test_float16_precision_and_recall_are_those_of_tensorflows_float16(block_rows, monkeypatch):
+    monkeypatch.setattr(scores, "BLOCK_ROWS", block_rows)
+    samples, reference = inception_like(600, 1, 0.1), inception_like(500, 2)
+    given = samples.copy()
+    found = precision_recall(*(Manifold.of(x, "float16") for x in (samples, reference)))
+    np.testing.assert_array_equal(samples, given)
+    expected = precision_recall_by(float16_distances, samples, reference)
+    # Products are added up in another order, which tips one in thousands to the next float16.
+    assert (found.precision, found.recall) == pytest.approx(expected, abs=0.0021)
+    exact = precision_recall(Manifold.of(samples), Manifold.of(reference))
+    assert exact != found
+    assert (exact.precision, exact.recall) == pytest.approx(expected, abs=0.02)
+
+
+def test_float16_distances_equal_tensorflows_but_for_the_order_of_products():
+    samples, reference = inception_like(80, 1), inception_like(150, 2)
+    a, b = (Manifold.of(x, "float16") for x in (samples, reference))
+    ((_, found),) = scores._distance_blocks(
+        a.features, a.norms, b.features, b.norms, scores.DISTANCES["float16"]
+    )
+    expected = float16_distances(samples, reference).astype(np.float32)
+    assert (found == found.astype(np.float16)).all()
+    assert (found == expected).mean() > 0.998
+    np.testing.assert_allclose(found, expected, atol=0.5)
+
+
+def test_small_whole_numbers_lose_nothing_in_float16():
+    features = np.random.RandomState(0).randint(0, 4, (200, 2, 5)).astype(np.float32)
+    found = [
+        precision_recall(*(Manifold.of(part, kind) for part in features.swapaxes(0, 1)))
+        for kind in scores.DISTANCES
+    ]
+    assert found[0] == found[1]
+
+
+def test_overflowing_float16_is_counted_and_near_to_nobody():
+    features = np.full((9, 4), 200.0, np.float32)  # |a|^2 is 160,000
+    features[:5] *= 0.2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        manifold = Manifold.of(features, "float16")
+        found = precision_recall(manifold, manifold)
+    assert manifold.num_overflows == 4
+    assert Manifold.of(features).num_overflows == 0
+    assert found.precision == 5 / 9
+
+
+def test_kinds_of_distances_are_not_mixed():
+    features = gaussian_features(10, 4, 0)
+    with pytest.raises(ValueError, match="float16 distances against exact ones"):
+        precision_recall(Manifold.of(features, "float16"), Manifold.of(features))

@@ -159,6 +159,16 @@ def test_log_has_all_metrics_and_how_the_run_started(small_run):
         assert word in text
 
 
+def test_log_has_the_gap_and_the_learning_rate_of_the_step_just_done(small_run):
+    folder = small_run(warmup_steps=4, l_schedule="Linear", l_init_ratio=0.6, l_end_ratio=0.3)
+    lines = [line for line in (folder / "log.txt").read_text().splitlines() if "Step: " in line]
+    # The second, fourth and sixth step of six.
+    expected = [("0.55", "0.001"), ("0.45", "0.002"), ("0.35", "0.002")]
+    for line, (gap, rate) in zip(lines, expected, strict=True):
+        assert f", Gap_Fraction: {gap}, Learning_Rate: {rate}, Memory: " in line
+        assert re.search(r"GB, Seconds: [0-9.]+, Images/s: [0-9.]+, ETA: ", line)
+
+
 def test_recorded_config_loads_to_the_same_config_and_is_never_overwritten(small_run, capsys):
     folder = small_run()
     recorded = (folder / "config.yaml").read_text()
@@ -168,6 +178,45 @@ def test_recorded_config_loads_to_the_same_config_and_is_never_overwritten(small
     small_run(logging_steps=3)
     assert "logging_steps changed: 2 -> 3" in capsys.readouterr().out
     assert (folder / "config.yaml").read_text() == recorded
+
+
+def test_a_fresh_run_by_a_config_that_lies_beside_another_run_is_pointed_to_that(
+    small_run, monkeypatch, tmp_path, capsys
+):
+    recorded = small_run(folder="run") / "config.yaml"
+    text = recorded.read_text().replace(str(tmp_path / "run"), "run")
+    recorded.write_text(text)
+    (tmp_path / "elsewhere").mkdir()
+    line = f"{recorded} lies beside a run of 6 steps, which this is not; to continue that one, say "
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for says_so in (True, False):  # the second time it goes on with its own
+        capsys.readouterr()
+        train.main(["--config", str(recorded)])
+        said = capsys.readouterr().out
+        assert (f"{line}--set working_dir={tmp_path / 'run'}\n" in said) == says_so
+    monkeypatch.chdir(tmp_path)
+    train.main(["--config", str(recorded)])
+    assert "lies beside" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--learning-rate", "1e-4"], "--learning-rate: a key of the config; say --set learning_"),
+        (["--batch_size=3"], "--batch_size: a key of the config; say --set batch_size=3"),
+        (["--seed", "-1"], "--seed: a key of the config; say --set seed=-1"),
+        (["--compile", "--dry-run"], "--compile: a key of the config; say --set compile=VALUE"),
+    ],
+)
+def test_a_key_among_the_options_is_answered_with_set(words, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        train.main(["--config=nowhere.yaml", *words])
+
+
+def test_an_unknown_option_is_answered_with_the_nearest(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--config=nowhere.yaml", "--dryrun"])
+    assert "unrecognized arguments: --dryrun; did you mean --dry-run?" in capsys.readouterr().err
 
 
 def test_another_experiment_in_the_same_folder_is_refused(small_run):
@@ -353,7 +402,7 @@ def test_evals_and_demos_are_made_by_the_averaged_model(small_run):
     with read_archive(folder / "evals" / "6_1NFE_42.npz") as archive:
         assert (next(archive.batches(10)) == during).all()
     inference.main(
-        [*options, *flags, "--labels=0,0,5,5", "--seed=42", f"--grid={folder / 'g.png'}"]
+        [*options, *flags, "--labels=0,0,5,5", "--overwrite", f"--grid={folder / 'g.png'}"]
     )
     assert (folder / "g.png").read_bytes() == picture
 

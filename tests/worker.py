@@ -10,9 +10,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from learner import Learner
 from models import Batch, build_model
 from soflow.batches import BatchPlan
+from soflow.command import run_command
 from soflow.config import Config, resolve
 from soflow.distributed import Processes, processes
-from soflow.files import run_command
 from soflow.randomness import PerImageStream, ReferenceStream
 from soflow.sampling import SampleRequest, sample_pixels
 

@@ -1,0 +1,117 @@
+"""A command's start and end: one line and a status, whatever a user does."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from commands import ROOT, run
+
+from soflow import command
+from soflow.command import run_command
+from soflow.files import UserError
+
+FIRST_PACKAGE = {
+    "train.py": "torch",
+    "inference.py": "torch",
+    "latent_dataset.py": "numpy",
+    "evaluator.py": "numpy",
+}
+
+
+@pytest.mark.parametrize(
+    ("main", "status", "line"),
+    [
+        (lambda: None, 0, ""),
+        (lambda: 3, 3, ""),
+        (lambda: (_ for _ in ()).throw(UserError("a.yaml: no")), 1, "error: a.yaml: no\n"),
+        (lambda: (_ for _ in ()).throw(KeyboardInterrupt), 130, "interrupted\n"),
+    ],
+)
+def test_command_ends_with_one_line_and_a_status(main, status, line, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        run_command(main)
+    assert exit_.value.code == status
+    assert capsys.readouterr().err == line
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run_command(lambda: 1 // 0)
+
+
+@pytest.mark.parametrize("work", ["print('many lines')", "sys.exit(print('help'))"])
+def test_a_command_that_nobody_reads_ends_without_a_word(work):
+    reading, writing = os.pipe()
+    os.close(reading)
+    script = f"import sys; from soflow.command import run_command; run_command(lambda: {work})"
+    with open(writing, "w") as closed:
+        finished = subprocess.run(
+            [sys.executable, "-c", script], stdout=closed, stderr=subprocess.PIPE, cwd=ROOT
+        )
+    assert (finished.returncode, finished.stderr) == (141, b"")
+
+
+def test_a_broken_pipe_of_another_kind_is_a_bug():
+    with pytest.raises(BrokenPipeError):
+        run_command(lambda: (_ for _ in ()).throw(BrokenPipeError))
+
+
+@pytest.mark.parametrize("script", FIRST_PACKAGE)
+def test_ctrl_c_ends_a_start_at_once_whatever_a_package_catches(script, tmp_path):
+    package = tmp_path / f"{FIRST_PACKAGE[script]}.py"
+    package.write_text(
+        "import os, signal, time\n"
+        "try:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(60)\n"
+        "except BaseException:\n"
+        "    print('caught', flush=True)\n"
+    )
+    finished = run(script, "--help", env={"PYTHONPATH": str(tmp_path)})
+    assert finished.returncode == -signal.SIGINT  # 130 to a shell
+    assert (finished.stdout, finished.stderr) == ("", "")
+
+
+def test_a_commands_module_leaves_ctrl_c_and_errors_to_the_program_that_imports_it():
+    script = "import signal, sys, soflow.command; print(signal.getsignal(2), sys.excepthook)"
+    said = run("-c", script).stdout
+    assert "default_int_handler" in said
+    assert "built-in function excepthook" in said
+
+
+@pytest.mark.parametrize("script", FIRST_PACKAGE)
+def test_a_missing_package_is_one_line_that_says_how_to_get_it(script):
+    finished = run("-S", script, "--help")  # without site-packages
+    assert finished.returncode == 1
+    assert finished.stderr.count("\n") == 1
+    assert finished.stderr.startswith(f"error: {FIRST_PACKAGE[script]} is missing in ")
+    needed = "_eval" if script == "evaluator.py" else ""
+    assert finished.stderr.endswith(f"install it: pip install -r requirements_soflow{needed}.txt\n")
+
+
+def test_a_package_missing_beside_an_environment_is_answered_with_its_activation(
+    tmp_path, monkeypatch
+):
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").touch()
+    (tmp_path / "requirements_soflow.txt").write_text("PyYAML==6\n")
+    (tmp_path / "requirements_soflow_eval.txt").write_text("tensorflow==2\n")
+    monkeypatch.setattr(command, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert command._describe_missing("PyYAML") == (
+        f"PyYAML is missing in {sys.executable}; activate the project's environment: "
+        ". .venv/bin/activate; or install it: pip install -r requirements_soflow.txt"
+    )
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / ".venv"))  # it is active
+    assert command._describe_missing("tensorflow") == (
+        f"tensorflow is missing in {sys.executable}; "
+        "install it: pip install -r requirements_soflow_eval.txt"
+    )
+
+
+def test_a_missing_module_of_our_own_is_a_bug(capsys):
+    error = ModuleNotFoundError("no learner", name="learner")
+    command._explain(type(error), error, None)
+    assert capsys.readouterr().err == "ModuleNotFoundError: no learner\n"
