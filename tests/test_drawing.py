@@ -1,6 +1,5 @@
 """The draws of a step: owned by (seed, purpose, step, part), and passed on whole."""
 
-import dataclasses
 
 import pytest
 import torch
@@ -101,7 +100,7 @@ def test_each_time_has_its_own_mean_and_is_drawn_for_itself():
 def test_a_unet_on_cifar_gets_augmented_images_and_what_was_done_to_them():
     plain = config(model_type="UNet", cfg_scale=1.0, cfg_drop_rate=0.0)
     assert plain.augment_probability == 0.12
-    batch = draw(dataclasses.replace(plain, augment_probability=1.0))
+    batch = draw(plain.model_copy(update={"augment_probability": 1.0}))
     assert batch.flow_matching.labels is None
     assert batch.flow_matching.null_mask is None
     assert batch.consistency.augment_labels.shape == (6, 6)
@@ -111,7 +110,7 @@ def test_a_unet_on_cifar_gets_augmented_images_and_what_was_done_to_them():
     assert torch.equal(batch.flow_matching.augment_labels, parameters.labels[:10])
     assert torch.equal(batch.consistency.augment_labels, parameters.labels[10:])
     assert parameters.labels.abs().sum() > 1
-    untouched = draw(dataclasses.replace(plain, augment_probability=0.0))
+    untouched = draw(plain.model_copy(update={"augment_probability": 0.0}))
     assert untouched.consistency.augment_labels is None
     assert not torch.allclose(batch.flow_matching.x_0, untouched.flow_matching.x_0, atol=0.1)
 
