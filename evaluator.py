@@ -10,7 +10,7 @@ record in its eval_results.jsonl; what has them is passed over. Needs TensorFlow
 GPU, and no torch. Distances are called FID only with the Inception graph, else FD.
 """
 
-from soflow.command import run_command  # isort: skip - first: it attends to the start
+from support.system.command import run_command  # isort: skip - first: it attends to the start
 
 import argparse
 import contextlib
@@ -21,10 +21,16 @@ from pathlib import Path
 
 import numpy as np
 
-from soflow import __version__
-from soflow.feature_graph import DEFAULT_NAME, FeatureGraph, find_graph
-from soflow.files import UserError, make_folder, natural_key, sha256_of
-from soflow.references import (
+from support import __version__
+from support.scores.graph import DEFAULT_NAME, FeatureGraph, find_graph
+from support.scores.measures import (
+    DISTANCES,
+    Manifold,
+    frechet_distance,
+    inception_score,
+    precision_recall,
+)
+from support.scores.references import (
     Measured,
     Reference,
     archive_images,
@@ -34,7 +40,7 @@ from soflow.references import (
     refuse_to_replace,
     write_reference,
 )
-from soflow.results import (
+from support.scores.table import (
     FEW_IMAGES,
     Results,
     Stamp,
@@ -43,13 +49,7 @@ from soflow.results import (
     origin_of,
     printable,
 )
-from soflow.scores import (
-    DISTANCES,
-    Manifold,
-    frechet_distance,
-    inception_score,
-    precision_recall,
-)
+from support.system.files import UserError, make_folder, natural_key, sha256_of
 
 COMMON_IMAGES = 50_000  # behind published scores
 

@@ -10,7 +10,7 @@ The images come from the averaged weights of ckpts/{steps}.pt in the config's wo
 evals/{steps}_{NFE}NFE_{seed}.npz there. Guidance was trained in: there is no scale to choose.
 """
 
-from soflow.command import run_command  # isort: skip - first: it attends to the start
+from support.system.command import run_command  # isort: skip - first: it attends to the start
 
 import argparse
 import json
@@ -22,22 +22,9 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+from config import Config, add_options, config_from_dict, load_config, shorten, suggest
 from models import SoFlow, build_model
-from soflow.checkpoint import (
-    check_weights,
-    checkpoint_path,
-    read_checkpoint,
-    run_of_checkpoint,
-    run_of_config,
-)
-from soflow.config import Config, add_options, config_from_dict, load_config, shorten, suggest
-from soflow.data import SOURCES
-from soflow.distributed import Processes, processes
-from soflow.files import UserError, check_writable, make_folder
-from soflow.hardware import allow_tf32
-from soflow.logbook import record_of, weights_digest, write_record
-from soflow.randomness import GivenLabels, PerImageStream, ReferenceStream, SamplingStream
-from soflow.sampling import (
+from sampling import (
     Grid,
     GridImages,
     Sampled,
@@ -49,6 +36,19 @@ from soflow.sampling import (
     save_grid,
     write_samples,
 )
+from support.data.datasets import SOURCES
+from support.runs.checkpoint import (
+    check_weights,
+    checkpoint_path,
+    read_checkpoint,
+    run_of_checkpoint,
+    run_of_config,
+)
+from support.runs.logbook import record_of, weights_digest, write_record
+from support.system.files import UserError, check_writable, make_folder
+from support.system.hardware import allow_tf32
+from support.system.processes import Processes, processes
+from support.system.randomness import GivenLabels, PerImageStream, ReferenceStream, SamplingStream
 
 LARGEST_COUNT = 10**7  # of channels or classes
 # Entries of a record, or of the config in it, that decide the images.

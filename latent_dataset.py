@@ -10,7 +10,7 @@ Stopped at any moment, the same command goes on. Classes are the folders below -
 order: by number where all have numbers for names, else by alphabet.
 """
 
-from soflow.command import run_command  # isort: skip - first: it attends to the start
+from support.system.command import run_command  # isort: skip - first: it attends to the start
 
 import argparse
 import contextlib
@@ -26,20 +26,16 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from soflow.distributed import Processes, processes
-from soflow.files import UserError
-from soflow.hardware import allow_tf32
-from soflow.images import (
+from support.data.images import (
     LabelledFiles,
     class_folders,
     describe_classes,
     read_image,
     to_images,
 )
-from soflow.latent_parts import PART_IMAGES, SKIPPED_FILE, Part, PartsFolder, Plan
-from soflow.latents import MOMENT_CHANNELS, LatentInfo, LatentReader
-from soflow.logbook import code_version, duration, weights_digest
-from soflow.vae import (
+from support.data.latent_parts import PART_IMAGES, SKIPPED_FILE, Part, PartsFolder, Plan
+from support.data.latents import MOMENT_CHANNELS, LatentInfo, LatentReader
+from support.data.vae import (
     LATENT_SCALE,
     PIXELS_PER_LATENT,
     VAE_NAME,
@@ -49,6 +45,10 @@ from soflow.vae import (
     load_vae,
     release,
 )
+from support.runs.logbook import code_version, duration, weights_digest
+from support.system.files import UserError
+from support.system.hardware import allow_tf32
+from support.system.processes import Processes, processes
 
 SECONDS_BETWEEN_LINES = 10
 TIMEOUT_MINUTES = 120.0  # of a process that is done with its share, for the slowest

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from config import Config
 from models import Batch, Method, build_model
 from passes import Execution
 from schedules import gap_fraction
-from soflow.batches import BatchPlan
-from soflow.checkpoint import TrainState
-from soflow.config import Config
-from soflow.distributed import Processes
-from soflow.ema import is_ema_step, update_ema
-from soflow.files import UserError
-from soflow.hardware import allow_tf32, obstacle_to_bf16, obstacle_to_compiling
-from soflow.randomness import derive_seed
+from support.data.batches import BatchPlan
+from support.runs.averages import is_ema_step, update_ema
+from support.runs.checkpoint import TrainState
+from support.system.files import UserError
+from support.system.hardware import allow_tf32, obstacle_to_bf16, obstacle_to_compiling
+from support.system.processes import Processes
+from support.system.randomness import derive_seed
 
 METRICS = ("Vel_MSE", "Vel_Weight", "Con_MSE", "Con_Weight", "Grad_Norm")
 

@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from config import Config
 from learner import Learner
 from models import Batch
-from soflow.budget import size, state_bytes
-from soflow.config import Config
-from soflow.data import SOURCES, DataSpec, RawBatch, TrainingData, count_classes
-from soflow.files import UserError
-from soflow.hardware import free_memory_bytes, is_out_of_memory, limit_memory
-from soflow.latents import MOMENT_CHANNELS
-from soflow.logbook import device_name, duration, peak_memory_gb
-from soflow.vae import draw_latents
+from support.data.datasets import SOURCES, DataSpec, RawBatch, TrainingData, count_classes
+from support.data.latents import MOMENT_CHANNELS
+from support.data.vae import draw_latents
+from support.runs.budget import size, state_bytes
+from support.runs.logbook import device_name, duration, peak_memory_gb
+from support.system.files import UserError
+from support.system.hardware import free_memory_bytes, is_out_of_memory, limit_memory
 
 TIMED_STEPS = 3
 LONG_SECONDS = 60  # beyond that, a user wants to know what they are waiting for

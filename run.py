@@ -9,23 +9,9 @@ from typing import NoReturn
 import numpy as np
 from torch import Tensor
 
+from config import Config, is_due
 from learner import Learner
-from soflow.background import Background
-from soflow.batches import BatchPlan, DataOrder
-from soflow.checkpoint import (
-    TrainState,
-    checkpoint_path,
-    host_copy,
-    refuse_non_finite,
-    save_checkpoint,
-)
-from soflow.config import Config, is_due
-from soflow.data import TrainingData
-from soflow.distributed import Processes
-from soflow.files import Stopped, delete_superseded
-from soflow.logbook import Logbook, record_of, weights_digest, write_record
-from soflow.randomness import GivenLabels, PerImageStream
-from soflow.sampling import (
+from sampling import (
     Sampled,
     SampleRequest,
     decoder_record,
@@ -35,7 +21,21 @@ from soflow.sampling import (
     save_grid,
     write_samples,
 )
-from soflow.signals import Asked, Listener
+from support.data.batches import BatchPlan, DataOrder
+from support.data.datasets import TrainingData
+from support.runs.background import Background
+from support.runs.checkpoint import (
+    TrainState,
+    checkpoint_path,
+    host_copy,
+    refuse_non_finite,
+    save_checkpoint,
+)
+from support.runs.logbook import Logbook, record_of, weights_digest, write_record
+from support.runs.signals import Asked, Listener
+from support.system.files import Stopped, delete_superseded
+from support.system.processes import Processes
+from support.system.randomness import GivenLabels, PerImageStream
 
 
 @dataclass

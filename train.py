@@ -8,7 +8,7 @@
 Everything goes into the config's working_dir: config.yaml, log.txt, ckpts/, evals/, figs/.
 """
 
-from soflow.command import is_first_process, run_command  # isort: skip - first: it attends to the start
+from support.system.command import is_first_process, run_command  # isort: skip - first: it attends to the start
 
 import argparse
 import contextlib
@@ -20,16 +20,7 @@ from typing import Any
 
 import torch
 
-from drawing import draw_batch
-from learner import METRICS, build_learner, gap_fraction_at, learning_rate_at
-from models import Batch, build_model
-from rehearsal import MadeUpData, rehearse, within_memory
-from run import Run, due_results, save_and_stop
-from soflow.background import background
-from soflow.batches import BatchPlan, build_loader
-from soflow.budget import describe_model, describe_needs
-from soflow.checkpoint import find_checkpoints, newest_checkpoint, read_checkpoint
-from soflow.config import (
+from config import (
     FIELDS,
     Config,
     add_options,
@@ -43,7 +34,15 @@ from soflow.config import (
     save_config,
     suggest,
 )
-from soflow.data import (
+from draws import draw_batch
+from learner import METRICS, build_learner, gap_fraction_at, learning_rate_at
+from models import Batch, build_model
+from published import save_published_config
+from rehearsal import MadeUpData, rehearse, within_memory
+from run import Run, due_results, save_and_stop
+from sampling import find_decoder
+from support.data.batches import BatchPlan, build_loader
+from support.data.datasets import (
     SKIPPED_FILE,
     SOURCES,
     RawBatch,
@@ -52,12 +51,13 @@ from soflow.data import (
     compare_data,
     count_classes,
 )
-from soflow.distributed import Processes, processes, world_size_asked_for
-from soflow.files import UserError, atomic_write, delete_superseded, hold_lock, make_folder
-from soflow.logbook import Interval, Logbook, device_name, duration, peak_memory_gb
-from soflow.published import save_published_config
-from soflow.sampling import find_decoder
-from soflow.signals import Asked, listening
+from support.runs.background import background
+from support.runs.budget import describe_model, describe_needs
+from support.runs.checkpoint import find_checkpoints, newest_checkpoint, read_checkpoint
+from support.runs.logbook import Interval, Logbook, device_name, duration, peak_memory_gb
+from support.runs.signals import Asked, listening
+from support.system.files import UserError, atomic_write, delete_superseded, hold_lock, make_folder
+from support.system.processes import Processes, processes, world_size_asked_for
 
 
 def train(run: Run) -> None:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from backbone import Backbone
-from soflow.files import UserError
+from support.system.files import UserError
 
 STEM_WIDTH = 128
 WIDTH = 256  # of every level

@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from toy_graph import write_toy_graph  # noqa: E402
 
 import evaluator  # noqa: E402
-from soflow.scores import (  # noqa: E402
+from support.scores.measures import (  # noqa: E402
     Manifold,
     Statistics,
     frechet_distance,

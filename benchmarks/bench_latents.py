@@ -21,11 +21,11 @@ from measuring import memory_mb
 from torch.utils.data import DataLoader, Dataset
 
 # isort: split
-from soflow.batches import BatchPlan, DataOrder, build_loader
-from soflow.config import config_from_dict
-from soflow.data import build_data
-from soflow.latent_parts import Part, PartsFolder, Plan
-from soflow.latents import LATENT_FILE, LatentInfo
+from config import config_from_dict
+from support.data.batches import BatchPlan, DataOrder, build_loader
+from support.data.datasets import build_data
+from support.data.latent_parts import Part, PartsFolder, Plan
+from support.data.latents import LATENT_FILE, LatentInfo
 
 NUM_LATENTS, BATCH_SIZE, TRIES = 20_000, 256, 3
 ROW = (8, 32, 32)

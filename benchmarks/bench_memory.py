@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from learner import Learner
-from soflow.distributed import processes
+from support.system.processes import processes
 
 MOST_BYTES, MOST_TIME = 0.35, 1.4
 

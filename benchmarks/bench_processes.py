@@ -27,8 +27,8 @@ from measuring import (
 # isort: split
 from torch.nn.parallel import DistributedDataParallel
 
-from soflow.command import run_command
-from soflow.distributed import processes
+from support.system.command import run_command
+from support.system.processes import processes
 
 AS_TRAINING = {"gradient_as_bucket_view": True}
 WAYS = {

@@ -22,9 +22,9 @@ from measuring import bench_config, bench_learner, in_turns, machine, median_rat
 import torch
 from torch import Tensor
 
-from soflow.distributed import Processes, processes
-from soflow.randomness import PerImageStream
-from soflow.sampling import Model, SampleRequest, sample_pixels, write_samples
+from sampling import Model, SampleRequest, sample_pixels, write_samples
+from support.system.processes import Processes, processes
+from support.system.randomness import PerImageStream
 
 MODEL, BATCH, BATCHES, TRIES = "DiT-B-4", 32, 4, 5
 LEAST_RATIO, MOST_DIFFERENCE_MB = 0.95, 50

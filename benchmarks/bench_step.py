@@ -37,11 +37,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from config import Config
 from learner import Learner
 from models import Batch, Samples, build_model
 from schedules import consistency_times
-from soflow.config import Config
-from soflow.distributed import processes
+from support.system.processes import processes
 
 STEPS = {"SoFlow": lambda model: model, "flow matching": FlowMatching, "MeanFlow": MeanFlow}
 

@@ -10,18 +10,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import soflow  # noqa: E402, F401  # before torch: tells its threads how to wait
+import support  # noqa: E402, F401  # before torch: tells its threads how to wait
 
 # isort: split
 import torch  # noqa: E402
 
-from drawing import draw_batch  # noqa: E402
+from config import Config, load_config  # noqa: E402
+from draws import draw_batch  # noqa: E402
 from learner import Learner, build_learner  # noqa: E402
 from models import Batch  # noqa: E402
-from soflow.batches import BatchPlan  # noqa: E402
-from soflow.config import Config, load_config  # noqa: E402
-from soflow.data import PixelData, RawBatch  # noqa: E402
-from soflow.distributed import Processes, usable_cores  # noqa: E402
+from support.data.batches import BatchPlan  # noqa: E402
+from support.data.datasets import PixelData, RawBatch  # noqa: E402
+from support.system.processes import Processes, usable_cores  # noqa: E402
 
 NUM_CLASSES = 1000
 

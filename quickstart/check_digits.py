@@ -17,10 +17,10 @@ from sklearn.neighbors import KNeighborsClassifier
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from soflow.command import run_command
-from soflow.data import digits_split
-from soflow.files import UserError
-from soflow.npz import read_archive
+from support.data.datasets import digits_split
+from support.scores.npz import read_archive
+from support.system.command import run_command
+from support.system.files import UserError
 
 NUM_NEIGHBOURS = 3
 NUM_CLASSES = 10

@@ -3,7 +3,7 @@
     python quickstart/digit_classifier.py
 
 Writes digit_classifier.pb beside this script, with the tensor names of the Inception graph (see
-soflow/feature_graph.py). Trained on the 1,197 training digits only; prints its accuracy on both
+support/scores/graph.py). Trained on the 1,197 training digits only; prints its accuracy on both
 halves. The graph is kept in the repository: scores are comparable only by the same one.
 """
 
@@ -14,9 +14,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from soflow.data import digits_split
-from soflow.files import atomic_write
-from soflow.tensorflow_start import import_tensorflow
+from support.data.datasets import digits_split
+from support.scores.tensorflow_start import import_tensorflow
+from support.system.files import atomic_write
 
 tf = import_tensorflow()
 

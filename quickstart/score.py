@@ -19,12 +19,12 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import evaluator
-from soflow.command import run_command
-from soflow.data import digits_split
-from soflow.files import UserError
-from soflow.images import to_pixels
-from soflow.npz import read_archive, write_images
-from soflow.results import Results
+from support.data.datasets import digits_split
+from support.data.images import to_pixels
+from support.scores.npz import read_archive, write_images
+from support.scores.table import Results
+from support.system.command import run_command
+from support.system.files import UserError
 
 GRAPH = Path(__file__).with_name("digit_classifier.pb")
 NUM_IMAGES = 600

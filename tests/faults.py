@@ -38,11 +38,11 @@ from PIL import Image
 from tqdm import tqdm
 
 import train
-from soflow.checkpoint import find_checkpoints, read_checkpoint, save_checkpoint
-from soflow.command import STOPPED_STATUS, run_command
-from soflow.config import load_config
-from soflow.distributed import Processes
-from soflow.npz import read_archive
+from config import load_config
+from support.runs.checkpoint import find_checkpoints, read_checkpoint, save_checkpoint
+from support.scores.npz import read_archive
+from support.system.command import STOPPED_STATUS, run_command
+from support.system.processes import Processes
 
 TESTS = ROOT / "tests"
 LIMIT_SECONDS = 60  # for a process that should have ended by itself

@@ -23,10 +23,12 @@ import torch
 
 import learner
 import run
+import sampling
 import train
-from soflow import data, files, sampling
-from soflow.command import run_command
-from soflow.files import UserError
+from support.data import datasets as data
+from support.system import files
+from support.system.command import run_command
+from support.system.files import UserError
 
 BALLAST = "ballast"
 GONE = ".gone"
@@ -115,7 +117,7 @@ def final_name(path: str | os.PathLike) -> str | None:
 
 
 def watch_files(watch: Watch) -> None:
-    """Patch what soflow.files changes the disk by."""
+    """Patch what support.system.files changes the disk by."""
     real_fsync, real_replace, real_unlink = os.fsync, os.replace, os.unlink
 
     def half(write, data, event: str, name: str):

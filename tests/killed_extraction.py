@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import latent_dataset
-from soflow.command import run_command
+from support.system.command import run_command
 
 
 class Killer:

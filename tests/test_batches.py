@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from soflow.batches import BatchPlan, DataOrder, PartSampler, build_loader
-from soflow.config import config_from_dict
-from soflow.data import PixelData, TrainingData
-from soflow.files import UserError
+from config import config_from_dict
+from support.data.batches import BatchPlan, DataOrder, PartSampler, build_loader
+from support.data.datasets import PixelData, TrainingData
+from support.system.files import UserError
 
 
 def all_parts(plan):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from soflow.checkpoint import (
+from support.runs.checkpoint import (
     TrainState,
     check_weights,
     find_checkpoints,
@@ -14,7 +14,7 @@ from soflow.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from soflow.files import UserError
+from support.system.files import UserError
 
 
 def fresh_state(width: int = 3, **options) -> TrainState:

@@ -15,9 +15,9 @@ import pytest
 import standins
 from torchvision.datasets import CIFAR10
 
-import soflow.cifar10
-from soflow.cifar10 import load_training_set, published, read_batch, training_batches
-from soflow.files import UserError, temporary_path
+import support.data.cifar10
+from support.data.cifar10 import load_training_set, published, read_batch, training_batches
+from support.system.files import UserError, temporary_path
 
 
 def write_batch(path, count=3, seed=0, protocol=2):
@@ -131,7 +131,9 @@ def test_training_set_is_all_batches_in_order(tmp_path, monkeypatch):
 
 
 def test_whole_copy_is_read_where_nothing_can_be_written(copy, monkeypatch):
-    monkeypatch.setattr(soflow.cifar10, "one_at_a_time", lambda _: pytest.fail("took the lock"))
+    monkeypatch.setattr(
+        support.data.cifar10, "one_at_a_time", lambda _: pytest.fail("took the lock")
+    )
     before = sorted(os.walk(copy.parent))
     load_training_set(copy.parent)
     assert sorted(os.walk(copy.parent)) == before
@@ -140,8 +142,10 @@ def test_whole_copy_is_read_where_nothing_can_be_written(copy, monkeypatch):
 @pytest.mark.parametrize("name", ["data_batch_3", "batches.meta"])
 def test_flipped_bit_is_refused_by_name_before_anything_is_unpickled(copy, monkeypatch, name):
     parsed = []
-    parse = soflow.cifar10._parse
-    monkeypatch.setattr(soflow.cifar10, "_parse", lambda data: parsed.append(data) or parse(data))
+    parse = support.data.cifar10._parse
+    monkeypatch.setattr(
+        support.data.cifar10, "_parse", lambda data: parsed.append(data) or parse(data)
+    )
     content = bytearray((copy / name).read_bytes())
     content[len(content) // 2] ^= 1
     (copy / name).write_bytes(content)

@@ -8,9 +8,9 @@ import sys
 import pytest
 from commands import ROOT, run
 
-from soflow import command
-from soflow.command import run_command
-from soflow.files import UserError
+from support.system import command
+from support.system.command import run_command
+from support.system.files import UserError
 
 FIRST_PACKAGE = {
     "train.py": "torch",
@@ -45,7 +45,9 @@ def test_a_bug_keeps_its_traceback():
 def test_a_command_that_nobody_reads_ends_without_a_word(work):
     reading, writing = os.pipe()
     os.close(reading)
-    script = f"import sys; from soflow.command import run_command; run_command(lambda: {work})"
+    script = (
+        f"import sys; from support.system.command import run_command; run_command(lambda: {work})"
+    )
     with open(writing, "w") as closed:
         finished = subprocess.run(
             [sys.executable, "-c", script], stdout=closed, stderr=subprocess.PIPE, cwd=ROOT
@@ -75,7 +77,9 @@ def test_ctrl_c_ends_a_start_at_once_whatever_a_package_catches(script, tmp_path
 
 
 def test_a_commands_module_leaves_ctrl_c_and_errors_to_the_program_that_imports_it():
-    script = "import signal, sys, soflow.command; print(signal.getsignal(2), sys.excepthook)"
+    script = (
+        "import signal, sys, support.system.command; print(signal.getsignal(2), sys.excepthook)"
+    )
     said = run("-c", script).stdout
     assert "default_int_handler" in said
     assert "built-in function excepthook" in said

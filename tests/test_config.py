@@ -7,7 +7,7 @@ import yaml
 from commands import ROOT
 from pydantic import ValidationError
 
-from soflow.config import (
+from config import (
     FIELDS,
     Config,
     changed_keys,
@@ -17,7 +17,7 @@ from soflow.config import (
     refuse_another_experiment,
     save_config,
 )
-from soflow.files import UserError
+from support.system.files import UserError
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 

@@ -8,8 +8,8 @@ import typing
 
 import pytest
 
-from soflow.config import FIELDS, TYPES, choices_of, config_from_dict, load_config
-from soflow.files import UserError
+from config import FIELDS, TYPES, choices_of, config_from_dict, load_config
+from support.system.files import UserError
 
 BASE = {
     "working_dir": "x",

@@ -10,11 +10,11 @@ import torch
 from commands import ROOT, run
 from PIL import Image
 
-import soflow.data
+import support.data.datasets
 import train
-from soflow.batches import BatchPlan, build_loader
-from soflow.config import config_from_dict
-from soflow.data import (
+from config import config_from_dict
+from support.data.batches import BatchPlan, build_loader
+from support.data.datasets import (
     PixelData,
     Source,
     build_data,
@@ -22,9 +22,9 @@ from soflow.data import (
     count_classes,
     digits_split,
 )
-from soflow.distributed import Processes
-from soflow.files import UserError
-from soflow.images import read_image
+from support.data.images import read_image
+from support.system.files import UserError
+from support.system.processes import Processes
 
 
 def config_of(dataset_type, path=None, **values):
@@ -274,9 +274,11 @@ def test_processes_check_a_share_each_and_come_to_one_list(tmp_path, monkeypatch
     damage(tmp_path / "cup" / "1.jpg", tmp_path / "cat" / "0.jpg")
     shares, tried = [], []
     monkeypatch.setattr(Processes, "sum_over_ranks", lambda own, mask: shares.append(mask) or mask)
-    find = soflow.data.find_unreadable
+    find = support.data.datasets.find_unreadable
     monkeypatch.setattr(
-        soflow.data, "find_unreadable", lambda paths, *how: tried.extend(paths) or find(paths, *how)
+        support.data.datasets,
+        "find_unreadable",
+        lambda paths, *how: tried.extend(paths) or find(paths, *how),
     )
     config = config_of("ImageFolder", tmp_path)
     for rank in range(5):
@@ -338,7 +340,7 @@ def test_label_out_of_range_is_refused_before_it_reaches_a_device(monkeypatch, l
     data = PixelData(
         torch.zeros(5, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 2, 0, label]), (*"abc",)
     )
-    monkeypatch.setitem(soflow.data.SOURCES, "Digits", Source(1, 3, lambda _: data))
+    monkeypatch.setitem(support.data.datasets.SOURCES, "Digits", Source(1, 3, lambda _: data))
     said = refusal(config_of("Digits"))
     assert said == f"Digits: has a label {label}; its 3 classes go from 0 to 2"
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from soflow.data import digits_split
-from soflow.feature_graph import FeatureGraph
-from soflow.files import UserError
-from soflow.npz import write_images
+from support.data.datasets import digits_split
+from support.scores.graph import FeatureGraph
+from support.scores.npz import write_images
+from support.system.files import UserError
 
 QUICKSTART = Path(__file__).resolve().parent.parent / "quickstart"
 sys.path.insert(0, str(QUICKSTART))

@@ -1,16 +1,15 @@
 """The draws of a step: owned by (seed, purpose, step, part), and passed on whole."""
 
-
 import pytest
 import torch
 
 from augmentation import draw_augmentation
-from drawing import draw_batch
+from config import Config, resolve
+from draws import draw_batch
 from models import Batch
-from soflow.batches import BatchPlan
-from soflow.config import Config, resolve
-from soflow.data import PixelData
-from soflow.randomness import generator
+from support.data.batches import BatchPlan
+from support.data.datasets import PixelData
+from support.system.randomness import generator
 
 CPU = torch.device("cpu")
 PLAN = BatchPlan(batch_size=16, flow_matching_count=10, world_size=1, accumulation_steps=1)

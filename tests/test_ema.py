@@ -6,9 +6,9 @@ import math
 import torch
 from torch import nn
 
+from config import Config, resolve
 from learner import build_optimizer
-from soflow.config import Config, resolve
-from soflow.ema import is_ema_step, update_ema
+from support.runs.averages import is_ema_step, update_ema
 
 
 def small_model() -> nn.Module:

@@ -20,10 +20,11 @@ from test_scores import plain_inception_score, plain_precision_recall
 from toy_graph import write_toy_graph
 
 import evaluator
-from soflow import feature_graph, references
-from soflow.files import UserError, sha256_of
-from soflow.images import centre_crop
-from soflow.npz import read_archive
+from support.data.images import centre_crop
+from support.scores import graph as feature_graph
+from support.scores import references
+from support.scores.npz import read_archive
+from support.system.files import UserError, sha256_of
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ["IS", "FD", "sFD", "prec", "recall"]

@@ -3,8 +3,8 @@
 import faults
 import pytest
 
-from soflow.background import background
-from soflow.files import UserError
+from support.runs.background import background
+from support.system.files import UserError
 
 
 def assert_nothing_is_lost(fault) -> None:

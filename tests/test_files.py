@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from soflow.files import (
+from support.system.files import (
     UserError,
     append_line,
     atomic_write,
@@ -71,8 +71,8 @@ def test_place_that_cannot_be_written_is_named(tmp_path):
 @pytest.mark.parametrize("size", [1000, 100_000])
 def test_full_disk_is_named_and_the_former_file_stays(tmp_path, size):
     write = (
-        "from soflow.command import run_command\n"
-        "from soflow.files import atomic_write\n"
+        "from support.system.command import run_command\n"
+        "from support.system.files import atomic_write\n"
         "def main():\n"
         "    with atomic_write('a.bin') as file:\n"
         f"        for _ in range(1000): file.write(bytes({size}))\n"

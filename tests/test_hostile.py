@@ -32,24 +32,24 @@ from test_latents import write_reference_form
 from tiny_vae import make_tiny_vae
 
 import train
+from config import FIELDS, Config, config_from_dict, load_config
 from evaluator import Results
 from inference import data_of
-from soflow.batches import BatchPlan
-from soflow.checkpoint import (
+from support.data.batches import BatchPlan
+from support.data.cifar10 import read_batch
+from support.data.datasets import build_data
+from support.data.images import read_image, refuse_non_pictures
+from support.data.latent_parts import PartsFolder, Plan
+from support.data.latents import LatentReader
+from support.data.vae import find_vae, load_vae
+from support.runs.checkpoint import (
     find_checkpoints,
     newest_checkpoint,
     read_checkpoint,
     save_checkpoint,
 )
-from soflow.cifar10 import read_batch
-from soflow.config import FIELDS, Config, config_from_dict, load_config
-from soflow.data import build_data
-from soflow.files import UserError
-from soflow.images import read_image, refuse_non_pictures
-from soflow.latent_parts import PartsFolder, Plan
-from soflow.latents import LatentReader
-from soflow.npz import read_archive
-from soflow.vae import find_vae, load_vae
+from support.scores.npz import read_archive
+from support.system.files import UserError
 
 LONGEST_LINE = 500  # besides the name of the file
 MB = 1 << 20

@@ -8,8 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from soflow.files import UserError
-from soflow.images import (
+from support.data.images import (
     EXTENSIONS,
     FORMATS,
     centre_crop,
@@ -24,6 +23,7 @@ from soflow.images import (
     to_images,
     to_pixels,
 )
+from support.system.files import UserError
 
 
 def some_pixels(*shape):
@@ -57,8 +57,9 @@ def test_floats_are_clamped_and_truncated():
 
 def test_module_comes_without_torch():
     code = (
-        "import sys, soflow.images, soflow.npz, soflow.files; assert 'torch' not in sys.modules; "
-        "import numpy; soflow.images.to_pixels(numpy.zeros(3)); assert 'torch' not in sys.modules"
+        "import sys, support.data.images, support.scores.npz, support.system.files\n"
+        "import numpy; support.data.images.to_pixels(numpy.zeros(3))\n"
+        "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -13,12 +13,12 @@ from tiny_vae import make_tiny_vae
 
 import inference
 import train
+from config import Config, load_config, save_config
 from models import build_model
-from soflow.config import Config, load_config, save_config
-from soflow.files import UserError
-from soflow.images import to_pixels
-from soflow.npz import read_archive
-from soflow.sampling import sample
+from sampling import sample
+from support.data.images import to_pixels
+from support.scores.npz import read_archive
+from support.system.files import UserError
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,9 @@ def test_checkpoint_given_by_its_path_is_sampled(run, tmp_path):
 
 
 def test_data_set_is_not_opened(run, monkeypatch):
-    monkeypatch.setattr("soflow.data.digits_split", lambda: pytest.fail("opened the data set"))
+    monkeypatch.setattr(
+        "support.data.datasets.digits_split", lambda: pytest.fail("opened the data set")
+    )
     run("--num-samples=1")
 
 

@@ -24,11 +24,11 @@ from tiny_vae import make_tiny_vae
 import inference
 import latent_dataset
 import train
-from soflow import latent_parts
-from soflow.files import UserError
-from soflow.images import read_image
-from soflow.latents import LATENT_FILE, LatentReader
-from soflow.vae import find_vae, load_vae
+from support.data import latent_parts
+from support.data.images import read_image
+from support.data.latents import LATENT_FILE, LatentReader
+from support.data.vae import find_vae, load_vae
+from support.system.files import UserError
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 SIZE = 64  # pixels
@@ -208,7 +208,7 @@ def test_latents_train_resume_exactly_and_come_out_as_pictures(made, tmp_path, m
 
 
 def test_training_without_pixels_needs_no_vae(made, tmp_path, monkeypatch):
-    monkeypatch.setattr("soflow.vae._fetch", lambda name: pytest.fail("looked for a VAE"))
+    monkeypatch.setattr("support.data.vae._fetch", lambda name: pytest.fail("looked for a VAE"))
     shutil.copytree(made / "latents", tmp_path / "latents")
     with h5py.File(tmp_path / "latents" / LATENT_FILE, "r+") as file:
         file.attrs["vae"] = "stabilityai/sd-vae-ft-mse"  # the config's default
@@ -631,7 +631,7 @@ def test_vae_that_gives_no_numbers_is_refused(scratch, monkeypatch):
 GROWING_DISK = """
 import os, sys
 import latent_dataset
-from soflow.files import UserError
+from support.system.files import UserError
 
 latent_dataset.PART_IMAGES = 4
 disk, options, kilobytes = sys.argv[1], sys.argv[2:], 16

@@ -9,13 +9,13 @@ import pytest
 import torch
 from tiny_vae import make_tiny_vae
 
-from soflow.batches import BatchPlan, build_loader
-from soflow.config import config_from_dict
-from soflow.data import build_data, count_classes
-from soflow.files import UserError
-from soflow.latents import LATENT_FILE, LatentInfo, LatentReader, locate_latents, write_frame
-from soflow.logbook import weights_digest
-from soflow.vae import VAE_NAME, find_vae, load_vae
+from config import config_from_dict
+from support.data.batches import BatchPlan, build_loader
+from support.data.datasets import build_data, count_classes
+from support.data.latents import LATENT_FILE, LatentInfo, LatentReader, locate_latents, write_frame
+from support.data.vae import VAE_NAME, find_vae, load_vae
+from support.runs.logbook import weights_digest
+from support.system.files import UserError
 
 INFO = LatentInfo(
     vae=VAE_NAME,

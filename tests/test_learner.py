@@ -12,14 +12,14 @@ from worker import CONFIG as GUIDED
 
 import dit
 import learner
+from config import Config, resolve
 from learner import Learner, build_learner, learning_rate_at, set_options
 from models import Batch, Objective, Samples, build_model
 from passes import Execution
 from schedules import ConsistencyTimes, consistency_times
-from soflow import hardware
-from soflow.batches import BatchPlan
-from soflow.config import Config, resolve
-from soflow.distributed import Processes
+from support.data.batches import BatchPlan
+from support.system import hardware
+from support.system.processes import Processes
 
 CPU = Processes(0, 0, 1, torch.device("cpu"))
 PIXELS = Config(

@@ -9,7 +9,7 @@ from test_train import assert_equal, load, state_of
 
 import inference
 import train
-from soflow.npz import read_archive
+from support.scores.npz import read_archive
 
 
 def options(config: str, **values: object) -> list[str]:

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from soflow.files import UserError
-from soflow.npz import read_archive, write_images
-from soflow.references import archive_images
+from support.scores.npz import read_archive, write_images
+from support.scores.references import archive_images
+from support.system.files import UserError
 
 
 def some_pixels(count=5, height=3, width=4, channels=3):

@@ -8,13 +8,13 @@ import worker
 from commands import ROOT, digits_settings, run, succeed
 from test_train import assert_equal, load, state_of
 
-from drawing import draw_batch
+from draws import draw_batch
 from models import Batch, Samples
 from schedules import ConsistencyTimes
-from soflow.batches import BatchPlan
-from soflow.data import PixelData, RawBatch
-from soflow.distributed import Processes
-from soflow.randomness import PerImageStream
+from support.data.batches import BatchPlan
+from support.data.datasets import PixelData, RawBatch
+from support.system.processes import Processes
+from support.system.randomness import PerImageStream
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 ALONE = Processes(0, 0, 1, torch.device("cpu"))

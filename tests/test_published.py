@@ -4,11 +4,11 @@ import pytest
 import yaml
 from commands import ROOT
 
+import published
 import train
-from soflow import published
-from soflow.config import FIELDS, PUBLISHED_KEYS, config_from_dict, load_config
-from soflow.files import UserError
-from soflow.published import DISPENSABLE, published_values, save_published_config
+from config import FIELDS, PUBLISHED_KEYS, config_from_dict, load_config
+from published import DISPENSABLE, published_values, save_published_config
+from support.system.files import UserError
 
 PUBLISHED_MODELS = ["imagenet", "imagenet_b4_uncond", "imagenet_b2", "imagenet_xl2", "cifar"]
 LATENTS = {"working_dir": "x", "dataset_type": "Imagenet", "model_type": "DiT-B-4"}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from soflow.randomness import (
+from support.system.randomness import (
     GivenLabels,
     PerImageStream,
     derive_seed,

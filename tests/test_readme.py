@@ -283,7 +283,7 @@ def checkout(tmp_path, monkeypatch):
     for pattern in ("*.py", "*.txt", "Makefile"):
         for path in ROOT.glob(pattern):
             shutil.copy(path, tmp_path)
-    for name in ("configs", "soflow", "quickstart", "examples", "benchmarks"):
+    for name in ("configs", "support", "quickstart", "examples", "benchmarks"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
     monkeypatch.chdir(tmp_path)
@@ -352,7 +352,7 @@ def test_links_lead_somewhere():
 def test_tree_of_files_names_every_module():
     _, _, tree = README.read_text().partition("## Files")
     named = set(re.findall(r"\b\w+\.py\b", tree.partition("\n## ")[0]))
-    modules = [*ROOT.glob("*.py"), *(ROOT / "soflow").glob("[!_]*.py")]
+    modules = [*ROOT.glob("*.py"), *(ROOT / "support").rglob("[!_]*.py")]
     assert named == {path.name for path in modules}
 
 

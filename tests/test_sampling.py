@@ -10,11 +10,7 @@ from PIL import Image
 from torch import nn
 
 from models import SoFlow
-from soflow.distributed import Processes
-from soflow.files import UserError
-from soflow.npz import read_archive
-from soflow.randomness import GivenLabels, PerImageStream
-from soflow.sampling import (
+from sampling import (
     GridImages,
     Sampled,
     SampleRequest,
@@ -25,6 +21,10 @@ from soflow.sampling import (
     save_grid,
     write_samples,
 )
+from support.scores.npz import read_archive
+from support.system.files import UserError
+from support.system.processes import Processes
+from support.system.randomness import GivenLabels, PerImageStream
 
 ALONE = Processes(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 SHAPE = (1, 4, 4)

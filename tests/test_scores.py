@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from soflow import scores
-from soflow.scores import (
+from support.scores import measures as scores
+from support.scores.measures import (
     Manifold,
     Moments,
     Statistics,
@@ -16,7 +16,7 @@ from soflow.scores import (
     precision_recall,
     softmax,
 )
-from soflow.tensorflow_start import import_tensorflow
+from support.scores.tensorflow_start import import_tensorflow
 
 
 def gaussian_features(count, width, seed, shift=0.0):

@@ -33,7 +33,8 @@ def start(tmp_path):
             f"import os, types\nos.write(2, {written.encode()!r})\n{then}\n"
             "config = types.SimpleNamespace(list_physical_devices=lambda: None)\n"
         )
-        code = f"import os, soflow.tensorflow_start as start; start.import_tensorflow(); {after}"
+        code = "import os, support.scores.tensorflow_start as start; start.import_tensorflow(); "
+        code += after
         return run("-c", code, env={"PYTHONPATH": str(tmp_path), **env})
 
     return write_and_run

@@ -15,8 +15,8 @@ from PIL import Image
 
 import inference
 import train
-from soflow.files import UserError, hold_lock, make_folder, temporary_path
-from soflow.npz import read_archive
+from support.scores.npz import read_archive
+from support.system.files import UserError, hold_lock, make_folder, temporary_path
 
 
 def load(folder: Path, step: int) -> dict:

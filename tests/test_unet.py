@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 import unet
-from soflow.files import UserError
+from support.system.files import UserError
 from unet import UNet
 
 # B batch, C channels, H height, W width, N pixels (H x W)

@@ -5,10 +5,10 @@ import torch
 from commands import run
 from tiny_vae import make_tiny_vae
 
-from soflow.config import Config
-from soflow.files import UserError
-from soflow.sampling import decoder_record, decoding, find_decoder
-from soflow.vae import LATENT_SCALE, decode, draw_latents, encode, find_vae, load_vae
+from config import Config
+from sampling import decoder_record, decoding, find_decoder
+from support.data.vae import LATENT_SCALE, decode, draw_latents, encode, find_vae, load_vae
+from support.system.files import UserError
 
 CPU = torch.device("cpu")
 
@@ -65,7 +65,7 @@ def test_encoded_mean_drawn_without_spread_is_decoded_as_the_vae_decodes_it(vae)
 def test_vae_is_in_memory_while_pixels_are_made_and_no_longer(folder, monkeypatch):
     loaded = []
     monkeypatch.setattr(
-        "soflow.sampling.vae.load_vae", lambda *given: loaded.append(load_vae(*given)) or loaded[-1]
+        "sampling.vae.load_vae", lambda *given: loaded.append(load_vae(*given)) or loaded[-1]
     )
     config = Config(working_dir="unused", vae=str(folder))
     find_decoder(config)
@@ -143,7 +143,9 @@ def test_offline_the_cache_of_the_hub_is_used_or_its_lack_explained(folder, tmp_
     """In processes of their own: the hub's client reads its settings when it is imported."""
     hub_cache(tmp_path, folder, "somebody/tiny")
     code = (
-        "import sys; from soflow.files import UserError; from soflow.vae import find_vae\n"
+        "import sys\n"
+        "from support.system.files import UserError\n"
+        "from support.data.vae import find_vae\n"
         "try: print(find_vae(sys.argv[1]))\n"
         "except UserError as error: print('error:', error)"
     )

@@ -7,14 +7,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from config import Config, resolve
 from learner import Learner
 from models import Batch, build_model
-from soflow.batches import BatchPlan
-from soflow.command import run_command
-from soflow.config import Config, resolve
-from soflow.distributed import Processes, processes
-from soflow.randomness import PerImageStream, ReferenceStream
-from soflow.sampling import SampleRequest, sample_pixels
+from sampling import SampleRequest, sample_pixels
+from support.data.batches import BatchPlan
+from support.system.command import run_command
+from support.system.processes import Processes, processes
+from support.system.randomness import PerImageStream, ReferenceStream
 
 SHAPE = (1, 8, 8)
 CONFIG = resolve(

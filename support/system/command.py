@@ -16,13 +16,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
-from soflow.files import Stopped, UserError
+from support.system.files import Stopped, UserError
 
 STOPPED_STATUS = 75  # what sysexits.h calls a temporary failure: try again
 INTERRUPTED_STATUS = 130  # what shells say of SIGINT
 UNREAD_STATUS = 141  # and of SIGPIPE
 PATIENCE_SECONDS = 3  # torchrun ends the others within a tenth of a second of one's end
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 REQUIREMENTS = ("requirements_soflow.txt", "requirements_soflow_eval.txt")
 PACKAGES = {"yaml": "PyYAML", "PIL": "pillow", "sklearn": "scikit-learn"}  # imported as: called
 

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from soflow.files import (
+from support.data.latents import LATENT_FILE, LatentInfo, LatentReader, locate_latents, write_frame
+from support.system.files import (
     UserError,
     atomic_write,
     locked,
@@ -29,7 +30,6 @@ from soflow.files import (
     one_line,
     sync_folder,
 )
-from soflow.latents import LATENT_FILE, LatentInfo, LatentReader, locate_latents, write_frame
 
 PART_IMAGES = 256  # the work that a killed process loses is less than this
 SKIPPED_FILE = "skipped_images.txt"

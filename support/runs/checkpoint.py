@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from soflow.files import UserError, atomic_write, numbered_files
+from support.system.files import UserError, atomic_write, numbered_files
 
 REFERENCE_KEYS = ("model", "ema_model", "optimizer", "finished_steps", "finished_epochs")
 RECORDS = ("config", "data", "parts")  # what we add

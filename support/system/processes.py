@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from soflow.files import UserError
-from soflow.hardware import keep_freed_memory
+from support.system.files import UserError
+from support.system.hardware import keep_freed_memory
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from soflow import cifar10
-from soflow.feature_graph import FeatureGraph
-from soflow.files import UserError, atomic_write, check_writable
-from soflow.images import EXTENSIONS, find_pictures, read_image
-from soflow.npz import ArchiveReader, read_archive, write_images
-from soflow.scores import DISTANCES, NEIGHBOUR, Manifold, Moments, Statistics
+from support.data import cifar10
+from support.data.images import EXTENSIONS, find_pictures, read_image
+from support.scores.graph import FeatureGraph
+from support.scores.measures import DISTANCES, NEIGHBOUR, Manifold, Moments, Statistics
+from support.scores.npz import ArchiveReader, read_archive, write_images
+from support.system.files import UserError, atomic_write, check_writable
 
 READ_IMAGES = 256
 CACHE_VERSION = 2

@@ -6,9 +6,9 @@ from typing import Any
 
 import yaml
 
-from soflow.config import FIELDS, PUBLISHED_KEYS, Config, resolve, shorten
-from soflow.data import SOURCES, count_classes
-from soflow.files import UserError, atomic_write
+from config import FIELDS, PUBLISHED_KEYS, Config, resolve, shorten
+from support.data.datasets import SOURCES, count_classes
+from support.system.files import UserError, atomic_write
 
 # For these keys it knows no other values.
 VALUES = {

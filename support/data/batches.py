@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from soflow.config import Config
-from soflow.data import RawBatch, TrainingData
-from soflow.files import UserError
-from soflow.randomness import generator
-from soflow.signals import leave_to_parent
+from config import Config
+from support.data.datasets import RawBatch, TrainingData
+from support.runs.signals import leave_to_parent
+from support.system.files import UserError
+from support.system.randomness import generator
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from augmentation import augment, draw_augmentation
+from config import Config
 from models import Batch, Samples
 from schedules import ConsistencyTimes, consistency_times, gap_fraction
-from soflow.batches import BatchPlan
-from soflow.config import Config
-from soflow.data import RawBatch, TrainingData
-from soflow.randomness import derive_seed, draw_logit_normal, draw_null_mask, generator
+from support.data.batches import BatchPlan
+from support.data.datasets import RawBatch, TrainingData
+from support.system.randomness import derive_seed, draw_logit_normal, draw_null_mask, generator
 
 # B samples of the part, V of them for flow matching
 

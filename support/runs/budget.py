@@ -2,9 +2,9 @@
 
 from torch import nn
 
-from soflow.batches import BatchPlan
-from soflow.config import Config, due_steps
-from soflow.vae import PIXELS_PER_LATENT
+from config import Config, due_steps
+from support.data.batches import BatchPlan
+from support.data.vae import PIXELS_PER_LATENT
 
 
 def describe_model(config: Config, model: nn.Module) -> str:

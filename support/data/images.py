@@ -17,7 +17,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError, features
 
-from soflow.files import UserError, atomic_write, one_line, regular_only
+from support.system.files import UserError, atomic_write, one_line, regular_only
 
 # What is read, and by which endings it is found. Named, because some of Pillow's other decoders
 # start programs (EPS), open further files, or take anything for a picture (TGA).

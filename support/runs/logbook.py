@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-import soflow
-from soflow.config import Config
-from soflow.distributed import Processes
-from soflow.files import append_line, atomic_write
+import support
+from config import Config
+from support.system.files import append_line, atomic_write
+from support.system.processes import Processes
 
 
 class Logbook:
@@ -98,9 +98,9 @@ def duration(seconds: float) -> str:
 @functools.cache
 def code_version() -> str:
     """The version, with the git commit and whether it was changed, where that is known."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parent.parent.parent
     if not (root / ".git").exists():
-        return soflow.__version__
+        return support.__version__
     try:
         described = subprocess.run(
             ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
@@ -109,9 +109,9 @@ def code_version() -> str:
             timeout=10,
         )
     except (OSError, subprocess.TimeoutExpired):
-        return soflow.__version__
+        return support.__version__
     commit = described.stdout.strip() if described.returncode == 0 else ""
-    return f"{soflow.__version__}+{commit}" if commit else soflow.__version__
+    return f"{support.__version__}+{commit}" if commit else support.__version__
 
 
 def device_name(device: torch.device) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from soflow.files import (
+from support.system.files import (
     UserError,
     atomic_write,
     download,

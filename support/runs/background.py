@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from soflow.files import UserError
+from support.system.files import UserError
 
 
 class Background:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from soflow.files import one_line
+from support.system.files import one_line
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # what glibc's mallopt calls them
 NEVER, NONE = -1, 0

@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator
 
-from soflow.distributed import Processes
+from support.system.processes import Processes
 
 
 class Asked(enum.IntEnum):

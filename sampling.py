@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from soflow import vae
-from soflow.config import Config
-from soflow.distributed import Processes
-from soflow.images import save_png, tile, to_pixels
-from soflow.npz import write_images
-from soflow.randomness import SamplingStream
+from config import Config
+from support.data import vae
+from support.data.images import save_png, tile, to_pixels
+from support.scores.npz import write_images
+from support.system.processes import Processes
+from support.system.randomness import SamplingStream
 
 MIN_TILE_PIXELS = 48  # so that a grid of 8 x 8 digits can be seen
 FRAME_GREY = 96

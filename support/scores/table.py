@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from soflow.files import UserError, append_line, natural_key, regular_only
+from support.system.files import UserError, append_line, natural_key, regular_only
 
 FRECHET = ("FID", "sFID", "FD", "sFD")
 COLUMNS = ("IS", *FRECHET, "prec", "recall")

@@ -24,8 +24,8 @@ from pydantic_core import PydanticCustomError, core_schema
 from backbone import Backbone
 from models import BACKBONES, METHODS, backbone_of
 from schedules import GAP_SCHEDULES, PATHS, SOLUTION_FORMS
-from soflow.files import UserError, atomic_write
-from soflow.vae import PIXELS_PER_LATENT, VAE_NAME
+from support.data.vae import PIXELS_PER_LATENT, VAE_NAME
+from support.system.files import UserError, atomic_write
 
 LARGEST_NUMBER = 2**63  # beyond this neither torch nor a file system can count
 FILE_LIMIT_BYTES = 1 << 17  # of a config; the YAML parser takes a second for these
@@ -340,7 +340,7 @@ class Config(BaseModel):
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
 
-# Those of the published code. Keys of ours are not among them: `soflow.published` says what it does
+# Those of the published code. Keys of ours are not among them: `published` says what it does
 # about each.
 PUBLISHED_KEYS = frozenset(
     {

@@ -26,7 +26,7 @@ STARTUP_LINE = re.compile(
 
 def import_tensorflow():
     """The module, its devices found; UserError where it is not installed."""
-    from soflow.files import UserError, one_line
+    from support.system.files import UserError, one_line
 
     # The level has to be set before the import: 1 leaves out information, and keeps warnings.
     level = os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from soflow.files import UserError, download, one_line, regular_only, sha256_of
-from soflow.tensorflow_start import import_tensorflow
+from support.scores.tensorflow_start import import_tensorflow
+from support.system.files import UserError, download, one_line, regular_only, sha256_of
 
 DEFAULT_NAME = "classify_image_graph_def.pb"
 URL = (

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from soflow.files import UserError, one_line
-from soflow.vae import LATENT_CHANNELS, LATENT_SCALE, PIXELS_PER_LATENT
+from support.data.vae import LATENT_CHANNELS, LATENT_SCALE, PIXELS_PER_LATENT
+from support.system.files import UserError, one_line
 
 LATENT_FILE = "imagenet_latent.hdf5"
 MOMENT_CHANNELS = 2 * LATENT_CHANNELS

@@ -13,11 +13,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 from tqdm import tqdm
 
-from soflow.cifar10 import load_training_set
-from soflow.config import Config, shorten
-from soflow.distributed import Processes
-from soflow.files import UserError
-from soflow.images import (
+from config import Config, shorten
+from support.data.cifar10 import load_training_set
+from support.data.images import (
     MOST_NAMED,
     class_folders,
     class_names,
@@ -28,9 +26,11 @@ from soflow.images import (
     to_images,
     why_unreadable,
 )
-from soflow.latents import LATENT_FILE, LatentInfo, LatentReader
-from soflow.logbook import weights_digest
-from soflow.vae import LATENT_CHANNELS, draw_latents, find_vae, load_vae
+from support.data.latents import LATENT_FILE, LatentInfo, LatentReader
+from support.data.vae import LATENT_CHANNELS, draw_latents, find_vae, load_vae
+from support.runs.logbook import weights_digest
+from support.system.files import UserError
+from support.system.processes import Processes
 
 # N examples, B samples of a part, C channels, H = W side
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from soflow.files import UserError, one_line
+from support.system.files import UserError, one_line
 
 VAE_NAME = "stabilityai/sd-vae-ft-mse"
 LATENT_SCALE = 0.18215  # x_0 = LATENT_SCALE times the VAE's own latent

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from soflow.files import UserError, atomic_write, one_line, regular_only
+from support.system.files import UserError, atomic_write, one_line, regular_only
 
 MEMBER = "arr_0.npy"
 

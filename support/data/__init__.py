@@ -1,0 +1,1 @@
+"""Data sets, batches, pictures, latents: what training reads."""

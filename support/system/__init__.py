@@ -1,0 +1,1 @@
+"""Processes, hardware, files, randomness."""
