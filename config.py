@@ -5,118 +5,48 @@ there; keys of our own have defaults that keep the reference's behaviour.
 """
 
 import argparse
-import difflib
-import hashlib
-import json
 import os
-import re
 import typing
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic.fields import FieldInfo
-from pydantic_core import PydanticCustomError, core_schema
 
 from backbone import Backbone
 from models import BACKBONES, METHODS, backbone_of
-from schedules import GAP_SCHEDULES, PATHS, SOLUTION_FORMS
+from schedules import GAP_SCHEDULES, PATHS, SOLUTION_FORMS, gap_fraction, warmed_up
+from support.data.datasets import DATASETS, DataRequest
 from support.data.vae import PIXELS_PER_LATENT, VAE_NAME
+from support.runs.logbook import settings_digest
+from support.runs.optimizers import OPTIMIZERS
 from support.system.files import UserError, atomic_write
+from support.system.settings import (
+    Choice,
+    Decimal,
+    Name,
+    Whole,
+    clip,
+    key,
+    may_change,
+    parse_yaml,
+    read_yaml,
+    shorten,
+    suggest,
+    tuple_of,
+    what_is_wrong,
+)
 
-LARGEST_NUMBER = 2**63  # beyond this neither torch nor a file system can count
-FILE_LIMIT_BYTES = 1 << 17  # of a config; the YAML parser takes a second for these
 LARGEST_PICTURE_PIXELS = 500_000_000  # of a grid of samples
-OPTIMIZERS = ("AdamW", "RAdam")
-DATASETS = ("Imagenet", "CIFAR10", "Digits", "ImageFolder")
-KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
-# The types of values
-
-
-def _number(value: Any) -> Any:
-    """The number that `value` spells, if it does: YAML reads 1e-4 as a text."""
-    if isinstance(value, str):
-        try:
-            value = float(value) if re.search(r"[.eE]", value) else int(value)
-        except ValueError:
-            return value
-    if isinstance(value, int | float) and not abs(value) < LARGEST_NUMBER:
-        raise PydanticCustomError("uncountable", "too large to count with")
-    return value
-
-
-def _whole(value: Any) -> Any:
-    number = _number(value)
-    return int(number) if isinstance(number, float) and number == int(number) else number
-
-
-def _decimal(value: Any) -> Any:
-    number = _number(value)
-    return float(number) if type(number) is int else number  # a bool is an int
-
-
-def _name(value: Any) -> Any:
-    """A text; what is asked for by texts are files and names."""
-    try:
-        if isinstance(value, str) and b"\0" not in os.fsencode(value):
-            return value
-    except UnicodeEncodeError:
-        pass
-    if isinstance(value, str):
-        raise ValueError("has a character that no name can have")
-    return value
-
-
-def _tuple_of(count: int) -> Callable[[Any], Any]:
-    def read(value: Any) -> Any:
-        if not isinstance(value, list | tuple) or len(value) != count:
-            raise PydanticCustomError("not_a_list", "another number of values")
-        return tuple(value)
-
-    return read
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A type of text: one of the names in a table. The table that implements is the list."""
-
-    table: Collection[str]
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
-        return core_schema.no_info_before_validator_function(self.read, handler(source))
-
-    def read(self, value: Any) -> str:
-        """`value`, if it is in the table; `Triangular` is read as `Trig`."""
-        if value == "Triangular" and "Trig" in self.table:
-            return "Trig"
-        if isinstance(value, str) and value in self.table:
-            return value
-        suggestion = suggest(value, list(self.table)) if isinstance(value, str) else ""
-        raise ValueError(f"is not one of {', '.join(self.table)}{suggestion}")
-
-
-Whole = Annotated[int, BeforeValidator(_whole)]
-Decimal = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_decimal)]
-Name = Annotated[str, BeforeValidator(_name)]
 Logit = Annotated[Decimal, Field(ge=-100, le=100)]
 Spread = Annotated[Decimal, Field(ge=0, le=100)]
 Beta = Annotated[Decimal, Field(ge=0, lt=1)]
 Cells = Annotated[Whole, Field(ge=1, le=1000)]
-Three, Two = BeforeValidator(_tuple_of(3)), BeforeValidator(_tuple_of(2))
-
-
-def key(default: Any, comment: str, operational: bool = False, **limits: Any) -> Any:
-    """A key of the config: its default, what it means, and the range of its number.
-
-    `operational`: it may change when a run continues, which stays the same experiment.
-    """
-    extra = {"operational": operational}
-    return Field(default, description=comment, json_schema_extra=extra, **limits)
+Three, Two = BeforeValidator(tuple_of(3)), BeforeValidator(tuple_of(2))
 
 
 class Config(BaseModel):
@@ -226,7 +156,7 @@ class Config(BaseModel):
     warmup_steps: Whole | None = key(
         None, "steps in which the learning rate rises from 0; 0 is none", operational=True, ge=0
     )
-    gradient_clip: Decimal | None = key(
+    gradientclip: Decimal | None = key(
         None, "bound on the gradient's norm; null is none", operational=True, gt=0
     )
     batch_size: Whole = key(
@@ -243,7 +173,12 @@ class Config(BaseModel):
         le=1000,
     )
     prefetch_factor: Whole | None = key(
-        6, "batches that each of them prepares ahead", operational=True, ge=1, le=1000
+        6,
+        "batches that each of them prepares ahead",
+        operational=True,
+        or_else=", or null",
+        ge=1,
+        le=1000,
     )
     seed: Whole = key(42, "of everything that is drawn", ge=0)
     # Results
@@ -310,7 +245,7 @@ class Config(BaseModel):
     @property
     def is_latent(self) -> bool:
         """Whether x_0 is a VAE's latent, to be decoded, rather than an image."""
-        return self.dataset_type == "Imagenet"
+        return DATASETS[self.dataset_type].is_latent
 
     @property
     def flow_matching_count(self) -> int:
@@ -331,13 +266,26 @@ class Config(BaseModel):
             "dropout": self.unet_dropout,
         }
 
+    def gap_fraction_at(self, finished_steps: int) -> float:
+        """The gap fraction r of the step that follows."""
+        ends = (self.l_init_ratio, self.l_end_ratio)
+        return gap_fraction(self.l_schedule, finished_steps, self.total_steps, *ends)
+
+    def learning_rate_at(self, finished_steps: int) -> float:
+        """The learning rate of the step that follows."""
+        return warmed_up(self.learning_rate, self.warmup_steps, finished_steps)
+
+    def data_request(self) -> DataRequest:
+        """What `build_data` takes."""
+        return DataRequest(**{f.name: getattr(self, f.name) for f in fields(DataRequest)})
+
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, as YAML, JSON and `torch.load(weights_only=True)` know them."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in self}
 
     def digest(self) -> str:
         """SHA-256 of the resolved config."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+        return settings_digest(self.to_dict())
 
 
 # Those of the published code. Keys of ours are not among them: `published` says what it does
@@ -354,58 +302,6 @@ PUBLISHED_KEYS = frozenset(
 )  # fmt: skip
 FIELDS = Config.model_fields
 TYPES = typing.get_type_hints(Config)
-
-
-def may_change(name: str) -> bool:
-    """Whether this key may change when a run continues."""
-    extra = FIELDS[name].json_schema_extra
-    return isinstance(extra, dict) and bool(extra["operational"])
-
-
-def choices_of(name: str) -> list[str] | None:
-    """The values that this key may have, where they are listed."""
-    for part in (*FIELDS[name].metadata, *_annotations(FIELDS[name].annotation)):
-        if isinstance(part, Choice):
-            return list(part.table)
-    return None
-
-
-def _annotations(kind: Any) -> list[Any]:
-    """What a type and the types within it are annotated with."""
-    found = []
-    for part in getattr(kind, "__metadata__", ()):
-        found += part.metadata if isinstance(part, FieldInfo) else [part]
-    for part in typing.get_args(kind):
-        found += _annotations(part)
-    return found
-
-
-def range_of(name: str) -> str | None:
-    """The range of this key's number, or numbers, in words."""
-    field = FIELDS[name]
-    is_list = typing.get_origin(TYPES[name]) is tuple
-    limits: dict[str, Any] = {}
-    for part in (*field.metadata, *_annotations(field.annotation)):
-        for bound in ("ge", "gt", "le", "lt"):
-            if getattr(part, bound, None) is not None:
-                limits[bound] = getattr(part, bound)
-    ge, gt, le, lt = (limits.get(bound) for bound in ("ge", "gt", "le", "lt"))
-    match (ge, gt, le, lt):
-        case (None, None, None, None):
-            return None
-        case (_, None, None, None):
-            words = f"{ge} or more"
-        case (None, _, None, None):
-            words = f"above {gt}"
-        case (_, None, _, None):
-            words = f"between {ge:,} and {le:,}"
-        case (_, None, None, _):
-            words = f"at least {ge} and below {lt}"
-        case _:
-            words = f"above {gt} and at most {le:,}"
-    if name == "prefetch_factor":
-        words += ", or null"  # which is what a user who is out of its range may have meant
-    return f"{words} each" if is_list else words
 
 
 # Loading
@@ -454,7 +350,7 @@ def load_config(
     `Triangular` is read as `Trig`. Unknown keys of the file are refused, or left out and named in a
     line for `pass_over`.
     """
-    return config_from_dict(_read_yaml(path), str(path), overrides, pass_over)
+    return config_from_dict(read_yaml(path), str(path), overrides, pass_over)
 
 
 def config_from_dict(
@@ -466,16 +362,16 @@ def config_from_dict(
     """The resolved config of plain values, such as a checkpoint holds; as `load_config`."""
     unknown = [key for key in values if key not in FIELDS]
     if unknown and pass_over:
-        named = ", ".join(map(_clip, unknown)) + "".join(suggest(key, FIELDS) for key in unknown)
+        named = ", ".join(map(clip, unknown)) + "".join(suggest(key, FIELDS) for key in unknown)
         pass_over(f"{source}: passed over keys that are not known here: {named}")
         values = {key: value for key, value in values.items() if key in FIELDS}
-    placed = {key: (value, f"{source}: {_clip(str(key))}") for key, value in values.items()}
+    placed = {key: (value, f"{source}: {clip(str(key))}") for key, value in values.items()}
     for override in overrides:
         key, equals, text = override.partition("=")
-        place = _clip(repr(override)[1:-1])  # as typed, but in one line
+        place = clip(repr(override)[1:-1])  # as typed, but in one line
         if not equals:
             raise UserError(f"--set {place}: not of the form KEY=VALUE")
-        placed[key] = (_parse_yaml(text, f"--set {place}"), f"--set {place.partition('=')[0]}")
+        placed[key] = (parse_yaml(text, f"--set {place}"), f"--set {place.partition('=')[0]}")
     return _build(placed, source)
 
 
@@ -491,36 +387,12 @@ def _build(values: Mapping[str, tuple[Any, str]], source: str) -> Config:
     try:
         config = Config(**given)
     except ValidationError as error:
-        name, wrong = _what_is_wrong(error.errors()[0], given)
+        name, wrong = what_is_wrong(Config, error.errors()[0], given)
         raise UserError(f"{places[name]}: {wrong}") from None
     folder = _expand_folder(config.working_dir, places["working_dir"])
     config = resolve(config.model_copy(update={"working_dir": folder}))
     _check_together(config, places)
     return config
-
-
-def _what_is_wrong(error: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[str, str]:
-    """The key of a wrong value, and what is said of it."""
-    name, *index = error["loc"]
-    value = error["input"]
-    if error["type"] == "value_error":
-        return name, f"{shorten(value)} {error['ctx']['error']}"
-    if error["type"].startswith(("greater_than", "less_than")):
-        # Of a list all is shown.
-        return name, f"{shorten(given[name] if index else value)} must be {range_of(name)}"
-    return name, f"{shorten(value)} is not {_wanted(TYPES[name], bool(index))}"
-
-
-def _wanted(kind: Any, is_element: bool) -> str:
-    """What a value of this type is called; of a list's type, the list or one of its elements."""
-    parts = typing.get_args(kind)
-    if type(None) in parts:
-        return f"{_wanted(parts[0], is_element)} or null"
-    if typing.get_origin(kind) is not tuple:
-        return KINDS[kind]
-    if is_element:
-        return KINDS[parts[0]]
-    return f"a list of {len(parts)} {'numbers' if parts[0] is float else 'whole numbers'}"
 
 
 def _expand_folder(name: str, place: str) -> str:
@@ -537,98 +409,17 @@ def _expand_folder(name: str, place: str) -> str:
     return folder
 
 
-def shorten(value: Any) -> str:
-    """`value` as the user wrote it, in one line of bearable length."""
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)  # YAML's spelling too
-    try:
-        return _clip(repr(list(value) if isinstance(value, tuple) else value))
-    except RecursionError:
-        return "a list of lists of lists"
-
-
-def _clip(text: str) -> str:
-    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
-
-
 def resolve(config: Config) -> Config:
     """Fill the fields that the data set's recipe decides where the config is silent."""
-    is_cifar = config.dataset_type == "CIFAR10"
+    dataset = DATASETS[config.dataset_type]
+    is_unet = not backbone_of(config.model_type).is_conditional
     recipe = {
-        "optimizer": "RAdam" if is_cifar else "AdamW",
-        "ema_every_steps": 16 if is_cifar else 1,
-        "augment_probability": 0.12 if is_cifar and not config.is_conditional else 0.0,
+        "optimizer": dataset.optimizer,
+        "ema_every_steps": dataset.ema_every_steps,
+        "augment_probability": dataset.unet_augment_probability if is_unet else 0.0,
     }
     missing = {key: value for key, value in recipe.items() if getattr(config, key) is None}
     return config.model_copy(update=missing)
-
-
-def is_due(finished_steps: int, every: int | None) -> bool:
-    """Whether something that happens every so many steps happens now; 0 and None are never."""
-    return bool(every) and finished_steps > 0 and finished_steps % every == 0
-
-
-def due_steps(total_steps: int, every: int | None) -> range:
-    """The steps of a run after which `is_due` holds."""
-    return range(every, total_steps + 1, every) if every else range(0)
-
-
-def suggest(word: str, choices: Sequence[str] | Mapping[str, Any]) -> str:
-    """ "; did you mean ...?" or nothing."""
-    close = [choice for choice in choices if choice.lower() == word.lower()]
-    close += difflib.get_close_matches(word, list(choices), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML without aliases (they can explode) and without silently repeated keys."""
-
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise yaml.composer.ComposerError(None, None, "aliases are not supported", mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str) and key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key} stands here twice", key_node.start_mark
-                )
-            seen.add(str(key))
-        return super().construct_mapping(node, deep)
-
-
-def _parse_yaml(text: str, place: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{place}{line}: not valid YAML ({problem[:200]})") from None
-    except (LookupError, AttributeError):  # of a value such as `!!int ""`
-        raise UserError(f"{place}: not valid YAML (a value is not what its tag says)") from None
-
-
-def _read_yaml(path: str | Path) -> dict[str, Any]:
-    path = Path(path)
-    try:
-        with open(path, "rb") as file:
-            content = file.read(FILE_LIMIT_BYTES + 1)
-        text = content.decode()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not a text file in UTF-8") from None
-    if len(content) > FILE_LIMIT_BYTES:
-        raise UserError(f"{path}: larger than any config ({FILE_LIMIT_BYTES} bytes)")
-    values = _parse_yaml(text, str(path))
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise UserError(f"{path}: not a mapping of keys to values, such as `batch_size: 256`")
-    return values
 
 
 # Keys together
@@ -642,27 +433,8 @@ def _check_together(config: Config, places: Mapping[str, str]) -> None:
 
     if not config.working_dir.strip():
         refuse("working_dir", "must name the folder of the run")
-    backbone = _backbone(config, refuse)
-    if misfit := backbone.misfit(config.model_type, config.data_size):
-        refuse(*misfit)
-    if backbone.is_conditional:
-        if config.augment_probability:
-            refuse("augment_probability", "needs model_type UNet: a DiT takes no augmentation")
-        if config.channels_last:
-            refuse("channels_last", "needs model_type UNet: a DiT has no use for that layout")
-    else:
-        if config.cfg_scale > 1:
-            refuse("cfg_scale", "needs labels, and the UNet is unconditional; use 1, or a DiT")
-        if config.is_latent:
-            refuse(
-                "model_type",
-                "is for pixels (CIFAR10, ImageFolder, Digits), not for Imagenet's latents",
-            )
-    for key in ("horizontal_flips", "skip_bad"):
-        if getattr(config, key) and config.dataset_type != "ImageFolder":
-            refuse(key, f"is for dataset_type ImageFolder, not for {config.dataset_type}")
-    if config.horizontal_flips and config.augment_probability > 0:
-        refuse("horizontal_flips", "must be false where augment_probability is above 0: it flips")
+    _check_model(config, refuse)
+    _check_data(config, refuse)
     if config.keep_every_steps and not config.keep_last:
         refuse("keep_every_steps", "has no meaning where keep_last is null: then all are kept")
     if config.cfg_scale > 1 and config.cfg_drop_rate == 0:
@@ -689,10 +461,37 @@ def _check_together(config: Config, places: Mapping[str, str]) -> None:
             f"makes pictures of {columns * side} x {rows * side} pixels; "
             f"{LARGEST_PICTURE_PIXELS:,} pixels are the most",
         )
-    if config.dataset_type == "Digits" and config.data_size != 8:
-        refuse("data_size", "must be 8 for Digits")
-    if config.dataset_type == "CIFAR10" and config.data_size != 32:
-        refuse("data_size", "must be 32 for CIFAR10")
+    dataset = DATASETS[config.dataset_type]
+    if dataset.size and config.data_size != dataset.size:
+        refuse("data_size", f"must be {dataset.size} for {config.dataset_type}")
+
+
+def _check_model(config: Config, refuse: Callable[[str, str], NoReturn]) -> None:
+    backbone = _backbone(config, refuse)
+    if misfit := backbone.misfit(config.model_type, config.data_size):
+        refuse(*misfit)
+    if backbone.is_conditional:
+        if config.augment_probability:
+            refuse("augment_probability", "needs model_type UNet: a DiT takes no augmentation")
+        if config.channels_last:
+            refuse("channels_last", "needs model_type UNet: a DiT has no use for that layout")
+    else:
+        if config.cfg_scale > 1:
+            refuse("cfg_scale", "needs labels, and the UNet is unconditional; use 1, or a DiT")
+        if config.is_latent:
+            refuse(
+                "model_type",
+                "is for pixels (CIFAR10, ImageFolder, Digits), not for Imagenet's latents",
+            )
+
+
+def _check_data(config: Config, refuse: Callable[[str, str], NoReturn]) -> None:
+    dataset = DATASETS[config.dataset_type]
+    for name in ("horizontal_flips", "skip_bad"):
+        if getattr(config, name) and not dataset.has_files:
+            refuse(name, f"is for dataset_type ImageFolder, not for {config.dataset_type}")
+    if config.horizontal_flips and config.augment_probability > 0:
+        refuse("horizontal_flips", "must be false where augment_probability is above 0: it flips")
 
 
 def _backbone(config: Config, refuse: Callable[[str, str], NoReturn]) -> type[Backbone]:
@@ -733,7 +532,9 @@ def refuse_another_experiment(
     """
     changes = changed_keys(old, new)
     refused = {
-        key: change for key, change in changes.items() if not may_change(key) and key not in allowed
+        key: change
+        for key, change in changes.items()
+        if not may_change(FIELDS[key]) and key not in allowed
     }
     if refused:
         listed = ", ".join(f"{key} {before!r} -> {now!r}" for key, (before, now) in refused.items())

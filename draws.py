@@ -10,7 +10,7 @@ from torch import Tensor
 from augmentation import augment, draw_augmentation
 from config import Config
 from models import Batch, Samples
-from schedules import ConsistencyTimes, consistency_times, gap_fraction
+from schedules import ConsistencyTimes, consistency_times
 from support.data.batches import BatchPlan
 from support.data.datasets import RawBatch, TrainingData
 from support.system.randomness import derive_seed, draw_logit_normal, draw_null_mask, generator
@@ -63,14 +63,7 @@ class PartDraws:
 
     def consistency_times(self, count: int) -> ConsistencyTimes:
         """t, l, s of the consistency samples, with the gap of this step of the schedule."""
-        config = self.config
-        ratio = gap_fraction(
-            config.l_schedule,
-            self.step,
-            config.total_steps,
-            config.l_init_ratio,
-            config.l_end_ratio,
-        )
+        ratio = self.config.gap_fraction_at(self.step)
         drawn_s = self._times("consistency s", count, index=1)
         drawn_t = self._times("consistency t", count, index=2)
         return consistency_times(drawn_t, drawn_s, ratio)
@@ -105,9 +98,14 @@ def draw_batch(
     V = len(plan.flow_matching_samples(part))
 
     def samples(rows: slice, loss: str) -> Samples:
-        columns = (x_0, x_1, labels, null_mask, augment_labels)
-        chosen = (None if column is None else column[rows] for column in columns)
-        return Samples(*chosen, dropout_seed=draws.dropout_seed(loss))
+        return Samples(
+            x_0=x_0[rows],
+            x_1=x_1[rows],
+            labels=None if labels is None else labels[rows],
+            null_mask=None if null_mask is None else null_mask[rows],
+            augment_labels=None if augment_labels is None else augment_labels[rows],
+            dropout_seed=draws.dropout_seed(loss),
+        )
 
     return Batch(
         samples(slice(None, V), "flow matching"),

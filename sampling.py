@@ -1,40 +1,29 @@
 """From noise to images: the one sampler, which training and inference both call."""
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from config import Config
+from models import Method
 from support.data import vae
-from support.data.images import save_png, tile, to_pixels
+from support.data.images import ImageBatch, to_pixels
 from support.scores.npz import write_images
 from support.system.processes import Processes
 from support.system.randomness import SamplingStream
 
-MIN_TILE_PIXELS = 48  # so that a grid of 8 x 8 digits can be seen
-FRAME_GREY = 96
-MOST_CLASS_ROWS = 32  # of a grid that has a row for each class asked for
 IMAGES_AT_ONCE = 8  # turned into pixels
 
 # B images of a batch, C channels, H = W side; images are float -1..1, pixels uint8 [B, H, W, C]
 
 
-class Model(Protocol):
-    """What the sampler needs of a SoFlow."""
-
-    def jump(self, x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor: ...
-
-    def interpolate(self, x_0: Tensor, x_1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]: ...
-
-
 @torch.inference_mode()
-def sample(model: Model, noises: Sequence[Tensor], labels: Tensor | None = None) -> Tensor:
+def sample(model: Method, noises: Sequence[Tensor], labels: Tensor | None = None) -> Tensor:
     """x_0, [B, C, H, W], in as many jumps as there are noises, [B, C, H, W] each.
 
     Jump i starts at t_i = 1 - i/n, from the first noise or from the last jump's x_0 brought back to
@@ -81,13 +70,6 @@ class SampleRequest(NamedTuple):
     stream: SamplingStream
 
 
-class Sampled(NamedTuple):
-    """Images made: pixels uint8 [B, H, W, C], and labels [B] where there are classes."""
-
-    pixels: np.ndarray
-    labels: np.ndarray | None
-
-
 def find_decoder(config: Config) -> vae.FoundVae | None:
     """What the config's x_0 are decoded by, for `decoding`; None where they are images already.
 
@@ -123,11 +105,11 @@ def decoding(config: Config, device: torch.device) -> Iterator[Callable[[Tensor]
 
 
 def sample_pixels(
-    model: Model,
+    model: Method,
     request: SampleRequest,
     processes: Processes,
     decode: Callable[[Tensor], Tensor],
-) -> Iterator[Sampled]:
+) -> Iterator[ImageBatch]:
     """Images in output order, on the main process; the others yield nothing.
 
     All processes have to iterate to the end. `decode` turns x_0 into images.
@@ -142,7 +124,7 @@ def sample_pixels(
         all_pixels = _gather(pixels, wanted, processes)
         all_labels = None if labels is None else _gather(labels, wanted, processes)
         if processes.is_main:
-            yield Sampled(all_pixels, all_labels)
+            yield ImageBatch(all_pixels, all_labels)
 
 
 def _pixels_of(images: Tensor) -> Tensor:
@@ -163,11 +145,11 @@ def _gather(values: Tensor, wanted: int, processes: Processes) -> np.ndarray | N
 
 def write_samples(
     path: Path,
-    batches: Iterator[Sampled],
+    batches: Iterator[ImageBatch],
     num_images: int,
     is_main: bool,
     write_own_record: Callable[[], None],
-    report: Callable[[Sampled], None] = lambda batch: None,
+    report: Callable[[ImageBatch], None] = lambda batch: None,
 ) -> None:
     """Stream `sample_pixels` to an .npz, which appears only when all images are in it.
 
@@ -188,77 +170,3 @@ def write_samples(
         if labels:
             writer.further_arrays["arr_1"] = np.concatenate(labels).astype(np.int64)
         write_own_record()
-
-
-def save_grid(path: Path, pixels: np.ndarray, columns: int) -> None:
-    """Write uint8 [N, H, W, C] as full rows of one picture; small images are enlarged."""
-    zoom = max(1, MIN_TILE_PIXELS // pixels.shape[1])
-    enlarged = pixels.repeat(zoom, axis=1).repeat(zoom, axis=2)
-    framed = np.pad(enlarged, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=FRAME_GREY)
-    save_png(path, tile(framed, len(framed) // columns, columns))
-
-
-class Grid(NamedTuple):
-    """What `save_grid` draws: pixels uint8 [rows * columns, H, W, C], and the class of each row."""
-
-    pixels: np.ndarray
-    columns: int
-    classes: list[int]  # none where rows are not of one class
-
-
-class GridImages:
-    """Gathers from a stream of batches what a picture of (rows, columns) is to show.
-
-    That is one class a row: each of the `given` classes, in that order, with as many columns as all
-    of them fill; where none are given (or too many), classes spread evenly over `num_classes`, if
-    their rows fill up. Otherwise it is the first images, sorted by class, in a rectangle that they
-    fill.
-    """
-
-    def __init__(self, shape: tuple[int, int], num_classes: int, given: Sequence[int] = ()):
-        self.rows, self.columns = shape
-        choices = list(dict.fromkeys(given)) or range(num_classes)
-        self.shows_all = bool(given) and len(choices) <= max(self.rows, MOST_CLASS_ROWS)
-        if not self.shows_all:
-            spread = labels_by_row(len(choices), (min(self.rows, len(choices)), 1))
-            choices = [choices[place] for place in spread]
-        self.rows_of_each = max(1, self.rows // len(choices))
-        self._of_class: dict[int, list[np.ndarray]] = {label: [] for label in choices}
-        self._first: list[tuple[int, np.ndarray]] = []
-
-    def add(self, batch: Sampled) -> None:
-        """Keep what may be shown of the batch, in copies: a view would keep all of it."""
-        missing = self.rows * self.columns - len(self._first)
-        labels = [0] * len(batch.pixels) if batch.labels is None else batch.labels.tolist()
-        labelled = list(zip(labels, batch.pixels, strict=True))
-        self._first += [(label, image.copy()) for label, image in labelled[:missing]]
-        for label, image in labelled if batch.labels is not None else []:
-            images = self._of_class.get(label)
-            if images is not None and len(images) < self.rows_of_each * self.columns:
-                images.append(image.copy())
-
-    def arranged(self) -> Grid:
-        """The picture's images, which leave no cell of it empty."""
-        made = {label: images for label, images in self._of_class.items() if images}
-        shown = made if self.shows_all else self._of_class
-        fewest = min(map(len, shown.values()), default=0)
-        if fewest >= (1 if self.shows_all else self.columns):
-            rows, columns = fullest_rectangle(fewest, (self.rows_of_each, self.columns))
-            pixels = [image for images in shown.values() for image in images[: rows * columns]]
-            return Grid(np.stack(pixels), columns, [label for label in shown for _ in range(rows)])
-        rows, columns = fullest_rectangle(len(self._first), (self.rows, self.columns))
-        by_class = sorted(self._first[: rows * columns], key=lambda labelled: labelled[0])
-        return Grid(np.stack([image for _, image in by_class]), columns, [])
-
-
-def fullest_rectangle(num_images: int, shape: tuple[int, int]) -> tuple[int, int]:
-    """The (rows, columns) within `shape` that take most of the images and are full."""
-    rows, columns = shape
-    fitting = [(row, min(columns, num_images // row)) for row in range(1, rows + 1)]
-    return max(fitting, key=math.prod)
-
-
-def labels_by_row(num_classes: int, shape: tuple[int, int]) -> list[int]:
-    """One class per row of a grid of (rows, columns), spread evenly over the classes."""
-    rows, columns = shape
-    return [row * num_classes // rows for row in range(rows) for _ in range(columns)]

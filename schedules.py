@@ -95,6 +95,13 @@ def gap_fraction(
     return GAP_SCHEDULES[schedule](step / total_steps, init_ratio, end_ratio)
 
 
+def warmed_up(learning_rate: float, warmup_steps: int | None, step: int) -> float:
+    """The learning rate after `step` finished steps: constant, after a linear rise if any."""
+    if not warmup_steps:
+        return learning_rate
+    return learning_rate * min(1.0, (step + 1) / warmup_steps)
+
+
 class ConsistencyTimes(NamedTuple):
     """Times of the consistency loss, [B] each: s <= l < t."""
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from config import Config
 from support.data.datasets import RawBatch, TrainingData
 from support.runs.signals import leave_to_parent
 from support.system.files import UserError
@@ -140,28 +139,30 @@ class _Guarded(Dataset):
 
 def build_loader(
     data: TrainingData,
-    config: Config,
     plan: BatchPlan,
     rank: int,
-    start_step: int,
-    pin_memory: bool,
+    steps: range,
+    seed: int,
+    num_workers: int = 0,
+    prefetch_factor: int | None = None,
+    pin_memory: bool = False,
 ) -> Iterator[RawBatch]:
-    """The batches of this process's parts from `start_step` to the last step.
+    """The batches of this process's parts in `steps`, part after part.
 
     UserError comes at the batch that has an example which cannot be read.
     """
-    order = DataOrder(len(data), config.batch_size, config.seed)
-    sampler = PartSampler(order, plan, rank, range(start_step, config.total_steps))
+    order = DataOrder(len(data), plan.batch_size, seed)
+    sampler = PartSampler(order, plan, rank, steps)
     loader = DataLoader(
         _Guarded(data),
         sampler=sampler,
         batch_size=None,  # the sampler yields whole parts
-        num_workers=config.num_workers,
-        prefetch_factor=config.prefetch_factor if config.num_workers else None,
+        num_workers=num_workers,
+        prefetch_factor=prefetch_factor if num_workers else None,
         pin_memory=pin_memory,
         worker_init_fn=leave_to_parent,
         # A generator of its own: starting workers must not draw from anybody else's.
-        generator=generator(config.seed, "loader workers"),
+        generator=generator(seed, "loader workers"),
     )
     for prepared in loader:
         if isinstance(prepared, _Refusal):

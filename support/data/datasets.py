@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 from tqdm import tqdm
 
-from config import Config, shorten
 from support.data.cifar10 import load_training_set
 from support.data.images import (
     MOST_NAMED,
+    SKIPPED_FILE,
     class_folders,
     class_names,
     describe_classes,
@@ -26,19 +26,39 @@ from support.data.images import (
     to_images,
     why_unreadable,
 )
-from support.data.latents import LATENT_FILE, LatentInfo, LatentReader
-from support.data.vae import LATENT_CHANNELS, draw_latents, find_vae, load_vae
+from support.data.latents import LATENT_FILE, MOMENT_CHANNELS, LatentInfo, LatentReader
+from support.data.vae import LATENT_CHANNELS, VAE_NAME, draw_latents, find_vae, load_vae
 from support.runs.logbook import weights_digest
 from support.system.files import UserError
 from support.system.processes import Processes
+from support.system.settings import shorten
 
 # N examples, B samples of a part, C channels, H = W side
 
 DIGITS_TRAINING_COUNT = 1_197
 DIGITS_LEVELS = 16
 CHECKED_AT_ONCE = 256  # latents
-SKIPPED_FILE = "skipped_images.txt"
 ALONE = Processes(0, 0, 1, torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class DataRequest:
+    """What is asked for of a data set, by keys of the config."""
+
+    dataset_type: str  # of DATASETS
+    data_size: int  # side, in pixels or latents
+    dataset_path: str | None = None
+    batch_size: int = 1
+    vae: str = VAE_NAME  # that made the latents
+    skip_bad: bool = False  # leave out pictures that cannot be read
+
+    @property
+    def folder(self) -> Path:
+        """dataset_path; UserError where it is not set."""
+        if not self.dataset_path:
+            folder = DATASETS[self.dataset_type].folder
+            raise UserError(f"dataset_path: not set; {self.dataset_type} needs {folder}")
+        return Path(os.path.expanduser(self.dataset_path))
 
 
 @dataclass(frozen=True)
@@ -268,7 +288,7 @@ def digits_split() -> DigitsSplit:
     return DigitsSplit(pixels[training], labels[training], pixels[held_out], labels[held_out])
 
 
-def load_digits_data(config: Config) -> TrainingData:
+def load_digits_data(request: DataRequest) -> TrainingData:
     """The digits to train on."""
     split = digits_split()
     names = tuple(str(digit) for digit in range(10))
@@ -276,106 +296,149 @@ def load_digits_data(config: Config) -> TrainingData:
     return PixelData(channels_first(split.training_pixels), labels, names)
 
 
-def load_cifar10_data(config: Config) -> TrainingData:
+def load_cifar10_data(request: DataRequest) -> TrainingData:
     """CIFAR-10's 50,000 training images."""
-    training = load_training_set(data_folder(config))
+    training = load_training_set(request.folder)
     labels = torch.from_numpy(training.labels)
     return PixelData(channels_first(training.pixels), labels, training.class_names)
 
 
-def load_folder_data(config: Config) -> TrainingData:
+def load_folder_data(request: DataRequest) -> TrainingData:
     """The pictures in the class folders of dataset_path."""
-    return FolderData(data_folder(config), config.data_size, config.skip_bad)
+    return FolderData(request.folder, request.data_size, request.skip_bad)
 
 
-def data_folder(config: Config) -> Path:
-    """The config's dataset_path; UserError where it is not set."""
-    if not config.dataset_path:
-        folder = SOURCES[config.dataset_type].folder
-        raise UserError(f"dataset_path: not set; {config.dataset_type} needs {folder}")
-    return Path(os.path.expanduser(config.dataset_path))
-
-
-def load_latents_data(config: Config) -> TrainingData:
+def load_latents_data(request: DataRequest) -> TrainingData:
     """The latents in dataset_path; UserError where they are not what the config describes."""
-    reader = LatentReader(data_folder(config) / LATENT_FILE)
-    if reader.size != config.data_size:
+    reader = LatentReader(request.folder / LATENT_FILE)
+    if reader.size != request.data_size:
         raise UserError(
-            f"data_size: {config.data_size}, and the latents in {reader.path} have side "
+            f"data_size: {request.data_size}, and the latents in {reader.path} have side "
             f"{reader.size}"
         )
     if reader.info:
-        refuse_other_vae(config, reader.path, reader.info)
+        refuse_other_vae(request.vae, reader.path, reader.info)
     reader.check_values()
     return LatentData(reader)
 
 
-def refuse_other_vae(config: Config, path: Path, info: LatentInfo) -> None:
-    """UserError where the config's VAE is not the one that made the latents.
+def refuse_other_vae(vae_name: str, path: Path, info: LatentInfo) -> None:
+    """UserError where the VAE asked for is not the one that made the latents.
 
     Under another name it may be the same, which is known by its weights: those are read then.
     """
-    if config.vae == info.vae:
+    if vae_name == info.vae:
         return
     try:
-        vae = load_vae(find_vae(config.vae), torch.device("cpu"))
+        vae = load_vae(find_vae(vae_name), torch.device("cpu"))
         if weights_digest(vae.state_dict()) == info.vae_sha256:
             return
         why = "has other weights"
     except UserError as error:
         why = f"cannot be compared with it ({error})"
     raise UserError(
-        f"{path}: made by the VAE {info.vae}, and vae: {config.vae} {why}; say vae: {info.vae}"
+        f"{path}: made by the VAE {info.vae}, and vae: {vae_name} {why}; say vae: {info.vae}"
     )
 
 
-class Source(NamedTuple):
-    """A kind of data set: what it is made of, how to load it, and what dataset_path holds."""
+@dataclass(frozen=True)
+class DataSet:
+    """A kind of data set: what it is made of, how to load it, and how it is usually trained on."""
 
     channels: int
     num_classes: int | None  # None: known only from the data themselves
-    load: Callable[[Config], TrainingData]
-    folder: str = ""
+    load: Callable[[DataRequest], TrainingData]
+    folder: str = ""  # what dataset_path holds; nothing where there is none
+    size: int | None = None  # side, where there is but one
+    is_latent: bool = False  # made by a VAE, to be decoded by it
+    has_files: bool = False  # a file for each picture, which may be damaged or mirrored
+    # What the config leaves open.
+    optimizer: str = "AdamW"
+    ema_every_steps: int = 1
+    unet_augment_probability: float = 0.0  # with an unconditional backbone; else there is none
 
 
-SOURCES = {
-    "Digits": Source(1, 10, load_digits_data),
-    "CIFAR10": Source(
-        3, 10, load_cifar10_data, "a folder for torchvision's CIFAR-10, which is fetched if need be"
+DATASETS = {
+    "Imagenet": DataSet(
+        LATENT_CHANNELS,
+        1000,
+        load_latents_data,
+        "the folder of imagenet_latent.hdf5",
+        is_latent=True,
     ),
-    "ImageFolder": Source(
-        3, None, load_folder_data, "a folder in which each class has a folder of pictures"
+    "CIFAR10": DataSet(
+        3,
+        10,
+        load_cifar10_data,
+        "a folder for torchvision's CIFAR-10, which is fetched if need be",
+        size=32,
+        optimizer="RAdam",
+        ema_every_steps=16,
+        unet_augment_probability=0.12,
     ),
-    "Imagenet": Source(
-        LATENT_CHANNELS, 1000, load_latents_data, "the folder of imagenet_latent.hdf5"
+    "ImageFolder": DataSet(
+        3,
+        None,
+        load_folder_data,
+        "a folder in which each class has a folder of pictures",
+        has_files=True,
     ),
+    "Digits": DataSet(1, 10, load_digits_data, size=8),
 }
 
 
-def count_classes(config: Config) -> int:
-    """How many classes the config's data set has, by a look at its folder where need be."""
-    if config.is_latent and config.dataset_path:
-        path = data_folder(config) / LATENT_FILE
+def count_classes(request: DataRequest) -> int:
+    """How many classes a data set has, by a look at its folder where need be."""
+    dataset = DATASETS[request.dataset_type]
+    if dataset.is_latent and request.dataset_path:
+        path = request.folder / LATENT_FILE
         if path.exists():
             return len(LatentReader(path).class_names)
-    known = SOURCES[config.dataset_type].num_classes
-    return len(class_names(data_folder(config))) if known is None else known
+    if dataset.num_classes is None:
+        return len(class_names(request.folder))
+    return dataset.num_classes
+
+
+class MadeUpData(TrainingData):
+    """Grey samples in the shapes of a data set, to time steps on."""
+
+    def __init__(self, request: DataRequest, num_examples: int):
+        dataset = DATASETS[request.dataset_type]
+        names = tuple(map(str, range(count_classes(request))))
+        spec = DataSpec(dataset.channels, request.data_size, names, num_examples)
+        super().__init__(spec, torch.arange(num_examples) % len(names))
+        self.is_latent = dataset.is_latent
+
+    def stored(self, indices: list[int]) -> Tensor:
+        """Zeros, [B, ...], as the data set itself is stored."""
+        side = (self.spec.size, self.spec.size)
+        if self.is_latent:
+            return torch.zeros(len(indices), MOMENT_CHANNELS, *side)
+        return torch.zeros(len(indices), self.spec.channels, *side, dtype=torch.uint8)
+
+    def clean(self, stored: Tensor, source: torch.Generator) -> Tensor:
+        """x_0, made of it by the same work."""
+        return draw_latents(stored, source) if self.is_latent else super().clean(stored, source)
+
+    def whole(self) -> RawBatch:
+        """All of it."""
+        return self[list(range(len(self)))]
 
 
 def build_data(
-    config: Config, processes: Processes = ALONE, check_data: bool = False
+    request: DataRequest, processes: Processes = ALONE, check_data: bool = False
 ) -> TrainingData:
-    """The data set that the config names; UserError where it is missing, damaged or too small.
+    """The data set that is asked for; UserError where it is missing, damaged or too small.
 
-    With `check_data` or the config's `skip_bad` every example is read, by all processes together.
+    With `check_data` or `skip_bad` every example is read, by all processes together.
     """
-    data = SOURCES[config.dataset_type].load(config)
-    if check_data or config.skip_bad:
-        check_examples(data, processes, config.skip_bad)
-    where = config.dataset_path or config.dataset_type
-    if len(data) < config.batch_size:
+    data = DATASETS[request.dataset_type].load(request)
+    if check_data or request.skip_bad:
+        check_examples(data, processes, request.skip_bad)
+    where = request.dataset_path or request.dataset_type
+    if len(data) < request.batch_size:
         raise UserError(
-            f"batch_size: {config.batch_size} is more than the {len(data)} examples of {where}"
+            f"batch_size: {request.batch_size} is more than the {len(data)} examples of {where}"
         )
     # Here and not on the device, where a wrong label ends the process without saying so.
     for label in data.labels.aminmax():

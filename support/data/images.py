@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError, features
@@ -56,6 +56,7 @@ TURNS = {
 }
 MOST_NAMED = 5  # files that one message names
 MOST_CLASSES_LISTED = 20
+SKIPPED_FILE = "skipped_images.txt"  # lists pictures that are left out, as they cannot be read
 MAX_PIXELS = 89_478_485  # where Pillow begins to warn of decompression bombs: 256 MiB of RGB
 
 Array = TypeVar("Array")  # numpy.ndarray or torch.Tensor
@@ -313,6 +314,13 @@ def _entries(folder: Path) -> list[os.DirEntry]:
     except OSError as error:
         raise UserError(f"{folder}: cannot be read as a folder ({error.strerror})") from error
     return sorted(visible, key=lambda entry: entry.name)
+
+
+class ImageBatch(NamedTuple):
+    """Images made: pixels uint8 [B, H, W, C], and labels [B] where there are classes."""
+
+    pixels: np.ndarray
+    labels: np.ndarray | None
 
 
 def tile(pixels: np.ndarray, rows: int, columns: int) -> np.ndarray:

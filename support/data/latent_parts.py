@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from support.data.images import SKIPPED_FILE
 from support.data.latents import LATENT_FILE, LatentInfo, LatentReader, locate_latents, write_frame
 from support.system.files import (
     UserError,
@@ -32,7 +33,6 @@ from support.system.files import (
 )
 
 PART_IMAGES = 256  # the work that a killed process loses is less than this
-SKIPPED_FILE = "skipped_images.txt"
 KEPT = "what is finished is kept: mend this, and the same command goes on from there"
 
 Record = TypeVar("Record")  # Plan or Ledger

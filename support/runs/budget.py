@@ -2,34 +2,28 @@
 
 from torch import nn
 
-from config import Config, due_steps
 from support.data.batches import BatchPlan
-from support.data.vae import PIXELS_PER_LATENT
+from support.runs.results import ResultSchedule
 
 
-def describe_model(config: Config, model: nn.Module) -> str:
-    """The model's type and size in words."""
+def count_parameters(model: nn.Module) -> str:
+    """The model's size in words."""
     count = sum(parameter.numel() for parameter in model.parameters())
-    return f"{config.model_type}, {count:,} parameters"
+    return f"{count:,} parameters"
 
 
 def describe_needs(
-    config: Config, model: nn.Module, plan: BatchPlan, data_channels: int
+    model: nn.Module, plan: BatchPlan, schedule: ResultSchedule, eval_bytes: int
 ) -> list[str]:
-    """Lines on the model, the batch, memory per process and disk for the whole run.
+    """Lines on the batch, memory per process and disk for the whole run; eval_bytes are of one.
 
     The model may be on the meta device. Two moments are counted for the optimizer.
     """
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     gradients = gradient_bytes(model)
-    steps, every = config.total_steps, config.ckpt_saving_steps
-    # Besides those that are due: the untrained model, and the last step where it is not due.
-    saves = len(due_steps(steps, every)) + 1 + (not every or steps % every != 0)
     checkpoint = 2 * weights + 2 * gradients
-    evals = len(due_steps(steps, config.eval_steps))
-    eval_bytes = config.eval_num_samples * pixel_bytes(config, data_channels)
+    saves, evals = schedule.count("ckpts"), schedule.count("evals")
     return [
-        f"model: {describe_model(config, model)}",
         f"batch: {plan}",
         f"memory: weights {size(weights)}, their average {size(weights)}, gradients "
         f"{size(gradients)}, optimizer state {size(2 * gradients)}, together "
@@ -48,13 +42,6 @@ def state_bytes(model: nn.Module) -> int:
 def gradient_bytes(model: nn.Module) -> int:
     """Bytes of the gradients of all that is trained."""
     return sum(p.nbytes for p in model.parameters() if p.requires_grad)
-
-
-def pixel_bytes(config: Config, data_channels: int) -> int:
-    """Bytes of one sampled image."""
-    if config.is_latent:
-        return 3 * (PIXELS_PER_LATENT * config.data_size) ** 2
-    return data_channels * config.data_size**2
 
 
 def size(num_bytes: float) -> str:

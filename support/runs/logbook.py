@@ -17,7 +17,6 @@ import torch
 from tqdm import tqdm
 
 import support
-from config import Config
 from support.system.files import append_line, atomic_write
 from support.system.processes import Processes
 
@@ -64,19 +63,20 @@ class Interval:
         self._start()
 
     def _start(self) -> None:
-        self._sums: torch.Tensor | None = None
+        self._sums: dict[str, torch.Tensor] = {}
         self._steps = 0
         self._started = time.monotonic()
 
-    def add(self, values: torch.Tensor) -> None:
-        """Add one step's [metrics]."""
-        self._sums = values.clone() if self._sums is None else self._sums.add_(values)
+    def add(self, metrics: Mapping[str, torch.Tensor]) -> None:
+        """Add one step's metrics, by name."""
+        for name, value in metrics.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._steps += 1
 
-    def close(self, processes: Processes) -> tuple[list[float], float, int]:
+    def close(self, processes: Processes) -> tuple[dict[str, float], float, int]:
         """Metrics summed over the processes and averaged over the steps, seconds, and the steps."""
-        sums = processes.sum_over_ranks(self._sums)
-        means = (sums / self._steps).tolist()
+        sums = processes.sum_over_ranks(torch.stack([*self._sums.values()]))
+        means = dict(zip(self._sums, (sums / self._steps).tolist(), strict=True))
         seconds, steps = time.monotonic() - self._started, self._steps
         self._start()
         return means, seconds, steps
@@ -130,10 +130,15 @@ def weights_digest(weights: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
+def settings_digest(settings: Mapping[str, Any]) -> str:
+    """SHA-256 of a config's plain values."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
 def record_of(
-    path: Path, config: Config, processes: Processes, seed: int, **details: Any
+    path: Path, settings: Mapping[str, Any], processes: Processes, seed: int, **details: Any
 ) -> dict[str, Any]:
-    """What the result `path` is made by and from."""
+    """What the result `path` is made by and from; the settings are a config's plain values."""
     return {
         "file": path.name,
         "made_at": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -145,8 +150,8 @@ def record_of(
         "device": device_name(processes.device),
         "processes": processes.world_size,
         "threads": torch.get_num_threads(),
-        "config_sha256": config.digest(),
-        "config": config.to_dict(),
+        "config_sha256": settings_digest(settings),
+        "config": dict(settings),
     }
 
 

@@ -1,4 +1,4 @@
-"""What the system asks of a run by signals: to save and go on, or to save and stop."""
+"""What the system tells a run by signals: to save and go on, or to save and stop."""
 
 import contextlib
 import enum
@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from support.system.processes import Processes
 
 
-class Asked(enum.IntEnum):
-    """What is asked for; of several, the greatest counts."""
+class Signalled(enum.IntEnum):
+    """What signals tell a run to do; of several, the greatest counts."""
 
     NOTHING = 0
     SAVE = 1
@@ -20,35 +20,35 @@ class Asked(enum.IntEnum):
 
 
 MEANINGS = {
-    signal.SIGUSR1: Asked.SAVE,
-    signal.SIGTERM: Asked.STOP,  # what schedulers send before they kill
-    signal.SIGINT: Asked.STOP,  # Ctrl-C
+    signal.SIGUSR1: Signalled.SAVE,
+    signal.SIGTERM: Signalled.STOP,  # what schedulers send before they kill
+    signal.SIGINT: Signalled.STOP,  # Ctrl-C
 }
 
 
 class Listener:
-    """Remembers what signals ask for, until it is done."""
+    """Remembers what signals told, until it is done."""
 
     def __init__(self):
-        self._asked = Asked.NOTHING
+        self._signalled = Signalled.NOTHING
 
     def hear(self, number: int, frame: object) -> None:
         """The handler. A signal that comes again says nothing new: torchrun passes it on too."""
-        self._asked = max(self._asked, MEANINGS[number])
+        self._signalled = max(self._signalled, MEANINGS[number])
 
-    def asked(self, processes: Processes) -> Asked:
-        """What any of the processes is asked for, the same on all; all have to call this."""
-        return Asked(processes.greatest_over_ranks(self._asked))
+    def signalled(self, processes: Processes) -> Signalled:
+        """What any of the processes was told, the same on all; all have to call this."""
+        return Signalled(processes.greatest_over_ranks(self._signalled))
 
     def saved(self) -> None:
         """Forget what has been done."""
-        if self._asked is Asked.SAVE:
-            self._asked = Asked.NOTHING
+        if self._signalled is Signalled.SAVE:
+            self._signalled = Signalled.NOTHING
 
 
 @contextlib.contextmanager
 def listening() -> Iterator[Listener]:
-    """A block in which signals end nothing by themselves, but are there to be asked about."""
+    """A block in which signals end nothing by themselves, but are remembered."""
     listener = Listener()
     before = {number: signal.signal(number, listener.hear) for number in MEANINGS}
     try:

@@ -1,0 +1,57 @@
+"""What keeps a step that is not finite out of the weights, and ends the run."""
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from support.system.files import UserError
+from support.system.processes import Processes
+
+
+class NonFiniteGuard:
+    """Remembers the first step whose gradient is not finite, and keeps it from being applied."""
+
+    def __init__(self, processes: Processes):
+        self.processes = processes
+        # On the CPU, where looking at a step's result waits for nothing.
+        self.refuses_at_once = processes.device.type == "cpu"
+        self._step = torch.full((), -1, device=processes.device)
+        self._names: list[str] = []
+        self._values: Tensor | None = None
+
+    def hold_back(
+        self, step: int, norm: Tensor, metrics: Mapping[str, Tensor], gradients: Iterable[Tensor]
+    ) -> None:
+        """Set the gradients to 0 where their norm, which all processes share, is not finite.
+
+        Without waiting for the device, where that takes time; where not, the run ends here.
+        """
+        is_broken = ~norm.isfinite()
+        is_first = is_broken & (self._step < 0)
+        values = torch.stack([*metrics.values()])
+        self._step = torch.where(is_first, step, self._step)
+        self._names = list(metrics)
+        self._values = torch.where(is_first, values, 0 if self._values is None else self._values)
+        if self.refuses_at_once:
+            self.refuse()
+            return
+        for gradient in gradients:
+            gradient.masked_fill_(is_broken, 0)
+
+    def refuse(self) -> None:
+        """UserError where a step so far was not finite; to be asked before anything is saved.
+
+        Waits for the device.
+        """
+        step = int(self._step)
+        if step < 0 or self._values is None:
+            return
+        values = self.processes.sum_over_ranks(self._values).tolist()
+        named = zip(self._names, values, strict=True)
+        broken = [name for name, value in named if not math.isfinite(value)]
+        raise UserError(
+            f"step {step}: {', '.join(broken)} not finite; the step was not applied and nothing of "
+            f"it saved; a lower learning_rate, a gradient_clip or a larger eps may help"
+        )

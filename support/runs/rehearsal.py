@@ -1,0 +1,86 @@
+"""A few steps of a run on made-up data: what they take on this machine, before it starts."""
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from support.runs.budget import size
+from support.runs.logbook import device_name, duration, peak_memory_gb
+from support.system.files import UserError
+from support.system.hardware import free_memory_bytes, is_out_of_memory, limit_memory
+
+TIMED_STEPS = 3
+LONG_SECONDS = 60  # beyond that, a user wants to know what they are waiting for
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """Steps to be timed."""
+
+    step: Callable[[], None]
+    forward_seconds: Callable[[], float]  # of one sample through the network
+    forwards: float  # of one sample that a step takes in this process
+    device: torch.device
+    total_steps: int
+    batch_size: int  # over all processes
+    state_bytes: int  # of weights, average, gradients and optimizer
+
+    def run(self) -> Iterator[str]:
+        """Take a few steps; gives each line on them as soon as it is known."""
+        yield f"timing {TIMED_STEPS} steps on {device_name(self.device)}, after one to warm up"
+        if self.device.type == "cpu" and (guess := self._guessed_seconds()) > LONG_SECONDS:
+            yield f"each may take {duration(guess)}, going by one sample; Ctrl-C ends this here"
+        first = self._seconds()
+        waiting = ""
+        if first > LONG_SECONDS:
+            waiting = (
+                f"; the others take about {duration(TIMED_STEPS * first)}, and "
+                f"{self.total_steps:,} about {duration(self.total_steps * first)}; Ctrl-C ends "
+                "this here"
+            )
+        yield f"first step: {first:.3g} s{waiting}"
+        seconds = [self._seconds() for _ in range(TIMED_STEPS)]
+        middle = statistics.median(seconds)
+        yield (
+            f"time: {middle:.3g} s a step ({min(seconds):.3g} to {max(seconds):.3g}), "
+            f"{self.batch_size / middle:.1f} images/s; {self.total_steps:,} steps take "
+            f"{duration(self.total_steps * middle)}, without loading data, demos, evals and saving"
+        )
+        yield (
+            f"memory: {peak_memory_gb(self.device):.3g} GB at most in this process; weights, "
+            f"their average, gradients and optimizer state are {size(self.state_bytes)} of it"
+        )
+
+    def _seconds(self) -> float:
+        """What one step takes."""
+        started = time.monotonic()
+        self.step()
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        return time.monotonic() - started
+
+    def _guessed_seconds(self) -> float:
+        """What a step may take, going by a forward pass of one sample; the first warms up."""
+        return self.forwards * min(self.forward_seconds() for _ in range(2))
+
+
+@contextlib.contextmanager
+def within_memory(device: torch.device) -> Iterator[None]:
+    """A block in which it is a UserError to ask for more memory than the machine has free."""
+    if device.type == "cpu":
+        limit_memory()
+    free = free_memory_bytes(device)
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"a step does not fit into the {size(free)} that are free on {device_name(device)}; "
+            "more accumulation_steps, activation_checkpointing, a smaller batch_size or model_type "
+            "take less"
+        ) from error

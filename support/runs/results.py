@@ -1,0 +1,135 @@
+"""What a run writes as it goes: checkpoints, demos and evals. When, where, and what is kept."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from support.data.images import SKIPPED_FILE
+from support.runs.background import Background, background
+from support.runs.checkpoint import host_copy, refuse_non_finite, save_checkpoint
+from support.runs.logbook import record_of, write_record
+from support.system.files import atomic_write, delete_superseded, hold_lock, make_folder
+from support.system.processes import Processes
+
+SUFFIXES = {"ckpts": ".pt", "figs": ".png", "evals": ".npz"}  # by folder
+
+
+def is_due(finished_steps: int, every: int | None) -> bool:
+    """Whether something that happens every so many steps happens now; 0 and None are never."""
+    return bool(every) and finished_steps > 0 and finished_steps % every == 0
+
+
+def due_steps(total_steps: int, every: int | None) -> range:
+    """The steps of a run after which `is_due` holds."""
+    return range(every, total_steps + 1, every) if every else range(0)
+
+
+@dataclass(frozen=True)
+class ResultSchedule:
+    """Every how many steps a run writes each kind of result; 0 and None are never.
+
+    Checkpoints are written of the first and the last step besides.
+    """
+
+    total_steps: int
+    ckpts: int | None
+    figs: int | None
+    evals: int | None
+
+    def steps(self, kind: str) -> list[int]:
+        """The steps after which a kind of result is due, in ascending order."""
+        found = {*due_steps(self.total_steps, getattr(self, kind))}
+        if kind == "ckpts":
+            found |= {0, self.total_steps}
+        return sorted(found)
+
+    def is_due(self, kind: str, step: int) -> bool:
+        """Whether a kind of result is due after this step."""
+        is_end = kind == "ckpts" and step in (0, self.total_steps)
+        return is_end or is_due(step, getattr(self, kind))
+
+    @property
+    def has_images(self) -> bool:
+        """Whether any picture is made at all."""
+        return bool(self.steps("figs") or self.steps("evals"))
+
+
+@dataclass
+class Results:
+    """A run's folder, in one process: the main one alone writes there."""
+
+    folder: Path
+    processes: Processes
+    schedule: ResultSchedule
+    settings: Mapping[str, Any]  # the config's plain values, recorded beside each result
+    seed: int
+    keep_last: int | None = None
+    keep_every_steps: int | None = None
+    jobs: Background = field(init=False)  # what is written beside training, in `claimed`
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """A block in which the folder is there and nobody else's.
+
+        UserError where another run is using it; the lock ends with the process that holds it. What
+        is written beside training is written when the block ends.
+        """
+        with contextlib.ExitStack() as stack:
+            if self.processes.is_main:
+                folder = make_folder(self.folder)
+                refusal = f"{folder}: another run is using this working_dir"
+                stack.enter_context(hold_lock(folder / ".lock", refusal))
+            self.jobs = stack.enter_context(background())
+            yield
+
+    def open(self, skipped: list[str] | None) -> None:
+        """Make the places of results, and list the pictures that are left out, if any may be."""
+        for kind in SUFFIXES:
+            make_folder(self.folder / kind)
+        if skipped is not None:
+            with atomic_write(self.folder / SKIPPED_FILE) as file:
+                file.write("".join(f"{path}\n" for path in skipped).encode(errors="replace"))
+
+    def path(self, kind: str, step: int) -> Path:
+        """Where a kind of result is, or would be, of this step."""
+        return self.folder / kind / f"{step}{SUFFIXES[kind]}"
+
+    def due(self, step: int, is_saving: bool = False, is_stopping: bool = False) -> list[Path]:
+        """What is to be written after this step, the checkpoint first.
+
+        A run that is asked to stop writes the checkpoint alone; what else is due it makes when it
+        goes on.
+        """
+        kinds = ["ckpts"] if is_stopping else [*SUFFIXES]
+        found = [kind for kind in kinds if self.schedule.is_due(kind, step)]
+        if (is_saving or is_stopping) and "ckpts" not in found:
+            found.insert(0, "ckpts")
+        return [self.path(kind, step) for kind in found]
+
+    def save(self, content: Mapping[str, Any]) -> None:
+        """Have a checkpoint and its record written, beside the training that goes on."""
+        self.jobs.wait()  # for the last one: two would take the memory of two
+        if not self.processes.is_main:
+            return
+        step = content["finished_steps"]
+        path, copied = self.path("ckpts", step), host_copy(content)
+        record = self.record(path, finished_steps=step)
+
+        def write() -> None:
+            refuse_non_finite(copied)
+            write_record(path, record)  # first, so that a kill leaves no checkpoint without one
+            save_checkpoint(path, copied)
+            self.delete_superseded("ckpts", step)
+
+        self.jobs.start(write)
+
+    def record(self, path: Path, **details: Any) -> dict[str, Any]:
+        """What a result is made by and from."""
+        return record_of(path, self.settings, self.processes, self.seed, **details)
+
+    def delete_superseded(self, kind: str, newest: int) -> None:
+        """Delete what is not to be kept, once `newest` is whole."""
+        keep = (self.keep_last, self.keep_every_steps)
+        delete_superseded(self.folder / kind, SUFFIXES[kind], newest, *keep)

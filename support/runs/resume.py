@@ -1,0 +1,103 @@
+"""From where a run goes on: the newest checkpoint of its folder that is whole and of this run."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from support.data.batches import BatchPlan
+from support.data.datasets import compare_data
+from support.runs.checkpoint import TrainState, find_checkpoints, read_checkpoint
+from support.system.files import UserError
+from support.system.processes import Processes
+
+# What is said of a run's settings beside those that a checkpoint holds; raises UserError where
+# they are of another experiment. Takes the recorded ones, or None, and where they stand.
+CompareSettings = Callable[[Mapping[str, Any] | None, Path], list[str]]
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What a checkpoint is compared with: it must be of the same experiment."""
+
+    compare_settings: CompareSettings
+    data: Mapping[str, Any]  # the data set's record
+    plan: BatchPlan
+    allowed: Sequence[str]  # what the user lets be another
+
+    def compare(self, content: Mapping[str, Any], path: Path) -> list[str]:
+        """A line for each change since a checkpoint; UserError for another experiment."""
+        notes = []
+        if "data" in content:
+            is_allowed = "data" in self.allowed
+            notes = compare_data(content["data"], self.data, str(path), is_allowed)
+        return notes + self.compare_settings(content.get("config"), path)
+
+
+def resume(
+    folder: Path, state: TrainState, processes: Processes, identity: RunIdentity
+) -> tuple[Path | None, list[str]]:
+    """Bring the state to where the folder's newest checkpoint is; gives that, and what to say.
+
+    None where there is no checkpoint: then the run is a fresh one. All is checked, nothing is
+    written. UserError where there are checkpoints and none can be used.
+    """
+    notes: list[str] = []
+    path, content = None, None
+    if processes.is_main:
+        path, content = newest_usable(folder / "ckpts", state, identity, notes)
+    path = processes.agree(path)
+    if path is None:
+        return None, notes + identity.compare_settings(None, folder / "config.yaml")
+    if content is None:
+        content = read_checkpoint(path, is_verified=True)
+    notes += identity.compare(content, path)
+    settings = state.load_state_dict(content, str(path))
+    notes += compare_parts(identity.plan, content, path)
+    # Where the file has its config, the comparison with that has said it.
+    notes += settings if "config" not in content else []
+    return path, notes
+
+
+def newest_usable(
+    folder: Path, state: TrainState, identity: RunIdentity, notes: list[str]
+) -> tuple[Path | None, dict[str, Any] | None]:
+    """The newest checkpoint that the state can take over; those passed over are noted.
+
+    Nothing where there are no files named like one. UserError, with the newest's reason, where
+    none is left: starting afresh over somebody's run must be their decision.
+    """
+    found = find_checkpoints(folder)
+    reasons = []
+    for path in reversed(found.values()):
+        try:
+            content = read_checkpoint(path)
+            try:
+                state.check(content, str(path))
+            except UserError:
+                identity.compare(content, path)  # says more, where it is another experiment
+                raise
+            return path, content
+        except UserError as error:
+            notes.append(f"passed over: {error}")
+            reasons.append(str(error))
+    if reasons:
+        raise UserError(
+            f"{folder}: none of its {len(found)} checkpoints can be used; the newest: {reasons[0]}"
+        )
+    return None, None
+
+
+def compare_parts(plan: BatchPlan, content: Mapping[str, Any], path: Path) -> list[str]:
+    """A line where the batch was cut otherwise before: noise is drawn by part."""
+    before = content.get("parts", dataclasses.asdict(plan))
+    if before == dataclasses.asdict(plan):
+        return []
+    try:
+        was = BatchPlan(**before)
+    except (TypeError, ZeroDivisionError, UserError):
+        raise UserError(f"{path}: its entry `parts` is damaged") from None
+    order = "goes on" if was.batch_size == plan.batch_size else "is another"
+    noise = "goes on" if was.num_parts == plan.num_parts else "is another"
+    return [f"batch {plan} now, {was} before: the order of the data {order}, the noise {noise}"]

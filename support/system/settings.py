@@ -1,0 +1,266 @@
+"""What users write: texts read as YAML, the types of a config's values, and words for errors."""
+
+import difflib
+import json
+import os
+import re
+import typing
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, Field
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails, PydanticCustomError, core_schema
+
+from support.system.files import UserError
+
+LARGEST_NUMBER = 2**63  # beyond this neither torch nor a file system can count
+FILE_LIMIT_BYTES = 1 << 17  # of a config; the YAML parser takes a second for these
+KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+
+
+# Words
+
+
+def shorten(value: Any) -> str:
+    """`value` as the user wrote it, in one line of bearable length."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)  # YAML's spelling too
+    try:
+        return clip(repr(list(value) if isinstance(value, tuple) else value))
+    except RecursionError:
+        return "a list of lists of lists"
+
+
+def clip(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+
+
+def suggest(word: str, choices: Sequence[str] | Mapping[str, Any]) -> str:
+    """ "; did you mean ...?" or nothing."""
+    close = [choice for choice in choices if choice.lower() == word.lower()]
+    close += difflib.get_close_matches(word, list(choices), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+# YAML
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML without aliases (they can explode) and without silently repeated keys."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "aliases are not supported", mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key} stands here twice", key_node.start_mark
+                )
+            seen.add(str(key))
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str, place: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{place}{line}: not valid YAML ({problem[:200]})") from None
+    except (LookupError, AttributeError):  # of a value such as `!!int ""`
+        raise UserError(f"{place}: not valid YAML (a value is not what its tag says)") from None
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            content = file.read(FILE_LIMIT_BYTES + 1)
+        text = content.decode()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text file in UTF-8") from None
+    if len(content) > FILE_LIMIT_BYTES:
+        raise UserError(f"{path}: larger than any config ({FILE_LIMIT_BYTES} bytes)")
+    values = parse_yaml(text, str(path))
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise UserError(f"{path}: not a mapping of keys to values, such as `batch_size: 256`")
+    return values
+
+
+# The types of values
+
+
+def _number(value: Any) -> Any:
+    """The number that `value` spells, if it does: YAML reads 1e-4 as a text."""
+    if isinstance(value, str):
+        try:
+            value = float(value) if re.search(r"[.eE]", value) else int(value)
+        except ValueError:
+            return value
+    if isinstance(value, int | float) and not abs(value) < LARGEST_NUMBER:
+        raise PydanticCustomError("uncountable", "too large to count with")
+    return value
+
+
+def _whole(value: Any) -> Any:
+    number = _number(value)
+    return int(number) if isinstance(number, float) and number == int(number) else number
+
+
+def _decimal(value: Any) -> Any:
+    number = _number(value)
+    return float(number) if type(number) is int else number  # a bool is an int
+
+
+def _name(value: Any) -> Any:
+    """A text; what is asked for by texts are files and names."""
+    try:
+        if isinstance(value, str) and b"\0" not in os.fsencode(value):
+            return value
+    except UnicodeEncodeError:
+        pass
+    if isinstance(value, str):
+        raise ValueError("has a character that no name can have")
+    return value
+
+
+def tuple_of(count: int) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        if not isinstance(value, list | tuple) or len(value) != count:
+            raise PydanticCustomError("not_a_list", "another number of values")
+        return tuple(value)
+
+    return read
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A type of text: one of the names in a table. The table that implements is the list."""
+
+    table: Collection[str]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
+        return core_schema.no_info_before_validator_function(self.read, handler(source))
+
+    def read(self, value: Any) -> str:
+        """`value`, if it is in the table; `Triangular` is read as `Trig`."""
+        if value == "Triangular" and "Trig" in self.table:
+            return "Trig"
+        if isinstance(value, str) and value in self.table:
+            return value
+        suggestion = suggest(value, list(self.table)) if isinstance(value, str) else ""
+        raise ValueError(f"is not one of {', '.join(self.table)}{suggestion}")
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+Decimal = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_decimal)]
+Name = Annotated[str, BeforeValidator(_name)]
+
+
+def key(
+    default: Any, comment: str, operational: bool = False, or_else: str = "", **limits: Any
+) -> Any:
+    """A key of a config: its default, what it means, and the range of its number.
+
+    `operational`: it may change when a run continues, which stays the same experiment. `or_else`
+    is said after the range.
+    """
+    extra = {"operational": operational, "or_else": or_else}
+    return Field(default, description=comment, json_schema_extra=extra, **limits)
+
+
+def may_change(field: FieldInfo) -> bool:
+    """Whether this key may change when a run continues."""
+    extra = field.json_schema_extra
+    return isinstance(extra, dict) and bool(extra["operational"])
+
+
+def choices_of(field: FieldInfo) -> list[str] | None:
+    """The values that this key may have, where they are listed."""
+    for part in _metadata(field):
+        if isinstance(part, Choice):
+            return list(part.table)
+    return None
+
+
+def _metadata(field: FieldInfo) -> list[Any]:
+    """What the types in a field are annotated with."""
+    return [*field.metadata, *_annotations(field.annotation)]
+
+
+def _annotations(kind: Any) -> list[Any]:
+    """What a type and the types within it are annotated with."""
+    found = []
+    for part in getattr(kind, "__metadata__", ()):
+        found += part.metadata if isinstance(part, FieldInfo) else [part]
+    for part in typing.get_args(kind):
+        found += _annotations(part)
+    return found
+
+
+def range_of(field: FieldInfo) -> str | None:
+    """The range of this key's number, or numbers, in words."""
+    limits: dict[str, Any] = {}
+    for part in _metadata(field):
+        for bound in ("ge", "gt", "le", "lt"):
+            if getattr(part, bound, None) is not None:
+                limits[bound] = getattr(part, bound)
+    ge, gt, le, lt = (limits.get(bound) for bound in ("ge", "gt", "le", "lt"))
+    match (ge, gt, le, lt):
+        case (None, None, None, None):
+            return None
+        case (_, None, None, None):
+            words = f"{ge} or more"
+        case (None, _, None, None):
+            words = f"above {gt}"
+        case (_, None, _, None):
+            words = f"between {ge:,} and {le:,}"
+        case (_, None, None, _):
+            words = f"at least {ge} and below {lt}"
+        case _:
+            words = f"above {gt} and at most {le:,}"
+    is_list = typing.get_origin(field.annotation) is tuple
+    extra = field.json_schema_extra
+    words += extra["or_else"] if isinstance(extra, dict) else ""
+    return f"{words} each" if is_list else words
+
+
+def what_is_wrong(
+    model: type[BaseModel], error: ErrorDetails, given: Mapping[str, Any]
+) -> tuple[str, str]:
+    """The key of a value that pydantic refused, and what is said of it."""
+    name, *index = error["loc"]
+    name, value = str(name), error["input"]
+    if error["type"] == "value_error":
+        return name, f"{shorten(value)} {error['ctx']['error']}"
+    if error["type"].startswith(("greater_than", "less_than")):
+        # Of a list all is shown.
+        shown = shorten(given[name] if index else value)
+        return name, f"{shown} must be {range_of(model.model_fields[name])}"
+    kind = typing.get_type_hints(model)[name]
+    return name, f"{shorten(value)} is not {_wanted(kind, bool(index))}"
+
+
+def _wanted(kind: Any, is_element: bool) -> str:
+    """What a value of this type is called; of a list's type, the list or one of its elements."""
+    parts = typing.get_args(kind)
+    if type(None) in parts:
+        return f"{_wanted(parts[0], is_element)} or null"
+    if typing.get_origin(kind) is not tuple:
+        return KINDS[kind]
+    if is_element:
+        return KINDS[parts[0]]
+    return f"a list of {len(parts)} {'numbers' if parts[0] is float else 'whole numbers'}"
