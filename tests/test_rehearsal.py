@@ -47,12 +47,15 @@ def test_time_without_dry_run_is_refused():
         train.main(["--config=nowhere.yaml", "--time"])
 
 
-def test_who_waits_for_minutes_is_told_after_the_first_step(
+def test_who_waits_for_minutes_is_told_before_and_after_the_first_step(
     tmp_path, capsys, monkeypatch, unlimited
 ):
     monkeypatch.setattr(rehearsal, "LONG_SECONDS", 0)
     train.main([*digits_settings(tmp_path / "run"), "--dry-run", "--time"])
     said = capsys.readouterr().out
+    assert re.search(
+        r"# each may take 0:00:\d+, going by one sample; Ctrl-C ends this here\n", said
+    )
     assert re.search(r"# first step: .* s; the others take about 0:.*; Ctrl-C ends this", said)
 
 
