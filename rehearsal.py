@@ -21,6 +21,7 @@ from soflow.vae import draw_latents
 
 TIMED_STEPS = 3
 LONG_SECONDS = 60  # beyond that, a user wants to know what they are waiting for
+FORWARDS = 4.4  # that a step takes, of each sample
 
 
 class MadeUpData(TrainingData):
@@ -49,10 +50,12 @@ class MadeUpData(TrainingData):
         return self[list(range(len(self)))]
 
 
-def rehearse(learner: Learner, batches: Callable[[], Iterator[Batch]]) -> Iterator[str]:
+def rehearse(
+    learner: Learner, data: MadeUpData, batches: Callable[[], Iterator[Batch]]
+) -> Iterator[str]:
     """Take a few steps; gives each line on them as soon as it is known.
 
-    `batches` draws this process's parts of the next global batch.
+    `batches` draws this process's parts of the next global batch, of `data`.
     """
     config, device = learner.config, learner.processes.device
 
@@ -65,6 +68,8 @@ def rehearse(learner: Learner, batches: Callable[[], Iterator[Batch]]) -> Iterat
         return time.monotonic() - started
 
     yield f"timing {TIMED_STEPS} steps on {device_name(device)}, after one to warm up"
+    if device.type == "cpu" and (guess := guessed_seconds(learner, data)) > LONG_SECONDS:
+        yield f"each may take {duration(guess)}, going by one sample; Ctrl-C ends this here"
     first = step()
     waiting = ""
     if first > LONG_SECONDS:
@@ -85,6 +90,19 @@ def rehearse(learner: Learner, batches: Callable[[], Iterator[Batch]]) -> Iterat
         f"memory: {peak_memory_gb(device):.3g} GB at most in this process; weights, their average, "
         f"gradients and optimizer state are {size(state_bytes(learner.state.model))} of it"
     )
+
+
+@torch.inference_mode()
+def guessed_seconds(learner: Learner, data: MadeUpData) -> float:
+    """What a step may take on the CPU, by a forward pass of one sample."""
+    x, t = torch.zeros(1, *data.spec.shape), torch.ones(1)
+    labels = data.labels[:1] if learner.config.is_conditional else None
+    seconds = []
+    for _ in range(2):  # the first one warms up
+        started = time.monotonic()
+        learner.state.ema_model.solution(x, t, 0 * t, labels)
+        seconds.append(time.monotonic() - started)
+    return FORWARDS * min(seconds) * len(data) * learner.plan.accumulation_steps
 
 
 @contextlib.contextmanager

@@ -299,7 +299,7 @@ def time_steps(config: Config) -> None:
         data = MadeUpData(config, plan.batch_size // plan.num_parts)
         run = assemble_run(config, own, plan, data)
         parts = itertools.repeat(data.whole())
-        timed = rehearse(run.learner, lambda: draw_batches(run, parts))
+        timed = rehearse(run.learner, data, lambda: draw_batches(run, parts))
         for line in itertools.chain(run.notes, timed):
             say(f"# {line}")
 
