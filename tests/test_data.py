@@ -220,6 +220,21 @@ def test_picture_damaged_further_on_is_named_when_its_batch_comes(tmp_path, num_
         list(first_steps(config, data))
 
 
+def test_small_folders_are_decoded_once_and_large_ones_are_not_kept(photographs, monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        soflow.data, "read_image", lambda path, *how: read.append(path) or read_image(path, *how)
+    )
+    data = build_data(config_of("ImageFolder", photographs))
+    first, second = data[[3, 8, 3]], data[[8, 3, 3]]
+    assert len(read) == 2
+    assert torch.equal(first.stored, second.stored[[1, 0, 2]])
+    monkeypatch.setattr(soflow.data, "KEPT_BYTES", 24 * 3 * 16**2 - 1)
+    data = build_data(config_of("ImageFolder", photographs))
+    assert torch.equal(data[[3, 8, 3]].stored, first.stored)
+    assert len(read) == 5
+
+
 def damage(*paths):
     """Cut pictures short, far enough in to begin as pictures do."""
     for path in paths:
