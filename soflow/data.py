@@ -409,6 +409,8 @@ def check_examples(data: TrainingData, processes: Processes, skip_bad: bool) -> 
     Each process reads its share, and all come to the same list: none waits long for another.
     """
     rank, count = processes.rank, processes.world_size
+    if processes.agree(len(data)) != len(data):
+        raise UserError(f"process {rank} sees {len(data)} pictures, and process 0 another number")
     share = range(len(data) * rank // count, len(data) * (rank + 1) // count)
     # disable=None: a progress bar on terminals only
     quiet = None if processes.is_main else True

@@ -288,6 +288,7 @@ def test_processes_check_a_share_each_and_come_to_one_list(tmp_path, monkeypatch
     standins.write_image_folder(tmp_path, per_class=3)
     damage(tmp_path / "cup" / "1.jpg", tmp_path / "cat" / "0.jpg")
     shares, tried = [], []
+    monkeypatch.setattr(Processes, "agree", lambda own, count: 12)
     monkeypatch.setattr(Processes, "sum_over_ranks", lambda own, mask: shares.append(mask) or mask)
     find = soflow.data.find_unreadable
     monkeypatch.setattr(
@@ -299,6 +300,9 @@ def test_processes_check_a_share_each_and_come_to_one_list(tmp_path, monkeypatch
             build_data(config, Processes(rank, rank, 5, torch.device("cpu")), check_data=True)
     assert sum(shares).nonzero().flatten().tolist() == [0, 7]
     assert len(tried) == len(set(tried)) == 12
+    (tmp_path / "cup" / "1.jpg").unlink()
+    with pytest.raises(UserError, match="process 1 sees 11 pictures, and process 0 another number"):
+        build_data(config, Processes(1, 1, 2, torch.device("cpu")), check_data=True)
 
 
 @pytest.mark.parametrize("key", ["skip_bad", "horizontal_flips"])
