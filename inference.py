@@ -1,13 +1,15 @@
-"""Sample images from a checkpoint into an .npz (`arr_0`, uint8 [N, H, W, C]).
+"""Sample images from a checkpoint into an .npz (`arr_0`, uint8 [N, H, W, C]; `arr_1`, labels [N]).
 
     python inference.py --config configs/digits.yaml --ckpt-steps 1000 --num-samples 1000
+    python inference.py --ckpt shared/ckpts/1000.pt --num-samples 32 --labels cat,dog --grid g.png
     torchrun --nproc-per-node=8 inference.py --config SoFlow/XL-2-cond/config.yaml \\
         --ckpt-steps 1200000 --eval-batch-size 128 --eval-NFE 2
     python inference.py --config configs/digits.yaml --ckpt-steps 1000 --num-samples 100 \\
         --labels 0,1,2,3,4,5,6,7,8,9 --grid digits.png
 
-The images come from the averaged weights of ckpts/{steps}.pt in the config's working_dir and go to
-evals/{steps}_{NFE}NFE_{seed}.npz there. Guidance was trained in: there is no scale to choose.
+The images come from the averaged weights of ckpts/{steps}.pt in the run's folder and go to
+evals/{steps}_{NFE}NFE_{seed}.npz there. That folder is the one that the config lies in, beside
+ckpts/, or else its working_dir. Guidance was trained in: there is no scale to choose.
 """
 
 from support.system.command import run_command  # isort: skip - first: it attends to the start
@@ -222,6 +224,8 @@ def run_inference(arguments: argparse.Namespace, sources: Sources, own: Processe
         )
 
     def write_own_record() -> None:
+        if arguments.overwrite:  # a kill must not leave old samples beside a record of the new
+            output.unlink(missing_ok=True)
         write_record(output, own_record())
 
     if own.is_main:
@@ -251,9 +255,9 @@ def run_inference(arguments: argparse.Namespace, sources: Sources, own: Processe
 def draw(grid: Grid, path: Path, class_names: Sequence[str]) -> None:
     """Write the picture and say what is in it."""
     save_grid(path, grid.pixels, grid.columns)
-    size = f"{len(grid.pixels) // grid.columns} rows of {grid.columns} of them"
     names = [class_names[label] if class_names else str(label) for label in grid.classes]
-    print(f"{size}{', of the classes ' if names else ''}{', '.join(names)}: {path}")
+    rows = f", one class a row ({', '.join(names)})" if names else ""
+    print(f"{len(grid.pixels) // grid.columns} x {grid.columns} of them{rows}, in {path}")
 
 
 # What is there already

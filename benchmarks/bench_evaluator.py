@@ -52,20 +52,20 @@ def row(name: str, seconds: float, least_seconds: float, limit: float) -> None:
     )
 
 
-def bench_precision_recall() -> None:
+def bench_precision_recall(distances: str, limit: float) -> None:
     samples, reference = np.random.default_rng(0).random((2, FEATURES, WIDTH), np.float32)
     memory = np.empty((FEATURES, FEATURES), np.float32)
-    manifolds = Manifold.of(samples), Manifold.of(reference)
+    manifolds = [Manifold.of(features, distances) for features in (samples, reference)]
 
     # Each part beside one product, so that a busy moment weighs on both alike.
     *parts, product = best_seconds(
         4,
-        lambda: Manifold.of(samples),
-        lambda: Manifold.of(reference),
+        lambda: Manifold.of(samples, distances),
+        lambda: Manifold.of(reference, distances),
         lambda: precision_recall(*manifolds),
         lambda: np.matmul(samples, reference.T, out=memory),
     )
-    row("precision and recall / three products", sum(parts), 3 * product, 1.4)
+    row(f"prec and recall, {distances} / three products", sum(parts), 3 * product, limit)
 
 
 def bench_frechet() -> None:
@@ -125,7 +125,8 @@ def bench_runs(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    bench_precision_recall()
+    bench_precision_recall("exact", 1.4)
+    bench_precision_recall("float16", 3)
     bench_frechet()
     with tempfile.TemporaryDirectory() as folder:
         bench_runs(Path(folder))

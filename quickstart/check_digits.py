@@ -2,9 +2,9 @@
 
     python quickstart/check_digits.py SAMPLES.npz [SAMPLES.npz ...]
 
-For archives sampled with `--labels 0,1,2,3,4,5,6,7,8,9`. Prints, per archive, the share whose class
-by a vote of the 3 nearest training digits is the one asked for, and the median distance to the
-nearest training digit, beside both figures of the 600 digits that training never saw.
+Prints, per archive, the share whose class by a vote of the 3 nearest training digits is the one
+asked for (the labels in the archive), and the median distance to the nearest training digit, beside
+both figures of the 600 digits that training never saw.
 """
 
 import argparse
@@ -20,10 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from support.data.datasets import digits_split
 from support.scores.npz import read_archive
 from support.system.command import run_command
-from support.system.files import UserError
+from support.system.files import UserError, one_line
 
 NUM_NEIGHBOURS = 3
-NUM_CLASSES = 10
 
 
 def flatten(pixels: np.ndarray) -> np.ndarray:
@@ -31,13 +30,24 @@ def flatten(pixels: np.ndarray) -> np.ndarray:
     return pixels.reshape(len(pixels), -1) / 255
 
 
-def read_samples(path: str) -> np.ndarray:
-    """The digits of an archive, uint8 [N, 8, 8, 1]."""
+def read_samples(path: str) -> tuple[np.ndarray, np.ndarray]:
+    """The digits of an archive, uint8 [N, 8, 8, 1], and the labels [N] they were sampled for."""
     with read_archive(path) as archive:
+        shape = archive.images_header().shape
+        if shape[1:] != (8, 8, 1):
+            raise UserError(f"{path}: holds images of {list(shape[1:])}, not digits [8, 8, 1]")
+        if "arr_1" not in archive:
+            raise UserError(f"{path}: holds no labels (arr_1), as samples do now; sample it again")
+        header = archive.header("arr_1")  # which is checked, so that numpy may read the array
+        if header.dtype.kind not in "iu" or header.shape != shape[:1]:
+            found = f"{header.dtype} {list(header.shape)}"
+            raise UserError(f"{path}: arr_1: must be {shape[0]} labels, not {found}")
         pixels = np.concatenate(list(archive.batches(1_000)))
-    if pixels.shape[1:] != (8, 8, 1):
-        raise UserError(f"{path}: holds images of {list(pixels.shape[1:])}, not digits [8, 8, 1]")
-    return pixels
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return pixels, arrays["arr_1"]
+    except Exception as error:  # numpy, zipfile and zlib raise many kinds on damaged files
+        raise UserError(f"{path}: arr_1: damaged ({one_line(error)})") from error
 
 
 def judge(
@@ -61,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     neighbours.fit(flatten(split.training_pixels), split.training_labels)
     rows = {"600 held-out digits": (split.held_out_pixels, split.held_out_labels)}
     for path in paths:
-        pixels = read_samples(path)
-        rows[f"{len(pixels)} in {path}"] = (pixels, np.arange(len(pixels)) % NUM_CLASSES)
+        pixels, labels = read_samples(path)
+        rows[f"{len(pixels)} in {path}"] = (pixels, labels)
     width = max(map(len, rows))
     print(f"{'':{width}}  right class  median distance to the nearest training digit")
     for name, (pixels, labels) in rows.items():

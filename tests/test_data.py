@@ -220,6 +220,21 @@ def test_picture_damaged_further_on_is_named_when_its_batch_comes(tmp_path, num_
         list(first_steps(config, data))
 
 
+def test_small_folders_are_decoded_once_and_large_ones_are_not_kept(photographs, monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        soflow.data, "read_image", lambda path, *how: read.append(path) or read_image(path, *how)
+    )
+    data = build_data(config_of("ImageFolder", photographs))
+    first, second = data[[3, 8, 3]], data[[8, 3, 3]]
+    assert len(read) == 2
+    assert torch.equal(first.stored, second.stored[[1, 0, 2]])
+    monkeypatch.setattr(soflow.data, "KEPT_BYTES", 24 * 3 * 16**2 - 1)
+    data = build_data(config_of("ImageFolder", photographs))
+    assert torch.equal(data[[3, 8, 3]].stored, first.stored)
+    assert len(read) == 5
+
+
 def damage(*paths):
     """Cut pictures short, far enough in to begin as pictures do."""
     for path in paths:
@@ -273,6 +288,7 @@ def test_processes_check_a_share_each_and_come_to_one_list(tmp_path, monkeypatch
     standins.write_image_folder(tmp_path, per_class=3)
     damage(tmp_path / "cup" / "1.jpg", tmp_path / "cat" / "0.jpg")
     shares, tried = [], []
+    monkeypatch.setattr(Processes, "agree", lambda own, count: 12)
     monkeypatch.setattr(Processes, "sum_over_ranks", lambda own, mask: shares.append(mask) or mask)
     find = support.data.datasets.find_unreadable
     monkeypatch.setattr(
@@ -286,6 +302,9 @@ def test_processes_check_a_share_each_and_come_to_one_list(tmp_path, monkeypatch
             build_data(config, Processes(rank, rank, 5, torch.device("cpu")), check_data=True)
     assert sum(shares).nonzero().flatten().tolist() == [0, 7]
     assert len(tried) == len(set(tried)) == 12
+    (tmp_path / "cup" / "1.jpg").unlink()
+    with pytest.raises(UserError, match="process 1 sees 11 pictures, and process 0 another number"):
+        build_data(config, Processes(1, 1, 2, torch.device("cpu")), check_data=True)
 
 
 @pytest.mark.parametrize("key", ["skip_bad", "horizontal_flips"])

@@ -14,6 +14,7 @@ from support.system.files import UserError
 QUICKSTART = Path(__file__).resolve().parent.parent / "quickstart"
 sys.path.insert(0, str(QUICKSTART))
 
+import check_digits  # noqa: E402
 import score  # noqa: E402
 
 
@@ -32,7 +33,8 @@ def test_table_puts_training_digits_near_blurred_ones_between_and_noise_far(tmp_
     with write_images(tmp_path / "blurred.npz", 1000) as writer:
         writer.append((pixels // 2 + np.roll(pixels // 2, 1, axis=2)).astype(np.uint8))
     score.main([str(tmp_path / "blurred.npz")])
-    header, *rows = capsys.readouterr().out.splitlines()
+    header, *rows, remark = capsys.readouterr().out.splitlines()
+    assert remark == "(600 images bias FD and sFD upwards; prec and recall by exact distances)"
     assert header.split() == ["600", "images", "a", "row", "FD", "sFD", "prec", "recall"]
     scores = np.array([row.split()[-4:] for row in rows], float)
     blurred, training, noise = scores
@@ -46,3 +48,27 @@ def test_archives_that_are_not_600_digits_are_named(tmp_path):
     np.savez(tmp_path / "a.npz", np.zeros((599, 8, 8, 1), np.uint8))
     with pytest.raises(UserError, match=r"a\.npz: must hold 600 digits .* not \[599, 8, 8, 1\]"):
         score.main([str(tmp_path / "a.npz")])
+
+
+def test_digits_are_judged_by_the_labels_in_their_archive(tmp_path, capsys):
+    split = digits_split()
+    pixels, labels = split.training_pixels[:200], split.training_labels[:200]
+    np.savez(tmp_path / "right.npz", pixels, labels)
+    np.savez(tmp_path / "wrong.npz", pixels, (labels + 1) % 10)
+    check_digits.main([str(tmp_path / name) for name in ("right.npz", "wrong.npz")])
+    shares = [line.split()[-2] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert float(shares[0]) > 0.97
+    assert float(shares[1]) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("labels", "line"),
+    [
+        ([], r"a\.npz: holds no labels \(arr_1\), as samples do now; sample it again"),
+        ([np.zeros(4)], r"arr_1: must be 5 labels, not float64 \[4\]"),
+    ],
+)
+def test_digits_without_their_labels_are_refused(tmp_path, labels, line):
+    np.savez(tmp_path / "a.npz", np.zeros((5, 8, 8, 1), np.uint8), *labels)
+    with pytest.raises(UserError, match=line):
+        check_digits.main([str(tmp_path / "a.npz")])

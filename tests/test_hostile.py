@@ -291,13 +291,13 @@ def png(path, side, *chunks):
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + pixels)
 
 
-def with_sides_at(extension: str, place: int, layout: str, sides: tuple):
+def with_sides_at(extension: str, place: int, layout: str, sides: tuple, after: bytes = b""):
     """A picture whose header is told that it is larger."""
 
     def write(path):
         Image.new("RGB", (16, 16)).save(buffer := io.BytesIO(), extension)
         data = bytearray(buffer.getvalue())
-        start = data.index(b"\xff\xc0") + place if extension == "JPEG" else place
+        start = data.index(after) + place
         data[start : start + struct.calcsize(layout)] = struct.pack(layout, *sides)
         path.write_bytes(data)
 
@@ -320,8 +320,13 @@ BOMBS = {
     "sides.png": lambda path: png(path, 60_000),
     "text.png": lambda path: png(path, 8, png_chunk(b"zTXt", b"a\0\0" + deflated(256 * MB))),
     "profile.png": lambda path: png(path, 8, png_chunk(b"iCCP", b"a\0\0" + deflated(256 * MB))),
-    "sides.jpg": with_sides_at("JPEG", 5, ">HH", (60_000, 60_000)),
+    "sides.jpg": with_sides_at("JPEG", 5, ">HH", (60_000, 60_000), b"\xff\xc0"),
     "sides.bmp": with_sides_at("BMP", 18, "<ii", (60_000, 60_000)),
+    "sides.gif": with_sides_at("GIF", 6, "<HH", (60_000, 60_000)),
+    "frame.gif": with_sides_at("GIF", 5, "<HH", (60_000, 60_000), b",\0\0\0\0\x10"),
+    "sides.jp2": with_sides_at("JPEG2000", 6, ">II", (60_000, 60_000), b"\xff\x51"),
+    "sides.avif": with_sides_at("AVIF", 8, ">II", (60_000, 60_000), b"ispe"),
+    "sides.qoi": with_sides_at("QOI", 4, ">II", (60_000, 60_000)),
     "sides.ppm": lambda path: path.write_bytes(b"P6 60000 60000 255\n" + bytes(100)),
 }
 READERS = {
@@ -334,6 +339,10 @@ READERS = {
     ".jpg": read_image,
     ".bmp": read_image,
     ".ppm": read_image,
+    ".gif": read_image,
+    ".jp2": read_image,
+    ".avif": read_image,
+    ".qoi": read_image,
 }
 GROWTH_LIMIT_BYTES = 64 * MB
 

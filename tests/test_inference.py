@@ -278,7 +278,7 @@ def test_class_names_come_from_the_checkpoint(run, tmp_path, capsys):
     run("--num-samples=4", "--labels=nought,7", f"--grid={tmp_path / 'grid.png'}")
     with np.load(run.folder / "evals" / "6_1NFE_42.npz") as archive:
         assert archive["arr_1"].tolist() == [0, 7, 0, 7]
-    said = f"2 rows of 2 of them, of the classes nought, 7: {tmp_path / 'grid.png'}"
+    said = f"2 x 2 of them, one class a row (nought, 7), in {tmp_path / 'grid.png'}"
     assert said in capsys.readouterr().out
     content["data"]["class_names"].pop()
     torch.save(content, path)
@@ -386,6 +386,16 @@ def test_a_mistyped_checkpoint_leaves_nothing(elsewhere):
     with pytest.raises(UserError, match="the folder nowhere/ckpts does not exist"):
         sample_two("--ckpt=nowhere/ckpts/6.pt", "--config=../shared/config.yaml")
     assert not Path("nowhere").exists()
+
+
+def test_a_folder_in_place_of_a_checkpoint_is_refused_with_what_is_in_it(elsewhere):
+    for folder in ("../shared", "../shared/ckpts"):
+        with pytest.raises(
+            UserError, match=r"is a folder; its newest checkpoint is .*ckpts/6\.pt$"
+        ):
+            sample_two(f"--ckpt={folder}")
+    with pytest.raises(UserError, match=r"\.\.: is a folder$"):
+        sample_two("--ckpt=..")
 
 
 def test_keys_of_a_published_config_that_are_not_known_are_named_and_passed_over(elsewhere, capsys):

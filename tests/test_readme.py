@@ -30,6 +30,7 @@ from models import build_model
 
 README = ROOT / "README.md"
 LIMIT_SECONDS = 300  # of a command: one that trains for hours has to be named below
+SHELLS = ("sh", "bash", "shell", "console")  # how a block of commands may be called
 OUR_SCRIPTS = ("train.py", "inference.py", "latent_dataset.py", "evaluator.py")
 
 # What cannot run here, by its first words; its options are checked all the same.
@@ -105,25 +106,20 @@ def documents() -> list[Path]:
 def commands_of(path: Path) -> Iterator[Command]:
     """The commands in a document's code, fenced by ```sh or not.
 
-    Every line of such a block is a command; elsewhere a line of code is one if it starts like one.
+    Every line of a shell's block is a command; other code is one where it starts like one.
     """
     programs = {start.split()[0] for start in NOT_RUN} | {"python", "."}
-    fence, started = None, 0
-    lines = path.read_text().split("\n")
-    for number, line in enumerate(lines, start=1):
+    fence = None
+    lines = enumerate(path.read_text().split("\n"), start=1)
+    for number, line in lines:
         if line.lstrip().startswith("```"):
             fence = line.strip().strip("`") if fence is None else None
             continue
-        if started and lines[number - 2].endswith("\\"):
-            continue
-        started = number
         while line.endswith("\\"):
-            line = line[:-1] + lines[started]
-            started += 1
-        started = number
+            line = line[:-1] + next(lines)[1]
         is_code = fence is not None or line.startswith("    ")
         first = (line.split() or [""])[0]
-        if (fence == "sh" and first) or (is_code and first in programs):
+        if (fence in SHELLS and first) or (is_code and first in programs):
             command, _, comment = line.partition(" #")
             place = f"{path.relative_to(ROOT)}, line {number}"
             yield Command(place, shlex.split(command), comment.strip())

@@ -37,6 +37,7 @@ from support.system.settings import shorten
 
 DIGITS_TRAINING_COUNT = 1_197
 DIGITS_LEVELS = 16
+KEPT_BYTES = 1 << 27  # of decoded pictures in each process: 10,000 of 64 pixels a side
 CHECKED_AT_ONCE = 256  # latents
 ALONE = Processes(0, 0, 1, torch.device("cpu"))
 
@@ -168,7 +169,11 @@ class PixelData(TrainingData):
 
 
 class FolderData(TrainingData):
-    """Pictures in class folders, RGB, decoded and cropped to `size` when they are asked for."""
+    """Pictures in class folders, RGB, decoded and cropped to `size` when they are asked for.
+
+    Where all of them together take little memory they are kept: a photograph of a phone takes as
+    long to decode as a small network to train on.
+    """
 
     def __init__(self, folder: Path, size: int, skip_bad: bool):
         """With `skip_bad`, files that are no pictures are left for `check_examples`."""
@@ -180,6 +185,9 @@ class FolderData(TrainingData):
         super().__init__(spec, torch.tensor(files.labels))
         # One array instead of a million objects: a loader worker that only counts references to
         # these would come to hold a copy of each.
+        self._kept: dict[int, np.ndarray] | None = None
+        if spec.num_examples * 3 * size**2 <= KEPT_BYTES:
+            self._kept = {}
         self._paths = np.array([os.fsencode(path) for path in files.paths])
 
         if note := files.left_out_note():
@@ -187,14 +195,21 @@ class FolderData(TrainingData):
 
     def stored(self, indices: list[int]) -> Tensor:
         """uint8 [B, 3, H, W]; UserError names a file that cannot be decoded."""
+        return channels_first(np.stack([self._picture(index) for index in indices]))
+
+    def _picture(self, index: int) -> np.ndarray:
+        if self._kept is not None and index in self._kept:
+            return self._kept[index]
         try:
-            pixels = [read_image(path, self.spec.size) for path in self._paths_of(indices)]
+            pixels = read_image(self._paths_of([index])[0], self.spec.size)
         except UserError as error:
             raise UserError(
                 f"{error}; put a whole picture in its place, or go on without such files: "
                 "--set skip_bad=true --allow-changed data"
             ) from error
-        return channels_first(np.stack(pixels))
+        if self._kept is not None:
+            self._kept[index] = pixels.copy()  # the crop alone, not what it was cut from
+        return pixels
 
     def find_bad(self, share: range, advance: Callable[[], None]) -> list[int]:
         """Which pictures of `share` cannot be decoded, each of them tried."""
@@ -457,6 +472,8 @@ def check_examples(data: TrainingData, processes: Processes, skip_bad: bool) -> 
     Each process reads its share, and all come to the same list: none waits long for another.
     """
     rank, count = processes.rank, processes.world_size
+    if processes.agree(len(data)) != len(data):
+        raise UserError(f"process {rank} sees {len(data)} pictures, and process 0 another number")
     share = range(len(data) * rank // count, len(data) * (rank + 1) // count)
     # disable=None: a progress bar on terminals only
     quiet = None if processes.is_main else True

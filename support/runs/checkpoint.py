@@ -292,6 +292,10 @@ def _absence(path: Path) -> str:
     """Why there is no checkpoint at `path`, and what there is instead."""
     if not path.parent.is_dir():
         return f"the folder {path.parent} does not exist"
+    if path.is_dir():
+        found = find_checkpoints(path) or find_checkpoints(path / "ckpts")
+        newest = list(found.values())[-1:]
+        return f"is a folder; its newest checkpoint is {newest[0]}" if newest else "is a folder"
     if path.exists():
         return "not a file"
     steps = ", ".join(map(str, find_checkpoints(path.parent)))
