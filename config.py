@@ -15,7 +15,6 @@ from typing import Annotated, Any, NoReturn
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from backbone import Backbone
 from models import BACKBONES, METHODS, backbone_of
 from schedules import GAP_SCHEDULES, PATHS, SOLUTION_FORMS, gap_fraction, warmed_up
 from support.data.datasets import DATASETS, DataRequest
@@ -156,7 +155,7 @@ class Config(BaseModel):
     warmup_steps: Whole | None = key(
         None, "steps in which the learning rate rises from 0; 0 is none", operational=True, ge=0
     )
-    gradientclip: Decimal | None = key(
+    gradient_clip: Decimal | None = key(
         None, "bound on the gradient's norm; null is none", operational=True, gt=0
     )
     batch_size: Whole = key(
@@ -301,6 +300,7 @@ PUBLISHED_KEYS = frozenset(
     }
 )  # fmt: skip
 FIELDS = Config.model_fields
+Refuse = Callable[[str, str], NoReturn]  # raises a UserError on a key, for a reason
 TYPES = typing.get_type_hints(Config)
 
 
@@ -390,8 +390,14 @@ def _build(values: Mapping[str, tuple[Any, str]], source: str) -> Config:
         name, wrong = what_is_wrong(Config, error.errors()[0], given)
         raise UserError(f"{places[name]}: {wrong}") from None
     folder = _expand_folder(config.working_dir, places["working_dir"])
-    config = resolve(config.model_copy(update={"working_dir": folder}))
-    _check_together(config, places)
+    config = config.model_copy(update={"working_dir": folder})
+
+    def refuse(name: str, reason: str) -> NoReturn:
+        raise UserError(f"{places[name]}: {shorten(getattr(config, name))} {reason}")
+
+    _check_model_type(config, refuse)
+    config = resolve(config)
+    _check_together(config, refuse)
     return config
 
 
@@ -425,12 +431,8 @@ def resolve(config: Config) -> Config:
 # Keys together
 
 
-def _check_together(config: Config, places: Mapping[str, str]) -> None:
+def _check_together(config: Config, refuse: Refuse) -> None:
     """Refuse values that are fine alone and contradict each other."""
-
-    def refuse(key: str, reason: str) -> NoReturn:
-        raise UserError(f"{places[key]}: {shorten(getattr(config, key))} {reason}")
-
     if not config.working_dir.strip():
         refuse("working_dir", "must name the folder of the run")
     _check_model(config, refuse)
@@ -466,8 +468,8 @@ def _check_together(config: Config, places: Mapping[str, str]) -> None:
         refuse("data_size", f"must be {dataset.size} for {config.dataset_type}")
 
 
-def _check_model(config: Config, refuse: Callable[[str, str], NoReturn]) -> None:
-    backbone = _backbone(config, refuse)
+def _check_model(config: Config, refuse: Refuse) -> None:
+    backbone = backbone_of(config.model_type)
     if misfit := backbone.misfit(config.model_type, config.data_size):
         refuse(*misfit)
     if backbone.is_conditional:
@@ -485,7 +487,7 @@ def _check_model(config: Config, refuse: Callable[[str, str], NoReturn]) -> None
             )
 
 
-def _check_data(config: Config, refuse: Callable[[str, str], NoReturn]) -> None:
+def _check_data(config: Config, refuse: Refuse) -> None:
     dataset = DATASETS[config.dataset_type]
     for name in ("horizontal_flips", "skip_bad"):
         if getattr(config, name) and not dataset.has_files:
@@ -494,9 +496,9 @@ def _check_data(config: Config, refuse: Callable[[str, str], NoReturn]) -> None:
         refuse("horizontal_flips", "must be false where augment_probability is above 0: it flips")
 
 
-def _backbone(config: Config, refuse: Callable[[str, str], NoReturn]) -> type[Backbone]:
+def _check_model_type(config: Config, refuse: Refuse) -> None:
     try:
-        return backbone_of(config.model_type)
+        backbone_of(config.model_type)
     except ValueError as error:
         wrong = str(error).removeprefix(f"model_type {config.model_type!r} ")
         examples = [name for backbone in BACKBONES.values() for name in backbone.examples]

@@ -27,18 +27,16 @@ from tqdm import tqdm
 from config import Config, add_options, config_from_dict, load_config, shorten, suggest
 from models import SoFlow, build_model
 from sampling import (
-    Grid,
-    GridImages,
-    Sampled,
     SampleRequest,
     decoder_record,
     decoding,
     find_decoder,
     sample_pixels,
-    save_grid,
     write_samples,
 )
-from support.data.datasets import SOURCES
+from support.data.datasets import DATASETS
+from support.data.grids import Grid, GridImages, save_grid
+from support.data.images import ImageBatch
 from support.runs.checkpoint import (
     check_weights,
     checkpoint_path,
@@ -181,7 +179,7 @@ def data_of(config: Config, content: Mapping[str, Any], path: Path) -> tuple[int
         if not all(isinstance(count, int) and 1 <= count <= LARGEST_COUNT for count in counts):
             raise UserError(f"{path}: its entry `data` is damaged")
         return counts[0], counts[1]
-    source = SOURCES[config.dataset_type]
+    source = DATASETS[config.dataset_type]
     if source.num_classes is None:
         raise UserError(f"{path}: does not say how many classes its {config.dataset_type} had")
     return source.channels, source.num_classes
@@ -240,7 +238,7 @@ def run_inference(arguments: argparse.Namespace, sources: Sources, own: Processe
         tqdm(total=request.num_images, unit="image", disable=None if own.is_main else True) as bar,
     ):
 
-        def report(batch: Sampled) -> None:
+        def report(batch: ImageBatch) -> None:
             shown.add(batch)
             bar.update(len(batch.pixels))
 

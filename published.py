@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from config import FIELDS, PUBLISHED_KEYS, Config, resolve, shorten
-from support.data.datasets import SOURCES, count_classes
+from support.data.datasets import DATASETS, count_classes
 from support.system.files import UserError, atomic_write
 
 # For these keys it knows no other values.
@@ -72,8 +72,8 @@ def save_published_config(config: Config, path: Path) -> list[str]:
 
     UserError where the config asks for what the published code cannot do, or `path` is there.
     """
-    known = SOURCES[config.dataset_type].num_classes
-    if config.is_latent and (count := count_classes(config)) != known:
+    known = DATASETS[config.dataset_type].num_classes
+    if config.is_latent and (count := count_classes(config.data_request())) != known:
         raise UserError(
             f"{config.dataset_path}: latents of {count} classes; the published code takes them for "
             f"{known:,}"

@@ -82,7 +82,10 @@ def as_training(folder: Path, num_workers: int) -> Iterable:
     }
     config = config_from_dict(values, "benchmark")
     plan = BatchPlan(BATCH_SIZE, config.flow_matching_count, 1, 1)
-    return build_loader(build_data(config), config, plan, 0, 0, pin_memory=False)
+    data = build_data(config.data_request())
+    steps = range(config.total_steps)
+    workers = (config.num_workers, config.prefetch_factor)
+    return build_loader(data, plan, 0, steps, config.seed, *workers)
 
 
 def items_per_second(loader: Iterable) -> float:

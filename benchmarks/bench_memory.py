@@ -23,8 +23,8 @@ from measuring import (
 import torch
 from torch import Tensor
 
-from learner import Learner
 from support.system.processes import processes
+from train import Learner
 
 MOST_BYTES, MOST_TIME = 0.35, 1.4
 

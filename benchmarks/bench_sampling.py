@@ -22,7 +22,8 @@ from measuring import bench_config, bench_learner, in_turns, machine, median_rat
 import torch
 from torch import Tensor
 
-from sampling import Model, SampleRequest, sample_pixels, write_samples
+from models import Method
+from sampling import SampleRequest, sample_pixels, write_samples
 from support.system.processes import Processes, processes
 from support.system.randomness import PerImageStream
 
@@ -36,7 +37,7 @@ def to_pictures(x_0: Tensor) -> Tensor:
     return x_0[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3)
 
 
-def write(model: Model, num_images: int, own: Processes, folder: str, decode=to_pictures) -> None:
+def write(model: Method, num_images: int, own: Processes, folder: str, decode=to_pictures) -> None:
     """Sample and write so many images, as inference.py does."""
     request = SampleRequest(num_images, BATCH, 1, PerImageStream(42, NUM_CLASSES, (4, 32, 32)))
     batches = sample_pixels(model, request, own, decode)

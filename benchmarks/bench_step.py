@@ -38,10 +38,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import Config
-from learner import Learner
 from models import Batch, Samples, build_model
 from schedules import consistency_times
 from support.system.processes import processes
+from train import Learner
 
 STEPS = {"SoFlow": lambda model: model, "flow matching": FlowMatching, "MeanFlow": MeanFlow}
 

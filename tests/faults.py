@@ -502,8 +502,9 @@ def used(folder: Path) -> tuple[int, list[str], object]:
     """The step that a run in `folder` would go on from, what it would say, and the state."""
     config = load_config(*_split(options_of(folder)))
     run = train.build_run(config, ALONE)
-    train.resume(run, [])
-    return run.state.finished_steps, run.notes, run.state.state_dict(100)
+    train.continue_run(run, [])
+    state = run.learner.state
+    return state.finished_steps, run.notes, state.state_dict(100)
 
 
 def _split(options: list[str]) -> tuple[str, list[str]]:

@@ -21,11 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-import learner
-import run
 import sampling
 import train
 from support.data import datasets as data
+from support.runs import guard, results
 from support.system import files
 from support.system.command import run_command
 from support.system.files import UserError
@@ -177,9 +176,9 @@ def watch_files(watch: Watch) -> None:
 
 def watch_training(watch: Watch) -> None:
     """Patch what a run consists of."""
-    real_step, real_sample = learner.Learner.step, sampling.sample
-    real_init = learner.Learner.__init__
-    real_clean, real_save = data.PixelData.clean, run.save_checkpoint
+    real_step, real_sample = train.Learner.step, sampling.sample
+    real_init = guard.NonFiniteGuard.__init__
+    real_clean, real_save = data.PixelData.clean, results.save_checkpoint
 
     def init(self, *arguments):
         real_init(self, *arguments)
@@ -202,9 +201,9 @@ def watch_training(watch: Watch) -> None:
             raise UserError(f"{path}: the disk is on fire")
         real_save(path, content)
 
-    learner.Learner.__init__ = init
-    learner.Learner.step, sampling.sample = step, sample
-    data.PixelData.clean, run.save_checkpoint = clean, save
+    guard.NonFiniteGuard.__init__ = init
+    train.Learner.step, sampling.sample = step, sample
+    data.PixelData.clean, results.save_checkpoint = clean, save
 
 
 def folder_of(options: list[str]) -> Path:

@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from loading import batches_of
 
 from config import config_from_dict
-from support.data.batches import BatchPlan, DataOrder, PartSampler, build_loader
+from support.data.batches import BatchPlan, DataOrder, PartSampler
 from support.data.datasets import PixelData, TrainingData
 from support.system.files import UserError
 
@@ -134,7 +135,7 @@ def loader_of(data, num_workers, start_step=0, rank=0):
         "prefetch_factor": 2,
     }
     config = config_from_dict(values, "test")
-    return build_loader(data, config, BatchPlan(8, 6, 2, 1), rank, start_step, pin_memory=False)
+    return batches_of(config, data, BatchPlan(8, 6, 2, 1), rank, start_step)
 
 
 def test_workers_give_the_batches_that_none_give():

@@ -13,11 +13,11 @@ from config import (
     changed_keys,
     config_from_dict,
     load_config,
-    may_change,
     refuse_another_experiment,
     save_config,
 )
 from support.system.files import UserError
+from support.system.settings import may_change
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
@@ -234,7 +234,7 @@ def test_operational_keys_may_change_and_others_may_not(load):
     ],
 )  # fmt: skip
 def test_what_makes_the_experiment_is_not_operational(key):
-    assert not may_change(key)
+    assert not may_change(FIELDS[key])
 
 
 def test_unknown_keys_of_a_file_are_passed_over_in_one_line_where_that_is_asked_for(tmp_path):

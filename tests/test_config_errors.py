@@ -8,8 +8,9 @@ import typing
 
 import pytest
 
-from config import FIELDS, TYPES, choices_of, config_from_dict, load_config
+from config import FIELDS, TYPES, config_from_dict, load_config
 from support.system.files import UserError
+from support.system.settings import choices_of
 
 BASE = {
     "working_dir": "x",
@@ -64,7 +65,7 @@ def wrong_types(key: str) -> list[tuple[object, str]]:
     if is_optional:
         (kind,) = (part for part in typing.get_args(kind) if part is not type(None))
     or_null = " or null" if is_optional else ""
-    if choices := choices_of(key):
+    if choices := choices_of(FIELDS[key]):
         slip = choices[0][1:]
         listed = f"is not one of {', '.join(choices)}"
         rows = [(3, f"3 {listed}"), (slip, f"{slip!r} {listed}{CHOICES}{choices[0]}?")]

@@ -8,16 +8,16 @@ import pytest
 import standins
 import torch
 from commands import ROOT, run
+from loading import batches_of, data_of
 from PIL import Image
 
 import support.data.datasets
 import train
 from config import config_from_dict
-from support.data.batches import BatchPlan, build_loader
+from support.data.batches import BatchPlan
 from support.data.datasets import (
+    DataSet,
     PixelData,
-    Source,
-    build_data,
     compare_data,
     count_classes,
     digits_split,
@@ -47,13 +47,13 @@ def config_of(dataset_type, path=None, **values):
 
 def refusal(config):
     with pytest.raises(UserError) as caught:
-        build_data(config)
+        data_of(config)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def first_steps(config, data):
-    return build_loader(data, config, BatchPlan(4, 3, 1, 1), 0, 0, pin_memory=False)
+    return batches_of(config, data, BatchPlan(4, 3, 1, 1))
 
 
 # Digits.
@@ -74,7 +74,7 @@ def test_split_of_the_digits_is_fixed_and_disjoint():
 
 
 def test_digits_are_grey_images_from_black_to_white():
-    data = build_data(config_of("Digits"))
+    data = data_of(config_of("Digits"))
     assert data.spec.to_dict() == {
         "channels": 1,
         "size": 8,
@@ -96,7 +96,7 @@ def test_digits_are_grey_images_from_black_to_white():
 
 def test_cifar10_is_bytes_in_memory_with_channels_first(tmp_path, monkeypatch):
     pixels = standins.write_cifar10(tmp_path, monkeypatch)
-    data = build_data(config_of("CIFAR10", tmp_path))
+    data = data_of(config_of("CIFAR10", tmp_path))
     assert data.spec.shape == (3, 32, 32)
     assert data.spec.class_names == standins.CIFAR_NAMES
     assert data.pixels.dtype == torch.uint8
@@ -126,7 +126,7 @@ def photographs(tmp_path_factory):
 
 
 def test_folder_alone_makes_a_data_set(photographs):
-    data = build_data(config_of("ImageFolder", photographs))
+    data = data_of(config_of("ImageFolder", photographs))
     assert data.spec.shape == (3, 16, 16)
     assert data.spec.class_names == ("cat", "china", "cup", "flower")
     assert len(data) == data.spec.num_examples == 24
@@ -136,7 +136,7 @@ def test_folder_alone_makes_a_data_set(photographs):
     assert raw.stored.is_contiguous()
     expected = read_image(photographs / "flower" / "5.jpg", 16)
     np.testing.assert_array_equal(raw.stored[0].permute(1, 2, 0), expected)
-    assert count_classes(config_of("ImageFolder", photographs)) == 4
+    assert count_classes(config_of("ImageFolder", photographs).data_request()) == 4
 
 
 def test_every_kind_of_picture_becomes_rgb_of_one_size(tmp_path):
@@ -152,7 +152,7 @@ def test_every_kind_of_picture_becomes_rgb_of_one_size(tmp_path):
         (tmp_path / "cat" / name).parent.mkdir(parents=True, exist_ok=True)
         picture.save(tmp_path / "cat" / name)
     (tmp_path / "cat" / "notes.txt").write_text("not a picture, and not named like one")
-    data = build_data(config_of("ImageFolder", tmp_path))
+    data = data_of(config_of("ImageFolder", tmp_path))
     raw = data[list(range(5))]
     assert raw.stored.shape == (5, 3, 16, 16)
     alpha, grey = raw.stored[0], raw.stored[1]
@@ -171,7 +171,7 @@ def test_classes_are_numeric_only_if_all_names_are(tmp_path, names, in_order):
     for level, name in enumerate(names):
         (tmp_path / name).mkdir()
         Image.new("RGB", (16, 16), (level, 0, 0)).save(tmp_path / name / "a.png")
-    data = build_data(config_of("ImageFolder", tmp_path, batch_size=3))
+    data = data_of(config_of("ImageFolder", tmp_path, batch_size=3))
     assert data.spec.class_names == in_order
     raw = data[[0, 1, 2]]
     assert raw.labels.tolist() == [0, 1, 2]
@@ -182,7 +182,7 @@ def test_names_that_are_not_text_are_read(tmp_path):
     folder = tmp_path / "caf\udce9"
     folder.mkdir()
     Image.new("RGB", (16, 16)).save(folder / "\udcff.png")
-    data = build_data(config_of("ImageFolder", tmp_path, batch_size=1, velocity_loss_ratio=0))
+    data = data_of(config_of("ImageFolder", tmp_path, batch_size=1, velocity_loss_ratio=0))
     assert data[[0]].stored.shape == (1, 3, 16, 16)
 
 
@@ -214,7 +214,7 @@ def test_picture_damaged_further_on_is_named_when_its_batch_comes(tmp_path, num_
     config = config_of(
         "ImageFolder", tmp_path, num_workers=num_workers, prefetch_factor=num_workers or None
     )
-    data = build_data(config)
+    data = data_of(config)
     go_on = "--set skip_bad=true --allow-changed data$"
     with pytest.raises(UserError, match=f"^{path}: not a readable picture [^\n]*{go_on}"):
         list(first_steps(config, data))
@@ -223,14 +223,16 @@ def test_picture_damaged_further_on_is_named_when_its_batch_comes(tmp_path, num_
 def test_small_folders_are_decoded_once_and_large_ones_are_not_kept(photographs, monkeypatch):
     read = []
     monkeypatch.setattr(
-        soflow.data, "read_image", lambda path, *how: read.append(path) or read_image(path, *how)
+        support.data.datasets,
+        "read_image",
+        lambda path, *how: read.append(path) or read_image(path, *how),
     )
-    data = build_data(config_of("ImageFolder", photographs))
+    data = data_of(config_of("ImageFolder", photographs))
     first, second = data[[3, 8, 3]], data[[8, 3, 3]]
     assert len(read) == 2
     assert torch.equal(first.stored, second.stored[[1, 0, 2]])
-    monkeypatch.setattr(soflow.data, "KEPT_BYTES", 24 * 3 * 16**2 - 1)
-    data = build_data(config_of("ImageFolder", photographs))
+    monkeypatch.setattr(support.data.datasets, "KEPT_BYTES", 24 * 3 * 16**2 - 1)
+    data = data_of(config_of("ImageFolder", photographs))
     assert torch.equal(data[[3, 8, 3]].stored, first.stored)
     assert len(read) == 5
 
@@ -244,11 +246,11 @@ def damage(*paths):
 def test_every_picture_is_checked_on_request_and_the_bad_ones_are_named(tmp_path):
     standins.write_image_folder(tmp_path)
     config = config_of("ImageFolder", tmp_path)
-    assert "checked: 24 examples can be read" in build_data(config, check_data=True).notes
+    assert "checked: 24 examples can be read" in data_of(config, check_data=True).notes
     damage(*(tmp_path / "cup").iterdir(), tmp_path / "cat" / "3.jpg")
-    build_data(config)
+    data_of(config)
     with pytest.raises(UserError) as caught:
-        build_data(config, check_data=True)
+        data_of(config, check_data=True)
     said = str(caught.value)
     assert said.startswith(f"7 of 24 pictures cannot be read: {tmp_path / 'cat' / '3.jpg'}: not a")
     assert said.count("not a readable picture") == 5
@@ -262,7 +264,7 @@ def test_bad_pictures_are_left_out_on_request(tmp_path):
     standins.write_image_folder(tmp_path, per_class=3)
     damage(tmp_path / "cup" / "1.jpg", tmp_path / "cat" / "0.jpg")
     (tmp_path / "china" / "page.jpg").write_text("<html>not found</html>")
-    data = build_data(config_of("ImageFolder", tmp_path, skip_bad=True))
+    data = data_of(config_of("ImageFolder", tmp_path, skip_bad=True))
     assert data.skipped == ["cat/0.jpg", "china/page.jpg", "cup/1.jpg"]
     assert data.notes == [
         "10 examples of 4 classes, in order: cat (2), china (3), cup (2), flower (3)",
@@ -299,12 +301,12 @@ def test_processes_check_a_share_each_and_come_to_one_list(tmp_path, monkeypatch
     config = config_of("ImageFolder", tmp_path)
     for rank in range(5):
         with pytest.raises(UserError) if rank in (0, 3) else contextlib.nullcontext():
-            build_data(config, Processes(rank, rank, 5, torch.device("cpu")), check_data=True)
+            data_of(config, Processes(rank, rank, 5, torch.device("cpu")), check_data=True)
     assert sum(shares).nonzero().flatten().tolist() == [0, 7]
     assert len(tried) == len(set(tried)) == 12
     (tmp_path / "cup" / "1.jpg").unlink()
     with pytest.raises(UserError, match="process 1 sees 11 pictures, and process 0 another number"):
-        build_data(config, Processes(1, 1, 2, torch.device("cpu")), check_data=True)
+        data_of(config, Processes(1, 1, 2, torch.device("cpu")), check_data=True)
 
 
 @pytest.mark.parametrize("key", ["skip_bad", "horizontal_flips"])
@@ -326,7 +328,7 @@ def test_pictures_of_phones_are_trained_on_upright(tmp_path):
         exif[0x0112] = orientation
         (tmp_path / name).mkdir()
         photograph.rotate(turned, expand=True).save(tmp_path / name / "0.png", exif=exif)
-    data = build_data(config_of("ImageFolder", tmp_path, batch_size=2))
+    data = data_of(config_of("ImageFolder", tmp_path, batch_size=2))
     assert torch.equal(*data[[0, 1]].stored)
 
 
@@ -359,7 +361,7 @@ def test_label_out_of_range_is_refused_before_it_reaches_a_device(monkeypatch, l
     data = PixelData(
         torch.zeros(5, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 2, 0, label]), (*"abc",)
     )
-    monkeypatch.setitem(support.data.datasets.SOURCES, "Digits", Source(1, 3, lambda _: data))
+    monkeypatch.setitem(support.data.datasets.DATASETS, "Digits", DataSet(1, 3, lambda _: data))
     said = refusal(config_of("Digits"))
     assert said == f"Digits: has a label {label}; its 3 classes go from 0 to 2"
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from config import Config, resolve
-from learner import build_optimizer
 from support.runs.averages import is_ema_step, update_ema
+from train import build_optimizer
 
 
 def small_model() -> nn.Module:

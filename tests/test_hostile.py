@@ -20,6 +20,7 @@ from collections import OrderedDict
 from pathlib import Path
 
 import h5py
+import loading
 import numpy as np
 import pytest
 import torch
@@ -37,7 +38,6 @@ from evaluator import Results
 from inference import data_of
 from support.data.batches import BatchPlan
 from support.data.cifar10 import read_batch
-from support.data.datasets import build_data
 from support.data.images import read_image, refuse_non_pictures
 from support.data.latent_parts import PartsFolder, Plan
 from support.data.latents import LatentReader
@@ -646,7 +646,7 @@ def test_values_that_only_a_program_can_give_are_one_line():
 
 def test_the_home_of_nobody_is_a_folder_that_is_not_there(tmp_path):
     values = {"working_dir": "x", "dataset_type": "ImageFolder", "dataset_path": "~nobody-here/x"}
-    refused(lambda path: build_data(config_from_dict(values, "c")), "~nobody-here/x")
+    refused(lambda path: loading.data_of(config_from_dict(values, "c")), "~nobody-here/x")
     refused(find_vae, "~nobody-here/x")
 
 

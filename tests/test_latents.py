@@ -7,11 +7,12 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from loading import batches_of, data_of
 from tiny_vae import make_tiny_vae
 
 from config import config_from_dict
-from support.data.batches import BatchPlan, build_loader
-from support.data.datasets import build_data, count_classes
+from support.data.batches import BatchPlan
+from support.data.datasets import count_classes
 from support.data.latents import LATENT_FILE, LatentInfo, LatentReader, locate_latents, write_frame
 from support.data.vae import VAE_NAME, find_vae, load_vae
 from support.runs.logbook import weights_digest
@@ -83,7 +84,7 @@ def config_of(folder, **values):
 
 def refusal(folder, **values):
     with pytest.raises(UserError) as caught:
-        build_data(config_of(folder, **values))
+        data_of(config_of(folder, **values))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -128,9 +129,9 @@ def test_file_behind_a_header_of_the_users_own_is_read(tmp_path):
 def test_loader_workers_open_the_file_for_themselves(tmp_path, layout, num_workers):
     write_reference_form(tmp_path, **LAYOUTS[layout])
     config = config_of(tmp_path, num_workers=num_workers, batch_size=6)
-    data = build_data(config)
+    data = data_of(config)
     data.reader.read([0])  # opened here, before the workers are started
-    loader = build_loader(data, config, BatchPlan(6, 3, 1, 1), 0, 0, pin_memory=False)
+    loader = batches_of(config, data, BatchPlan(6, 3, 1, 1))
     seen = [batch for _, batch in zip(range(4), loader, strict=False)]
     moments = torch.from_numpy(some_moments())
     for batch in seen:
@@ -144,7 +145,7 @@ def test_value_that_is_not_finite_ends_training_in_one_line_with_workers_too(tmp
     moments[5] = np.nan  # not among those that are looked at before
     write_reference_form(tmp_path, moments)
     config = config_of(tmp_path, num_workers=2, batch_size=200)
-    loader = build_loader(build_data(config), config, BatchPlan(200, 3, 1, 1), 0, 0, False)
+    loader = batches_of(config, data_of(config), BatchPlan(200, 3, 1, 1))
     with pytest.raises(UserError, match=r"row 5 has values that are not finite$"):
         list(loader)
 
@@ -153,7 +154,7 @@ def test_value_that_is_not_finite_ends_training_in_one_line_with_workers_too(tmp
 def test_file_cut_short_while_training_ends_it_in_one_line(tmp_path, num_workers):
     path = write_reference_form(tmp_path, some_moments(60))
     config = config_of(tmp_path, num_workers=num_workers, batch_size=4, total_steps=15)
-    loader = build_loader(build_data(config), config, BatchPlan(4, 3, 1, 1), 0, 0, False)
+    loader = batches_of(config, data_of(config), BatchPlan(4, 3, 1, 1))
     next(loader)
     os.truncate(path, locate_latents(path).offset + 20 * 512 + 7)
     said = rf"^{path}: ends before row [2-5][0-9] of 60 does: it was cut short or replaced"
@@ -196,7 +197,7 @@ def test_open_file_is_not_shared_with_another_process(tmp_path, layout):
 
 def test_clean_latents_are_drawn_from_the_generator_given(tmp_path):
     write_reference_form(tmp_path)
-    data = build_data(config_of(tmp_path))
+    data = data_of(config_of(tmp_path))
     stored = data[[3, 1]].stored
     x_0 = data.clean(stored, torch.Generator().manual_seed(5))
     noise = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(5))
@@ -209,16 +210,16 @@ def test_clean_latents_are_drawn_from_the_generator_given(tmp_path):
 
 def test_reference_form_has_a_thousand_classes(tmp_path):
     write_reference_form(tmp_path)
-    assert build_data(config_of(tmp_path)).spec.num_classes == 1000
-    assert count_classes(config_of(tmp_path)) == 1000
-    assert count_classes(config_of(tmp_path / "absent")) == 1000
+    assert data_of(config_of(tmp_path)).spec.num_classes == 1000
+    assert count_classes(config_of(tmp_path).data_request()) == 1000
+    assert count_classes(config_of(tmp_path / "absent").data_request()) == 1000
 
 
 def test_our_file_says_what_it_is_and_has_the_reference_entries(tmp_path):
     path = write_ours(tmp_path)
-    data = build_data(config_of(tmp_path))
+    data = data_of(config_of(tmp_path))
     assert data.spec.class_names == ("cat", "dog", "fish")
-    assert count_classes(config_of(tmp_path)) == 3
+    assert count_classes(config_of(tmp_path).data_request()) == 3
     assert data.reader.info == INFO
     assert data.reader.is_plain
     with h5py.File(path, "r") as file:
@@ -233,9 +234,9 @@ def test_our_file_says_what_it_is_and_has_the_reference_entries(tmp_path):
 def test_many_classes_with_odd_names_are_said(tmp_path):
     names = tuple(f"class é {k}" for k in range(20_000))
     write_ours(tmp_path, class_names=names, class_counts=(0,) * 20_000)
-    assert build_data(config_of(tmp_path)).spec.class_names == names
+    assert data_of(config_of(tmp_path)).spec.class_names == names
     write_ours(tmp_path, class_names=("a", "b\udcff", "c"))
-    assert build_data(config_of(tmp_path)).spec.class_names == ("a", "b?", "c")
+    assert data_of(config_of(tmp_path)).spec.class_names == ("a", "b?", "c")
 
 
 def test_older_file_of_ours_had_its_pictures_as_they_lay(tmp_path):
@@ -258,8 +259,8 @@ def test_other_vae_is_refused_and_the_same_under_another_name_is_not(tmp_path):
     tiny, other = make_tiny_vae(tmp_path / "tiny"), make_tiny_vae(tmp_path / "other", seed=1)
     digest = weights_digest(load_vae(find_vae(str(tiny)), torch.device("cpu")).state_dict())
     write_ours(tmp_path / "data", vae="somebody/tiny", vae_sha256=digest)
-    assert build_data(config_of(tmp_path / "data", vae="somebody/tiny"))
-    assert build_data(config_of(tmp_path / "data", vae=str(tiny)))
+    assert data_of(config_of(tmp_path / "data", vae="somebody/tiny"))
+    assert data_of(config_of(tmp_path / "data", vae=str(tiny)))
     said = refusal(tmp_path / "data", vae=str(other))
     assert "made by the VAE somebody/tiny" in said
     assert "has other weights; say vae: somebody/tiny" in said
@@ -305,7 +306,7 @@ def test_flipped_bytes_are_refused_or_read_and_nothing_else(tmp_path):
         damaged[source.integers(len(data))] ^= 1 << source.integers(8)
         path.write_bytes(damaged)
         try:
-            loaded = build_data(config_of(tmp_path))
+            loaded = data_of(config_of(tmp_path))
             loaded[list(range(len(loaded)))]
         except UserError as error:
             assert "\n" not in str(error)
@@ -321,7 +322,7 @@ def test_values_that_are_not_finite_are_refused_with_their_row(tmp_path, layout,
     moments[0, 1, 2, 3] = 0
     moments[5, 1, 2, 3] = value  # not among those that are looked at before
     write_reference_form(tmp_path / "b", moments, **LAYOUTS[layout])
-    data = build_data(config_of(tmp_path / "b"))
+    data = data_of(config_of(tmp_path / "b"))
     data[[4, 6]]
     with pytest.raises(UserError, match="row 5 has values that are not finite"):
         data[[4, 5, 6]]
@@ -329,7 +330,7 @@ def test_values_that_are_not_finite_are_refused_with_their_row(tmp_path, layout,
 
 def test_large_values_are_not_taken_for_infinite_ones(tmp_path):
     write_reference_form(tmp_path, np.full((12, 8, 4, 4), 3e38, np.float32))
-    build_data(config_of(tmp_path))
+    data_of(config_of(tmp_path))
 
 
 def test_rows_that_were_never_written_are_refused(tmp_path):
@@ -385,7 +386,7 @@ def change(path, **entries):
 def test_entries_that_are_not_those_of_latents_are_refused(tmp_path, entries, message):
     change(write_reference_form(tmp_path), **entries)
     with pytest.raises(UserError, match=message):
-        build_data(config_of(tmp_path))
+        data_of(config_of(tmp_path))
     refusal(tmp_path)
 
 

@@ -11,15 +11,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from worker import CONFIG as GUIDED
 
 import dit
-import learner
+import train
 from config import Config, resolve
-from learner import Learner, build_learner, learning_rate_at, set_options
 from models import Batch, Objective, Samples, build_model
 from passes import Execution
 from schedules import ConsistencyTimes, consistency_times
 from support.data.batches import BatchPlan
 from support.system import hardware
 from support.system.processes import Processes
+from train import Learner, build_learner, set_options
 
 CPU = Processes(0, 0, 1, torch.device("cpu"))
 PIXELS = Config(
@@ -77,7 +77,7 @@ def gradients(made: Learner, batch: Batch) -> torch.Tensor:
     made.state.optimizer.zero_grad()
     metrics = made.accumulate_gradients(iter([batch]))
     found = [p.grad.flatten() for p in made.state.model.parameters() if p.grad is not None]
-    return torch.cat([metrics, *found])
+    return torch.cat([torch.stack([*metrics.values()]), *found])
 
 
 def relative_difference(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -251,7 +251,7 @@ def test_the_learning_rate_rises_over_the_warmup_and_stays():
         made.step(iter([draw(GUIDED)]))
         rates.append(made.state.optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
-    assert learning_rate_at(resolve(GUIDED), 0) == GUIDED.learning_rate
+    assert resolve(GUIDED).learning_rate_at(0) == GUIDED.learning_rate
 
 
 def test_clipping_shortens_a_long_gradient_and_leaves_a_short_one():
@@ -268,8 +268,8 @@ def test_clipping_shortens_a_long_gradient_and_leaves_a_short_one():
 
 
 def test_an_option_that_the_device_cannot_do_is_said_and_left_out(monkeypatch):
-    monkeypatch.setattr(learner, "obstacle_to_bf16", lambda device: "too old")
-    monkeypatch.setattr(learner, "obstacle_to_compiling", lambda device: "no compiler")
+    monkeypatch.setattr(train, "obstacle_to_bf16", lambda device: "too old")
+    monkeypatch.setattr(train, "obstacle_to_compiling", lambda device: "no compiler")
     made, notes = make_learner(GUIDED, precision="bf16", compile=True)
     assert notes == [
         "precision: goes on without bf16 (too old)",
@@ -294,7 +294,7 @@ def test_a_missing_compiler_is_found_out(monkeypatch, tmp_path):
 def test_tf32_is_allowed_on_cuda_unless_fp32_is_asked_for(monkeypatch, precision, is_allowed):
     flags = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [flag.allow_tf32 for flag in flags]
-    monkeypatch.setattr(learner, "obstacle_to_bf16", lambda device: None)
+    monkeypatch.setattr(train, "obstacle_to_bf16", lambda device: None)
     model = build_model("DiT-Nano-4", 1, 8, 10, 0.1)
     try:
         for flag in flags:

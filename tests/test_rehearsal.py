@@ -7,11 +7,11 @@ import torch
 from commands import digits_settings, run
 
 import dit
-import rehearsal
 import train
-from soflow import budget, hardware
-from soflow.files import UserError
-from soflow.hardware import free_memory_bytes, is_out_of_memory
+from support.runs import budget, rehearsal
+from support.system import hardware
+from support.system.files import UserError
+from support.system.hardware import free_memory_bytes, is_out_of_memory
 
 LATENTS = ["model_type=DiT-Nano-4", "dataset_type=Imagenet", "data_size=8", "cfg_decay_time=1"]
 PIXELS = ["model_type=UNet", "dataset_type=CIFAR10", "data_size=32", "cfg_scale=1"]
@@ -60,9 +60,9 @@ def test_who_waits_for_minutes_is_told_before_and_after_the_first_step(
 
 
 def test_steps_that_do_not_fit_are_refused_in_one_line(tmp_path):
-    small = "import soflow.hardware as h; h.free_memory_bytes = lambda device: 4 * 10**8; "
+    small = "import support.system.hardware as h; h.free_memory_bytes = lambda device: 4 * 10**8; "
     options = [*digits_settings(tmp_path / "run", batch_size=4000), "--dry-run", "--time"]
-    command = f"{small}import train; from soflow.command import run_command; run_command("
+    command = f"{small}import train; from support.system.command import run_command; run_command("
     finished = run("-c", f"{command}lambda: train.main({options}))")
     assert finished.returncode == 1
     assert finished.stderr.startswith("error: a step does not fit into the ")

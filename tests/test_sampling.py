@@ -11,16 +11,14 @@ from torch import nn
 
 from models import SoFlow
 from sampling import (
-    GridImages,
-    Sampled,
     SampleRequest,
-    labels_by_row,
     plan_rounds,
     sample,
     sample_pixels,
-    save_grid,
     write_samples,
 )
+from support.data.grids import GridImages, labels_by_row, save_grid
+from support.data.images import ImageBatch
 from support.scores.npz import read_archive
 from support.system.files import UserError
 from support.system.processes import Processes
@@ -199,7 +197,7 @@ def grid_of(labels, shape, num_classes=10, given=()) -> tuple[list[list[int]], l
     for start in range(0, len(labels), 7):
         part = np.array(labels[start : start + 7])
         pixels = part.astype(np.uint8)[:, None, None, None]
-        images.add(Sampled(pixels, part))
+        images.add(ImageBatch(pixels, part))
     grid = images.arranged()
     return grid.pixels.reshape(-1, grid.columns).tolist(), grid.classes
 
@@ -250,5 +248,5 @@ def test_grid_of_more_classes_than_rows_can_be_is_that_of_uniform_ones():
 
 def test_grid_of_a_model_without_classes_has_the_images_in_their_order():
     images = GridImages((2, 3), 10)
-    images.add(Sampled(np.arange(9, dtype=np.uint8)[:, None, None, None], None))
+    images.add(ImageBatch(np.arange(9, dtype=np.uint8)[:, None, None, None], None))
     assert images.arranged().pixels.ravel().tolist() == [0, 1, 2, 3, 4, 5]

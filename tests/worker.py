@@ -8,13 +8,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config import Config, resolve
-from learner import Learner
 from models import Batch, build_model
 from sampling import SampleRequest, sample_pixels
 from support.data.batches import BatchPlan
 from support.system.command import run_command
 from support.system.processes import Processes, processes
 from support.system.randomness import PerImageStream, ReferenceStream
+from train import Learner
 
 SHAPE = (1, 8, 8)
 CONFIG = resolve(
@@ -47,7 +47,7 @@ def gradients(own: Processes, batches: list[Batch], plan: BatchPlan) -> dict:
     model = learner.state.model
     with torch.no_grad():
         loss = torch.stack([model(batch).loss for batch in batches]).sum()
-    metrics = learner.accumulate_gradients(iter(batches))
+    metrics = torch.stack([*learner.accumulate_gradients(iter(batches)).values()])
     return {
         "metrics": own.sum_over_ranks(torch.cat([metrics, loss[None]])),
         "gradients": [p.grad for p in model.parameters() if p.grad is not None],

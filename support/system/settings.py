@@ -146,7 +146,7 @@ def tuple_of(count: int) -> Callable[[Any], Any]:
     return read
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashed by pydantic, which a table is not
 class Choice:
     """A type of text: one of the names in a table. The table that implements is the list."""
 
