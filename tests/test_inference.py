@@ -203,6 +203,15 @@ def test_samples_of_another_request_are_not_replaced(run):
         assert archive["arr_1"].tolist() == [2, 2, 2]
 
 
+def test_a_kill_while_overwriting_leaves_no_record_of_others_beside_old_samples(run, monkeypatch):
+    run("--num-samples=4")
+    path = run.folder / "evals" / "6_1NFE_42.npz"
+    monkeypatch.setattr("soflow.files.os.replace", lambda source, target: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # at the record, whose turn comes first
+        run("--num-samples=3", "--overwrite")
+    assert not path.exists()
+
+
 def test_draws_by_batch_are_another_request_in_other_batches(run):
     run("--num-samples=4", "--noise-stream=reference")
     with pytest.raises(UserError, match="samples: eval_batch_size 32 there, 3 asked for"):

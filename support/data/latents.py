@@ -243,7 +243,8 @@ class LatentReader:
     def fetch(self, indices: Sequence[int]) -> None:
         """Have rows in the system's cache, from where `read` of any process has them at once."""
         if self.is_plain:
-            self._read_plain(indices)
+            scratch = np.empty(self.shape[1:], self.dtype)  # one for all: the cache is what matters
+            self._fill([scratch] * len(indices), np.asarray(indices, np.int64))
 
     def check_values(self) -> None:
         """UserError where some of the values, spread over the file, cannot be of latents."""
@@ -281,16 +282,19 @@ class LatentReader:
         return self._file
 
     def _read_plain(self, indices: Sequence[int]) -> np.ndarray:
-        """The rows' values, neighbours by one call; UserError where the file is too short."""
-        rows = np.asarray(indices, np.int64)
-        values = np.empty((len(rows), *self.shape[1:]), self.dtype)
-        row_bytes = values[:1].nbytes
+        values = np.empty((len(indices), *self.shape[1:]), self.dtype)
+        self._fill(list(values), np.asarray(indices, np.int64))
+        return values
+
+    def _fill(self, buffers: Sequence[np.ndarray], rows: np.ndarray) -> None:
+        """Read each row into its buffer, neighbours by one call; UserError at the file's end."""
+        row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
         try:
             descriptor = self._own_file().fileno()
             for places in _runs(rows):
                 row = int(rows[places[0]])
-                buffers = [values[place] for place in places]
-                got = os.preadv(descriptor, buffers, self._offset + row * row_bytes)
+                wanted = [buffers[place] for place in places]
+                got = os.preadv(descriptor, wanted, self._offset + row * row_bytes)
                 if got < len(places) * row_bytes:
                     raise UserError(
                         f"{self.path}: ends before row {row + got // row_bytes} of {len(self)} "
@@ -298,7 +302,6 @@ class LatentReader:
                     )
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read ({one_line(error)})") from error
-        return values
 
     def _read_by_h5py(self, indices: Sequence[int]) -> np.ndarray:
         # In ascending order and once each, as h5py wants them.
