@@ -22,7 +22,7 @@ def describe_needs(
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     gradients = gradient_bytes(model)
     checkpoint = 2 * weights + 2 * gradients
-    saves, evals = schedule.count("ckpts"), schedule.count("evals")
+    saves, evals = len(schedule.steps("ckpts")), len(schedule.steps("evals"))
     return [
         f"batch: {plan}",
         f"memory: weights {size(weights)}, their average {size(weights)}, gradients "
