@@ -131,7 +131,7 @@ def config_of_checkpoint(
     raise UserError(f"{path}: holds no config, as published checkpoints do not; say --config FILE")
 
 
-class Sampler(NamedTuple):
+class LoadedModel(NamedTuple):
     """A model ready to sample from, and what it makes."""
 
     model: SoFlow
@@ -141,7 +141,7 @@ class Sampler(NamedTuple):
     weights_sha256: str
 
 
-def load_sampler(config: Config, path: Path, device: torch.device) -> Sampler:
+def load_model(config: Config, path: Path, device: torch.device) -> LoadedModel:
     """The averaged model of a checkpoint; channels and classes come from it, not from the data."""
     content = read_checkpoint(path)
     refuse_other_model(config, content.get("config", {}), path)
@@ -153,7 +153,7 @@ def load_sampler(config: Config, path: Path, device: torch.device) -> Sampler:
     model.load_state_dict(content["ema_model"])
     shape = (channels, config.data_size, config.data_size)
     names = names_of(content, num_classes, path)
-    return Sampler(model, shape, num_classes, names, weights_digest(content["ema_model"]))
+    return LoadedModel(model, shape, num_classes, names, weights_digest(content["ema_model"]))
 
 
 def refuse_other_model(config: Config, recorded: Mapping[str, Any], path: Path) -> None:
@@ -199,17 +199,17 @@ def run_inference(arguments: argparse.Namespace, sources: Sources, own: Processe
     output = choose_output(arguments, sources)
     find_decoder(config)
     allow_tf32(own.device, config.precision != "fp32")
-    sampler = load_sampler(config, sources.checkpoint, own.device)
-    labels = choose_labels(arguments.labels, config, sampler)
-    stream = choose_stream(arguments.noise_stream, labels, config, sampler, own)
+    loaded = load_model(config, sources.checkpoint, own.device)
+    labels = choose_labels(arguments.labels, config, loaded)
+    stream = choose_stream(arguments.noise_stream, labels, config, loaded, own)
     request = SampleRequest(
         config.eval_num_samples, config.eval_batch_size, config.eval_NFE, stream
     )
 
-    def own_record() -> dict[str, Any]:
+    def its_record() -> dict[str, Any]:
         return record_of(
             output,
-            config,
+            config.to_dict(),
             own,
             config.seed,
             num_images=request.num_images,
@@ -217,22 +217,22 @@ def run_inference(arguments: argparse.Namespace, sources: Sources, own: Processe
             labels=labels or ("uniform" if config.is_conditional else None),
             noise_stream=arguments.noise_stream,
             checkpoint=str(sources.checkpoint),
-            weights_sha256=sampler.weights_sha256,
+            weights_sha256=loaded.weights_sha256,
             **decoder_record(config),
         )
 
-    def write_own_record() -> None:
+    def write_its_record() -> None:
         if arguments.overwrite:  # a kill must not leave old samples beside a record of the new
             output.unlink(missing_ok=True)
-        write_record(output, own_record())
+        write_record(output, its_record())
 
     if own.is_main:
         make_folder(output.parent)
         if arguments.grid:
             check_writable(Path(arguments.grid))
         if not arguments.overwrite:
-            refuse_to_replace(output, own_record())
-    shown = GridImages(config.eval_demo_shape, sampler.num_classes, labels)
+            refuse_to_replace(output, its_record())
+    shown = GridImages(config.eval_demo_shape, loaded.num_classes, labels)
     with (
         decoding(config, own.device) as decode,
         tqdm(total=request.num_images, unit="image", disable=None if own.is_main else True) as bar,
@@ -242,12 +242,12 @@ def run_inference(arguments: argparse.Namespace, sources: Sources, own: Processe
             shown.add(batch)
             bar.update(len(batch.pixels))
 
-        batches = sample_pixels(sampler.model, request, own, decode)
-        write_samples(output, batches, request.num_images, own.is_main, write_own_record, report)
+        batches = sample_pixels(loaded.model, request, own, decode)
+        write_samples(output, batches, request.num_images, own.is_main, write_its_record, report)
     if own.is_main:
         print(f"{request.num_images} images in {output}")
         if arguments.grid:
-            draw(shown.arranged(), Path(arguments.grid), sampler.class_names)
+            draw(shown.arranged(), Path(arguments.grid), loaded.class_names)
 
 
 def draw(grid: Grid, path: Path, class_names: Sequence[str]) -> None:
@@ -320,10 +320,10 @@ def in_short(value: Any) -> str:
 
 
 def choose_stream(
-    name: str, labels: Sequence[int], config: Config, sampler: Sampler, own: Processes
+    name: str, labels: Sequence[int], config: Config, loaded: LoadedModel, own: Processes
 ) -> SamplingStream:
     """The source of noise and labels that the command line asks for."""
-    num_classes, shape = sampler.num_classes, sampler.shape
+    num_classes, shape = loaded.num_classes, loaded.shape
     stream: SamplingStream
     if name == "reference":
         stream = ReferenceStream(
@@ -334,21 +334,21 @@ def choose_stream(
     return GivenLabels(stream, labels) if labels else stream
 
 
-def choose_labels(text: str | None, config: Config, sampler: Sampler) -> list[int]:
+def choose_labels(text: str | None, config: Config, loaded: LoadedModel) -> list[int]:
     """The classes of a list of names and numbers, such as cat,dog,3; none for None."""
     if text is None:
         return []
     if not config.is_conditional:
         raise UserError(f"--labels: {config.model_type} is unconditional and takes none")
-    names = sampler.class_names
-    meanings = meanings_of(sampler.num_classes, names)
+    names = loaded.class_names
+    meanings = meanings_of(loaded.num_classes, names)
     spelled = [name for name in names if not name.isdecimal()]
     labels = []
     for word in text.split(","):
         if word.strip() not in meanings:
             raise UserError(
                 f"--labels: {shorten(word.strip())} is not a class; those are "
-                f"{describe_classes(meanings, sampler)}{suggest(word.strip(), spelled)}"
+                f"{describe_classes(meanings, loaded)}{suggest(word.strip(), spelled)}"
             )
         labels.append(meanings[word.strip()])
     return labels
@@ -366,14 +366,14 @@ def meanings_of(num_classes: int, names: Sequence[str]) -> dict[str, int]:
     return named if is_ambiguous else numbers | named
 
 
-def describe_classes(meanings: Mapping[str, int], sampler: Sampler) -> str:
+def describe_classes(meanings: Mapping[str, int], loaded: LoadedModel) -> str:
     """The words that --labels takes."""
-    numbers = f"0 to {sampler.num_classes - 1}"
-    named = ", ".join(sampler.class_names)
+    numbers = f"0 to {loaded.num_classes - 1}"
+    named = ", ".join(loaded.class_names)
     named = named if len(named) <= 80 else f"{named[:60]}..."
-    if not sampler.class_names or named == ", ".join(map(str, range(sampler.num_classes))):
+    if not loaded.class_names or named == ", ".join(map(str, range(loaded.num_classes))):
         return numbers
-    if len(meanings) == len(sampler.class_names):
+    if len(meanings) == len(loaded.class_names):
         return f"{named} (by name alone, since some names are other classes' numbers)"
     return f"{numbers}, or by name {named}"
 

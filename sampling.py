@@ -148,7 +148,7 @@ def write_samples(
     batches: Iterator[ImageBatch],
     num_images: int,
     is_main: bool,
-    write_own_record: Callable[[], None],
+    write_its_record: Callable[[], None],
     report: Callable[[ImageBatch], None] = lambda batch: None,
 ) -> None:
     """Stream `sample_pixels` to an .npz, which appears only when all images are in it.
@@ -169,4 +169,4 @@ def write_samples(
             report(batch)
         if labels:
             writer.further_arrays["arr_1"] = np.concatenate(labels).astype(np.int64)
-        write_own_record()
+        write_its_record()

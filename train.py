@@ -271,7 +271,7 @@ def make_eval(run: "Run", path: Path) -> None:
     request = sample_request(run, config.eval_num_samples)
     run.logbook.line(f"sampling {request.num_images} images to {path}")
 
-    def write_own_record() -> None:
+    def write_its_record() -> None:
         record = run.results.record(
             path,
             num_images=request.num_images,
@@ -285,7 +285,7 @@ def make_eval(run: "Run", path: Path) -> None:
         write_record(path, record)
 
     batches = make_images(run, request)
-    write_samples(path, batches, request.num_images, run.processes.is_main, write_own_record)
+    write_samples(path, batches, request.num_images, run.processes.is_main, write_its_record)
     if run.processes.is_main:
         run.results.delete_superseded("evals", state.finished_steps)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from loading import batches_of
 
 from config import config_from_dict
-from support.data.batches import BatchPlan, DataOrder, PartSampler
+from support.data.batches import BatchPlan, DataOrder, PartIndices
 from support.data.datasets import PixelData, TrainingData
 from support.system.files import UserError
 
@@ -94,8 +94,8 @@ def test_order_is_the_same_for_ever():
 @pytest.mark.parametrize("start", [1, 4, 5, 9])
 def test_sampler_that_starts_at_a_step_gives_the_tail_of_the_whole(start):
     order, plan = DataOrder(23, 4, 1), BatchPlan(4, 3, 1, 2)
-    whole = list(PartSampler(order, plan, 0, range(10)))
-    tail = PartSampler(order, plan, 0, range(start, 10))
+    whole = list(PartIndices(order, plan, 0, range(10)))
+    tail = PartIndices(order, plan, 0, range(start, 10))
     assert list(tail) == whole[2 * start :]
     assert len(tail) == len(whole[2 * start :])
 
@@ -103,7 +103,7 @@ def test_sampler_that_starts_at_a_step_gives_the_tail_of_the_whole(start):
 @pytest.mark.parametrize("cut", [(4, 1), (1, 4), (2, 2)])
 def test_examples_of_a_step_do_not_depend_on_how_it_is_cut(cut):
     order, plan = DataOrder(60, 8, 1), BatchPlan(8, 6, *cut)
-    parts = [list(PartSampler(order, plan, rank, range(9))) for rank in range(plan.world_size)]
+    parts = [list(PartIndices(order, plan, rank, range(9))) for rank in range(plan.world_size)]
     for step in range(9):
         own = slice(step * plan.accumulation_steps, (step + 1) * plan.accumulation_steps)
         examples = [example for rank in parts for part in rank[own] for example in part]
@@ -113,7 +113,7 @@ def test_examples_of_a_step_do_not_depend_on_how_it_is_cut(cut):
 def test_flow_matching_samples_come_first_in_each_part():
     order, plan = DataOrder(60, 8, 1), BatchPlan(8, 6, 2, 1)
     batch = order.global_batch(0).tolist()
-    first, second = (next(iter(PartSampler(order, plan, rank, range(1)))) for rank in (0, 1))
+    first, second = (next(iter(PartIndices(order, plan, rank, range(1)))) for rank in (0, 1))
     assert first == [*batch[:3], batch[6]]
     assert second == [*batch[3:6], batch[7]]
 
@@ -180,7 +180,7 @@ def test_error_that_a_user_can_mend_leaves_a_worker_as_it_was_raised(num_workers
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_batches_before_the_one_that_cannot_be_read_are_given(num_workers):
     order, plan = DataOrder(40, 8, 42), BatchPlan(8, 6, 2, 1)
-    readable = [3 not in part for part in PartSampler(order, plan, 0, range(12))].index(False)
+    readable = [3 not in part for part in PartIndices(order, plan, 0, range(12))].index(False)
     parts = loader_of(Unreadable(), num_workers)
     for _ in range(readable):
         next(parts)

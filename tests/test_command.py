@@ -13,7 +13,7 @@ from support.system.command import run_command
 from support.system.files import UserError
 
 FIRST_PACKAGE = {
-    "train.py": "torch",
+    "train.py": "numpy",
     "inference.py": "torch",
     "latent_dataset.py": "numpy",
     "evaluator.py": "numpy",
@@ -116,6 +116,6 @@ def test_a_package_missing_beside_an_environment_is_answered_with_its_activation
 
 
 def test_a_missing_module_of_our_own_is_a_bug(capsys):
-    error = ModuleNotFoundError("no learner", name="learner")
+    error = ModuleNotFoundError("no models", name="models")
     command._explain(type(error), error, None)
-    assert capsys.readouterr().err == "ModuleNotFoundError: no learner\n"
+    assert capsys.readouterr().err == "ModuleNotFoundError: no models\n"

@@ -8,7 +8,7 @@ from torch import nn
 
 from config import Config, resolve
 from support.runs.averages import is_ema_step, update_ema
-from train import build_optimizer
+from support.runs.optimizers import build_optimizer
 
 
 def small_model() -> nn.Module:
@@ -52,7 +52,9 @@ def test_radam_and_a_sixteen_step_average_equal_a_plain_loop_over_forty_steps():
     config = resolve(Config(working_dir="x", dataset_type="CIFAR10", model_type="UNet"))
     model = small_model()
     average = copy.deepcopy(model)
-    optimizer = build_optimizer(config, model)
+    optimizer = build_optimizer(
+        config.optimizer, model, config.learning_rate, config.betas, config.weight_decay
+    )
     parameters = [p.detach().double() for p in model.parameters()]
     averages = [p.clone() for p in parameters]
     first = [torch.zeros_like(p) for p in parameters]

@@ -32,7 +32,6 @@ from test_checkpoint import fresh_state, step
 from test_latents import write_reference_form
 from tiny_vae import make_tiny_vae
 
-import train
 from config import FIELDS, Config, config_from_dict, load_config
 from evaluator import Results
 from inference import data_of
@@ -48,6 +47,7 @@ from support.runs.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
+from support.runs.resume import compare_parts
 from support.scores.npz import read_archive
 from support.system.files import UserError
 
@@ -534,7 +534,7 @@ def test_weights_that_are_no_floats_are_refused(tmp_path):
 )  # fmt: skip
 def test_parts_of_a_batch_that_cannot_be_are_a_line(parts):
     with pytest.raises(UserError, match=r"1\.pt: its entry `parts` is damaged"):
-        train.compare_parts(BatchPlan(8, 6, 1, 1), {"parts": parts}, Path("1.pt"))
+        compare_parts(BatchPlan(8, 6, 1, 1), {"parts": parts}, Path("1.pt"))
 
 
 @pytest.mark.parametrize("channels", [None, "3", -1, 0, 2**62, float("inf"), [3]])

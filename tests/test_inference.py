@@ -113,7 +113,7 @@ def test_seed_and_stream_choose_the_images_and_the_record_says_so(run):
     labels = torch.randint(10, (5,), generator=source)
     noise = torch.randn(5, 1, 8, 8, generator=source)
     config = load_config(run.folder / "config.yaml")
-    sampler = inference.load_sampler(config, run.folder / "ckpts" / "6.pt", torch.device("cpu"))
+    sampler = inference.load_model(config, run.folder / "ckpts" / "6.pt", torch.device("cpu"))
     x_0 = sample(sampler.model, [noise], labels)
     expected = to_pixels(x_0).permute(0, 2, 3, 1).numpy().astype(int)
     assert np.abs(expected - images["--seed=4", "--noise-stream=reference"]).max() <= 1
@@ -206,7 +206,7 @@ def test_samples_of_another_request_are_not_replaced(run):
 def test_a_kill_while_overwriting_leaves_no_record_of_others_beside_old_samples(run, monkeypatch):
     run("--num-samples=4")
     path = run.folder / "evals" / "6_1NFE_42.npz"
-    monkeypatch.setattr("soflow.files.os.replace", lambda source, target: 1 / 0)
+    monkeypatch.setattr("support.system.files.os.replace", lambda source, target: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # at the record, whose turn comes first
         run("--num-samples=3", "--overwrite")
     assert not path.exists()
@@ -243,7 +243,7 @@ def test_samples_go_where_output_says_and_spare_what_is_no_record_there(run, tmp
 
 
 def labels_of(text: str, names: list[str]) -> list[int]:
-    sampler = inference.Sampler(None, (1, 8, 8), len(names) or 4, names, "")
+    sampler = inference.LoadedModel(None, (1, 8, 8), len(names) or 4, names, "")
     return inference.choose_labels(text, Config(), sampler)
 
 

@@ -93,7 +93,7 @@ class DataOrder:
         return self._permutation(epoch)[start : start + self.batch_size]
 
 
-class PartSampler(Sampler[list[int]]):
+class PartIndices(Sampler[list[int]]):
     """The example indices of a process's parts, step after step, from any step on."""
 
     def __init__(self, order: DataOrder, plan: BatchPlan, rank: int, steps: range):
@@ -152,7 +152,7 @@ def build_loader(
     UserError comes at the batch that has an example which cannot be read.
     """
     order = DataOrder(len(data), plan.batch_size, seed)
-    sampler = PartSampler(order, plan, rank, steps)
+    sampler = PartIndices(order, plan, rank, steps)
     loader = DataLoader(
         _Guarded(data),
         sampler=sampler,
