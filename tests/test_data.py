@@ -453,3 +453,10 @@ def test_unreadable_picture_ends_training_in_one_line(tmp_path):
     assert ended.returncode == 1
     assert ended.stderr.startswith(f"error: {path}: not a readable picture (")
     assert ended.stderr.count("\n") == 1
+
+
+def test_a_run_of_a_time_when_pictures_were_not_turned_is_told_that_they_are_now():
+    before = {"channels": 3, "class_names": ["a", "b"], "num_examples": 4}
+    notes = compare_data(before, {**before, "exif": "apply"}, "1.pt", is_allowed=False)
+    assert notes == ["pictures are turned upright by their EXIF data from here on"]
+    assert compare_data(before, before, "1.pt", is_allowed=False) == []

@@ -211,6 +211,10 @@ class FolderData(TrainingData):
             self._kept[index] = pixels.copy()  # the crop alone, not what it was cut from
         return pixels
 
+    def record(self) -> dict[str, Any]:
+        """As for any data set, and that pictures are turned upright, which they once were not."""
+        return {**super().record(), "exif": "apply"}
+
     def find_bad(self, share: range, advance: Callable[[], None]) -> list[int]:
         """Which pictures of `share` cannot be decoded, each of them tried."""
         # More threads than cores: some of them wait for the disk.
@@ -504,16 +508,20 @@ def compare_data(
 
     Other classes are refused in any case: labels would have another meaning.
     """
+    notes = []
+    if "exif" in now and "exif" not in before:
+        notes.append("pictures are turned upright by their EXIF data from here on")
     # By what was recorded: older checkpoints say less.
     changes = {key: value for key, value in before.items() if now.get(key) != value}
     if not changes:
-        return []
+        return notes
     listed = "; ".join(
         f"{key} {shorten(was)} then, {shorten(now.get(key))} now" for key, was in changes.items()
     )
     may_go_on = changes.keys() <= {"num_examples", "class_counts"}
     if may_go_on and is_allowed:
         return [
+            *notes,
             f"data changed: {listed}; from here on their order is another, and epochs are counted "
             "as if these had been the data from the start"
         ]
