@@ -24,7 +24,7 @@ from passes import Execution, Pass, Passes, check_times, run_passes, run_togethe
 from schedules import PATHS, SOLUTION_FORMS, ConsistencyTimes, PathPoint, guidance_decay
 from unet import UNet
 
-# B batch, K of them guided, C channels, H = W side; times are [B] until widened
+# B batch, K of its samples are guided, C channels, H = W side; times are [B] until widened
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,21 @@ def guided_velocity(
     return v_g if v_label is None or m == 1 else torch.lerp(v_label, v_g, m)
 
 
+def target_velocity(
+    v_t: Tensor,
+    t: Tensor,
+    kept: Tensor,
+    v_null: Tensor,
+    v_label: Tensor | None,
+    objective: Objective,
+) -> Tensor:
+    """v*, [B, C, H, W]: guided at the K places `kept`, and v_t where the label is dropped."""
+    if len(kept) == 0:
+        return v_t
+    kappa = guidance_decay(t[kept], objective.cfg_decay_time)
+    return v_t.index_copy(0, kept, guided_velocity(v_t[kept], v_null, v_label, kappa, objective))
+
+
 def flow_matching_terms(
     velocity: Tensor, v_star: Tensor, b_s: Tensor, objective: Objective
 ) -> LossTerms:
@@ -168,6 +183,7 @@ def consistency_terms(
         # weight = 1 / (mean of q^2 + eps)^p
         weight = 1 / (squared_error + objective.eps) ** objective.p
         slope = widen(b.sign() * weight, q) * q
+    # mean of sign(b(t, s)) F_t weight q
     return LossTerms(sample_mean(F_t * slope), squared_error, weight)
 
 
@@ -244,13 +260,12 @@ class SoFlow(Method):
         )
         V, C = batch.global_flow_matching_count, batch.global_consistency_count
         loss = (flow_matching.loss.sum() + consistency.loss.sum()) / (V + C)
-        _, velocity_error, velocity_weight = flow_matching.share(V)
-        _, consistency_error, consistency_weight = consistency.share(C)
+        vel, con = flow_matching.share(V), consistency.share(C)
         metrics = {
-            "Vel_MSE": velocity_error,
-            "Vel_Weight": velocity_weight,
-            "Con_MSE": consistency_error,
-            "Con_Weight": consistency_weight,
+            "Vel_MSE": vel.squared_error,
+            "Vel_Weight": vel.weight,
+            "Con_MSE": con.squared_error,
+            "Con_Weight": con.weight,
         }
         return StepTerms(loss, metrics)
 
@@ -259,16 +274,14 @@ class SoFlow(Method):
     ) -> Passes[LossTerms]:
         """The flow matching loss of each sample: the velocity is to be v*."""
         x_t, v_t = self.interpolate(samples.x_0, samples.x_1, t)
-        labels, guided = self.drop_labels(samples), guided_places(samples, objective)
+        labels, kept = self.drop_labels(samples), kept_places(samples, objective)
+        (v_null,) = yield from self._velocities(x_t, t, kept, None)
 
-        (F_null,) = yield (Pass(x_t, t, t, **_guidance(guided)),)
         conditions = (labels, samples.augment_labels, samples.dropout_seed)
         (F_t,) = yield (Pass(x_t, t, t, *conditions, may_be_coarse=True),)
-
         form = self.solution_form(t, t)
         velocity = velocity_of(x_t, F_t, form.a_s, form.b_s)
-        v_label = velocity.detach()[guided]
-        v_star = self._guided(x_t, v_t, t, guided, F_null, v_label, objective)
+        v_star = target_velocity(v_t, t, kept, v_null, velocity.detach()[kept], objective)
         return flow_matching_terms(velocity, v_star, form.b_s, objective)
 
     def _consistency(
@@ -277,14 +290,12 @@ class SoFlow(Method):
         """The consistency loss of each sample: f at s is to be the same from x_t and from x_l."""
         t, l, s = times  # noqa: E741
         x_t, v_t = self.interpolate(samples.x_0, samples.x_1, t)
-        labels, guided = self.drop_labels(samples), guided_places(samples, objective)
-
-        asked = [Pass(x_t, t, t, **_guidance(guided))]
+        labels, kept = self.drop_labels(samples), kept_places(samples, objective)
         if objective.mix_ratio < 1:
-            asked.append(Pass(x_t, t, t, labels, **_guidance(guided)))
-        F_null, *F_label = yield tuple(asked)
-        v_label = self._velocity_at(x_t, t, guided, F_label[0]) if F_label else None
-        v_star = self._guided(x_t, v_t, t, guided, F_null, v_label, objective)
+            v_null, v_label = yield from self._velocities(x_t, t, kept, None, labels)
+        else:
+            (v_null,), v_label = (yield from self._velocities(x_t, t, kept, None)), None
+        v_star = target_velocity(v_t, t, kept, v_null, v_label, objective)
 
         # The same conditions and dropout masks at t and at l: f must not be of two networks.
         conditions = (labels, samples.augment_labels, self._shared_seed(samples))
@@ -298,28 +309,19 @@ class SoFlow(Method):
         f_l = solution_of(x_l, F_l, at_l.a, at_l.b)
         return consistency_terms(F_t, f_t, f_l, t - l, at_t.b, objective)
 
-    def _guided(
-        self,
-        x_t: Tensor,
-        v_t: Tensor,
-        t: Tensor,
-        guided: Tensor,
-        F_null: Tensor,
-        v_label: Tensor | None,
-        objective: Objective,
-    ) -> Tensor:
-        """v*, [B, C, H, W]: v_t with the guided samples' places filled by their v*."""
-        if len(guided) == 0:
-            return v_t
-        v_null = self._velocity_at(x_t, t, guided, F_null)
-        kappa = guidance_decay(t[guided], objective.cfg_decay_time)
-        v_star = guided_velocity(v_t[guided], v_null, v_label, kappa, objective)
-        return v_t.index_copy(0, guided, v_star)
+    def _velocities(
+        self, x_t: Tensor, t: Tensor, places: Tensor, *label_sets: Tensor | None
+    ) -> Passes[list[Tensor]]:
+        """The velocities, [K, C, H, W], at K places of x_t under each of these labels [B].
 
-    def _velocity_at(self, x_t: Tensor, t: Tensor, places: Tensor, F: Tensor) -> Tensor:
-        """The velocities, [K, C, H, W], at some places of x_t, of F = F(x_t, t, t) there."""
+        For guidance: without gradient, without dropout masks of their own, and coarse if need be.
+        """
+        outputs = yield tuple(
+            Pass(x_t, t, t, labels, wanted=places, needs_gradient=False, may_be_coarse=True)
+            for labels in label_sets
+        )
         form = self.solution_form(t[places], t[places])
-        return velocity_of(x_t[places], F, form.a_s, form.b_s)
+        return [velocity_of(x_t[places], F, form.a_s, form.b_s) for F in outputs]
 
     def _shared_seed(self, samples: Samples) -> int | None:
         """The seed of dropout masks for two passes; one is drawn where none is given."""
@@ -392,8 +394,8 @@ class SoFlow(Method):
         return terms.share(len(x_0))
 
 
-def guided_places(samples: Samples, objective: Objective) -> Tensor:
-    """[K] places of the samples that guidance acts on: those that keep their label."""
+def kept_places(samples: Samples, objective: Objective) -> Tensor:
+    """[K] places of the samples that keep their label, on which guidance acts; none without it."""
     device = samples.x_0.device
     if objective.cfg_scale <= 1 or len(samples.x_0) == 0:
         return torch.arange(0, device=device)
@@ -403,11 +405,6 @@ def guided_places(samples: Samples, objective: Objective) -> Tensor:
         return torch.arange(len(samples.x_0), device=device)
     # Counted on the CPU, where it waits for no device.
     return torch.nonzero(~samples.null_mask).squeeze(1).to(device, non_blocking=True)
-
-
-def _guidance(guided: Tensor) -> dict[str, Any]:
-    """How guidance passes run: for some samples alone, and to be subtracted from each other."""
-    return {"wanted": guided, "needs_gradient": False, "may_be_coarse": True}
 
 
 # Building
