@@ -2,7 +2,8 @@
 
     python docs/make_config.py
 
-A test fails while the page is not what this makes. Its sections are the one-line comments in `Config`.
+A test fails while the page is not what this makes. Its sections are the one-line comments in
+`Config`.
 """
 
 import inspect
@@ -27,8 +28,8 @@ HEAD = """\
 
 A config has to name `working_dir`; any other key that it leaves out has its default. On the command
 line `--set KEY=VALUE` replaces a value. *May change* tells whether a run may continue with another
-value. Where it may not, the value makes it another experiment, and `--allow-changed KEY` has to confirm
-that you mean it ([training](training.md#continue)).
+value. Where it may not, the value makes it another experiment, and `--allow-changed KEY` has to
+confirm that you mean it ([training](training.md#continue)).
 """
 COLUMNS = """
 | key | default | values | meaning | may change |
