@@ -83,10 +83,12 @@ class Config(BaseModel):
         ge=0,
         le=1,
     )
-    horizontal_flips: bool = key(False, "half of the pictures, by chance, in a mirror; ImageFolder")
+    horizontal_flips: bool = key(False, "mirror half of the pictures, by chance (ImageFolder)")
     # Operational, since what it changes is known by the number of pictures that are left.
     skip_bad: bool = key(
-        False, "leave out pictures that cannot be read; ImageFolder", operational=True
+        False,
+        "leave out pictures that cannot be read (ImageFolder); decodes all at the start",
+        operational=True,
     )
     # Operational, since one and the same VAE has a name here and a folder there; that it made the
     # latents is checked against their file.

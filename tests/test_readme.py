@@ -26,7 +26,12 @@ from toy_graph import write_toy_graph
 
 import inference
 import train
-from models import build_model
+from models import BACKBONES, METHODS, build_model
+from schedules import GAP_SCHEDULES
+from support.data.datasets import DATASETS
+
+sys.path.append(str(Path(train.__file__).with_name("docs")))
+import make_config
 
 README = ROOT / "README.md"
 LIMIT_SECONDS = 300  # of a command: one that trains for hours has to be named below
@@ -345,11 +350,57 @@ def test_links_lead_somewhere():
             assert not heading or heading in slugs, f"{path.relative_to(ROOT)}: {target}"
 
 
-def test_tree_of_files_names_every_module():
-    _, _, tree = README.read_text().partition("## Files")
-    named = set(re.findall(r"\b\w+\.py\b", tree.partition("\n## ")[0]))
-    modules = [*ROOT.glob("*.py"), *(ROOT / "support").rglob("[!_]*.py")]
-    assert named == {path.name for path in modules}
+def test_tree_of_files_names_every_module_on_top_and_every_folder_of_support():
+    _, _, rest = README.read_text().partition("## Files")
+    tree = rest.partition("\n## ")[0]
+    modules = {path.name for path in ROOT.glob("*.py")}
+    assert set(re.findall(r"\b\w+\.py\b", tree)) == modules
+    folders = {path.parent.name + "/" for path in (ROOT / "support").glob("*/__init__.py")}
+    named = re.findall(r"^  (\w+/)", tree, re.MULTILINE)
+    assert sorted(named) == sorted(folders)
+
+
+def examples_of_extending() -> Iterator[tuple[str, str]]:
+    """The file and the code of each example in docs/extending.md."""
+    text = (ROOT / "docs" / "extending.md").read_text()
+    return iter(re.findall(r"^In `(\S+)\.py`:\n\n```python\n(.*?)```", text, re.M | re.S))
+
+
+@pytest.fixture
+def extended():
+    """All examples of docs/extending.md, each as if it stood at the end of the file it names."""
+    tables = (DATASETS, BACKBONES, GAP_SCHEDULES, METHODS)
+    before = [dict(table) for table in tables]
+    for file, code in examples_of_extending():
+        exec(code, dict(vars(importlib.import_module(file.replace("/", ".")))))
+    yield
+    for table, entries in zip(tables, before, strict=True):
+        table.clear()
+        table.update(entries)
+
+
+EXTENDED = (
+    "dataset_type=Greys cfg_drop_rate=0.1 cfg_scale=2",
+    "dataset_type=Digits model_type=ConvNet cfg_drop_rate=0.1 cfg_scale=2",
+    "dataset_type=Digits l_schedule=Root",
+    "dataset_type=Digits method=FlowMatching velocity_loss_ratio=1.0",
+    "dataset_type=Digits method=Watched",
+)
+
+
+@pytest.mark.parametrize("settings", EXTENDED)
+def test_examples_of_extending_train(extended, tmp_path, settings):
+    (tmp_path / "c.yaml").write_text("data_size: 8\nmodel_type: DiT-Nano-4\nlogging_steps: 1\n")
+    small = f"{SMALL} {settings} working_dir={tmp_path / 'run'} eval_demo_shape=[1,2]"
+    words = [w for w in small.split() if w != "--set"]
+    train.main(["--config", str(tmp_path / "c.yaml"), *(f"--set={word}" for word in words)])
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "finished: all 1 steps" in log
+    assert (", Gap: 0." in log) == ("Watched" in settings)
+
+
+def test_table_of_keys_is_what_its_script_makes():
+    assert (ROOT / "docs" / "config.md").read_text() == make_config.page()
 
 
 def test_readme_is_one_sitting():

@@ -251,14 +251,14 @@ def what_is_wrong(
         shown = shorten(given[name] if index else value)
         return name, f"{shown} must be {range_of(model.model_fields[name])}"
     kind = typing.get_type_hints(model)[name]
-    return name, f"{shorten(value)} is not {_wanted(kind, bool(index))}"
+    return name, f"{shorten(value)} is not {wanted(kind, bool(index))}"
 
 
-def _wanted(kind: Any, is_element: bool) -> str:
+def wanted(kind: Any, is_element: bool = False) -> str:
     """What a value of this type is called; of a list's type, the list or one of its elements."""
     parts = typing.get_args(kind)
     if type(None) in parts:
-        return f"{_wanted(parts[0], is_element)} or null"
+        return f"{wanted(parts[0], is_element)} or null"
     if typing.get_origin(kind) is not tuple:
         return KINDS[kind]
     if is_element:
