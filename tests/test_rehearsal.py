@@ -19,7 +19,8 @@ PIXELS = ["model_type=UNet", "dataset_type=CIFAR10", "data_size=32", "cfg_scale=
 
 @pytest.fixture
 def unlimited(monkeypatch):
-    """Without a bound on this process's memory, which it could not take back."""
+    """Quick, and without a bound on this process's memory, which it could not take back."""
+    monkeypatch.setattr(rehearsal, "LEAST_SECONDS", 0)
     monkeypatch.setattr(rehearsal, "limit_memory", lambda: None)
 
 
@@ -30,7 +31,7 @@ def unlimited(monkeypatch):
 def test_steps_are_timed_without_data_and_files(
     settings, batch_size, tmp_path, capsys, monkeypatch, unlimited
 ):
-    monkeypatch.setattr(rehearsal, "TIMED_STEPS", 1)
+    monkeypatch.setattr(rehearsal, "LEAST_STEPS", 2)
     options = digits_settings(tmp_path / "run", batch_size=batch_size, total_steps=1000)
     missing = f"--set=dataset_path={tmp_path / 'missing'}"
     sets = [f"--set={setting}" for setting in settings]

@@ -13,7 +13,7 @@ from support.runs.logbook import device_name, duration, peak_memory_gb
 from support.system.files import UserError
 from support.system.hardware import free_memory_bytes, is_out_of_memory, limit_memory
 
-TIMED_STEPS = 3
+LEAST_STEPS, LEAST_SECONDS = 4, 10  # a process becomes faster for its first dozen of short steps
 LONG_SECONDS = 60  # beyond that, a user wants to know what they are waiting for
 
 
@@ -31,19 +31,25 @@ class Rehearsal:
 
     def run(self) -> Iterator[str]:
         """Take a few steps; gives each line on them as soon as it is known."""
-        yield f"timing {TIMED_STEPS} steps on {device_name(self.device)}, after one to warm up"
+        yield (
+            f"timing steps on {device_name(self.device)} for {LEAST_SECONDS} s, at least "
+            f"{LEAST_STEPS}; the later half counts"
+        )
         if self.device.type == "cpu" and (guess := self._guessed_seconds()) > LONG_SECONDS:
             yield f"each may take {duration(guess)}, going by one sample; Ctrl-C ends this here"
         first = self._seconds()
         waiting = ""
         if first > LONG_SECONDS:
             waiting = (
-                f"; the others take about {duration(TIMED_STEPS * first)}, and "
+                f"; the others take about {duration((LEAST_STEPS - 1) * first)}, and "
                 f"{self.total_steps:,} about {duration(self.total_steps * first)}; Ctrl-C ends "
                 "this here"
             )
         yield f"first step: {first:.3g} s{waiting}"
-        seconds = [self._seconds() for _ in range(TIMED_STEPS)]
+        seconds = [first]
+        while len(seconds) < LEAST_STEPS or sum(seconds) < LEAST_SECONDS:
+            seconds.append(self._seconds())
+        seconds = seconds[len(seconds) // 2 :]
         middle = statistics.median(seconds)
         yield (
             f"time: {middle:.3g} s a step ({min(seconds):.3g} to {max(seconds):.3g}), "
