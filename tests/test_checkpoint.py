@@ -10,10 +10,10 @@ from support.runs.checkpoint import (
     TrainState,
     check_weights,
     find_checkpoints,
-    newest_checkpoint,
     read_checkpoint,
     save_checkpoint,
 )
+from support.runs.resume import newest_usable
 from support.system.files import UserError
 
 
@@ -99,16 +99,13 @@ def test_newest_readable_checkpoint_is_chosen(tmp_path):
     (tmp_path / "20.pt").write_text("not a checkpoint")
     said: list[str] = []
 
-    def accept(path, content):
-        pass
-
-    path, content = newest_checkpoint(tmp_path, accept, said.append)
+    path, content = newest_usable(tmp_path, fresh_state(), None, said)
     assert path.name == "2.pt"
     assert content["finished_steps"] == 2
     assert [line.split(":")[1].strip().rpartition("/")[2] for line in said] == [
         "30.pt", "20.pt", "11.pt",
     ]  # fmt: skip
-    assert newest_checkpoint(tmp_path / "none", accept, said.append) is None
+    assert newest_usable(tmp_path / "none", fresh_state(), None, said) == (None, None)
 
 
 class Payload:

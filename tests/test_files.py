@@ -1,11 +1,14 @@
 """Files are whole or absent, and what goes wrong is said in one line."""
 
 import errno
+import fcntl
 import http.server
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -14,8 +17,10 @@ from support.system.files import (
     append_line,
     atomic_write,
     download,
+    hold_lock,
     make_folder,
     natural_key,
+    one_at_a_time,
     one_line,
     sha256_of,
     temporary_path,
@@ -191,3 +196,60 @@ def test_a_reader_of_the_old_file_keeps_it_whole_while_a_new_one_takes_its_name(
         assert reader.read() == b"old and whole"
         assert not os.path.samestat(os.fstat(reader.fileno()), path.stat())
     assert path.read_bytes() == b"new"
+
+
+# Locks.
+
+
+def test_a_forked_child_does_not_keep_the_lock_of_a_killed_parent(tmp_path):
+    path = tmp_path / "lock"
+    reader, writer = os.pipe()
+    if not (owner := os.fork()):
+        with hold_lock(path, "taken"):
+            child = os.fork()
+            os.write(writer, b"%d\n" % child) if child else None
+            time.sleep(10)
+            os._exit(0)
+    child = int(os.read(reader, 100))
+    with pytest.raises(UserError, match="taken"), hold_lock(path, "taken"):
+        pass
+    os.kill(owner, signal.SIGKILL)
+    os.waitpid(owner, 0)
+    try:
+        os.kill(child, 0)  # lives on, as a worker of a loader does for a while
+        with hold_lock(path, "taken"):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+    assert not path.exists()
+
+
+def test_a_file_left_by_a_killed_process_locks_nobody_out(tmp_path):
+    (tmp_path / "lock").touch()
+    with hold_lock(tmp_path / "lock", "taken"):
+        pass
+    (tmp_path / "lock").touch()
+    with one_at_a_time(tmp_path / "lock") as has_waited:
+        assert not has_waited
+    assert os.listdir(tmp_path) == []
+
+
+def test_nobody_is_refused_where_the_file_system_has_no_locks(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with hold_lock(tmp_path / "lock", "taken"), hold_lock(tmp_path / "lock", "taken"):
+        pass
+    with one_at_a_time(tmp_path / "lock"):
+        pass
+
+
+@pytest.mark.parametrize("lock", [lambda path: hold_lock(path, "taken"), one_at_a_time])
+def test_lock_in_a_folder_that_is_gone_is_one_line_and_makes_none(tmp_path, lock):
+    with (
+        pytest.raises(UserError, match="gone/lock: cannot be written"),
+        lock(tmp_path / "gone/lock"),
+    ):
+        pass
+    assert os.listdir(tmp_path) == []

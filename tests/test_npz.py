@@ -9,7 +9,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from support.scores.npz import read_archive, write_images
@@ -183,8 +183,8 @@ def test_float_arrays_that_are_not_finite_are_refused(tmp_path):
 def test_absent_empty_and_foreign_files_are_named(tmp_path):
     assert_refused(tmp_path / "absent.npz", "cannot be read")
     (tmp_path / "empty.npz").touch()
-    assert_refused(tmp_path / "empty.npz", "is empty")
-    (tmp_path / "text.npz").write_text("hello")
+    assert_refused(tmp_path / "empty.npz", "not a whole .npz")
+    (tmp_path / "text.npz").write_text("<html>Please log in</html>")
     assert_refused(tmp_path / "text.npz", "not a whole .npz")
     (tmp_path / "folder.npz").mkdir()
     assert_refused(tmp_path / "folder.npz", "cannot be read")
@@ -262,19 +262,6 @@ def test_a_header_that_unpacks_to_gigabytes_is_not_unpacked(tmp_path):
     assert peak < 8 << 20
 
 
-def test_a_directory_of_many_megabytes_is_not_read(tmp_path):
-    size = 8 << 20
-    end = struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, 1, 1, size, 0, 0)
-    (tmp_path / "a.npz").write_bytes(bytes(size) + end)
-    assert_refused(tmp_path / "a.npz", f"a single record of {size} bytes")
-
-
-def test_images_of_enormous_sides_are_refused(tmp_path):
-    content = npy_bytes(header_text(shape=(1, 1 << 14, 1 << 14, 1)), bytes(1 << 28))
-    path = write_member(tmp_path / "a.npz", content, compression=zipfile.ZIP_DEFLATED)
-    assert_refused(path, "larger than")
-
-
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_a_file_cut_anywhere_is_named(tmp_path, save):
     save(tmp_path / "a.npz", some_pixels())
@@ -306,43 +293,49 @@ def test_other_compression_encryption_and_header_versions_are_refused(tmp_path):
     assert_refused(tmp_path / "a.npz", "encrypted")
 
 
-@pytest.mark.parametrize(
-    "name", ["../arr_0.npy", "/arr_0.npy", "arr_0", "ARR_0.npy", "arr_0.npy/", "arr_0\0.npy"]
-)
-def test_members_of_odd_names_are_not_taken_for_images(tmp_path, name):
-    write_member(tmp_path / "a.npz", npy_bytes(header_text(), bytes(12)), name)
-    assert_refused(tmp_path / "a.npz", "arr_0")
+def test_header_that_is_none_is_refused(tmp_path):
+    for header in ("", "[]", "{'descr': '|u1'}", "__import__('os')", "(" * 9000):
+        write_member(tmp_path / "a.npz", npy_bytes(header, bytes(12)))
+        assert_refused(tmp_path / "a.npz", "not a readable npy array")
 
 
-@pytest.mark.parametrize(
-    "header",
-    ["", "(" * 9000, "{" * 9000, "[]", "{'descr': '|u1'}", "__import__('os')", "-" * 9000 + "1"],
-)
-def test_hostile_headers_are_refused(tmp_path, header):
-    write_member(tmp_path / "a.npz", npy_bytes(header, bytes(12)))
-    assert_refused(tmp_path / "a.npz", "not a readable npy array")
+def damaged(data: bytes):
+    """Copies of `data` with bytes replaced, cut out, put in, and cut off."""
+    places = st.integers(0, len(data) - 1)
+    edit = st.tuples(places, st.integers(0, 40), st.binary(max_size=8))
+
+    def apply(edits, end):
+        changed = bytearray(data)
+        for start, length, new in edits:
+            changed[start : start + length] = new
+        return bytes(changed[:end] if end else changed)
+
+    return st.builds(apply, st.lists(edit, min_size=1, max_size=3), st.none() | places)
 
 
-WHOLE = io.BytesIO()
-np.savez(WHOLE, arr_0=some_pixels(), mu=np.arange(3.0))
+def in_memory(write) -> bytes:
+    write(buffer := io.BytesIO())
+    return buffer.getvalue()
+
+
+MEAN = np.arange(3.0)
+STORED = in_memory(lambda file: np.savez(file, arr_0=some_pixels(), mu=MEAN))
+DEFLATED = in_memory(lambda file: np.savez_compressed(file, arr_0=some_pixels(), mu=MEAN))
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, len(WHOLE.getvalue()) - 1), st.binary(max_size=6))))
-def test_any_damage_gives_the_same_images_or_one_line(tmp_path_factory, damages):
-    data = bytearray(WHOLE.getvalue())
-    for position, replacement in damages:
-        data[position : position + len(replacement)] = replacement
+@given(content=damaged(STORED) | damaged(DEFLATED))
+@example(content=STORED)
+@example(content=DEFLATED)
+def test_a_damaged_archive_gives_what_it_held_or_one_line(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "damaged.npz"
-    path.write_bytes(data)
+    path.write_bytes(content)
     try:
         with read_archive(path) as archive:
-            pixels = np.concatenate(list(archive.batches(2)))
-            if "mu" in archive:
-                archive.floats("mu", (3,))
+            pixels, mean = np.concatenate(list(archive.batches(2))), archive.floats("mu", (3,))
     except UserError as error:
         assert str(path) in str(error)
         assert "\n" not in str(error)
     else:
-        assert pixels.dtype == np.uint8
-        assert pixels.ndim == 4
+        np.testing.assert_array_equal(pixels, some_pixels())
+        np.testing.assert_array_equal(mean, MEAN)

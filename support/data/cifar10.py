@@ -1,278 +1,129 @@
-"""CIFAR-10's files: fetched once, verified, and read without running what a pickle may ask for.
+"""CIFAR-10's training images: fetched once, and read by torchvision.
 
-Without torch, so that the evaluator can read batches too; torchvision says what was published.
+torchvision knows the MD5 of each published file, which tells what unpickling it does. It is
+imported when there is something to read: the evaluator does without torch otherwise.
 """
 
-import hashlib
-import io
-import pickle
+import shutil
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 
-from support.system.files import (
-    UserError,
-    atomic_write,
-    download,
-    make_folder,
-    natural_key,
-    one_at_a_time,
-    one_line,
-    regular_only,
-)
+from support.system.files import UserError, atomic_write, download, make_folder, one_at_a_time
 
 FOLDER = "cifar-10-batches-py"
-FILE_LIMIT_BYTES = 1 << 28  # the archive has 170 MB, a batch 31 MB
-IMAGE_SHAPE = (32, 32, 3)
-
-
-@dataclass(frozen=True)
-class Cifar10Batch:
-    """`pixels` uint8 [N, 32, 32, 3], `labels` int64 [N]."""
-
-    pixels: np.ndarray
-    labels: np.ndarray
 
 
 @dataclass(frozen=True)
 class Cifar10Training:
-    """The training images with their labels; label k is `class_names[k]`."""
+    """`pixels` uint8 [N, 32, 32, 3], `labels` int64 [N]; label k is `class_names[k]`."""
 
     pixels: np.ndarray
     labels: np.ndarray
     class_names: tuple[str, ...]
 
 
-# The training set, as published
-
-
-@dataclass(frozen=True)
-class Published:
-    """What CIFAR-10 consists of: where its archive is, and the MD5 of that and of every file."""
-
-    url: str
-    archive: str
-    archive_md5: str
-    training_files: tuple[str, ...]
-    names_file: str
-    md5: dict[str, str]
-
-
-def published() -> Published:
-    """torchvision's table of digests."""
-    from torchvision.datasets import CIFAR10
-
-    names_file = CIFAR10.meta["filename"]
-    return Published(
-        CIFAR10.url,
-        CIFAR10.filename,
-        CIFAR10.tgz_md5,
-        tuple(name for name, _ in CIFAR10.train_list),
-        names_file,
-        {**dict(CIFAR10.train_list + CIFAR10.test_list), names_file: CIFAR10.meta["md5"]},
-    )
+def find_copy(folder: Path) -> Path | None:
+    """The place of CIFAR-10's batches, whole or not: `folder`, a folder in it, or None."""
+    places = (folder, folder / FOLDER)
+    return next((place for place in places if any(place.glob("data_batch_[1-5]"))), None)
 
 
 def load_training_set(folder: Path) -> Cifar10Training:
-    """The 50,000 training images of the copy in `folder`, which is fetched where there is none.
+    """The 50,000 training images of the copy in `folder`; files that are missing are fetched.
 
-    A file is read once, and its bytes are verified before they are unpickled. Raises UserError
-    where one is damaged, or is missing and cannot be fetched.
+    Raises UserError where one is damaged, or is missing and cannot be fetched.
     """
-    table = published()
-    place = folder if (folder / table.training_files[0]).is_file() else folder / FOLDER
-    if _missing(place, table):
+    published = _published(folder)
+    place = find_copy(folder) or folder / FOLDER
+    if _missing(place, published):
         make_folder(folder)
-        with one_at_a_time(folder / f".{table.archive}.lock") as has_waited:
-            missing = _missing(place, table)
+        with one_at_a_time(folder / f".{published.filename}.lock") as has_waited:
             # Whoever waited does not try in turn: on a machine without a network, that adds up.
-            if missing and has_waited:
-                raise _not_fetched(
-                    folder, place, table, f"another process failed to fetch {table.archive}"
-                )
-            if missing:
-                _fetch(folder, place, table)
-    batches = [
-        parse_batch(_verified(_read(path), table.md5[path.name], path), path)
-        for path in (place / name for name in table.training_files)
-    ]
-    names_path = place / table.names_file
-    names = _verified(_read(names_path), table.md5[table.names_file], names_path)
+            if _missing(place, published) and has_waited:
+                reason = f"another process failed to fetch {published.filename}"
+                raise _not_fetched(folder, place, published, reason)
+            if _missing(place, published):
+                _fetch(folder, place, published)
+    for name, md5 in published.md5_of.items():
+        _verify(place / name, md5)
+    training = published(place)
     return Cifar10Training(
-        np.concatenate([batch.pixels for batch in batches]),
-        np.concatenate([batch.labels for batch in batches]),
-        _class_names(names, names_path),
+        training.data, np.array(training.targets, np.int64), tuple(training.classes)
     )
 
 
-def _missing(place: Path, table: Published) -> list[str]:
-    """The files that training needs and that are not there."""
-    needed = (*table.training_files, table.names_file)
-    return [name for name in needed if not (place / name).exists()]
+def _published(folder: Path) -> Any:
+    """torchvision's class of the data set, its root being the folder of the batches."""
+    try:
+        from torchvision.datasets import CIFAR10
+    except ImportError as error:
+        raise UserError(
+            f"{folder}: reading CIFAR-10 needs torchvision, which is not installed here; "
+            "requirements_soflow.txt has it"
+        ) from error
+
+    class TrainingImages(CIFAR10):
+        base_folder = ""
+        test_list: ClassVar[list] = []  # a copy without them is whole enough
+        md5_of: ClassVar = dict(
+            [*CIFAR10.train_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]
+        )
+
+    return TrainingImages
 
 
-def _fetch(folder: Path, place: Path, table: Published) -> None:
+def _missing(place: Path, published: Any) -> list[str]:
+    return [name for name in published.md5_of if not (place / name).exists()]
+
+
+def _fetch(folder: Path, place: Path, published: Any) -> None:
     """Fill up `place` from the archive in `folder`, downloaded for the purpose if need be."""
-    archive = folder / table.archive
+    archive = folder / published.filename
     if archive.exists():
-        _unpack(archive, place, table)
+        _unpack(archive, place, published)
         return
     try:
-        download(table.url, archive)
-        _unpack(archive, place, table)
+        download(published.url, archive)
+        _unpack(archive, place, published)
     except UserError as error:
-        raise _not_fetched(folder, place, table, str(error)) from error
+        raise _not_fetched(folder, place, published, str(error)) from error
     finally:
         archive.unlink(missing_ok=True)
 
 
-def _not_fetched(folder: Path, place: Path, table: Published, reason: str) -> UserError:
+def _not_fetched(folder: Path, place: Path, published: Any, reason: str) -> UserError:
     return UserError(
-        f"{place}: lacks {', '.join(_missing(place, table))}; {reason}; put {table.archive} from "
-        f"{table.url} into {folder} yourself"
+        f"{place}: lacks {', '.join(_missing(place, published))}; {reason}; put "
+        f"{published.filename} from {published.url} into {folder} yourself"
     )
 
 
-def _unpack(archive: Path, place: Path, table: Published) -> None:
+def _unpack(archive: Path, place: Path, published: Any) -> None:
     """Write the published files that `place` lacks, each of them whole."""
-    content = _verified(_read(archive), table.archive_md5, archive)
+    _verify(archive, published.tgz_md5)
     make_folder(place)
-    with tarfile.open(fileobj=io.BytesIO(content)) as members:
-        for name, md5 in table.md5.items():
-            if not (place / name).exists():
-                member = members.extractfile(f"{FOLDER}/{name}").read()
-                with atomic_write(place / name) as file:
-                    file.write(_verified(member, md5, archive))
+    missing = {f"{FOLDER}/{name}": place / name for name in _missing(place, published)}
+    with tarfile.open(archive) as members:
+        for member in members:
+            if member.name in missing:
+                with atomic_write(missing[member.name]) as file:
+                    shutil.copyfileobj(members.extractfile(member), file)
 
 
-def _verified(content: bytes, md5: str, path: Path) -> bytes:
-    """`content`, which is what was published; UserError where it is not."""
-    actual = hashlib.md5(content, usedforsecurity=False).hexdigest()
+def _verify(path: Path, md5: str) -> None:
+    """UserError where the file at `path` is not the one that was published."""
+    from torchvision.datasets.utils import calculate_md5
+
+    try:
+        actual = calculate_md5(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     if actual != md5:
         raise UserError(
             f"{path}: not the published file, its MD5 is {actual} instead of {md5}; delete it, "
             "and the next start fetches it"
         )
-    return content
-
-
-def _read(path: Path) -> bytes:
-    try:
-        with open(path, "rb", opener=regular_only) as file:
-            content = file.read(FILE_LIMIT_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    if len(content) > FILE_LIMIT_BYTES:
-        raise UserError(f"{path}: larger than anything of CIFAR-10")
-    return content
-
-
-# Pickles
-
-
-def training_batches(folder: str | Path) -> list[Path]:
-    """The `data_batch_*` files in `folder` or in its `cifar-10-batches-py`, in order; or none."""
-    places = [Path(folder), Path(folder) / FOLDER]
-    paths = [path for place in places for path in place.glob("data_batch_?")]
-    return sorted(paths, key=lambda path: natural_key(path.name))
-
-
-def read_batch(path: str | Path) -> Cifar10Batch:
-    """The images and labels of one batch file; UserError where it is not one."""
-    return parse_batch(_read(Path(path)), path)
-
-
-def parse_batch(data: bytes, path: str | Path) -> Cifar10Batch:
-    """The images and labels of the bytes of a batch file; UserError names `path`."""
-    try:
-        content = _parse(data)
-        rows = content["data"].array()
-        pixels = rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        labels = content["labels"]
-        # Before NumPy sees them: a few lists, each many times in the next, make an endless array.
-        if not isinstance(labels, list) or not all(isinstance(label, int) for label in labels):
-            raise UserError("its labels are no list of whole numbers")
-        if len(labels) != len(pixels):
-            raise UserError(f"{len(pixels)} images but {len(labels)} labels")
-        return Cifar10Batch(np.ascontiguousarray(pixels), np.array(labels, np.int64))
-    except Exception as error:  # a hostile pickle can raise anything
-        raise UserError(f"{path}: not a batch of CIFAR-10 ({one_line(error)})") from error
-
-
-def _class_names(data: bytes, path: Path) -> tuple[str, ...]:
-    try:
-        return tuple(_text(name) for name in _parse(data)["label_names"])
-    except Exception as error:
-        raise UserError(f"{path}: not CIFAR-10's class names ({one_line(error)})") from error
-
-
-def _parse(data: bytes) -> dict:
-    content = _PlainUnpickler(data).load()
-    return {_text(key): value for key, value in content.items()}
-
-
-def _text(value: bytes | str) -> str:
-    """`str` of Python 2 arrives as bytes, that of Python 3 as str."""
-    return value.decode() if isinstance(value, bytes) else value
-
-
-class _ArrayState:
-    """Stands for a numpy array in a pickle: keeps the state, builds nothing from it."""
-
-    def __init__(self, *_):
-        self.state: tuple = ()
-
-    def __setstate__(self, state: tuple):
-        self.state = state
-
-    def array(self) -> np.ndarray:
-        _, shape, dtype, is_fortran, data = self.state
-        if dtype.name not in (b"u1", "u1"):
-            raise UserError("its images are not uint8")
-        return np.frombuffer(data, np.uint8).reshape(shape, order="F" if is_fortran else "C")
-
-
-class _Dtype:
-    """Stands for a numpy dtype in a pickle."""
-
-    def __init__(self, name, *_):
-        self.name = name
-
-    def __setstate__(self, state: tuple):
-        pass
-
-
-# The one in Python, on purpose: the one in C allocates whatever memo size a pickle asks for.
-class _PlainUnpickler(pickle._Unpickler):
-    _STAND_INS = {  # noqa: RUF012
-        ("numpy.core.multiarray", "_reconstruct"): _ArrayState,
-        ("numpy._core.multiarray", "_reconstruct"): _ArrayState,
-        ("numpy", "ndarray"): None,
-        ("numpy", "dtype"): _Dtype,
-        ("_codecs", "encode"): None,
-    }
-    dispatch = dict(pickle._Unpickler.dispatch)  # noqa: RUF012
-
-    def __init__(self, data: bytes):
-        super().__init__(io.BytesIO(data), encoding="bytes")
-        self._encodable_bytes = len(data)
-
-    def find_class(self, module: str, name: str):
-        if (module, name) not in self._STAND_INS:
-            raise UserError(f"it asks for {module}.{name}, which is refused")
-        return self._encode if name == "encode" else self._STAND_INS[module, name]
-
-    def _encode(self, text: str, encoding: str) -> bytes:
-        # A pickle can ask again and again for the same text.
-        self._encodable_bytes -= len(text)
-        if self._encodable_bytes < 0:
-            raise UserError("it unpacks to more than it holds")
-        return text.encode("latin1")
-
-    def _refuse(self) -> None:
-        raise UserError("it holds what no batch of CIFAR-10 does")
-
-    # Takes as much memory as the pickle says, before it looks whether so much is there.
-    dispatch[pickle.BYTEARRAY8[0]] = _refuse

@@ -26,7 +26,7 @@ from support.data.latents import LATENT_FILE, LatentInfo, LatentReader, locate_l
 from support.system.files import (
     UserError,
     atomic_write,
-    locked,
+    hold_lock,
     make_folder,
     one_line,
     sync_folder,
@@ -97,7 +97,7 @@ class PartsFolder:
     def owned(self) -> Iterator[None]:
         """A block in which no other command works on this folder."""
         make_folder(self.folder)
-        with locked(self.folder / "lock"):
+        with hold_lock(self.folder / "lock", f"{self.folder}: another process is at work here"):
             yield
 
     def begin(self, plan: Plan) -> Plan:

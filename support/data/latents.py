@@ -355,12 +355,6 @@ class LatentReader:
                     f"{self.path}: {dataset.name[1:]} come in chunks of {chunk_bytes} bytes, more "
                     f"than {CHUNK_LIMIT_BYTES}: write them with smaller ones"
                 )
-        # These are all read at once. Each row of real latents takes more room than its label.
-        if labels.nbytes > file_bytes:
-            raise UserError(
-                f"{self.path}: labels need {labels.nbytes} bytes, and the file has no more than "
-                f"{file_bytes}: these are no latents"
-            )
 
     def _read_info(self, file: h5py.File) -> LatentInfo | None:
         if "vae" not in file.attrs:

@@ -11,22 +11,21 @@ import contextlib
 import io
 import math
 import zipfile
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, NoReturn
 
 import numpy as np
 
-from support.system.files import UserError, atomic_write, one_line, regular_only
+from support.system.files import UserError, atomic_write, one_line
 
 MEMBER = "arr_0.npy"
 
 HEADER_LIMIT_BYTES = 10_000  # as numpy.load
-READ_LIMIT_BYTES = 1 << 20
-IMAGE_LIMIT_BYTES = 3 * 8192 * 8192
 BATCH_LIMIT_BYTES = 1 << 26
-DEFLATE_LIMIT = 1032  # deflate cannot shrink further than 1032 to 1
+PIECE_BYTES = 1 << 20  # of one read: zipfile copies what it reads
+DEFLATE_LIMITS = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: 1032}  # no format packs further
 
 
 class ImageWriter:
@@ -91,22 +90,19 @@ class ArrayHeader:
 class ArchiveReader:
     """The arrays of an open .npz; see `read_archive`. Errors name the file and the array."""
 
-    def __init__(self, path: Path, archive: zipfile.ZipFile, file_bytes: int):
+    def __init__(self, path: Path, archive: zipfile.ZipFile):
         self.path = path
-        self._archive, self._file_bytes = archive, file_bytes
-        arrays = [info for info in archive.infolist() if info.filename.endswith(".npy")]
-        self._members = {info.filename.removesuffix(".npy"): info for info in arrays}
-        self._counts = Counter(info.filename.removesuffix(".npy") for info in arrays)
+        self._archive = archive
 
     def __contains__(self, name: str) -> bool:
-        return name in self._members
+        return f"{name}.npy" in self._archive.NameToInfo
 
     def header(self, name: str) -> ArrayHeader:
         """The checked header of one array: no pickles, and as many bytes as it declares."""
         info = self._member(name)
         with self._reading(name), self._archive.open(info) as member:
             # numpy reads as much header as the file asks for, so it gets no more than this.
-            start = io.BytesIO(_read_at_most(member, HEADER_LIMIT_BYTES))
+            start = io.BytesIO(member.read(HEADER_LIMIT_BYTES))
         try:
             version = np.lib.format.read_magic(start)
             parse = {
@@ -116,7 +112,7 @@ class ArchiveReader:
             shape, is_fortran, dtype = parse(start, max_header_size=HEADER_LIMIT_BYTES)
         except KeyError:
             self._refuse(name, f"npy header {version[0]}.{version[1]}, only 1.0 and 2.0 are read")
-        except Exception as error:  # numpy's parser lets many kinds through on a hostile header
+        except Exception as error:  # numpy's parser lets many kinds through on a damaged header
             self._refuse(name, f"not a readable npy array: {one_line(error)}", error)
         if dtype.hasobject:
             self._refuse(name, "holds pickled objects, which are never unpickled")
@@ -139,8 +135,6 @@ class ArchiveReader:
             )
         if not header.data_bytes:
             self._refuse("arr_0", f"holds no images, its shape is {list(header.shape)}")
-        if math.prod(header.shape[1:]) > IMAGE_LIMIT_BYTES:
-            self._refuse("arr_0", f"images larger than 8192 x 8192: {list(header.shape[1:])}")
         return header
 
     def batches(self, batch_images: int) -> Iterator[np.ndarray]:
@@ -152,9 +146,13 @@ class ArchiveReader:
         header = self.images_header()
         num_images, *image_shape = header.shape
         batch_images = max(1, min(batch_images, BATCH_LIMIT_BYTES // math.prod(image_shape)))
-        with self._open_data("arr_0", header) as member:
+        with self._reading("arr_0"):
+            member = self._archive.open(self._member("arr_0"))
+            member.read(header.header_bytes)
+        with member:
             for start in range(0, num_images, batch_images):
-                pixels = np.empty((min(batch_images, num_images - start), *image_shape), np.uint8)
+                count = min(batch_images, num_images - start)
+                pixels = np.empty((count, *image_shape), np.uint8)
                 with self._reading("arr_0"):
                     _fill(member, pixels)
                 yield pixels
@@ -166,7 +164,7 @@ class ArchiveReader:
             self._refuse(
                 name, f"must be float {list(shape)}, not {header.dtype} {list(header.shape)}"
             )
-        values = self._read(name, header).astype(dtype, copy=False)
+        values = self._read(name).astype(dtype, copy=False)
         if not np.isfinite(values).all():
             self._refuse(name, "holds values that are not finite")
         return values
@@ -176,47 +174,36 @@ class ArchiveReader:
         header = self.header(name)
         if header.dtype.kind not in "iu" or header.shape != ():
             self._refuse(name, f"must be one integer, not {header.dtype} {list(header.shape)}")
-        return int(self._read(name, header)[()])
+        return int(self._read(name)[()])
 
     def text(self, name: str) -> str:
         """The one string in `name`."""
         header = self.header(name)
-        if header.dtype.kind != "U" or header.shape != () or header.data_bytes > 1 << 16:
+        if header.dtype.kind != "U" or header.shape != ():
             self._refuse(name, f"must be one short string, not {header.dtype} {list(header.shape)}")
-        try:
-            return str(self._read(name, header)[()])
-        except ValueError as error:
-            self._refuse(name, "is not a readable string", error)
+        with self._reading(name):  # some bytes are no characters
+            return str(self._read(name)[()])
 
-    def _read(self, name: str, header: ArrayHeader) -> np.ndarray:
-        flat = np.empty(math.prod(header.shape), header.dtype)
-        with self._open_data(name, header) as member, self._reading(name):
-            _fill(member, flat.view(np.uint8) if flat.size else flat)
-        return flat.reshape(header.shape, order="F" if header.is_fortran else "C")
+    def _read(self, name: str) -> np.ndarray:
+        """An array whose header has been checked."""
+        with self._reading(name), self._archive.open(self._member(name)) as member:
+            return np.lib.format.read_array(member, allow_pickle=False)
 
     def _member(self, name: str) -> zipfile.ZipInfo:
-        if name not in self._members:
-            found = ", ".join(sorted(self._members)[:8]) or "no arrays"
+        if name not in self:
+            members = sorted(self._archive.NameToInfo)
+            arrays = [member.removesuffix(".npy") for member in members if member.endswith(".npy")]
+            found = ", ".join(arrays[:8]) or "no arrays"
             raise UserError(f"{self.path}: has no {name} (found: {found})")
-        if self._counts[name] > 1:  # readers differ in which they take
-            self._refuse(name, "stands in this file more than once")
-        info = self._members[name]
-        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        info = self._archive.getinfo(f"{name}.npy")
+        if info.compress_type not in DEFLATE_LIMITS:
             self._refuse(name, "is neither stored nor deflated; write it with numpy.savez")
-        ratio = DEFLATE_LIMIT if info.compress_type == zipfile.ZIP_DEFLATED else 1
-        if info.compress_size > self._file_bytes or info.file_size > ratio * info.compress_size:
+        packed_bytes = min(info.compress_size, self.path.stat().st_size)
+        if info.file_size > DEFLATE_LIMITS[info.compress_type] * packed_bytes:
             self._refuse(
                 name, f"declares {info.file_size} bytes, which this file cannot hold: damaged"
             )
         return info
-
-    @contextlib.contextmanager
-    def _open_data(self, name: str, header: ArrayHeader) -> Iterator[io.BufferedIOBase]:
-        with self._reading(name):
-            member = self._archive.open(self._member(name))
-            _read_at_most(member, header.header_bytes)
-        with member:
-            yield member
 
     @contextlib.contextmanager
     def _reading(self, name: str) -> Iterator[None]:
@@ -228,7 +215,7 @@ class ArchiveReader:
         except Exception as error:
             self._refuse(name, f"damaged or cut short: {one_line(error)}", error)
 
-    def _refuse(self, name: str, reason: str, cause: Exception | None = None):
+    def _refuse(self, name: str, reason: str, cause: Exception | None = None) -> NoReturn:
         raise UserError(f"{self.path}: {name}: {reason}") from cause
 
 
@@ -237,49 +224,19 @@ def read_archive(path: str | Path) -> Iterator[ArchiveReader]:
     """A reader of the arrays in the .npz at `path`; UserError where it is not one."""
     path = Path(path)
     try:
-        file = _SmallReads(path, opener=regular_only)
+        archive = zipfile.ZipFile(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-    with file:
-        try:
-            file_bytes = file.seek(0, io.SEEK_END)
-            if file_bytes == 0:
-                raise UserError(f"{path}: is empty")
-            archive = zipfile.ZipFile(file)
-        except UserError:
-            raise
-        except Exception as error:  # zipfile lets struct, value and unicode errors through
-            raise UserError(f"{path}: not a whole .npz archive ({one_line(error)})") from error
-        with archive:
-            yield ArchiveReader(path, archive, file_bytes)
+    except Exception as error:  # zipfile lets struct, value and unicode errors through
+        raise UserError(f"{path}: not a whole .npz archive ({one_line(error)})") from error
+    with archive:
+        yield ArchiveReader(path, archive)
 
 
-class _SmallReads(io.FileIO):
-    """A file that refuses large single reads: zipfile reads a directory of any declared size."""
-
-    def read(self, size: int = -1) -> bytes:
-        if size > READ_LIMIT_BYTES:
-            raise ValueError(f"a single record of {size} bytes")
-        return super().read(size)
-
-
-def _fill(member: io.BufferedIOBase, target: np.ndarray) -> None:
-    """Fill `target`, contiguous uint8, from `member`; EOFError where it ends before.
-
-    The member's checksum is compared by zipfile when its last byte is read.
-    """
-    view = memoryview(target).cast("B") if target.size else memoryview(b"")
-    while len(view):
-        count = member.readinto(view[:READ_LIMIT_BYTES])
-        if not count:
+def _fill(member: IO[bytes], pixels: np.ndarray) -> None:
+    """Fill `pixels` from `member`, whose checksum zipfile compares when the last byte is read."""
+    view = memoryview(pixels).cast("B")
+    while view:
+        if not (count := member.readinto(view[:PIECE_BYTES])):
             raise EOFError(f"{len(view)} bytes are missing")
         view = view[count:]
-
-
-def _read_at_most(member: io.BufferedIOBase, size: int) -> bytes:
-    """`size` bytes, or fewer where `member` ends before."""
-    pieces = []
-    while size and (piece := member.read(size)):
-        pieces.append(piece)
-        size -= len(piece)
-    return b"".join(pieces)

@@ -85,18 +85,15 @@ def folder_images(folder: str | Path, image_size: int | None = None) -> ImageSet
     return ImageSet(str(folder), len(paths), image_shape, batches)
 
 
-def cifar10_images(folder: str | Path) -> ImageSet:
-    """CIFAR-10's training images; UserError unless all five batch files are there."""
-    paths = cifar10.training_batches(folder)
-    if len(paths) != 5:
-        raise UserError(f"{folder}: {len(paths)} of CIFAR-10's five data_batch files")
-    num_images = sum(len(cifar10.read_batch(path).labels) for path in paths)
+def cifar10_images(folder: Path) -> ImageSet:
+    """CIFAR-10's training images."""
+    pixels = cifar10.load_training_set(folder).pixels
 
     def batches() -> Iterator[np.ndarray]:
-        for path in paths:
-            yield cifar10.read_batch(path).pixels
+        for start in range(0, len(pixels), READ_IMAGES):
+            yield pixels[start : start + READ_IMAGES]
 
-    return ImageSet(str(folder), num_images, cifar10.IMAGE_SHAPE, batches)
+    return ImageSet(str(folder), len(pixels), pixels.shape[1:], batches)
 
 
 def find_images(source: str | Path, image_size: int | None = None) -> ImageSet:
@@ -104,7 +101,7 @@ def find_images(source: str | Path, image_size: int | None = None) -> ImageSet:
     source = Path(source)
     if not source.exists():
         raise UserError(f"{source}: no such file or folder (--images)")
-    if source.is_dir() and not cifar10.training_batches(source):
+    if source.is_dir() and cifar10.find_copy(source) is None:
         return folder_images(source, image_size)
     if source.is_file() and source.name.lower().endswith(EXTENSIONS):
         raise UserError(f"{source}: --images takes a folder of pictures, not a single one")

@@ -85,6 +85,26 @@ def _lock(file: IO[bytes], path: Path) -> bool:
         return False
 
 
+_open_locks: set[IO[bytes]] = set()
+# A forked loader worker that outlives its killed parent would go on holding them.
+os.register_at_fork(after_in_child=lambda: [file.close() for file in _open_locks])
+
+
+@contextlib.contextmanager
+def _lock_file(path: Path) -> Iterator[IO[bytes]]:
+    """The open file of a lock, not locked yet; UserError where there can be none."""
+    try:
+        file = open(path, "ab")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+    _open_locks.add(file)
+    try:
+        with file:
+            yield file
+    finally:
+        _open_locks.discard(file)
+
+
 @contextlib.contextmanager
 def hold_lock(path: str | Path, refusal: str) -> Iterator[None]:
     """A block that holds the lock `path`; UserError(refusal) where another process holds it.
@@ -92,11 +112,7 @@ def hold_lock(path: str | Path, refusal: str) -> Iterator[None]:
     Dying unlocks it. Where the file system has no locks, nobody is refused.
     """
     path = Path(path)
-    try:
-        file = open(path, "ab")  # noqa: SIM115 - closed with the block
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
-    with file:
+    with _lock_file(path) as file:
         if not _lock(file, path):
             raise UserError(refusal)
         try:
@@ -117,11 +133,7 @@ def one_at_a_time(path: str | Path) -> Iterator[bool]:
     path = Path(path)
     has_waited = False
     while True:
-        try:
-            file = open(path, "ab")  # noqa: SIM115 - closed below, or with the block
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror})") from error
-        with file:
+        with _lock_file(path) as file:
             if not _lock(file, path):
                 has_waited = True
                 fcntl.flock(file, fcntl.LOCK_EX)
@@ -131,22 +143,6 @@ def one_at_a_time(path: str | Path) -> Iterator[bool]:
             finally:
                 path.unlink(missing_ok=True)
             return
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """A block that no other process is in with the same `path`, a file made for this.
-
-    UserError where another process is. The lock ends with the process, however that ends.
-    """
-    with contextlib.ExitStack() as stack:
-        try:
-            file = stack.enter_context(open(path, "ab"))
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror})") from error
-        if not _lock(file, path):
-            raise UserError(f"{path.parent}: another process is at work here")
-        yield
 
 
 def regular_only(path: str, flags: int) -> int:
