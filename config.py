@@ -492,7 +492,7 @@ def _check_data(config: Config, refuse: Refuse) -> None:
     for name in ("horizontal_flips", "skip_bad"):
         if getattr(config, name) and not dataset.has_files:
             refuse(name, f"is for dataset_type ImageFolder, not for {config.dataset_type}")
-    if config.horizontal_flips and config.augment_probability > 0:
+    if config.horizontal_flips and config.augment_probability:
         refuse("horizontal_flips", "must be false where augment_probability is above 0: it flips")
 
 

@@ -122,7 +122,7 @@ class TrainingData(Dataset):
         """What a checkpoint says of the data that it was trained on."""
         return {**self.spec.to_dict(), "class_counts": self.class_counts}
 
-    def find_bad(self, share: range, advance: Callable[[], None]) -> list[int]:
+    def find_bad(self, share: range, advance: Callable[[], object]) -> list[int]:
         """Which examples of `share` cannot be read; what is in memory has been."""
         return []
 
@@ -211,7 +211,7 @@ class FolderData(TrainingData):
             self._kept[index] = pixels.copy()  # the crop alone, not what it was cut from
         return pixels
 
-    def find_bad(self, share: range, advance: Callable[[], None]) -> list[int]:
+    def find_bad(self, share: range, advance: Callable[[], object]) -> list[int]:
         """Which pictures of `share` cannot be decoded, each of them tried."""
         # More threads than cores: some of them wait for the disk.
         num_threads = 2 * torch.get_num_threads()
@@ -262,7 +262,7 @@ class LatentData(TrainingData):
         """[B, 8, H, W]: the posterior's mean and then its standard deviation."""
         return self.reader.read(indices)
 
-    def find_bad(self, share: range, advance: Callable[[], None]) -> list[int]:
+    def find_bad(self, share: range, advance: Callable[[], object]) -> list[int]:
         """Reads every row of `share`; UserError at the first that is bad, for none is left out."""
         for start in range(0, len(share), CHECKED_AT_ONCE):
             rows = share[start : start + CHECKED_AT_ONCE]

@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -23,18 +23,20 @@ DATA = re.compile(
     r"collections OrderedDict|torch._utils _rebuild_(tensor_v2|parameter)|torch (Size|\w+Storage)"
 )
 
+Model = TypeVar("Model", bound=nn.Module)
+
 
 @dataclass
-class TrainState:
+class TrainState(Generic[Model]):
     """All that training changes: the model, its average, the optimizer and the steps done."""
 
-    model: nn.Module
-    ema_model: nn.Module
+    model: Model
+    ema_model: Model
     optimizer: torch.optim.Optimizer
     finished_steps: int = 0
 
     @classmethod
-    def fresh(cls, model: nn.Module, optimizer: torch.optim.Optimizer) -> "TrainState":
+    def fresh(cls, model: Model, optimizer: torch.optim.Optimizer) -> "TrainState[Model]":
         """The state before the first step: the average is a copy of the model."""
         ema_model = copy.deepcopy(model).eval().requires_grad_(False)
         return cls(model, ema_model, optimizer)
@@ -98,7 +100,7 @@ class TrainState:
             for name in ("exp_avg", "exp_avg_sq"):
                 moment, wanted = entry.get(name), list(parameters[index].shape)
                 shape = list(moment.shape) if isinstance(moment, torch.Tensor) else "no tensor"
-                if shape != wanted:
+                if not isinstance(moment, torch.Tensor) or shape != wanted:
                     raise UserError(
                         f"{source}: {name} of {whose} has shape {shape}, the parameter {wanted}"
                     )

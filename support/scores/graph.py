@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -192,7 +193,7 @@ class FeatureGraph:
         if count > CONSTANTS_LIMIT:
             raise UserError(f"{self.path}: not a usable graph, its constants are {count} numbers")
 
-    def _load(self, graph_def):
+    def _load(self, graph_def: Any) -> Any:
         v1 = self._tf.compat.v1
         graph = self._tf.Graph()
         with graph.as_default():
@@ -204,7 +205,7 @@ class FeatureGraph:
         config.gpu_options.allow_growth = True
         return v1.Session(graph=graph, config=config)
 
-    def _class_weights(self, graph_def) -> np.ndarray:
+    def _class_weights(self, graph_def: Any) -> np.ndarray:
         logits = next(node for node in graph_def.node if node.name == LOGITS)
         try:
             name = logits.input[1]

@@ -15,8 +15,10 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, NoReturn, cast
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from support.system.files import UserError, atomic_write, one_line, regular_only
 
@@ -32,7 +34,7 @@ DEFLATE_LIMIT = 1032  # deflate cannot shrink further than 1032 to 1
 class ImageWriter:
     """Appends batches of pixels to an open archive; see `write_images`."""
 
-    def __init__(self, member, path: Path, num_images: int):
+    def __init__(self, member: IO[bytes], path: Path, num_images: int):
         self._member, self._path, self._num_images = member, path, num_images
         self._image_shape: tuple[int, ...] | None = None
         self.written_images = 0
@@ -104,7 +106,7 @@ class ArchiveReader:
     def header(self, name: str) -> ArrayHeader:
         """The checked header of one array: no pickles, and as many bytes as it declares."""
         info = self._member(name)
-        with self._reading(name), self._archive.open(info) as member:
+        with self._reading(name), self._open(info) as member:
             # numpy reads as much header as the file asks for, so it gets no more than this.
             start = io.BytesIO(_read_at_most(member, HEADER_LIMIT_BYTES))
         try:
@@ -159,7 +161,9 @@ class ArchiveReader:
                     _fill(member, pixels)
                 yield pixels
 
-    def floats(self, name: str, shape: tuple[int, ...], dtype=np.float64) -> np.ndarray:
+    def floats(
+        self, name: str, shape: tuple[int, ...], dtype: DTypeLike = np.float64
+    ) -> np.ndarray:
         """The float array `name` as `dtype`; UserError unless it has `shape` and is finite."""
         header = self.header(name)
         if header.dtype.kind != "f" or header.dtype.itemsize > 8 or header.shape != shape:
@@ -210,10 +214,14 @@ class ArchiveReader:
             )
         return info
 
+    def _open(self, info: zipfile.ZipInfo) -> io.BufferedIOBase:
+        # What it gives for reading has `readinto`, which its signature does not say.
+        return cast(zipfile.ZipExtFile, self._archive.open(info))
+
     @contextlib.contextmanager
     def _open_data(self, name: str, header: ArrayHeader) -> Iterator[io.BufferedIOBase]:
         with self._reading(name):
-            member = self._archive.open(self._member(name))
+            member = self._open(self._member(name))
             _read_at_most(member, header.header_bytes)
         with member:
             yield member
@@ -228,7 +236,7 @@ class ArchiveReader:
         except Exception as error:
             self._refuse(name, f"damaged or cut short: {one_line(error)}", error)
 
-    def _refuse(self, name: str, reason: str, cause: Exception | None = None):
+    def _refuse(self, name: str, reason: str, cause: Exception | None = None) -> NoReturn:
         raise UserError(f"{self.path}: {name}: {reason}") from cause
 
 
@@ -257,8 +265,8 @@ def read_archive(path: str | Path) -> Iterator[ArchiveReader]:
 class _SmallReads(io.FileIO):
     """A file that refuses large single reads: zipfile reads a directory of any declared size."""
 
-    def read(self, size: int = -1) -> bytes:
-        if size > READ_LIMIT_BYTES:
+    def read(self, size: int | None = -1) -> bytes:
+        if size is not None and size > READ_LIMIT_BYTES:
             raise ValueError(f"a single record of {size} bytes")
         return super().read(size)
 

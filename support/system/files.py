@@ -149,7 +149,7 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def regular_only(path: str, flags: int) -> int:
+def regular_only(path: str | os.PathLike[str], flags: int) -> int:
     """An `opener` for `open`: OSError for what is no file, without waiting for a pipe's writer."""
     descriptor = os.open(path, flags | os.O_NONBLOCK)
     mode = os.fstat(descriptor).st_mode
