@@ -36,4 +36,4 @@ faults: .venv/installed
 	.venv/bin/python tests/faults.py
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache
