@@ -208,7 +208,7 @@ def test_no_labels_mean_the_null_class_of_networks_that_take_labels(network):
     assert torch.equal(output_of(network), output_of(network, labels=null_labels))
     for label in range(4):
         assert not torch.equal(
-            output_of(network), output_of(network, labels=0 * null_labels + label)
+            output_of(network), output_of(network, labels=torch.full((2,), label))
         )
     assert build(type(network), null_class=False).null_label is None
 
