@@ -175,6 +175,7 @@ def _assert_layout(output: torch.Tensor, layout: torch.memory_format) -> None:
     assert output.is_contiguous(memory_format=layout)
 
 
+@pytest.mark.slow
 def test_channels_last_changes_the_layout_alone():
     plain, _ = make_learner(PIXELS)
     made, _ = make_learner(PIXELS, channels_last=True)
@@ -196,6 +197,7 @@ def test_channels_last_changes_the_layout_alone():
         assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "backend"), [("DiT", "inductor"), ("UNet", "aot_eager")])
 def test_a_compiled_network_gives_the_same_gradients_and_is_compiled_once(
     name, backend, monkeypatch

@@ -28,6 +28,8 @@ import inference
 import train
 from models import build_model
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("several processes")]
+
 README = ROOT / "README.md"
 LIMIT_SECONDS = 300  # of a command: one that trains for hours has to be named below
 SHELLS = ("sh", "bash", "shell", "console")  # how a block of commands may be called
