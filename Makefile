@@ -1,12 +1,16 @@
 # make quickstart: install into .venv, train on real digits, sample with 1 and 2 steps, score
-# make test:       install, lint, run the tests
+# make check:      lint, check types, run the quick tests: a minute or two
+# make test:       install, lint, check types, run all tests
 # make faults:     kill, stop and damage runs in 534 ways; three to five minutes
 
 PYTHON ?= python3
 DIGITS = runs/digits
+WORKERS ?= 2
+# Tests run side by side; tests/conftest.py says which follow each other.
+PYTEST = .venv/bin/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 SAMPLES = $(DIGITS)/evals/1000_1NFE_42.npz $(DIGITS)/evals/1000_2NFE_42.npz
 
-.PHONY: quickstart test faults clean
+.PHONY: quickstart lint check test faults clean
 
 .venv/installed: requirements_soflow.txt requirements_soflow_eval.txt requirements_soflow_dev.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is \
@@ -27,13 +31,19 @@ quickstart: .venv/installed
 	@.venv/bin/python quickstart/score.py $(SAMPLES)
 	@echo "Look at $(DIGITS)/figs/1NFE.png: made in one step, one row per class."
 
-test: .venv/installed
+lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/python -m pytest
+	.venv/bin/mypy
+
+check: lint
+	$(PYTEST) -m "not slow"
+
+test: lint
+	$(PYTEST)
 
 faults: .venv/installed
 	.venv/bin/python tests/faults.py
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache

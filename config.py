@@ -483,9 +483,9 @@ def _check_model(config: Config, refuse: Refuse) -> None:
         if config.cfg_scale > 1:
             refuse("cfg_scale", "needs labels, and the UNet is unconditional; use 1, or a DiT")
         if config.is_latent:
+            pixels = ", ".join(name for name, kind in DATASETS.items() if not kind.is_latent)
             refuse(
-                "model_type",
-                "is for pixels (CIFAR10, ImageFolder, Digits), not for Imagenet's latents",
+                "model_type", f"is for pixels ({pixels}), not for {config.dataset_type}'s latents"
             )
 
 
@@ -493,8 +493,9 @@ def _check_data(config: Config, refuse: Refuse) -> None:
     dataset = DATASETS[config.dataset_type]
     for name in ("horizontal_flips", "skip_bad"):
         if getattr(config, name) and not dataset.has_files:
-            refuse(name, f"is for dataset_type ImageFolder, not for {config.dataset_type}")
-    if config.horizontal_flips and config.augment_probability > 0:
+            fitting = " or ".join(name for name, kind in DATASETS.items() if kind.has_files)
+            refuse(name, f"is for dataset_type {fitting}, not for {config.dataset_type}")
+    if config.horizontal_flips and config.augment_probability:
         refuse("horizontal_flips", "must be false where augment_probability is above 0: it flips")
 
 

@@ -45,10 +45,11 @@ class PartDraws:
 
     def augmented(self, x_0: Tensor) -> tuple[Tensor, Tensor | None]:
         """x_0 augmented, and what the network is told of it, where the config asks for it."""
-        if self.config.augment_probability == 0:
+        probability = self.config.augment_probability
+        if not probability:
             return x_0, None
         source = self.on_cpu("augmentation")
-        parameters = draw_augmentation(len(x_0), self.config.augment_probability, source)
+        parameters = draw_augmentation(len(x_0), probability, source)
         return augment(x_0, parameters), parameters.labels.to(self.device, non_blocking=True)
 
     def null_mask(self, count: int) -> Tensor | None:

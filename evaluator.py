@@ -166,10 +166,10 @@ class Session:
         make_folder(self._folder)  # proves that results can be written before hours are spent
         self._reference_images = archive_images(arguments.ref_batch)
         self._graph_path = find_graph_of(arguments)
+        self._reference_sha256 = sha256_of(arguments.ref_batch)
+        self._distances = arguments.distances or "exact"
         self.yardstick = Yardstick(
-            sha256_of(arguments.ref_batch),
-            sha256_of(self._graph_path),
-            arguments.distances or "exact",
+            self._reference_sha256, sha256_of(self._graph_path), self._distances
         )
         print(f"graph {self._graph_path}, SHA-256 {self.yardstick.graph_sha256}")
         self.results = Results.open(self._folder)
@@ -220,9 +220,9 @@ class Session:
             print(f"TensorFlow {graph.tensorflow_version} on {graph.device}", flush=True)
             reference = load_reference(
                 self._arguments.ref_batch,
-                self.yardstick.reference_sha256,
+                self._reference_sha256,
                 graph,
-                self.yardstick.distances,
+                self._distances,
                 use_cache=not self._arguments.no_cache,
             )
             self._loaded = reference, graph

@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from config import Config, add_options, config_from_dict, load_config, shorten, suggest
-from models import SoFlow, build_model
+from models import Method, build_model
 from sampling import (
     SampleRequest,
     decoder_record,
@@ -90,8 +90,8 @@ def find_sources(arguments: argparse.Namespace, report: Callable[[str], None]) -
         config = config_of_checkpoint(checkpoint, settings, report)
     else:
         config = load_config(arguments.config, settings, report)
-    folder = Path(config.working_dir) if chosen else run_of_checkpoint(checkpoint)
-    return Sources(config, checkpoint, folder / "evals" if folder else checkpoint.parent)
+    run = Path(config.working_dir) if chosen else run_of_checkpoint(checkpoint)
+    return Sources(config, checkpoint, run / "evals" if run else checkpoint.parent)
 
 
 def find_run(config: Config, config_path: Path, is_chosen: bool) -> Path:
@@ -134,7 +134,7 @@ def config_of_checkpoint(
 class LoadedModel(NamedTuple):
     """A model ready to sample from, and what it makes."""
 
-    model: SoFlow
+    model: Method
     shape: tuple[int, int, int]  # [C, H, W]
     num_classes: int
     class_names: Sequence[str]  # none where the checkpoint has none
@@ -279,7 +279,9 @@ def refuse_to_replace(output: Path, record: Mapping[str, Any]) -> None:
     in_the_way = [path for path in (output, output.with_suffix(".json")) if path.exists()]
     instead = "say --output FILE for another, or --overwrite"
     there = read_record(output)
-    if in_the_way and there is None:
+    if there is None:
+        if not in_the_way:
+            return
         raise UserError(f"{in_the_way[0]}: exists, and no record says of which samples; {instead}")
     if not output.exists():
         return  # at most a record, whose samples a kill has kept from appearing
@@ -446,7 +448,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     if arguments.cfg_scale is not None:
         raise UserError("there is no guidance scale when sampling: guidance was trained in")
-    notes = []
+    notes: list[str] = []
     sources = find_sources(arguments, notes.append)
     with processes(sources.config.device, sources.config.timeout_minutes) as own:
         for note in notes if own.is_main else []:

@@ -123,7 +123,7 @@ def sample_pixels(
         wanted = request.num_images - work.first_image
         all_pixels = _gather(pixels, wanted, processes)
         all_labels = None if labels is None else _gather(labels, wanted, processes)
-        if processes.is_main:
+        if all_pixels is not None:  # on the main process
             yield ImageBatch(all_pixels, all_labels)
 
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from backbone import Backbone
 from config import (
     FIELDS,
     Config,
@@ -401,7 +402,8 @@ def set_options(model: Method, config: Config, device: torch.device) -> list[str
             if config.cfg_scale > 1:
                 notes.append("compile: guidance takes the whole batch, dropped labels too")
     model.execution = Execution(coarse_dtype, fixed_shapes=is_compiled)
-    model.network.activation_checkpointing = config.activation_checkpointing
+    if isinstance(model.network, Backbone):
+        model.network.activation_checkpointing = config.activation_checkpointing
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
     return notes

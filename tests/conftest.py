@@ -1,4 +1,8 @@
-"""One thread for every test: two waiting for each other on a busy machine are far slower."""
+"""How the tests run: each with one thread, those of a file in turn, slow files first."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when NumPy and torch are loaded
 
 import pytest
 import torch
@@ -6,4 +10,18 @@ import torch
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
+    """Two threads that wait for each other on a busy machine are far slower."""
     torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Let files share what they set up, and start with the slow, so that all workers end together.
+
+    Tests that fill the machine are one group, of which one runs at a time.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+    for item in items:
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))

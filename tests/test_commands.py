@@ -13,6 +13,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", MISTAKES)
 def test_help_begins_with_commands_that_work_and_names_every_option(command):
     said = succeed(command, "--help")
@@ -23,6 +24,7 @@ def test_help_begins_with_commands_that_work_and_names_every_option(command):
         assert not equals or option in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", MISTAKES)
 def test_a_mistake_ends_in_one_line_and_a_status(command):
     finished = run(command, *MISTAKES[command])

@@ -5,6 +5,7 @@ about its wrong values.
 """
 
 import typing
+from pathlib import Path
 
 import pytest
 
@@ -311,12 +312,63 @@ def test_what_the_reference_gives_a_meaning_is_not_refused(values):
     config_from_dict({**BASE, **values}, "c.yaml")
 
 
+# Files and the command line
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    """What is said of a config file with what the command line adds to it."""
+    with pytest.raises(UserError) as refused:
+        load_config(path, overrides)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
 def test_a_line_names_the_place_of_the_value_file_or_command_line(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("working_dir: x\nbatch_size: 0\n")
-    with pytest.raises(UserError) as refusal:
-        load_config(path)
-    assert str(refusal.value) == f"{path}: batch_size: 0 must be between 1 and 100,000,000"
-    with pytest.raises(UserError) as refusal:
-        load_config(path, ["batch_size=8", "seed=-1"])
-    assert str(refusal.value) == "--set seed: -1 must be 0 or more"
+    assert refusal(path) == f"{path}: batch_size: 0 must be between 1 and 100,000,000"
+    assert refusal(path, "batch_size=8", "seed=-1") == "--set seed: -1 must be 0 or more"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("bach_size=3", "--set bach_size: unknown key; did you mean batch_size?"),
+        ("l_schedule=exponent", "Const, Linear, Cosine, Exponent; did you mean Exponent?"),
+        ("seed", "--set seed: not of the form KEY=VALUE"),
+        ("seed=" + "9" * 400, "is not a whole number"),
+        ("seed=[", "--set seed=[, line 1: not valid YAML"),
+        ("total_steps=1e30", "is not a whole number"),
+        ("total_steps=1e12", "total_steps: 1000000000000 must be between 1 and 1,000,000,000"),
+        ("p=.nan", "--set p: nan is not a number"),
+        ("working_dir=" + "x" * 300, "cannot be a folder (File name too long)"),
+        ('working_dir="a\\0b"', "'a\\x00b' has a character that no name can have"),
+        ("a\nb=1", "--set a\\nb: unknown key"),
+    ],
+)
+def test_what_the_command_line_gets_wrong_is_said_in_one_line(tmp_path, override, message):
+    (tmp_path / "c.yaml").write_text("working_dir: x")
+    assert message in refusal(tmp_path / "c.yaml", override)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "not a mapping of keys to values"),
+        ("- a\n- b", "not a mapping of keys to values"),
+        ("batch_size: 8", "working_dir (default): '' must name the folder"),
+        ("working_dir: x\nseed: 1\nseed: 2", "line 3: not valid YAML (the key seed stands here"),
+        ("a: &a [1]\nb: *a", "line 2: not valid YAML (aliases are not supported)"),
+        ("working_dir: !!python/object/apply:os.getcwd []", "line 1: not valid YAML"),
+        ("working_dir: {", "not valid YAML"),
+        (b"\xff\xfe\x00", "not a text file in UTF-8"),
+        (None, "cannot be read (No such file or directory)"),
+    ],
+)
+def test_a_file_that_may_not_be_is_refused_with_its_name(tmp_path, text, message):
+    path = tmp_path / "c.yaml"
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    said = refusal(path)
+    assert said.startswith(str(path))
+    assert message in said

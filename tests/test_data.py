@@ -445,6 +445,7 @@ def test_dry_run_looks_up_the_classes_of_a_folder(photographs, tmp_path, capsys)
         train.main(options(tmp_path / "run", "null", "--dry-run"))
 
 
+@pytest.mark.slow
 def test_unreadable_picture_ends_training_in_one_line(tmp_path):
     standins.write_image_folder(tmp_path / "photographs", per_class=2)
     path = tmp_path / "photographs" / "cup" / "0.jpg"

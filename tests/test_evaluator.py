@@ -145,6 +145,7 @@ def plain_frechet(a, b):
 # The numbers.
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_plain_numpy(place, toy):
     samples = some_pixels(1, 400)
     reference = some_pixels(0, 300)
@@ -616,6 +617,7 @@ def run_in_process(place, *more):
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_it_goes_on_with_the_next_file_and_imports_no_torch(place):
     for number in range(12):
         place.add(f"{number}.npz", count=3000, size=16)
@@ -1004,6 +1006,7 @@ def in_namespace(script, place):
     )
 
 
+@pytest.mark.slow
 def test_read_only_place_of_the_reference_means_no_cache_and_no_failure(place):
     place.add("a.npz")
     script = (
@@ -1019,6 +1022,7 @@ def test_read_only_place_of_the_reference_means_no_cache_and_no_failure(place):
     assert place.caches == []
 
 
+@pytest.mark.slow
 def test_full_disk_while_caching_is_said_and_the_files_are_scored(place):
     place.add("a.npz")
     script = (

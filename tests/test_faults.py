@@ -6,6 +6,8 @@ import pytest
 from support.runs.background import background
 from support.system.files import UserError
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("several processes")]
+
 
 def assert_nothing_is_lost(fault) -> None:
     tally = faults.run_fault(fault, is_quick=True)

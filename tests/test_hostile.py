@@ -270,6 +270,7 @@ def explosions(tmp_path_factory):
     return {name: (line, growth) for name, line, growth in lines}, run.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is looked up in /proc")
 @pytest.mark.parametrize("name", BOMBS)
 def test_what_unpacks_to_much_more_than_it_is_takes_no_memory(explosions, name):
@@ -474,6 +475,7 @@ def test_any_bytes_are_a_config_or_one_line(config_path, content):
         assert isinstance(load_config(config_path), Config)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(values=mappings, written=st.booleans())
 def test_any_keys_and_values_are_a_config_or_one_line(config_path, values, written):

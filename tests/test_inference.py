@@ -218,6 +218,7 @@ def test_draws_by_batch_are_another_request_in_other_batches(run):
         run("--num-samples=4", "--noise-stream=reference", "--eval-batch-size=3")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [None, "", "3", "{}", "[" * 100_000])
 def test_samples_that_no_record_describes_are_not_replaced(run, text):
     run("--num-samples=4")
@@ -298,6 +299,7 @@ def test_class_names_come_from_the_checkpoint(run, tmp_path, capsys):
 # The command in a process of its own
 
 
+@pytest.mark.slow
 def test_command_samples_in_a_process_of_its_own(run):
     said = succeed(
         "inference.py", "--config", run.folder / "config.yaml", "--ckpt-steps", 6,

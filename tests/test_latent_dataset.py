@@ -129,6 +129,8 @@ def test_latents_are_the_vaes_in_order_with_their_labels(made):
     assert [path.name for path in (made / "latents").iterdir()] == [LATENT_FILE]
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("several processes")
 def test_two_processes_make_the_same_file_and_go_on_when_one_is_killed(made, tmp_path):
     script = [*TORCHRUN, ROOT / "tests/killed_extraction.py"]
     arguments = options(made, **{"save-path": tmp_path})
@@ -183,6 +185,7 @@ def test_every_config_of_latents_trains_with_its_network_made_small(made, tmp_pa
     assert (tmp_path / "run" / "figs" / "1.png").exists()
 
 
+@pytest.mark.slow
 def test_latents_train_resume_exactly_and_come_out_as_pictures(made, tmp_path, monkeypatch):
     train.main(training_options(made, tmp_path / "run"))
     with Image.open(tmp_path / "run" / "figs" / "6.png") as picture:
@@ -254,6 +257,7 @@ def test_half_the_room_on_request_trains_too(made, tmp_path):
     train.main(training_options(made, tmp_path / "run", dataset_path=tmp_path / "latents"))
 
 
+@pytest.mark.slow
 def test_512_pixels_give_latents_of_side_64(made, tmp_path):
     (tmp_path / "photos").mkdir()
     shutil.copytree(made / "photos" / "cat", tmp_path / "photos" / "cat")
@@ -347,6 +351,7 @@ def assert_nothing_passes_for_complete(folder, whole):
         assert len(parts.read_part(int(path.stem)).labels) > 0
 
 
+@pytest.mark.slow
 def test_killed_at_every_write_it_goes_on_to_the_same_file(scratch):
     """SIGKILL at every sync, rename and deletion, and in the middle of every write of a merge."""
     for name in ("cat", "china"):  # two and a quarter parts are as good as seven
@@ -370,6 +375,7 @@ def test_killed_at_every_write_it_goes_on_to_the_same_file(scratch):
         shutil.rmtree(save)
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_still_gets_there(scratch):
     """Each run is killed a little further on than it has come before."""
     latent_dataset.main(options(scratch, "unbroken"))
@@ -386,6 +392,7 @@ def test_killed_again_and_again_it_still_gets_there(scratch):
     assert latents_of(scratch, "killed") == whole
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_goes_on_to_the_same_file(scratch, made):
     latent_dataset.main(options(scratch, "unbroken"))
     whole = latents_of(scratch, "unbroken")
@@ -461,6 +468,7 @@ def test_batch_size_and_processes_may_change_on_the_way(scratch, made):
 # Refused.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -651,6 +659,7 @@ while kilobytes < 400:
 """
 
 
+@pytest.mark.slow
 def test_full_disk_is_said_and_with_more_room_the_same_command_goes_on(scratch, made):
     """On a disk that grows by 4 kB each time: it fills up in the plan, in parts, in the merge."""
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:

@@ -255,6 +255,7 @@ def test_other_size_and_scale_are_refused(tmp_path):
     assert "made for the scale 0.13025; it must be 0.18215" in refusal(tmp_path)
 
 
+@pytest.mark.slow
 def test_other_vae_is_refused_and_the_same_under_another_name_is_not(tmp_path):
     tiny, other = make_tiny_vae(tmp_path / "tiny"), make_tiny_vae(tmp_path / "other", seed=1)
     digest = weights_digest(load_vae(find_vae(str(tiny)), torch.device("cpu")).state_dict())

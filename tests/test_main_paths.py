@@ -1,6 +1,7 @@
 """Data set to images, all the way, as a user of each data set goes."""
 
 import numpy as np
+import pytest
 import torch
 from commands import ROOT, succeed
 from PIL import Image
@@ -10,6 +11,8 @@ from test_train import assert_equal, load, state_of
 import inference
 import train
 from support.scores.npz import read_archive
+
+pytestmark = pytest.mark.slow
 
 
 def options(config: str, **values: object) -> list[str]:

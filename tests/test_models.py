@@ -48,6 +48,7 @@ def conditions(arrays) -> dict:
     }
 
 
+@pytest.mark.slow
 def test_network_velocity_and_solution_equal_the_reference(golden):
     model, arrays, _ = golden
     x, t, s = arrays["in_x0"], arrays["in_t"], arrays["in_s"]
@@ -64,6 +65,7 @@ def test_network_velocity_and_solution_equal_the_reference(golden):
         assert goldens.relative_error(output, arrays[name]) < OUTPUT_TOLERANCE, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["vel", "con"])
 def test_losses_and_gradients_equal_the_reference(golden, loss):
     model, arrays, meta = golden
@@ -134,6 +136,7 @@ def test_state_dict_has_the_names_shapes_order_and_kinds_of_released_checkpoints
     assert found == expected
 
 
+@pytest.mark.slow
 def test_initial_weights_have_the_spread_of_the_reference():
     expected = goldens.initial_std()["DiT-B-4"]
     torch.manual_seed(0)

@@ -16,6 +16,8 @@ from support.data.datasets import PixelData, RawBatch
 from support.system.processes import Processes
 from support.system.randomness import PerImageStream
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("several processes")]
+
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 ALONE = Processes(0, 0, 1, torch.device("cpu"))
 

@@ -33,6 +33,8 @@ from support.data.datasets import DATASETS
 sys.path.append(str(Path(train.__file__).with_name("docs")))
 import make_config
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("several processes")]
+
 README = ROOT / "README.md"
 LIMIT_SECONDS = 300  # of a command: one that trains for hours has to be named below
 SHELLS = ("sh", "bash", "shell", "console")  # how a block of commands may be called

@@ -24,6 +24,7 @@ def unlimited(monkeypatch):
     monkeypatch.setattr(rehearsal, "limit_memory", lambda: None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "batch_size"),
     [([], 12), (LATENTS, 12), ([*PIXELS, "cfg_drop_rate=0", "velocity_loss_ratio=0"], 1)],
@@ -60,6 +61,7 @@ def test_who_waits_for_minutes_is_told_before_and_after_the_first_step(
     assert re.search(r"# first step: .* s; the others take about 0:.*; Ctrl-C ends this", said)
 
 
+@pytest.mark.slow
 def test_steps_that_do_not_fit_are_refused_in_one_line(tmp_path):
     small = "import support.system.hardware as h; h.free_memory_bytes = lambda device: 4 * 10**8; "
     options = [*digits_settings(tmp_path / "run", batch_size=4000), "--dry-run", "--time"]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import goldens
 import numpy as np
+import pytest
 import torch
 from commands import ROOT, succeed
 from standins import write_cifar10
@@ -12,6 +13,8 @@ from tiny_vae import make_tiny_vae
 
 import train
 from models import build_model
+
+pytestmark = pytest.mark.slow
 
 LATENT_KEYS = """
 noising_type: Linear

@@ -56,6 +56,7 @@ def small_run(tmp_path):
     return start
 
 
+@pytest.mark.slow
 def test_six_steps_equal_three_a_new_process_and_three(tmp_path):
     # 100 samples a step: an epoch has 11 steps, so that the break is in the middle of one, and
     # evals and demos lie between the halves of one run only.
@@ -275,6 +276,7 @@ def test_a_run_whose_checkpoints_are_all_unreadable_is_not_started_afresh(small_
         small_run()
 
 
+@pytest.mark.slow
 def test_killed_save_leaves_previous_checkpoint_loadable(tmp_path):
     """The process is killed inside a write; what is there loads, and the run goes on."""
     settings = digits_settings(tmp_path / "run", total_steps=400, ckpt_saving_steps=1)

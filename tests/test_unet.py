@@ -121,28 +121,6 @@ def test_resampling_filter_is_the_outer_product_over_64(network):
 # Dropout
 
 
-def test_equal_dropout_seeds_give_equal_masks_whatever_else_is_drawn(network):
-    torch.manual_seed(1)
-    first = outputs(network, dropout_seed=SEED)
-    torch.manual_seed(2)
-    assert torch.equal(outputs(network, dropout_seed=SEED), first)
-    assert not torch.equal(outputs(network, dropout_seed=torch.tensor(8)), first)
-
-
-def test_seeded_dropout_leaves_the_global_random_state_as_it_was(network):
-    before = torch.get_rng_state()
-    outputs(network, dropout_seed=SEED)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_unseeded_dropout_draws_from_the_global_random_state(network):
-    torch.manual_seed(1)
-    first, second = outputs(network), outputs(network)
-    torch.manual_seed(1)
-    assert torch.equal(outputs(network), first)
-    assert not torch.equal(second, first)
-
-
 def test_nothing_is_dropped_or_drawn_in_evaluation_mode(network):
     network.eval()
     before = torch.get_rng_state()

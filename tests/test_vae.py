@@ -139,6 +139,7 @@ def hub_cache(home, folder, name):
     (repository / "refs" / "main").write_text("c" * 40)
 
 
+@pytest.mark.slow
 def test_offline_the_cache_of_the_hub_is_used_or_its_lack_explained(folder, tmp_path):
     """In processes of their own: the hub's client reads its settings when it is imported."""
     hub_cache(tmp_path, folder, "somebody/tiny")

@@ -1,5 +1,6 @@
 """A tiny frozen graph with the tensor names of the Inception graph; its weights come from seeds."""
 
+import functools
 from pathlib import Path
 
 BATCH_NORM = "BatchNormWithGlobalNormalization"  # gone since GraphDef version 9
@@ -22,11 +23,7 @@ def write_toy_graph(
     import tensorflow as tf
 
     ops = tf.raw_ops
-
-    def weights(number: int, shape: list[int], scale: float):
-        normal = ops.StatelessRandomNormal(shape=shape, seed=[seed, number])
-        return ops.Mul(x=normal, y=scale)
-
+    weights = functools.partial(_weights, ops, seed)
     graph = tf.Graph()
     with graph.as_default():
         image = tf.compat.v1.placeholder(tf.float32, [None, None, 3], name="image")
@@ -66,11 +63,20 @@ def write_toy_graph(
             tf.constant([0.5] * 9, name=name)
     graph_def = graph.as_graph_def()
     if of_2015:
-        node = next(node for node in graph_def.node if node.name == "between")
-        node.op = BATCH_NORM
-        node.input.extend(["mean", "variance", "beta", "gamma"])
-        node.attr["variance_epsilon"].f = 0.001
-        node.attr["scale_after_normalization"].b = True
-        graph_def.versions.producer = 8
+        _make_old(graph_def)
     path.write_bytes(graph_def.SerializeToString())
     return path
+
+
+def _weights(ops, seed: int, number: int, shape: list[int], scale: float):
+    normal = ops.StatelessRandomNormal(shape=shape, seed=[seed, number])
+    return ops.Mul(x=normal, y=scale)
+
+
+def _make_old(graph_def) -> None:
+    node = next(node for node in graph_def.node if node.name == "between")
+    node.op = BATCH_NORM
+    node.input.extend(["mean", "variance", "beta", "gamma"])
+    node.attr["variance_epsilon"].f = 0.001
+    node.attr["scale_after_normalization"].b = True
+    graph_def.versions.producer = 8

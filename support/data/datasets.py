@@ -122,7 +122,7 @@ class TrainingData(Dataset):
         """What a checkpoint says of the data that it was trained on."""
         return {**self.spec.to_dict(), "class_counts": self.class_counts}
 
-    def find_bad(self, share: range, advance: Callable[[], None]) -> list[int]:
+    def find_bad(self, share: range, advance: Callable[[], object]) -> list[int]:
         """Which examples of `share` cannot be read; what is in memory has been."""
         return []
 
@@ -215,7 +215,7 @@ class FolderData(TrainingData):
         """As for any data set, and that pictures are turned upright, which they once were not."""
         return {**super().record(), "exif": "apply"}
 
-    def find_bad(self, share: range, advance: Callable[[], None]) -> list[int]:
+    def find_bad(self, share: range, advance: Callable[[], object]) -> list[int]:
         """Which pictures of `share` cannot be decoded, each of them tried."""
         # More threads than cores: some of them wait for the disk.
         num_threads = 2 * torch.get_num_threads()
@@ -266,7 +266,7 @@ class LatentData(TrainingData):
         """[B, 8, H, W]: the posterior's mean and then its standard deviation."""
         return self.reader.read(indices)
 
-    def find_bad(self, share: range, advance: Callable[[], None]) -> list[int]:
+    def find_bad(self, share: range, advance: Callable[[], object]) -> list[int]:
         """Reads every row of `share`; UserError at the first that is bad, for none is left out."""
         for start in range(0, len(share), CHECKED_AT_ONCE):
             rows = share[start : start + CHECKED_AT_ONCE]
@@ -523,7 +523,7 @@ def compare_data(
         return [
             *notes,
             f"data changed: {listed}; from here on their order is another, and epochs are counted "
-            "as if these had been the data from the start"
+            "as if these had been the data from the start",
         ]
     way_out = "; --allow-changed data continues with them, in another order" if may_go_on else ""
     raise UserError(f"{source}: trained on other data: {listed}{way_out}")

@@ -12,12 +12,15 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError, features
 
 from support.system.files import UserError, atomic_write, one_line, regular_only
+
+if TYPE_CHECKING:  # torch does not come with this module
+    import torch
 
 # What is read, and by which endings it is found. Named, because some of Pillow's other decoders
 # start programs (EPS), open further files, or take anything for a picture (TGA).
@@ -44,7 +47,8 @@ SIGNATURE = re.compile(
     re.DOTALL,
 )
 SIGNATURE_BYTES = 12
-# How the eight EXIF orientations are turned upright; 1 is upright.
+# How the eight EXIF orientations are turned upright.
+UPRIGHT = 1
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -59,7 +63,7 @@ MOST_CLASSES_LISTED = 20
 SKIPPED_FILE = "skipped_images.txt"  # lists pictures that are left out, as they cannot be read
 MAX_PIXELS = 89_478_485  # where Pillow begins to warn of decompression bombs: 256 MiB of RGB
 
-Array = TypeVar("Array")  # numpy.ndarray or torch.Tensor
+Array = TypeVar("Array", np.ndarray, "torch.Tensor")
 
 
 def to_pixels(images: Array) -> Array:
@@ -67,12 +71,12 @@ def to_pixels(images: Array) -> Array:
     scaled = images * 127.5
     scaled += 128  # in place: a batch of pictures is large
     scaled = scaled.clip(0, 255)
-    return scaled.byte() if hasattr(scaled, "byte") else scaled.astype(np.uint8)
+    return scaled.astype(np.uint8) if isinstance(scaled, np.ndarray) else scaled.byte()
 
 
 def to_images(pixels: Array) -> Array:
     """float32 in -1..1 of uint8: pixels / 127.5 - 1, which `to_pixels` takes back exactly."""
-    floats = pixels.float() if hasattr(pixels, "float") else pixels.astype(np.float32)
+    floats = pixels.astype(np.float32) if isinstance(pixels, np.ndarray) else pixels.float()
     return floats / 127.5 - 1
 
 
@@ -107,7 +111,7 @@ def _upright(pixels: Image.Image, picture: Image.Image) -> Image.Image:
     """`pixels`, decoded from `picture`, turned as its EXIF data say."""
     try:
         # After decoding: Pillow then has turned a TIFF itself, and says so here.
-        turn = TURNS.get(picture.getexif().get(ExifTags.Base.Orientation))
+        turn = TURNS.get(picture.getexif().get(ExifTags.Base.Orientation, UPRIGHT))
     except Exception:  # Pillow raises many kinds on damaged EXIF data; the pixels are whole
         return pixels
     return pixels if turn is None else pixels.transpose(turn)
@@ -228,7 +232,7 @@ def refuse_non_pictures(paths: Sequence[Path]) -> None:
 
 
 def find_unreadable(
-    paths: Sequence[Path], crop_size: int, num_threads: int, advance: Callable[[], None]
+    paths: Sequence[Path], crop_size: int, num_threads: int, advance: Callable[[], object]
 ) -> list[int]:
     """Which of `paths` cannot be decoded and cropped, every one of them tried.
 
@@ -292,7 +296,8 @@ def find_pictures(folder: str | Path) -> list[Path]:
 def _look_through(folder: Path) -> tuple[list[Path], Counter[str]]:
     """What `find_pictures` finds, and how many other files there are, by their endings."""
     _entries(folder)
-    paths, left_out = [], Counter()
+    paths: list[Path] = []
+    left_out: Counter[str] = Counter()
     for place, below, names in os.walk(folder):
         below[:] = sorted(name for name in below if not name.startswith("."))
         for name in sorted(name for name in names if not name.startswith(".")):

@@ -250,7 +250,7 @@ class LatentReader:
         """UserError where some of the values, spread over the file, cannot be of latents."""
         count = min(ROWS_LOOKED_AT, len(self))
         rows = np.unique(np.linspace(0, len(self) - 1, count).astype(np.int64))
-        moments = self.read(rows)
+        moments = self.read(rows.tolist())
         deviations = moments[:, LATENT_CHANNELS:]
         if (bad := rows[(deviations < 0).flatten(1).any(dim=1).numpy()]).size:
             raise UserError(

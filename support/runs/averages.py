@@ -1,7 +1,7 @@
 """The exponential moving average of a model's weights."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def is_ema_step(finished_steps: int, every_steps: int) -> bool:
@@ -17,7 +17,8 @@ def update_ema(ema_model: nn.Module, model: nn.Module, decay: float, every_steps
     float64, where that costs next to nothing, and stored in float32.
     """
     weight = 1 - decay**every_steps
-    averages, parameters = list(ema_model.parameters()), list(model.parameters())
+    averages: list[Tensor] = [*ema_model.parameters()]
+    parameters: list[Tensor] = [*model.parameters()]
     if every_steps == 1:
         torch._foreach_lerp_(averages, parameters, weight)
     else:
@@ -25,5 +26,5 @@ def update_ema(ema_model: nn.Module, model: nn.Module, decay: float, every_steps
             # MPS has no float64.
             precise = torch.float32 if average.device.type == "mps" else torch.float64
             average.copy_(torch.lerp(average.to(precise), parameter.to(precise), weight))
-    for average, buffer in zip(ema_model.buffers(), model.buffers(), strict=True):
-        average.copy_(buffer)
+    for copied, buffer in zip(ema_model.buffers(), model.buffers(), strict=True):
+        copied.copy_(buffer)

@@ -6,7 +6,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -16,18 +16,20 @@ from support.system.files import UserError, atomic_write, numbered_files, one_li
 REFERENCE_KEYS = ("model", "ema_model", "optimizer", "finished_steps", "finished_epochs")
 RECORDS = ("config", "data", "parts")  # what we add
 
+Model = TypeVar("Model", bound=nn.Module)
+
 
 @dataclass
-class TrainState:
+class TrainState(Generic[Model]):
     """All that training changes: the model, its average, the optimizer and the steps done."""
 
-    model: nn.Module
-    ema_model: nn.Module
+    model: Model
+    ema_model: Model
     optimizer: torch.optim.Optimizer
     finished_steps: int = 0
 
     @classmethod
-    def fresh(cls, model: nn.Module, optimizer: torch.optim.Optimizer) -> "TrainState":
+    def fresh(cls, model: Model, optimizer: torch.optim.Optimizer) -> "TrainState[Model]":
         """The state before the first step: the average is a copy of the model."""
         ema_model = copy.deepcopy(model).eval().requires_grad_(False)
         return cls(model, ema_model, optimizer)

@@ -18,7 +18,7 @@ SUFFIXES = {"ckpts": ".pt", "figs": ".png", "evals": ".npz"}  # by folder
 
 def is_due(finished_steps: int, every: int | None) -> bool:
     """Whether something that happens every so many steps happens now; 0 and None are never."""
-    return bool(every) and finished_steps > 0 and finished_steps % every == 0
+    return bool(every and finished_steps > 0 and finished_steps % every == 0)
 
 
 def due_steps(total_steps: int, every: int | None) -> range:

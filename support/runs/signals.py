@@ -19,7 +19,7 @@ class Signalled(enum.IntEnum):
     STOP = 2
 
 
-MEANINGS = {
+MEANINGS: dict[int, Signalled] = {
     signal.SIGUSR1: Signalled.SAVE,
     signal.SIGTERM: Signalled.STOP,  # what schedulers send before they kill
     signal.SIGINT: Signalled.STOP,  # Ctrl-C
@@ -70,5 +70,7 @@ def leave_to_parent(worker: int) -> None:
 
 
 def _end_with_parent() -> None:
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # a loader worker is started by the run
+    multiprocessing.connection.wait([parent.sentinel])
     os._exit(1)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -166,7 +167,7 @@ class FeatureGraph:
                     "graph; only pure, frozen graphs are run"
                 )
 
-    def _load(self, graph_def):
+    def _load(self, graph_def: Any) -> Any:
         v1 = self._tf.compat.v1
         graph = self._tf.Graph()
         with graph.as_default():
@@ -178,7 +179,7 @@ class FeatureGraph:
         config.gpu_options.allow_growth = True
         return v1.Session(graph=graph, config=config)
 
-    def _class_weights(self, graph_def) -> np.ndarray:
+    def _class_weights(self, graph_def: Any) -> np.ndarray:
         logits = next(node for node in graph_def.node if node.name == LOGITS)
         try:
             name = logits.input[1]

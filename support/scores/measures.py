@@ -61,7 +61,8 @@ class Moments:
         if self._count == 0:
             # Sums about a point near the mean lose nothing when the mean is taken out at the end.
             self._origin = rows.mean(axis=0)
-            self._sum, self._products = np.zeros_like(self._origin), 0.0
+            self._sum = np.zeros_like(self._origin)
+            self._products = np.zeros((rows.shape[1], rows.shape[1]))
         rows -= self._origin
         self._count += len(rows)
         self._sum += rows.sum(axis=0)

@@ -14,9 +14,10 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO, NoReturn, cast
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from support.system.files import UserError, atomic_write, one_line
 
@@ -31,7 +32,7 @@ DEFLATE_LIMITS = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: 1032}  # no forma
 class ImageWriter:
     """Appends batches of pixels to an open archive; see `write_images`."""
 
-    def __init__(self, member, path: Path, num_images: int):
+    def __init__(self, member: IO[bytes], path: Path, num_images: int):
         self._member, self._path, self._num_images = member, path, num_images
         self._image_shape: tuple[int, ...] | None = None
         self.written_images = 0
@@ -100,7 +101,7 @@ class ArchiveReader:
     def header(self, name: str) -> ArrayHeader:
         """The checked header of one array: no pickles, and as many bytes as it declares."""
         info = self._member(name)
-        with self._reading(name), self._archive.open(info) as member:
+        with self._reading(name), self._open(info) as member:
             # numpy reads as much header as the file asks for, so it gets no more than this.
             start = io.BytesIO(member.read(HEADER_LIMIT_BYTES))
         try:
@@ -157,7 +158,9 @@ class ArchiveReader:
                     _fill(member, pixels)
                 yield pixels
 
-    def floats(self, name: str, shape: tuple[int, ...], dtype=np.float64) -> np.ndarray:
+    def floats(
+        self, name: str, shape: tuple[int, ...], dtype: DTypeLike = np.float64
+    ) -> np.ndarray:
         """The float array `name` as `dtype`; UserError unless it has `shape` and is finite."""
         header = self.header(name)
         if header.dtype.kind != "f" or header.dtype.itemsize > 8 or header.shape != shape:
@@ -204,6 +207,10 @@ class ArchiveReader:
                 name, f"declares {info.file_size} bytes, which this file cannot hold: damaged"
             )
         return info
+
+    def _open(self, info: zipfile.ZipInfo) -> io.BufferedIOBase:
+        # What it gives for reading has `readinto`, which its signature does not say.
+        return cast(zipfile.ZipExtFile, self._archive.open(info))
 
     @contextlib.contextmanager
     def _reading(self, name: str) -> Iterator[None]:

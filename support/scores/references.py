@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -119,7 +119,11 @@ class Measured:
     spatial: Statistics
 
 
-def measure(images: ImageSet, graph: FeatureGraph, each_batch=lambda pixels: None) -> Measured:
+def measure(
+    images: ImageSet,
+    graph: FeatureGraph,
+    each_batch: Callable[[np.ndarray], object] = lambda pixels: None,
+) -> Measured:
     """Run `graph` over all images; `each_batch` sees every batch of pixels on its way.
 
     Only the pool features are kept, N D float32.
@@ -266,7 +270,9 @@ def _refuse_other_graph(archive: ArchiveReader, graph: FeatureGraph) -> None:
         )
 
 
-def _statistics(archive: ArchiveReader, mean: str, covariance: str, width: int):
+def _statistics(
+    archive: ArchiveReader, mean: str, covariance: str, width: int
+) -> Statistics | None:
     """Statistics of `width` stored under these names, None where neither is there."""
     if mean not in archive and covariance not in archive:
         return None
@@ -312,17 +318,17 @@ def _read_cache(path: Path, key: str, num_images: int, graph: FeatureGraph) -> C
 
 def _write_cache(path: Path, key: str, cached: Cached) -> None:
     measured, radii = cached
+    arrays: dict[str, Any] = {
+        "key": np.array(key),
+        "features": measured.features,
+        "mu": measured.pool.mean,
+        "sigma": measured.pool.covariance,
+        "mu_s": measured.spatial.mean,
+        "sigma_s": measured.spatial.covariance,
+        **{f"squared_radii_{kind}": values for kind, values in radii.items()},
+    }
     try:
         with atomic_write(path) as file:
-            np.savez(
-                file,
-                key=np.array(key),
-                features=measured.features,
-                mu=measured.pool.mean,
-                sigma=measured.pool.covariance,
-                mu_s=measured.spatial.mean,
-                sigma_s=measured.spatial.covariance,
-                **{f"squared_radii_{kind}": values for kind, values in radii.items()},
-            )
+            np.savez(file, **arrays)
     except UserError as error:
         print(f"no cache: {error}", file=sys.stderr)

@@ -48,8 +48,8 @@ class Yardstick(NamedTuple):
     @classmethod
     def of(cls, record: Mapping) -> "Yardstick":
         """The one of a record; records know their distances since there is a choice."""
-        digests = (_part(record, key).get("sha256") for key in ("reference", "graph"))
-        return cls(*digests, record.get("distances", "exact"))
+        reference, graph = (_part(record, key).get("sha256") for key in ("reference", "graph"))
+        return cls(reference, graph, record.get("distances", "exact"))
 
 
 @dataclass

@@ -50,6 +50,7 @@ def without_startup_lines() -> Iterator[None]:
     # In a session of its own, so that Ctrl-C ends it only with the last line.
     command = [sys.executable, "-I", "-S", __file__]
     sieve = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    assert sieve.stdin is not None  # a pipe, as asked for
     os.dup2(sieve.stdin.fileno(), 2)
     sieve.stdin.close()
     try:

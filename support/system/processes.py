@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from support.system.files import UserError
 from support.system.hardware import keep_freed_memory
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,11 @@ class Processes:
         dist.all_reduce(shared, dist.ReduceOp.MAX, group=self.host_group)
         return int(shared)
 
-    def agree(self, value: object) -> object:
-        """The main process's `value`, on every process."""
-        if self.world_size == 1:
-            return value
-        shared = [value]
-        dist.broadcast_object_list(shared, device=self.device)
+    def agree(self, value: Value | None) -> Value:
+        """The main process's `value`, on every process; the others' are not looked at."""
+        shared: list[Any] = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(shared, device=self.device)
         return shared[0]
 
 
@@ -138,7 +140,8 @@ def processes(device: str, timeout_minutes: float) -> Iterator[Processes]:
             world_size=world_size,
             device_id=chosen if is_cuda else None,
         )
-        host_group = dist.new_group(backend="gloo", timeout=timeout)
+        # A number instead of a group is for processes outside of it, and none is.
+        host_group: Any = dist.new_group(backend="gloo", timeout=timeout)
         yield Processes(rank, local_rank, world_size, chosen, host_group)
         # Leave together, and leave the connections to the end of the process: taking them down by
         # destroy_process_group has been seen to abort a process that had finished its work.

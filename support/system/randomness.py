@@ -68,11 +68,11 @@ class PerImageStream:
         ]
         labels = None
         if self.num_classes is not None:
-            labels = torch.tensor([self._label(image) for image in images])
+            labels = torch.tensor([self._label(image, self.num_classes) for image in images])
         return ImageDraws(labels, noises)
 
-    def _label(self, image: int) -> int:
-        return int(self._source("sampling label", image).integers(self.num_classes))
+    def _label(self, image: int, num_classes: int) -> int:
+        return int(self._source("sampling label", image).integers(num_classes))
 
     def _noise(self, image: int, jump: int) -> np.ndarray:
         source = self._source("sampling noise", image, jump)

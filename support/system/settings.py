@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, Field
+from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError, core_schema
 
@@ -178,7 +179,7 @@ def key(
     `operational`: it may change when a run continues, which stays the same experiment. `or_else`
     is said after the range.
     """
-    extra = {"operational": operational, "or_else": or_else}
+    extra: JsonDict = {"operational": operational, "or_else": or_else}
     return Field(default, description=comment, json_schema_extra=extra, **limits)
 
 
@@ -234,7 +235,7 @@ def range_of(field: FieldInfo) -> str | None:
             words = f"above {gt} and at most {le:,}"
     is_list = typing.get_origin(field.annotation) is tuple
     extra = field.json_schema_extra
-    words += extra["or_else"] if isinstance(extra, dict) else ""
+    words += str(extra["or_else"]) if isinstance(extra, dict) else ""
     return f"{words} each" if is_list else words
 
 
