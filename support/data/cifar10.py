@@ -109,9 +109,10 @@ def _unpack(archive: Path, place: Path, published: Any) -> None:
     missing = {f"{FOLDER}/{name}": place / name for name in _missing(place, published)}
     with tarfile.open(archive) as members:
         for member in members:
-            if member.name in missing:
+            content = members.extractfile(member) if member.name in missing else None
+            if content:
                 with atomic_write(missing[member.name]) as file:
-                    shutil.copyfileobj(members.extractfile(member), file)
+                    shutil.copyfileobj(content, file)
 
 
 def _verify(path: Path, md5: str) -> None:

@@ -148,7 +148,7 @@ class ArchiveReader:
         num_images, *image_shape = header.shape
         batch_images = max(1, min(batch_images, BATCH_LIMIT_BYTES // math.prod(image_shape)))
         with self._reading("arr_0"):
-            member = self._archive.open(self._member("arr_0"))
+            member = self._open(self._member("arr_0"))
             member.read(header.header_bytes)
         with member:
             for start in range(0, num_images, batch_images):
@@ -240,7 +240,7 @@ def read_archive(path: str | Path) -> Iterator[ArchiveReader]:
         yield ArchiveReader(path, archive)
 
 
-def _fill(member: IO[bytes], pixels: np.ndarray) -> None:
+def _fill(member: io.BufferedIOBase, pixels: np.ndarray) -> None:
     """Fill `pixels` from `member`, whose checksum zipfile compares when the last byte is read."""
     view = memoryview(pixels).cast("B")
     while view:

@@ -145,7 +145,7 @@ def one_at_a_time(path: str | Path) -> Iterator[bool]:
             return
 
 
-def regular_only(path: str, flags: int) -> int:
+def regular_only(path: str | os.PathLike[str], flags: int) -> int:
     """An `opener` for `open`: OSError for what is no file, without waiting for a pipe's writer."""
     descriptor = os.open(path, flags | os.O_NONBLOCK)
     mode = os.fstat(descriptor).st_mode
