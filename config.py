@@ -17,10 +17,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from models import BACKBONES, METHODS, backbone_of
 from schedules import GAP_SCHEDULES, PATHS, SOLUTION_FORMS, gap_fraction, warmed_up
+from support.data.batches import BatchPlan
 from support.data.datasets import DATASETS, DataRequest
 from support.data.vae import PIXELS_PER_LATENT, VAE_NAME
 from support.runs.logbook import settings_digest
 from support.runs.optimizers import OPTIMIZERS
+from support.runs.results import ResultSchedule
 from support.system.files import UserError, atomic_write
 from support.system.settings import (
     Choice,
@@ -275,6 +277,18 @@ class Config(BaseModel):
     def learning_rate_at(self, finished_steps: int) -> float:
         """The learning rate of the step that follows."""
         return warmed_up(self.learning_rate, self.warmup_steps, finished_steps)
+
+    def batch_plan(self, world_size: int) -> BatchPlan:
+        """How the batch is cut over so many processes."""
+        return BatchPlan(
+            self.batch_size, self.flow_matching_count, world_size, self.accumulation_steps
+        )
+
+    def result_schedule(self) -> ResultSchedule:
+        """When results are due."""
+        return ResultSchedule(
+            self.total_steps, self.ckpt_saving_steps, self.eval_demo_steps, self.eval_steps
+        )
 
     def data_request(self) -> DataRequest:
         """What `build_data` takes."""

@@ -16,6 +16,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from backbone import Backbone
+from support.system.hardware import allow_tf32, obstacle_to_bf16, obstacle_to_compiling
+
 # B samples of a pass, K of them wanted, C channels, H = W side
 
 Result = TypeVar("Result")
@@ -175,3 +178,30 @@ def _uses_seeds(network: nn.Module) -> bool:
 
 def _is_coarse(one: Pass, execution: Execution) -> bool:
     return one.may_be_coarse and execution.coarse_dtype is not None
+
+
+def set_options(
+    network: nn.Module,
+    device: torch.device,
+    precision: str,
+    compile: bool,
+    activation_checkpointing: bool,
+) -> tuple[Execution, list[str]]:
+    """Prepare a network for its passes; gives how they run, and a line where the device cannot."""
+    notes = []
+    allow_tf32(device, precision != "fp32")
+    coarse_dtype = None
+    if precision == "bf16":
+        if obstacle := obstacle_to_bf16(device):
+            notes.append(f"precision: goes on without bf16 ({obstacle})")
+        else:
+            coarse_dtype = torch.bfloat16
+    if compile and (obstacle := obstacle_to_compiling(device)):
+        notes.append(f"compile: goes on without ({obstacle})")
+        compile = False
+    if compile:
+        # In place: the names in files stay what they are. One shape each, known beforehand.
+        network.compile(dynamic=False)
+    if isinstance(network, Backbone):
+        network.activation_checkpointing = activation_checkpointing
+    return Execution(coarse_dtype, fixed_shapes=compile), notes

@@ -8,29 +8,25 @@
 Everything goes into the config's working_dir: config.yaml, log.txt, ckpts/, evals/, figs/.
 """
 
-from support.system.command import is_first_process, run_command  # isort: skip - first: it attends to the start
+from support.system.command import run_command  # isort: skip - first: it attends to the start
 
 import argparse
 import contextlib
-import dataclasses
 import itertools
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from backbone import Backbone
+import preview
 from config import (
     FIELDS,
     Config,
     add_options,
-    as_yaml,
     config_from_dict,
     load_config,
     parse_options,
@@ -39,30 +35,21 @@ from config import (
 )
 from draws import draw_batch
 from models import Batch, Method, build_model
-from passes import Execution
+from outputs import make_result, save_and_stop
+from passes import set_options
 from published import save_published_config
 from sampling import (
-    SampleRequest,
-    decoder_record,
-    decoding,
     find_decoder,
-    sample_pixels,
-    write_samples,
 )
-from support.data.batches import BatchPlan, DataOrder, build_loader
+from support.data.batches import BatchPlan, build_loader
 from support.data.datasets import (
-    DATASETS,
     MadeUpData,
     RawBatch,
     TrainingData,
     build_data,
-    count_classes,
 )
-from support.data.grids import labels_by_row, save_grid
-from support.data.images import ImageBatch
-from support.data.vae import PIXELS_PER_LATENT
 from support.runs.averages import is_ema_step, update_ema
-from support.runs.budget import count_parameters, describe_needs, state_bytes
+from support.runs.budget import count_parameters
 from support.runs.checkpoint import TrainState, find_checkpoints
 from support.runs.guard import NonFiniteGuard
 from support.runs.logbook import (
@@ -71,21 +58,16 @@ from support.runs.logbook import (
     device_name,
     duration,
     peak_memory_gb,
-    weights_digest,
-    write_record,
 )
 from support.runs.optimizers import build_optimizer
-from support.runs.rehearsal import Rehearsal, within_memory
-from support.runs.results import Results, ResultSchedule, is_due
+from support.runs.rehearsal import within_memory
+from support.runs.results import Results, is_due
 from support.runs.resume import RunIdentity, resume
 from support.runs.signals import Listener, Signalled, listening
-from support.system.files import Stopped, UserError
-from support.system.hardware import allow_tf32, obstacle_to_bf16, obstacle_to_compiling
-from support.system.processes import Processes, processes, world_size_asked_for
-from support.system.randomness import GivenLabels, PerImageStream, derive_seed
+from support.system.files import UserError
+from support.system.processes import Processes, processes
+from support.system.randomness import derive_seed
 from support.system.settings import suggest
-
-FORWARDS = 4.4  # of a sample that a step takes, about
 
 
 def train(run: "Run") -> None:
@@ -230,104 +212,6 @@ def log_metrics(run: "Run", interval: Interval) -> None:
     )
 
 
-# Results
-
-
-def make_result(run: "Run", path: Path) -> None:
-    """Write what belongs at `path`: a checkpoint, a picture of samples, or samples to score."""
-    make = {"ckpts": make_checkpoint, "figs": make_demo, "evals": make_eval}
-    make[path.parent.name](run, path)
-
-
-def make_checkpoint(run: "Run", path: Path) -> None:
-    """Have the training state written, beside the training that goes on."""
-    run.listener.saved()
-    config, learner = run.config, run.learner
-    order = DataOrder(len(run.data), config.batch_size, config.seed)
-    run.results.save(
-        {
-            **learner.state.state_dict(order.steps_per_epoch),
-            "data": run.data.record(),
-            "config": config.to_dict(),
-            "parts": dataclasses.asdict(learner.plan),
-        }
-    )
-
-
-def make_demo(run: "Run", path: Path) -> None:
-    """Write a picture of one-class rows made by the averaged model."""
-    shape = run.config.eval_demo_shape
-    request = sample_request(run, shape[0] * shape[1])
-    if run.config.is_conditional:
-        labels = labels_by_row(run.data.spec.num_classes, shape)
-        request = request._replace(stream=GivenLabels(request.stream, labels))
-    batches = list(make_images(run, request))
-    if run.processes.is_main:
-        save_grid(path, np.concatenate([batch.pixels for batch in batches]), shape[1])
-
-
-def make_eval(run: "Run", path: Path) -> None:
-    """Write eval_num_samples images made by the averaged model, their labels and record."""
-    config, state = run.config, run.learner.state
-    request = sample_request(run, config.eval_num_samples)
-    run.logbook.line(f"sampling {request.num_images} images to {path}")
-
-    def write_its_record() -> None:
-        record = run.results.record(
-            path,
-            num_images=request.num_images,
-            NFE=request.num_jumps,
-            labels="uniform" if config.is_conditional else None,
-            noise_stream="image",
-            finished_steps=state.finished_steps,
-            weights_sha256=weights_digest(state.ema_model.state_dict()),
-            **decoder_record(config),
-        )
-        write_record(path, record)
-
-    batches = make_images(run, request)
-    write_samples(path, batches, request.num_images, run.processes.is_main, write_its_record)
-    if run.processes.is_main:
-        run.results.delete_superseded("evals", state.finished_steps)
-
-
-def make_images(run: "Run", request: SampleRequest) -> Iterator[ImageBatch]:
-    """The averaged model's images, on the main process; all processes have to iterate."""
-    model = run.learner.state.ema_model
-    with decoding(run.config, run.processes.device) as decode:
-
-        def decode_unless_stopped(x_0: Tensor) -> Tensor:
-            if run.listener.signalled(run.processes) is Signalled.STOP:
-                save_and_stop(run)
-            return decode(x_0)
-
-        yield from sample_pixels(model, request, run.processes, decode_unless_stopped)
-
-
-def sample_request(run: "Run", num_images: int) -> SampleRequest:
-    """The config's way of sampling while training."""
-    config, spec = run.config, run.data.spec
-    num_classes = spec.num_classes if config.is_conditional else None
-    stream = PerImageStream(config.seed, num_classes, spec.shape)
-    return SampleRequest(num_images, config.eval_batch_size, config.eval_NFE, stream)
-
-
-def save_and_stop(run: "Run") -> NoReturn:
-    """End the run as it was told to, with the step just finished on disk."""
-    steps, jobs = run.learner.state.finished_steps, run.results.jobs
-    path = run.results.path("ckpts", steps)
-    jobs.wait()
-    if not run.processes.agree(path.exists()):
-        make_checkpoint(run, path)
-        jobs.wait()
-    # Nobody leaves before all is saved: launchers end the others when the first has left.
-    run.processes.agree(None)
-    run.logbook.line(
-        f"stopped by a signal after step {steps}, saved in {path}; the same command goes on"
-    )
-    raise Stopped
-
-
 # Setting up
 
 
@@ -347,8 +231,8 @@ class Run:
 
 def build_run(config: Config, own: Processes, check_data: bool = False) -> Run:
     """A fresh run, its data and model checked; nothing is read of its folder, nothing written."""
-    plan = plan_batch(config, own.world_size)
-    if result_schedule(config).has_images:
+    plan = config.batch_plan(own.world_size)
+    if config.result_schedule().has_images:
         find_decoder(config)
     return assemble_run(config, own, plan, build_data(config.data_request(), own, check_data))
 
@@ -360,7 +244,7 @@ def assemble_run(config: Config, own: Processes, plan: BatchPlan, data: Training
     results = Results(
         folder,
         own,
-        result_schedule(config),
+        config.result_schedule(),
         config.to_dict(),
         config.seed,
         config.keep_last,
@@ -377,50 +261,13 @@ def build_learner(
     torch.manual_seed(derive_seed(config.seed, "initial weights"))
     model = build_model(**config.model_arguments(data_channels, num_classes))
     model.to(own.device)
-    notes = set_options(model, config, own.device)
-    return Learner(config, own, plan, model), notes
-
-
-def set_options(model: Method, config: Config, device: torch.device) -> list[str]:
-    """Let the model's passes run as the config asks; a line where the device cannot."""
-    notes = []
-    allow_tf32(device, config.precision != "fp32")
-    coarse_dtype = None
-    if config.precision == "bf16":
-        if obstacle := obstacle_to_bf16(device):
-            notes.append(f"precision: goes on without bf16 ({obstacle})")
-        else:
-            coarse_dtype = torch.bfloat16
-    is_compiled = False
-    if config.compile:
-        if obstacle := obstacle_to_compiling(device):
-            notes.append(f"compile: goes on without ({obstacle})")
-        else:
-            is_compiled = True
-            # In place: the names in files stay what they are. One shape each, known beforehand.
-            model.network.compile(dynamic=False)
-            if config.cfg_scale > 1:
-                notes.append("compile: guidance takes the whole batch, dropped labels too")
-    model.execution = Execution(coarse_dtype, fixed_shapes=is_compiled)
-    if isinstance(model.network, Backbone):
-        model.network.activation_checkpointing = config.activation_checkpointing
+    options = (config.precision, config.compile, config.activation_checkpointing)
+    model.execution, notes = set_options(model.network, own.device, *options)
+    if model.execution.fixed_shapes and config.cfg_scale > 1:
+        notes.append("compile: guidance takes the whole batch, dropped labels too")
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
-    return notes
-
-
-def plan_batch(config: Config, world_size: int) -> BatchPlan:
-    """How the config's batch is cut over so many processes."""
-    return BatchPlan(
-        config.batch_size, config.flow_matching_count, world_size, config.accumulation_steps
-    )
-
-
-def result_schedule(config: Config) -> ResultSchedule:
-    """When the config's results are due."""
-    return ResultSchedule(
-        config.total_steps, config.ckpt_saving_steps, config.eval_demo_steps, config.eval_steps
-    )
+    return Learner(config, own, plan, model), notes
 
 
 def continue_run(run: Run, allowed: Sequence[str]) -> None:
@@ -473,65 +320,14 @@ def look_beside(config_path: str, run: Run) -> list[str]:
     ]
 
 
-# Before a run
-
-
-def dry_run(config: Config) -> None:
-    """Print what a run would be and need, without device or files."""
-    dataset = DATASETS[config.dataset_type]
-    num_classes = count_classes(config.data_request())
-    with torch.device("meta"):
-        model = build_model(**config.model_arguments(dataset.channels, num_classes))
-    pixels = dataset.channels * config.data_size**2
-    if dataset.is_latent:
-        pixels = 3 * (PIXELS_PER_LATENT * config.data_size) ** 2
-    say(as_yaml(config).rstrip())
-    say(f"# model: {config.model_type}, {count_parameters(model)}")
-    plan = plan_batch(config, world_size_asked_for())
-    schedule = result_schedule(config)
-    for line in describe_needs(model, plan, schedule, config.eval_num_samples * pixels):
-        say(f"# {line}")
-
-
-def time_steps(config: Config) -> None:
-    """Print what a few steps take here, on made-up data; nothing is written."""
+def rehearse(config: Config) -> None:
+    """Time a few steps of the config here, on made-up data; nothing is written."""
     with processes(config.device, config.timeout_minutes) as own, within_memory(own.device):
-        plan = plan_batch(config, own.world_size)
+        plan = config.batch_plan(own.world_size)
         data = MadeUpData(config.data_request(), plan.batch_size // plan.num_parts)
         run = assemble_run(config, own, plan, data)
-        learner, loader = run.learner, itertools.repeat(data.whole())
-
-        def step() -> None:
-            learner.step(draw_batches(run, loader))
-
-        rehearsal = Rehearsal(
-            step,
-            lambda: seconds_of_a_forward(run),
-            FORWARDS * len(data) * plan.accumulation_steps,
-            own.device,
-            config.total_steps,
-            config.batch_size,
-            state_bytes(learner.state.model),
-        )
-        for line in itertools.chain(run.notes, rehearsal.run()):
-            say(f"# {line}")
-        learner.guard.refuse()
-
-
-@torch.inference_mode()
-def seconds_of_a_forward(run: Run) -> float:
-    """What one sample takes through the network, on the CPU."""
-    x, t = torch.zeros(1, *run.data.spec.shape), torch.ones(1)
-    labels = run.data.labels[:1] if run.config.is_conditional else None
-    started = time.monotonic()
-    run.learner.state.ema_model.jump(x, t, 0 * t, labels)
-    return time.monotonic() - started
-
-
-def say(text: str) -> None:
-    """Print, once for all processes, before what follows takes its time."""
-    if is_first_process():
-        print(text, flush=True)
+        loader = itertools.repeat(data.whole())
+        preview.time_steps(run, lambda: run.learner.step(draw_batches(run, loader)))
 
 
 # The command
@@ -589,9 +385,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(*save_published_config(config, Path(arguments.save_published_config)), sep="\n")
         return
     if arguments.dry_run:
-        dry_run(config)
+        preview.describe(config)
         if arguments.time:
-            time_steps(config)
+            rehearse(config)
         return
     with processes(config.device, config.timeout_minutes) as own:
         run = build_run(config, own, arguments.check_data)

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from worker import CONFIG as GUIDED
 
 import dit
-import train
+import passes
 from config import Config, resolve
 from models import Batch, Objective, Samples, build_model
 from passes import Execution
@@ -19,7 +19,7 @@ from schedules import ConsistencyTimes, consistency_times
 from support.data.batches import BatchPlan
 from support.system import hardware
 from support.system.processes import Processes
-from train import Learner, build_learner, set_options
+from train import Learner, build_learner
 
 CPU = Processes(0, 0, 1, torch.device("cpu"))
 PIXELS = Config(
@@ -255,8 +255,8 @@ def test_clipping_shortens_a_long_gradient_and_leaves_a_short_one():
 
 
 def test_an_option_that_the_device_cannot_do_is_said_and_left_out(monkeypatch):
-    monkeypatch.setattr(train, "obstacle_to_bf16", lambda device: "too old")
-    monkeypatch.setattr(train, "obstacle_to_compiling", lambda device: "no compiler")
+    monkeypatch.setattr(passes, "obstacle_to_bf16", lambda device: "too old")
+    monkeypatch.setattr(passes, "obstacle_to_compiling", lambda device: "no compiler")
     made, notes = make_learner(GUIDED, precision="bf16", compile=True)
     assert notes == [
         "precision: goes on without bf16 (too old)",
@@ -281,12 +281,12 @@ def test_a_missing_compiler_is_found_out(monkeypatch, tmp_path):
 def test_tf32_is_allowed_on_cuda_unless_fp32_is_asked_for(monkeypatch, precision, is_allowed):
     flags = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [flag.allow_tf32 for flag in flags]
-    monkeypatch.setattr(train, "obstacle_to_bf16", lambda device: None)
+    monkeypatch.setattr(passes, "obstacle_to_bf16", lambda device: None)
     model = build_model("DiT-Nano-4", 1, 8, 10, 0.1)
     try:
         for flag in flags:
             flag.allow_tf32 = not is_allowed
-        set_options(model, GUIDED.model_copy(update={"precision": precision}), torch.device("cuda"))
+        passes.set_options(model.network, torch.device("cuda"), precision, False, False)
         assert [flag.allow_tf32 for flag in flags] == [is_allowed, is_allowed]
     finally:
         for flag, value in zip(flags, before, strict=True):

@@ -21,7 +21,7 @@ LONG_SECONDS = 60  # beyond that, a user wants to know what they are waiting for
 class Rehearsal:
     """Steps to be timed."""
 
-    step: Callable[[], None]
+    step: Callable[[], object]
     forward_seconds: Callable[[], float]  # of one sample through the network
     forwards: float  # of one sample that a step takes in this process
     device: torch.device

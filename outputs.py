@@ -1,0 +1,124 @@
+"""What a run makes of what it has learned: checkpoints, pictures of samples, samples to score."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import numpy as np
+from torch import Tensor
+
+from sampling import (
+    SampleRequest,
+    decoder_record,
+    decoding,
+    sample_pixels,
+    write_samples,
+)
+from support.data.batches import DataOrder
+from support.data.grids import labels_by_row, save_grid
+from support.data.images import ImageBatch
+from support.runs.logbook import weights_digest, write_record
+from support.runs.signals import Signalled
+from support.system.files import Stopped
+from support.system.randomness import GivenLabels, PerImageStream
+
+if TYPE_CHECKING:
+    from train import Run
+
+
+def make_result(run: Run, path: Path) -> None:
+    """Write what belongs at `path`: a checkpoint, a picture of samples, or samples to score."""
+    make = {"ckpts": make_checkpoint, "figs": make_demo, "evals": make_eval}
+    make[path.parent.name](run, path)
+
+
+def make_checkpoint(run: Run, path: Path) -> None:
+    """Have the training state written, beside the training that goes on."""
+    run.listener.saved()
+    config, learner = run.config, run.learner
+    order = DataOrder(len(run.data), config.batch_size, config.seed)
+    run.results.save(
+        {
+            **learner.state.state_dict(order.steps_per_epoch),
+            "data": run.data.record(),
+            "config": config.to_dict(),
+            "parts": dataclasses.asdict(learner.plan),
+        }
+    )
+
+
+def make_demo(run: Run, path: Path) -> None:
+    """Write a picture of one-class rows made by the averaged model."""
+    shape = run.config.eval_demo_shape
+    request = sample_request(run, shape[0] * shape[1])
+    if run.config.is_conditional:
+        labels = labels_by_row(run.data.spec.num_classes, shape)
+        request = request._replace(stream=GivenLabels(request.stream, labels))
+    batches = list(make_images(run, request))
+    if run.processes.is_main:
+        save_grid(path, np.concatenate([batch.pixels for batch in batches]), shape[1])
+
+
+def make_eval(run: Run, path: Path) -> None:
+    """Write eval_num_samples images made by the averaged model, their labels and record."""
+    config, state = run.config, run.learner.state
+    request = sample_request(run, config.eval_num_samples)
+    run.logbook.line(f"sampling {request.num_images} images to {path}")
+
+    def write_its_record() -> None:
+        record = run.results.record(
+            path,
+            num_images=request.num_images,
+            NFE=request.num_jumps,
+            labels="uniform" if config.is_conditional else None,
+            noise_stream="image",
+            finished_steps=state.finished_steps,
+            weights_sha256=weights_digest(state.ema_model.state_dict()),
+            **decoder_record(config),
+        )
+        write_record(path, record)
+
+    batches = make_images(run, request)
+    write_samples(path, batches, request.num_images, run.processes.is_main, write_its_record)
+    if run.processes.is_main:
+        run.results.delete_superseded("evals", state.finished_steps)
+
+
+def make_images(run: Run, request: SampleRequest) -> Iterator[ImageBatch]:
+    """The averaged model's images, on the main process; all processes have to iterate."""
+    model = run.learner.state.ema_model
+    with decoding(run.config, run.processes.device) as decode:
+
+        def decode_unless_stopped(x_0: Tensor) -> Tensor:
+            if run.listener.signalled(run.processes) is Signalled.STOP:
+                save_and_stop(run)
+            return decode(x_0)
+
+        yield from sample_pixels(model, request, run.processes, decode_unless_stopped)
+
+
+def sample_request(run: Run, num_images: int) -> SampleRequest:
+    """The config's way of sampling while training."""
+    config, spec = run.config, run.data.spec
+    num_classes = spec.num_classes if config.is_conditional else None
+    stream = PerImageStream(config.seed, num_classes, spec.shape)
+    return SampleRequest(num_images, config.eval_batch_size, config.eval_NFE, stream)
+
+
+def save_and_stop(run: Run) -> NoReturn:
+    """End the run as it was told to, with the step just finished on disk."""
+    steps, jobs = run.learner.state.finished_steps, run.results.jobs
+    path = run.results.path("ckpts", steps)
+    jobs.wait()
+    if not run.processes.agree(path.exists()):
+        make_checkpoint(run, path)
+        jobs.wait()
+    # Nobody leaves before all is saved: launchers end the others when the first has left.
+    run.processes.agree(None)
+    run.logbook.line(
+        f"stopped by a signal after step {steps}, saved in {path}; the same command goes on"
+    )
+    raise Stopped
