@@ -30,6 +30,7 @@ from support.system.settings import (
     Name,
     Whole,
     clip,
+    either,
     key,
     may_change,
     parse_yaml,
@@ -62,20 +63,22 @@ class Config(BaseModel):
         "", "folder of the run, relative to where the command is started", operational=True
     )
     # Model
-    method: Annotated[str, Choice(METHODS)] = key("SoFlow", "what is trained: SoFlow")
+    method: Annotated[str, Choice(METHODS)] = key("SoFlow", f"what is trained: {either(METHODS)}")
     noising_type: Annotated[str, Choice(PATHS)] = key(
-        "Linear", "how data and noise are mixed over time: Linear or Trig"
+        "Linear", f"how data and noise are mixed over time: {either(PATHS)}"
     )
     coefficient_type: Annotated[str, Choice(SOLUTION_FORMS)] = key(
-        "Euler", "form of the solution f = a x + b F: Euler or Trig"
+        "Euler", f"form of the solution f = a x + b F: {either(SOLUTION_FORMS)}"
     )
-    model_type: Name = key("DiT-B-4", "DiT-SIZE-PATCH (Nano, Ti, S, B, M, L, XL) or UNet")
+    model_type: Name = key(
+        "DiT-B-4", f"the network: {either(kind.written for kind in BACKBONES.values())}"
+    )
     unet_dropout: Decimal = key(
         0.30, "probability of dropout in the UNet; the DiT has none", ge=0, lt=1
     )
     # Data
     dataset_type: Annotated[str, Choice(DATASETS)] = key(
-        "Imagenet", "Imagenet (latents), CIFAR10, ImageFolder or Digits"
+        "Imagenet", f"{either(DATASETS)}; Imagenet is latents"
     )
     data_size: Whole = key(32, "side of the data, in pixels or latents", ge=1, le=8192)
     dataset_path: Name | None = key(None, "folder of the data set", operational=True)
@@ -127,7 +130,7 @@ class Config(BaseModel):
         1.0, "time beyond which guidance fades towards the noise; 1 is never", ge=0
     )
     l_schedule: Annotated[str, Choice(GAP_SCHEDULES)] = key(
-        "Exponent", "how the gap fraction r falls: Const, Linear, Cosine or Exponent"
+        "Exponent", f"how the gap fraction r falls: {either(GAP_SCHEDULES)}"
     )
     l_init_ratio: Decimal = key(
         0.1, "r at the first step: where l lies between t (0) and s (1)", gt=0, le=1
@@ -147,7 +150,7 @@ class Config(BaseModel):
         None, "the average moves after steps 1, 1 + this, ...; null: 16 on CIFAR10, else 1", ge=1
     )
     optimizer: Annotated[str, Choice(OPTIMIZERS)] | None = key(
-        None, "AdamW or RAdam; null: RAdam on CIFAR10, else AdamW"
+        None, f"{either(OPTIMIZERS)}; null: RAdam on CIFAR10, else AdamW"
     )
     learning_rate: Decimal = key(
         1e-4, "constant from the first step to the last", operational=True, ge=0

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import typing
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,6 +38,12 @@ def shorten(value: Any) -> str:
 
 def clip(text: str) -> str:
     return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+
+
+def either(words: Iterable[str]) -> str:
+    """The words as "a, b or c"."""
+    *first, last = words
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def suggest(word: str, choices: Sequence[str] | Mapping[str, Any]) -> str:
