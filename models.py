@@ -7,8 +7,11 @@ Solution Flow Models, arXiv 2512.15657. Time runs from data (t = 0) to noise (t 
     f(x, t, s) = a(t, s) x + b(t, s) F(x, t, s)
 
 F is the network, f(x, t, s) the solution at time s of the probability-flow ODE through x at time t,
-and s <= l <= t. Everything here is a deterministic function of a batch already drawn; the only
-randomness is the network's dropout. Where a loss says `yield`, it asks the network (see `passes`).
+and s <= l < t. Everything here is a deterministic function of a batch already drawn; the only
+randomness is the network's dropout.
+
+Where a loss says `yield`, it asks the network: it hands out passes and gets their outputs back. The
+passes that both losses ask for at the same time share a call where they may (see `passes`).
 """
 
 from collections.abc import Mapping
@@ -29,7 +32,10 @@ from unet import UNet
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised: guidance w, mix m, decay time tau, and the loss weight's p and eps."""
+    """What is minimised: guidance w, mix m, decay time tau, and the loss weight's p and eps.
+
+    With w = 1 there is no guidance, and m and tau have no effect.
+    """
 
     cfg_scale: float = 1.0
     mix_ratio: float = 1.0
@@ -39,7 +45,10 @@ class Objective:
 
 
 class LossTerms(NamedTuple):
-    """A loss with the mean square of its error and its mean weight, the numbers worth watching."""
+    """A loss, the mean square of its error and its weight: of each sample, [B], or their means.
+
+    The weights of the two losses are defined differently, and are not to be compared.
+    """
 
     loss: Tensor
     squared_error: Tensor
@@ -51,7 +60,10 @@ class LossTerms(NamedTuple):
 
 
 class StepTerms(NamedTuple):
-    """A step's objective and its metrics by name; sums over all parts are the step's values."""
+    """A step's objective and its metrics by name; sums over all parts are the step's values.
+
+    The objective is for its gradient: its value, with the surrogate in it, says nothing.
+    """
 
     loss: Tensor
     metrics: dict[str, Tensor]
@@ -120,7 +132,8 @@ def solution_of(x: Tensor, F: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def velocity_of(x: Tensor, F: Tensor, a_s: Tensor, b_s: Tensor) -> Tensor:
     """v(x, t), [B, C, H, W], of F = F(x, t, t) and the derivatives in s, [B], at s = t."""
-    # v(x, t) = d/ds f(x, t, s) at s = t = a_s(t, t) x + b_s(t, t) F(x, t, t), since b(t, t) = 0
+    # v(x, t) = d/ds f(x, t, s) at s = t = a_s(t, t) x + b_s(t, t) F(x, t, t);
+    # the term b dF/ds vanishes, as b(t, t) = 0
     return widen(a_s, x) * x + widen(b_s, x) * F
 
 
@@ -172,9 +185,10 @@ def consistency_terms(
 ) -> LossTerms:
     """The solution consistency loss of each sample, [B] each; gap is t - l and b that of (t, s).
 
-    The loss is a surrogate, mean of sign(b) F_t weight q. Its gradient is that of
-    weight (f_t - f_l)^2 / (2 |b| (t - l)), because d f_t / d F_t = b, and it divides by no small
-    number. Its value may be negative and says nothing; the mean of q^2 does.
+    The loss is a surrogate, the mean of sign(b) F_t weight q with all but F_t held constant. It has
+    the gradient of weight (f_t - f_l)^2 / (2 |b| (t - l)), weight and f_l held constant: of
+    d f_t / d F_t = b and 1 / |b| the sign is left, so that nothing is divided by b, which may be
+    small. The value may be negative and says nothing; the mean of q^2 does.
     """
     with torch.no_grad():
         # q = (f(x_t, t, s) - f(x_l, l, s)) / (t - l)
@@ -194,7 +208,7 @@ class Method(nn.Module):
     """A way to train a network and to jump with it: what SoFlow is, and what a new one has to be.
 
     It holds the network as `network` (the names in checkpoints start so), and defines `forward`,
-    the loss of a batch already drawn, and `jump`. It stands in METHODS under its name.
+    from a batch already drawn to its StepTerms, and `jump`. It stands in METHODS under its name.
     """
 
     def __init__(
@@ -250,7 +264,12 @@ class SoFlow(Method):
         """One step's objective on one part of the global batch, normalised by the global counts.
 
         Each loss is weighted by its share of the global batch: every sample counts alike. Summed
-        over all parts, `loss` and its gradients are those of the whole batch.
+        over all parts, `loss` and its gradients are those of the whole batch. The network is called
+        three times, or two without guidance, where precision and dropout allow both losses in one:
+
+            guidance:       v_null            v_null, v_label
+            with gradient:  F(x_t, t, t)      F(x_t, t, s)
+            without:                          F(x_l, l, s)
         """
         flow_matching, consistency = run_together(
             self.network,
@@ -281,6 +300,7 @@ class SoFlow(Method):
         (F_t,) = yield (Pass(x_t, t, t, *conditions, may_be_coarse=True),)
         form = self.solution_form(t, t)
         velocity = velocity_of(x_t, F_t, form.a_s, form.b_s)
+        # v_label is what is predicted here anyway, without its gradient: it costs no pass.
         v_star = target_velocity(v_t, t, kept, v_null, velocity.detach()[kept], objective)
         return flow_matching_terms(velocity, v_star, form.b_s, objective)
 
@@ -291,13 +311,12 @@ class SoFlow(Method):
         t, l, s = times  # noqa: E741
         x_t, v_t = self.interpolate(samples.x_0, samples.x_1, t)
         labels, kept = self.drop_labels(samples), kept_places(samples, objective)
-        if objective.mix_ratio < 1:
-            v_null, v_label = yield from self._velocities(x_t, t, kept, None, labels)
-        else:
-            (v_null,), v_label = (yield from self._velocities(x_t, t, kept, None)), None
-        v_star = target_velocity(v_t, t, kept, v_null, v_label, objective)
+        label_sets = (None, labels) if objective.mix_ratio < 1 else (None,)
+        v_null, *v_label = yield from self._velocities(x_t, t, kept, *label_sets)
+        v_star = target_velocity(v_t, t, kept, v_null, v_label[0] if v_label else None, objective)
 
-        # The same conditions and dropout masks at t and at l: f must not be of two networks.
+        # The same conditions and dropout masks at t and at l: f must not be of two networks. And
+        # full precision: their difference is divided by t - l.
         conditions = (labels, samples.augment_labels, self._shared_seed(samples))
         (F_t,) = yield (Pass(x_t, t, s, *conditions),)
         # x_l = x_t + v* (l - t)
@@ -314,7 +333,8 @@ class SoFlow(Method):
     ) -> Passes[list[Tensor]]:
         """The velocities, [K, C, H, W], at K places of x_t under each of these labels [B].
 
-        For guidance: without gradient, without dropout masks of their own, and coarse if need be.
+        For guidance: without gradient, and in lower precision where that is asked for. No dropout
+        seed and no augmentation labels are given: networks with labels have neither.
         """
         outputs = yield tuple(
             Pass(x_t, t, t, labels, wanted=places, needs_gradient=False, may_be_coarse=True)
@@ -387,7 +407,7 @@ class SoFlow(Method):
         objective: Objective,
         augment_labels: Tensor | None = None,
     ) -> LossTerms:
-        """The division-free surrogate of the consistency loss; see `consistency_terms`."""
+        """The surrogate of the consistency loss, which divides by no b; see `consistency_terms`."""
         samples = Samples(x_0, x_1, labels, null_mask, augment_labels)
         loss = self._consistency(samples, ConsistencyTimes(t, l, s), objective)
         (terms,) = run_together(self.network, self.execution, loss)
