@@ -334,7 +334,7 @@ class SoFlow(Method):
         """The velocities, [K, C, H, W], at K places of x_t under each of these labels [B].
 
         For guidance: without gradient, and in lower precision where that is asked for. No dropout
-        seed and no augmentation labels are given: networks with labels have neither.
+        seed and no augmentation labels are given: our networks with labels have neither.
         """
         outputs = yield tuple(
             Pass(x_t, t, t, labels, wanted=places, needs_gradient=False, may_be_coarse=True)
