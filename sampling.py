@@ -161,12 +161,16 @@ def write_samples(
         for _ in batches:
             raise AssertionError("only the main process gets images")
         return
-    labels = []
+    # In one piece from the start: small arrays that stay, between batches that come and go, would
+    # leave the heap no gap for the next batch, and it would grow by each.
+    labels = np.empty(num_images, np.int64)
+    done = 0
     with write_images(path, num_images) as writer:
         for batch in batches:
             writer.append(batch.pixels)
-            labels += [] if batch.labels is None else [batch.labels]
+            if batch.labels is not None:
+                labels[done : done + len(batch.labels)] = batch.labels
+                writer.further_arrays["arr_1"] = labels
+            done += len(batch.pixels)
             report(batch)
-        if labels:
-            writer.further_arrays["arr_1"] = np.concatenate(labels).astype(np.int64)
         write_its_record()

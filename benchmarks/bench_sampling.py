@@ -24,6 +24,7 @@ from torch import Tensor
 
 from models import Method
 from sampling import SampleRequest, sample_pixels, write_samples
+from support.data.grids import GridImages
 from support.system.processes import Processes, processes
 from support.system.randomness import PerImageStream
 
@@ -41,7 +42,9 @@ def write(model: Method, num_images: int, own: Processes, folder: str, decode=to
     """Sample and write so many images, as inference.py does."""
     request = SampleRequest(num_images, BATCH, 1, PerImageStream(42, NUM_CLASSES, (4, 32, 32)))
     batches = sample_pixels(model, request, own, decode)
-    write_samples(Path(folder) / "samples.npz", batches, num_images, own.is_main, lambda: None)
+    shown = GridImages((4, 8), NUM_CLASSES)
+    path = Path(folder) / "samples.npz"
+    write_samples(path, batches, num_images, own.is_main, lambda: None, shown.add)
 
 
 def bench_speed() -> None:
@@ -71,7 +74,7 @@ def bench_speed() -> None:
 class Still:
     """A model that does nothing, so that writing is what takes time and memory."""
 
-    def solution(self, x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
+    def jump(self, x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
         return x_t
 
     def interpolate(self, x_0: Tensor, x_1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

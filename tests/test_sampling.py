@@ -1,10 +1,12 @@
 """The sampler: exact on a known network, independent of batches, streamed to disk."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from commands import run
 from exact import ExactNetwork
 from PIL import Image
 from torch import nn
@@ -250,3 +252,12 @@ def test_grid_of_a_model_without_classes_has_the_images_in_their_order():
     images = GridImages((2, 3), 10)
     images.add(ImageBatch(np.arange(9, dtype=np.uint8)[:, None, None, None], None))
     assert images.arranged().pixels.ravel().tolist() == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_images():
+    """As `inference.py` writes them, on the CPU, where freed memory is kept for the next batch."""
+    few, many = (
+        json.loads(run("benchmarks/bench_sampling.py", count).stdout)[0] for count in (500, 3000)
+    )
+    assert many - few < 100  # MB; 2,500 images of 256 pixels have 490 MB

@@ -1,7 +1,7 @@
 """Pictures of samples: which images they show, and where."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,17 +49,32 @@ class GridImages:
         self.rows_of_each = max(1, self.rows // len(choices))
         self._of_class: dict[int, list[np.ndarray]] = {label: [] for label in choices}
         self._first: list[tuple[int, np.ndarray]] = []
+        self._room: Iterator[np.ndarray] | None = None  # for the images that are kept
 
     def add(self, batch: ImageBatch) -> None:
-        """Keep what may be shown of the batch, in copies: a view would keep all of it."""
+        """Keep what may be shown of the batch, in copies: a view would keep all of it.
+
+        The copies lie in one piece. One by one, between batches that come and go, they would leave
+        the heap no gap for the next batch, and it would grow by each.
+        """
+        if self._room is None:
+            most = (self.rows + len(self._of_class) * self.rows_of_each) * self.columns
+            self._room = iter(np.empty((most, *batch.pixels.shape[1:]), np.uint8))
         missing = self.rows * self.columns - len(self._first)
         labels = [0] * len(batch.pixels) if batch.labels is None else batch.labels.tolist()
         labelled = list(zip(labels, batch.pixels, strict=True))
-        self._first += [(label, image.copy()) for label, image in labelled[:missing]]
+        self._first += [(label, self._keep(image)) for label, image in labelled[:missing]]
         for label, image in labelled if batch.labels is not None else []:
             images = self._of_class.get(label)
             if images is not None and len(images) < self.rows_of_each * self.columns:
-                images.append(image.copy())
+                images.append(self._keep(image))
+
+    def _keep(self, image: np.ndarray) -> np.ndarray:
+        """A copy of the image."""
+        assert self._room is not None
+        copy = next(self._room)
+        copy[:] = image
+        return copy
 
     def arranged(self) -> Grid:
         """The picture's images, which leave no cell of it empty."""
