@@ -151,7 +151,7 @@ SCORING_ONLY = (
     *("ref_batch", "sample_batch_dir", "distances"),
     *("watch", "delete_evaluated", "no_cache"),
 )
-MAKING_ONLY = ("write_ref", "images", "image_size", "ref_images")
+MAKING_ONLY = ("write_ref", "images", "image_size", "exif", "ref_images")
 
 
 class Session:
@@ -274,7 +274,9 @@ def find_graph_of(arguments: argparse.Namespace) -> Path:
 
 def make_reference(arguments: argparse.Namespace) -> int:
     """Write the reference file that was asked for."""
-    images = find_images(arguments.images, arguments.image_size)
+    images = find_images(arguments.images, arguments.image_size, arguments.exif)
+    if images.left_out_note:
+        print(images.left_out_note, flush=True)
     refuse_to_replace(arguments.write_ref)
     graph = FeatureGraph(find_graph_of(arguments), images.image_shape, arguments.batch_size)
     print(f"graph {graph.path}, SHA-256 {graph.sha256}")
@@ -287,6 +289,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     distances_help = "of precision and recall: exact (default), or float16 as in ADM's evaluator"
+    exif_help = (
+        "turn pictures upright as their EXIF data say (apply, the default), or ignore these, as "
+        "ImageNet's published recipe does"
+    )
     watch_help = "keep scoring what appears, looking every so many seconds (60)"
     add = parser.add_argument
     add("--ref_batch", metavar="R.npz", help="reference file to score against")
@@ -298,6 +304,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--write_ref", metavar="OUT.npz", help="make a reference file from --images")
     add("--images", metavar="SOURCE", help="folder of pictures, an .npz, or CIFAR-10's batches")
     add("--image_size", type=positive, help="centre crop of pictures to this many pixels")
+    add("--exif", choices=("apply", "ignore"), help=exif_help)
     add("--ref_images", type=positive, help="images to keep in the reference file (all)")
     add("--inception", metavar="PATH", help=f"frozen graph (default: {DEFAULT_NAME})")
     add("--inception_sha256", metavar="HEX", help="digest that the graph must have")

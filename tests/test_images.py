@@ -95,7 +95,7 @@ def test_pictures_are_found_by_ending_and_read_by_what_they_are(tmp_path, extens
     later = {"save_all": True, "append_images": frames[1:]} if extension in ("gif", "apng") else {}
     kind = {"format": "PNG"} if extension == "apng" else {}
     frames[0].save(path, **kind, **later)
-    assert find_pictures(tmp_path) == [path]
+    assert find_pictures(tmp_path).paths == [path]
     refuse_non_pictures([path])
     pixels = read_image(path)
     assert pixels.shape == (5, 9, 3)
@@ -323,7 +323,7 @@ def test_every_unreadable_picture_is_found(tmp_path):
 
 def test_pictures_below_a_folder_come_in_order(tmp_path):
     make_files(tmp_path, "b.png", "a/2.png", "a/1.png", "a/deep/0.png", "c.jpg", ".git/x.png")
-    names = [str(path.relative_to(tmp_path)) for path in find_pictures(tmp_path)]
+    names = [str(path.relative_to(tmp_path)) for path in find_pictures(tmp_path).paths]
     assert names == ["b.png", "c.jpg", "a/1.png", "a/2.png", "a/deep/0.png"]
 
 

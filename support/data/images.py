@@ -158,7 +158,7 @@ class LabelledFiles:
         ]
         count = sum(found.total() for found in self.left_out.values())
         more = f"; and in {len(classes) - MOST_NAMED} more classes" if classes[MOST_NAMED:] else ""
-        return f"left out, not read: {count} files ({'; '.join(classes[:MOST_NAMED])}{more})"
+        return _left_out_note(count, "; ".join(classes[:MOST_NAMED]) + more)
 
 
 def class_folders(folder: str | Path) -> LabelledFiles:
@@ -172,12 +172,16 @@ def class_folders(folder: str | Path) -> LabelledFiles:
     names = class_names(folder)
     files = LabelledFiles(folder, [], [], names, {})
     for label, name in enumerate(names):
-        paths, left_out = _look_through(folder / name)
+        paths, left_out = find_pictures(folder / name)
         files.paths.extend(paths)
         files.labels.extend([label] * len(paths))
         if left_out:
             files.left_out[name] = left_out
     return files
+
+
+def _left_out_note(count: int, which: str) -> str:
+    return f"left out, not read: {count} {'file' if count == 1 else 'files'} ({which})"
 
 
 def _list_endings(counts: Counter[str]) -> str:
@@ -285,16 +289,25 @@ def _first_bytes(path: Path) -> bytes:
         os.close(descriptor)
 
 
-def find_pictures(folder: str | Path) -> list[Path]:
+class FoundPictures(NamedTuple):
+    """Picture files, and how many other files there are, by their endings."""
+
+    paths: list[Path]
+    left_out: Counter[str]
+
+    def left_out_note(self) -> str:
+        """A line on the files that are not read; nothing where there are none."""
+        if not self.left_out:
+            return ""
+        return _left_out_note(self.left_out.total(), _list_endings(self.left_out))
+
+
+def find_pictures(folder: str | Path) -> FoundPictures:
     """All pictures in `folder` and below, by extension: folder by folder, in lexicographic order.
 
     Links to folders below are not followed. Raises UserError where there are none.
     """
-    return _look_through(Path(folder))[0]
-
-
-def _look_through(folder: Path) -> tuple[list[Path], Counter[str]]:
-    """What `find_pictures` finds, and how many other files there are, by their endings."""
+    folder = Path(folder)
     _entries(folder)
     paths: list[Path] = []
     left_out: Counter[str] = Counter()
@@ -308,7 +321,7 @@ def _look_through(folder: Path) -> tuple[list[Path], Counter[str]]:
     if not paths:
         there = f"; {_list_endings(left_out)} there are not read" if left_out else ""
         raise UserError(f"{folder}: holds no pictures ({', '.join(EXTENSIONS)}){there}")
-    return paths, left_out
+    return FoundPictures(paths, left_out)
 
 
 def _entries(folder: Path) -> list[os.DirEntry]:
