@@ -77,6 +77,23 @@ def test_every_kind_of_picture_is_read_as_pillow_converts_it(tmp_path, mode):
     np.testing.assert_array_equal(pixels, np.asarray(Image.open(path).convert("RGB")))
 
 
+@pytest.mark.parametrize("extension", ["png", "tiff", "pgm", "jp2"])
+def test_of_sixteen_bits_of_grey_the_upper_eight_are_taken(tmp_path, extension):
+    path = tmp_path / f"a.{extension}"
+    if f".{extension}" not in EXTENSIONS:
+        pytest.skip("this build of Pillow does not read them")
+    grey = some_pixels(6, 5, 1)
+    Image.fromarray(grey[..., 0].astype(np.uint16) * 256 + 9).save(path)
+    np.testing.assert_array_equal(read_image(path), grey.repeat(3, axis=2))
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_values_of_thirty_two_bits_are_refused_for_want_of_a_white(tmp_path, kind):
+    Image.fromarray(np.ones((5, 6), kind)).save(tmp_path / "a.tiff")
+    with pytest.raises(UserError, match=r"a\.tiff: not a readable picture \(32 bits a value"):
+        read_image(tmp_path / "a.tiff")
+
+
 def test_grey_pictures_count_as_rgb(tmp_path):
     grey = some_pixels(4, 4, 1)
     save_png(tmp_path / "a.png", grey)

@@ -85,7 +85,8 @@ def read_image(
 ) -> np.ndarray:
     """The picture at `path` as RGB, uint8 [H, W, 3]; with `crop_size`, its `centre_crop`.
 
-    Decoded as Pillow does: grey is repeated, alpha dropped, of several frames the first is taken.
+    Decoded as Pillow does: grey is repeated, alpha dropped, of several frames the first is taken;
+    but of 16 bits a value the upper 8 are taken in grey too, which Pillow would cut off at white.
     Turned upright as its EXIF data say, unless told not to. Raises UserError where the file is
     damaged, of another format, or unpacks to more than 89 megapixels.
     """
@@ -96,7 +97,7 @@ def read_image(
                 open(path, "rb", opener=regular_only) as file,
                 Image.open(file, formats=FORMATS) as picture,
             ):
-                rgb = picture.convert("RGB")
+                rgb = _as_rgb(picture)
                 pixels = np.asarray(_upright(rgb, picture) if apply_exif else rgb)
         return pixels if crop_size is None else centre_crop(pixels, crop_size)
     except UnidentifiedImageError as error:
@@ -105,6 +106,19 @@ def read_image(
         ) from error
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
         raise UserError(f"{path}: not a readable picture ({one_line(error)})") from error
+
+
+def _as_rgb(picture: Image.Image) -> Image.Image:
+    """`picture` with 8 bits a colour; ValueError where nothing says which value is white."""
+    # Where Pillow has 32 bits a value, those of PNG and PPM had 16 in the file.
+    had_sixteen = picture.mode == "I" and picture.format in ("PNG", "PPM")
+    if had_sixteen or picture.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
+    if picture.mode in ("I", "F"):
+        raise ValueError(
+            "32 bits a value, of which none is known to be white; save it with 8 or 16"
+        )
+    return picture.convert("RGB")
 
 
 def _upright(pixels: Image.Image, picture: Image.Image) -> Image.Image:
