@@ -353,7 +353,10 @@ def test_path_that_is_not_set_is_asked_for(dataset_type, path):
 
 def test_data_smaller_than_a_batch_are_refused(photographs):
     said = refusal(config_of("ImageFolder", photographs, batch_size=25))
-    assert said == f"batch_size: 25 is more than the 24 examples of {photographs}"
+    assert said == (
+        f"batch_size: 25 is more than the 24 examples of {photographs}; lower it: "
+        "--set batch_size=24 at most"
+    )
 
 
 @pytest.mark.parametrize("label", [-1, 3])

@@ -308,12 +308,24 @@ def test_files_that_are_not_read_are_counted_by_class_and_ending(tmp_path):
         class_folders(tmp_path)
 
 
+def test_files_beside_the_class_folders_and_linked_folders_within_are_counted(tmp_path):
+    make_files(tmp_path, "a/1.png", "elsewhere/b/1.png", "elsewhere/b/2.png", "labels.csv", "3.jpg")
+    (tmp_path / "linked").symlink_to(tmp_path / "elsewhere" / "b")  # a class like any other
+    (tmp_path / "a" / "more").symlink_to(tmp_path / "elsewhere" / "b")
+    files = class_folders(tmp_path)
+    assert files.labels == [0, 1, 1, 2, 2]
+    assert files.left_out_note() == (
+        "left out, not read: 3 files (beside the class folders 1 .csv, 1 .jpg; "
+        "a 1 linked as a folder)"
+    )
+
+
 def test_of_many_classes_with_files_left_out_five_are_named(tmp_path):
     for number in range(9):
         make_files(tmp_path, f"{number}/1.png", f"{number}/a\n.\x1b[31m")
     note = class_folders(tmp_path).left_out_note()
     assert note.startswith("left out, not read: 9 files (0 1 .?[31m; 1 1 .?[31m; ")
-    assert note.endswith("; and in 4 more classes)")
+    assert note.endswith("; and in 4 more folders)")
     assert note.isprintable()
 
 

@@ -457,7 +457,8 @@ def build_data(
     where = request.dataset_path or request.dataset_type
     if len(data) < request.batch_size:
         raise UserError(
-            f"batch_size: {request.batch_size} is more than the {len(data)} examples of {where}"
+            f"batch_size: {request.batch_size} is more than the {len(data)} examples of {where}; "
+            f"lower it: --set batch_size={len(data)} at most"
         )
     # Here and not on the device, where a wrong label ends the process without saying so.
     for label in data.labels.aminmax():

@@ -59,6 +59,8 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 MOST_NAMED = 5  # files that one message names
+NO_ENDING, FOLDER_LINK = "without ending", "linked as a folder"  # such as endings are counted
+BESIDE = "beside the class folders"
 MOST_CLASSES_LISTED = 20
 SKIPPED_FILE = "skipped_images.txt"  # lists pictures that are left out, as they cannot be read
 MAX_PIXELS = 89_478_485  # where Pillow begins to warn of decompression bombs: 256 MiB of RGB
@@ -157,7 +159,7 @@ class LabelledFiles:
     paths: list[Path]
     labels: list[int]
     class_names: list[str]
-    left_out: dict[str, Counter[str]]  # by class: how many files of each ending are not read
+    left_out: dict[str, Counter[str]]  # by place: how many files of each ending are not read
 
     def relative_names(self) -> list[bytes]:
         """The paths below `folder`, as the bytes that the file system knows them by."""
@@ -171,7 +173,7 @@ class LabelledFiles:
             f"{printable(name)} {_list_endings(found)}" for name, found in self.left_out.items()
         ]
         count = sum(found.total() for found in self.left_out.values())
-        more = f"; and in {len(classes) - MOST_NAMED} more classes" if classes[MOST_NAMED:] else ""
+        more = f"; and in {len(classes) - MOST_NAMED} more folders" if classes[MOST_NAMED:] else ""
         return _left_out_note(count, "; ".join(classes[:MOST_NAMED]) + more)
 
 
@@ -185,6 +187,8 @@ def class_folders(folder: str | Path) -> LabelledFiles:
     folder = Path(folder)
     names = class_names(folder)
     files = LabelledFiles(folder, [], [], names, {})
+    if beside := Counter(_ending(entry.name) for entry in _entries(folder) if not entry.is_dir()):
+        files.left_out[BESIDE] = beside
     for label, name in enumerate(names):
         paths, left_out = find_pictures(folder / name)
         files.paths.extend(paths)
@@ -304,7 +308,7 @@ def _first_bytes(path: Path) -> bytes:
 
 
 class FoundPictures(NamedTuple):
-    """Picture files, and how many other files there are, by their endings."""
+    """Picture files, and how many others there are, by their endings: files and linked folders."""
 
     paths: list[Path]
     left_out: Counter[str]
@@ -319,7 +323,7 @@ class FoundPictures(NamedTuple):
 def find_pictures(folder: str | Path) -> FoundPictures:
     """All pictures in `folder` and below, by extension: folder by folder, in lexicographic order.
 
-    Links to folders below are not followed. Raises UserError where there are none.
+    Links to folders below are not followed, but counted. Raises UserError where there are none.
     """
     folder = Path(folder)
     _entries(folder)
@@ -327,15 +331,21 @@ def find_pictures(folder: str | Path) -> FoundPictures:
     left_out: Counter[str] = Counter()
     for place, below, names in os.walk(folder):
         below[:] = sorted(name for name in below if not name.startswith("."))
+        if num_links := sum(os.path.islink(os.path.join(place, name)) for name in below):
+            left_out[FOLDER_LINK] += num_links
         for name in sorted(name for name in names if not name.startswith(".")):
             if name.lower().endswith(EXTENSIONS):
                 paths.append(Path(place, name))
             else:
-                left_out[os.path.splitext(name)[1].lower() or "without ending"] += 1
+                left_out[_ending(name)] += 1
     if not paths:
         there = f"; {_list_endings(left_out)} there are not read" if left_out else ""
         raise UserError(f"{folder}: holds no pictures ({', '.join(EXTENSIONS)}){there}")
     return FoundPictures(paths, left_out)
+
+
+def _ending(name: str) -> str:
+    return os.path.splitext(name)[1].lower() or NO_ENDING
 
 
 def _entries(folder: Path) -> list[os.DirEntry]:
