@@ -94,6 +94,13 @@ def test_values_of_thirty_two_bits_are_refused_for_want_of_a_white(tmp_path, kin
         read_image(tmp_path / "a.tiff")
 
 
+def test_heic_under_another_name_is_recognised(tmp_path):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(b"\0\0\0\x18ftypheic" + bytes(50))
+    with pytest.raises(UserError, match=r"a\.jpg: .*it is HEIC, whatever its name: convert it"):
+        read_image(path)
+
+
 def test_grey_pictures_count_as_rgb(tmp_path):
     grey = some_pixels(4, 4, 1)
     save_png(tmp_path / "a.png", grey)

@@ -47,6 +47,8 @@ SIGNATURE = re.compile(
     re.DOTALL,
 )
 SIGNATURE_BYTES = 12
+# HEIC and its kin, as phones save them, which Pillow does not read.
+HEIC = re.compile(rb"....ftyp(hei|hev|mif1|msf1)", re.DOTALL)
 # How the eight EXIF orientations are turned upright.
 UPRIGHT = 1
 TURNS = {
@@ -103,9 +105,10 @@ def read_image(
                 pixels = np.asarray(_upright(rgb, picture) if apply_exif else rgb)
         return pixels if crop_size is None else centre_crop(pixels, crop_size)
     except UnidentifiedImageError as error:
-        raise UserError(
-            f"{path}: not a readable picture (cannot identify it as one of {', '.join(FORMATS)})"
-        ) from error
+        reason = f"cannot identify it as one of {', '.join(FORMATS)}"
+        if HEIC.match(_first_bytes(path)):
+            reason = "it is HEIC, whatever its name: convert it"
+        raise UserError(f"{path}: not a readable picture ({reason})") from error
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
         raise UserError(f"{path}: not a readable picture ({one_line(error)})") from error
 
@@ -294,7 +297,7 @@ def _without_signature(paths: Sequence[Path]) -> list[Path]:
     return [path for path in paths if not SIGNATURE.match(_first_bytes(path))]
 
 
-def _first_bytes(path: Path) -> bytes:
+def _first_bytes(path: str | Path) -> bytes:
     try:
         descriptor = regular_only(path, os.O_RDONLY)
     except OSError:
