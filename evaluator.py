@@ -17,6 +17,7 @@ import contextlib
 import platform
 import sys
 import time
+from os.path import expanduser
 from pathlib import Path
 
 import numpy as np
@@ -151,7 +152,7 @@ SCORING_ONLY = (
     *("ref_batch", "sample_batch_dir", "distances"),
     *("watch", "delete_evaluated", "no_cache"),
 )
-MAKING_ONLY = ("write_ref", "images", "image_size", "ref_images")
+MAKING_ONLY = ("write_ref", "images", "image_size", "exif", "ref_images")
 
 
 class Session:
@@ -274,7 +275,9 @@ def find_graph_of(arguments: argparse.Namespace) -> Path:
 
 def make_reference(arguments: argparse.Namespace) -> int:
     """Write the reference file that was asked for."""
-    images = find_images(arguments.images, arguments.image_size)
+    images = find_images(arguments.images, arguments.image_size, arguments.exif)
+    if images.left_out_note:
+        print(images.left_out_note, flush=True)
     refuse_to_replace(arguments.write_ref)
     graph = FeatureGraph(find_graph_of(arguments), images.image_shape, arguments.batch_size)
     print(f"graph {graph.path}, SHA-256 {graph.sha256}")
@@ -287,19 +290,28 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     distances_help = "of precision and recall: exact (default), or float16 as in ADM's evaluator"
+    exif_help = (
+        "turn pictures upright as their EXIF data say (apply, the default), or ignore these, as "
+        "ImageNet's published recipe does"
+    )
     watch_help = "keep scoring what appears, looking every so many seconds (60)"
     add = parser.add_argument
-    add("--ref_batch", metavar="R.npz", help="reference file to score against")
-    add("--sample_batch_dir", metavar="DIR", help="folder whose .npz files are scored")
+    add("--ref_batch", type=expanduser, metavar="R.npz", help="reference file to score against")
+    folder_help = "folder whose .npz files are scored"
+    add("--sample_batch_dir", type=expanduser, metavar="DIR", help=folder_help)
     add("--distances", choices=DISTANCES, help=distances_help)
     add("--watch", type=positive, nargs="?", const=60, metavar="SECONDS", help=watch_help)
     add("--delete_evaluated", action="store_true", help="delete each file once it is scored")
     add("--no_cache", action="store_true", help="neither read nor write the reference's cache")
-    add("--write_ref", metavar="OUT.npz", help="make a reference file from --images")
-    add("--images", metavar="SOURCE", help="folder of pictures, an .npz, or CIFAR-10's batches")
+    source_help = "folder of pictures, an .npz, or CIFAR-10's batches"
+    making_help = "make a reference file from --images"
+    add("--write_ref", type=expanduser, metavar="OUT.npz", help=making_help)
+    add("--images", type=expanduser, metavar="SOURCE", help=source_help)
     add("--image_size", type=positive, help="centre crop of pictures to this many pixels")
+    add("--exif", choices=("apply", "ignore"), help=exif_help)
     add("--ref_images", type=positive, help="images to keep in the reference file (all)")
-    add("--inception", metavar="PATH", help=f"frozen graph (default: {DEFAULT_NAME})")
+    graph_help = f"frozen graph (default: {DEFAULT_NAME})"
+    add("--inception", type=expanduser, metavar="PATH", help=graph_help)
     add("--inception_sha256", metavar="HEX", help="digest that the graph must have")
     add("--batch_size", type=positive, default=64, help="images per run of the graph (64)")
     arguments = parser.parse_args(list(map(underscored, sys.argv[1:] if argv is None else argv)))

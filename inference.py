@@ -16,8 +16,10 @@ from support.system.command import run_command  # isort: skip - first: it attend
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from os.path import expanduser
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,9 +105,10 @@ def find_run(config: Config, config_path: Path, is_chosen: bool) -> Path:
     named, own = Path(config.working_dir), run_of_config(config_path)
     if own and not is_chosen and named.resolve() != own.resolve():
         if (named / "ckpts").is_dir():
+            choices = [f"--set working_dir={shlex.quote(str(folder))}" for folder in (own, named)]
             raise UserError(
                 f"{config_path}: lies beside {own / 'ckpts'}, and its working_dir {named} has "
-                f"checkpoints too; say --set working_dir={own} or --set working_dir={named}"
+                f"checkpoints too; say {' or '.join(choices)}"
             )
         return own
     if not named.is_dir():
@@ -393,7 +396,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     which.add_argument(
         "--ckpt-steps", type=int, metavar="K", help="sample from ckpts/K.pt of the working_dir"
     )
-    which.add_argument("--ckpt", metavar="FILE", help="sample from this checkpoint instead")
+    which.add_argument(
+        "--ckpt", type=expanduser, metavar="FILE", help="sample from this checkpoint instead"
+    )
     parser.add_argument(
         "--eval-batch-size", metavar="B", help="images at a time, per process (default 32)"
     )
@@ -415,7 +420,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="classes by name or number, in turn, repeated to fill; without, all are as likely",
     )
     parser.add_argument(
-        "--output", metavar="FILE.npz", help="where the images go, instead of evals/"
+        "--output",
+        type=expanduser,
+        metavar="FILE.npz",
+        help="where the images go, instead of evals/",
     )
     parser.add_argument(
         "--overwrite",
@@ -424,6 +432,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--grid",
+        type=expanduser,
         metavar="FILE.png",
         help="also draw some of them, one class a row where there are enough (eval_demo_shape)",
     )

@@ -19,6 +19,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from os.path import expanduser
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -276,7 +277,7 @@ def run_extraction(
 
     The main process owns the folder of the parts until the end.
     """
-    data_path = Path(os.path.expanduser(arguments.data_path))
+    data_path = Path(arguments.data_path)
     files = class_folders(data_path)
     if own.is_main:
         counts = np.bincount(files.labels, minlength=len(files.class_names))
@@ -297,7 +298,7 @@ def run_extraction(
     )
     if own.agree(plan.images_sha256) != plan.images_sha256:
         raise UserError(f"{data_path}: process {own.rank} sees other pictures there than process 0")
-    parts_folder = PartsFolder(Path(os.path.expanduser(arguments.save_path)))
+    parts_folder = PartsFolder(Path(arguments.save_path))
     if own.agree(own.is_main and is_made(parts_folder, plan)):
         return None
     if own.is_main:
@@ -380,10 +381,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data-path", required=True, metavar="D", help="folder of class folders")
+    parser.add_argument(
+        "--data-path",
+        required=True,
+        type=expanduser,
+        metavar="D",
+        help="folder of class folders",
+    )
     parser.add_argument(
         "--save-path",
         required=True,
+        type=expanduser,
         metavar="S",
         help="folder for the file: a config's dataset_path",
     )
@@ -431,8 +439,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def refuse_folder_among_classes(arguments: argparse.Namespace) -> None:
     """UserError where what is made would lie among the class folders."""
-    data = Path(os.path.expanduser(arguments.data_path)).resolve()
-    save = Path(os.path.expanduser(arguments.save_path)).resolve()
+    data, save = Path(arguments.data_path).resolve(), Path(arguments.save_path).resolve()
     if save.is_relative_to(data):
         raise UserError(
             f"--save-path {arguments.save_path}: lies in --data-path, where every folder is a class"

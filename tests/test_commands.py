@@ -1,5 +1,7 @@
 """Every command explains itself, and fails in one line."""
 
+import importlib
+
 import pytest
 from commands import run, succeed
 
@@ -33,3 +35,20 @@ def test_a_mistake_ends_in_one_line_and_a_status(command):
     assert finished.stderr.count("\n") == 1
     assert finished.stderr.startswith("error: ")
     assert "nowhere" in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("inference", "--ckpt=~/f --output=~/f --grid=~/f"),
+        ("latent_dataset", "--data-path=~/f --save-path=~/f --image-size=256"),
+        ("evaluator", "--ref_batch=~/f --sample_batch_dir=~/f --inception=~/f"),
+        ("evaluator", "--write_ref=~/f --images=~/f"),
+    ],
+)
+def test_home_is_understood_where_the_shell_leaves_it(command, words, monkeypatch):
+    """Bash does, after an equals sign."""
+    monkeypatch.setenv("HOME", "/home/me")
+    arguments = vars(importlib.import_module(command).parse_arguments(words.split()))
+    named = [value for value in arguments.values() if isinstance(value, str) and "/" in value]
+    assert set(named) - {"stabilityai/sd-vae-ft-mse"} == {"/home/me/f"}

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import standins
-from PIL import Image
+from PIL import ExifTags, Image
 from test_npz import header_text, npy_bytes, write_member
 from test_scores import plain_inception_score, plain_precision_recall
 from toy_graph import write_toy_graph
@@ -765,6 +765,31 @@ def test_pictures_of_different_sizes_need_a_crop(place):
         evaluator.main(list(map(str, [*flags, "--inception", place.graph])))
     own = make_reference(place, place.folder / "pictures", "--image_size", 8)["arr_0"]
     np.testing.assert_array_equal(own[3], centre_crop(some_pixels(3, 1, 40)[0], 8))
+
+
+def test_own_reference_turns_pictures_upright_unless_told_not_to_and_records_it(place):
+    folder, turned = place.folder / "pictures", Image.Exif()
+    turned[ExifTags.Base.Orientation] = 3
+    folder.mkdir()
+    for index, pixels in enumerate(some_pixels(0, 4)):
+        Image.fromarray(pixels).save(folder / f"{index}.png", exif=turned)
+    for flags, exif, step in (([], "apply", -1), (["--exif", "ignore"], "ignore", 1)):
+        own = make_reference(place, folder, *flags)
+        np.testing.assert_array_equal(own["arr_0"], some_pixels(0, 4)[:, ::step, ::step])
+        assert str(own["exif"]) == exif
+    with pytest.raises(UserError, match=r"ref\.npz: --exif is for folders of pictures"):
+        make_reference(place, place.reference, "--exif", "ignore")
+
+
+def test_own_reference_says_which_files_of_a_folder_are_left_out(place, capsys):
+    folder = place.folder / "pictures"
+    (folder / "below").mkdir(parents=True)
+    for index, pixels in enumerate(some_pixels(0, 4)):
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+    for name in ("a.heic", "below/b.HEIC", "notes.txt"):
+        (folder / name).touch()
+    make_reference(place, folder)
+    assert "left out, not read: 3 files (2 .heic, 1 .txt)\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,30 @@ def test_every_kind_of_picture_is_read_as_pillow_converts_it(tmp_path, mode):
     np.testing.assert_array_equal(pixels, np.asarray(Image.open(path).convert("RGB")))
 
 
+@pytest.mark.parametrize("extension", ["png", "tiff", "pgm", "jp2"])
+def test_of_sixteen_bits_of_grey_the_upper_eight_are_taken(tmp_path, extension):
+    path = tmp_path / f"a.{extension}"
+    if f".{extension}" not in EXTENSIONS:
+        pytest.skip("this build of Pillow does not read them")
+    grey = some_pixels(6, 5, 1)
+    Image.fromarray(grey[..., 0].astype(np.uint16) * 256 + 9).save(path)
+    np.testing.assert_array_equal(read_image(path), grey.repeat(3, axis=2))
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_values_of_thirty_two_bits_are_refused_for_want_of_a_white(tmp_path, kind):
+    Image.fromarray(np.ones((5, 6), kind)).save(tmp_path / "a.tiff")
+    with pytest.raises(UserError, match=r"a\.tiff: not a readable picture \(32 bits a value"):
+        read_image(tmp_path / "a.tiff")
+
+
+def test_heic_under_another_name_is_recognised(tmp_path):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(b"\0\0\0\x18ftypheic" + bytes(50))
+    with pytest.raises(UserError, match=r"a\.jpg: .*it is HEIC, whatever its name: convert it"):
+        read_image(path)
+
+
 def test_grey_pictures_count_as_rgb(tmp_path):
     grey = some_pixels(4, 4, 1)
     save_png(tmp_path / "a.png", grey)
@@ -95,7 +119,7 @@ def test_pictures_are_found_by_ending_and_read_by_what_they_are(tmp_path, extens
     later = {"save_all": True, "append_images": frames[1:]} if extension in ("gif", "apng") else {}
     kind = {"format": "PNG"} if extension == "apng" else {}
     frames[0].save(path, **kind, **later)
-    assert find_pictures(tmp_path) == [path]
+    assert find_pictures(tmp_path).paths == [path]
     refuse_non_pictures([path])
     pixels = read_image(path)
     assert pixels.shape == (5, 9, 3)
@@ -291,12 +315,24 @@ def test_files_that_are_not_read_are_counted_by_class_and_ending(tmp_path):
         class_folders(tmp_path)
 
 
+def test_files_beside_the_class_folders_and_linked_folders_within_are_counted(tmp_path):
+    make_files(tmp_path, "a/1.png", "elsewhere/b/1.png", "elsewhere/b/2.png", "labels.csv", "3.jpg")
+    (tmp_path / "linked").symlink_to(tmp_path / "elsewhere" / "b")  # a class like any other
+    (tmp_path / "a" / "more").symlink_to(tmp_path / "elsewhere" / "b")
+    files = class_folders(tmp_path)
+    assert files.labels == [0, 1, 1, 2, 2]
+    assert files.left_out_note() == (
+        "left out, not read: 3 files (beside the class folders 1 .csv, 1 .jpg; "
+        "a 1 linked as a folder)"
+    )
+
+
 def test_of_many_classes_with_files_left_out_five_are_named(tmp_path):
     for number in range(9):
         make_files(tmp_path, f"{number}/1.png", f"{number}/a\n.\x1b[31m")
     note = class_folders(tmp_path).left_out_note()
     assert note.startswith("left out, not read: 9 files (0 1 .?[31m; 1 1 .?[31m; ")
-    assert note.endswith("; and in 4 more classes)")
+    assert note.endswith("; and in 4 more folders)")
     assert note.isprintable()
 
 
@@ -323,7 +359,7 @@ def test_every_unreadable_picture_is_found(tmp_path):
 
 def test_pictures_below_a_folder_come_in_order(tmp_path):
     make_files(tmp_path, "b.png", "a/2.png", "a/1.png", "a/deep/0.png", "c.jpg", ".git/x.png")
-    names = [str(path.relative_to(tmp_path)) for path in find_pictures(tmp_path)]
+    names = [str(path.relative_to(tmp_path)) for path in find_pictures(tmp_path).paths]
     assert names == ["b.png", "c.jpg", "a/1.png", "a/2.png", "a/deep/0.png"]
 
 

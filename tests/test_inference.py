@@ -1,6 +1,7 @@
 """Sampling from checkpoints as a user does it."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -353,6 +354,16 @@ def test_where_working_dir_has_checkpoints_too_the_user_has_to_choose(elsewhere,
     Path("runs/digits").symlink_to(elsewhere / "shared")  # one and the same is no question
     sample_two(*command, "--seed=1")
     assert "shared/evals/6_1NFE_1.npz" in made(elsewhere)
+
+
+def test_the_choice_between_two_folders_can_be_copied_whatever_they_are_called(elsewhere, trained):
+    shutil.copytree(trained, "runs/digits")
+    shutil.move("../shared", "../my shared")
+    with pytest.raises(UserError, match=r"--set working_dir='.*/my shared' or --set") as refusal:
+        sample_two("--config=../my shared/config.yaml", "--ckpt-steps=6")
+    _, chosen, *_ = shlex.split(str(refusal.value).rpartition("; say ")[2])
+    sample_two("--config=../my shared/config.yaml", "--ckpt-steps=6", f"--set={chosen}")
+    assert made(elsewhere) == ["my shared/evals/6_1NFE_42.npz"]
 
 
 def test_a_config_elsewhere_means_its_working_dir(elsewhere):

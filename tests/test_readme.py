@@ -70,6 +70,7 @@ ADDED = {
 REPLACED = {
     "--nproc-per-node=8": "--nproc-per-node=2",
     "runs/image-latents/ckpts/100000.pt": "runs/image-latents/ckpts/1.pt",
+    "10000": "10",  # pictures that a reference keeps
 }
 # These need no stand-in: they end before any work.
 AS_WRITTEN = {"--dry-run", "--save-published-config"}

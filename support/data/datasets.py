@@ -457,7 +457,8 @@ def build_data(
     where = request.dataset_path or request.dataset_type
     if len(data) < request.batch_size:
         raise UserError(
-            f"batch_size: {request.batch_size} is more than the {len(data)} examples of {where}"
+            f"batch_size: {request.batch_size} is more than the {len(data)} examples of {where}; "
+            f"lower it: --set batch_size={len(data)} at most"
         )
     # Here and not on the device, where a wrong label ends the process without saying so.
     for label in data.labels.aminmax():
@@ -525,5 +526,7 @@ def compare_data(
             f"data changed: {listed}; from here on their order is another, and epochs are counted "
             "as if these had been the data from the start",
         ]
-    way_out = "; --allow-changed data continues with them, in another order" if may_go_on else ""
-    raise UserError(f"{source}: trained on other data: {listed}{way_out}")
+    way_out = "these need a run of their own: say another working_dir"
+    if may_go_on:
+        way_out = "--allow-changed data continues with them, in another order"
+    raise UserError(f"{source}: trained on other data: {listed}; {way_out}")

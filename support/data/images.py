@@ -47,6 +47,8 @@ SIGNATURE = re.compile(
     re.DOTALL,
 )
 SIGNATURE_BYTES = 12
+# HEIC and its kin, as phones save them, which Pillow does not read.
+HEIC = re.compile(rb"....ftyp(hei|hev|mif1|msf1)", re.DOTALL)
 # How the eight EXIF orientations are turned upright.
 UPRIGHT = 1
 TURNS = {
@@ -59,6 +61,8 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 MOST_NAMED = 5  # files that one message names
+NO_ENDING, FOLDER_LINK = "without ending", "linked as a folder"  # such as endings are counted
+BESIDE = "beside the class folders"
 MOST_CLASSES_LISTED = 20
 SKIPPED_FILE = "skipped_images.txt"  # lists pictures that are left out, as they cannot be read
 MAX_PIXELS = 89_478_485  # where Pillow begins to warn of decompression bombs: 256 MiB of RGB
@@ -85,7 +89,8 @@ def read_image(
 ) -> np.ndarray:
     """The picture at `path` as RGB, uint8 [H, W, 3]; with `crop_size`, its `centre_crop`.
 
-    Decoded as Pillow does: grey is repeated, alpha dropped, of several frames the first is taken.
+    Decoded as Pillow does: grey is repeated, alpha dropped, of several frames the first is taken;
+    but of 16 bits a value the upper 8 are taken in grey too, which Pillow would cut off at white.
     Turned upright as its EXIF data say, unless told not to. Raises UserError where the file is
     damaged, of another format, or unpacks to more than 89 megapixels.
     """
@@ -96,15 +101,29 @@ def read_image(
                 open(path, "rb", opener=regular_only) as file,
                 Image.open(file, formats=FORMATS) as picture,
             ):
-                rgb = picture.convert("RGB")
+                rgb = _as_rgb(picture)
                 pixels = np.asarray(_upright(rgb, picture) if apply_exif else rgb)
         return pixels if crop_size is None else centre_crop(pixels, crop_size)
     except UnidentifiedImageError as error:
-        raise UserError(
-            f"{path}: not a readable picture (cannot identify it as one of {', '.join(FORMATS)})"
-        ) from error
+        reason = f"cannot identify it as one of {', '.join(FORMATS)}"
+        if HEIC.match(_first_bytes(path)):
+            reason = "it is HEIC, whatever its name: convert it"
+        raise UserError(f"{path}: not a readable picture ({reason})") from error
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
         raise UserError(f"{path}: not a readable picture ({one_line(error)})") from error
+
+
+def _as_rgb(picture: Image.Image) -> Image.Image:
+    """`picture` with 8 bits a colour; ValueError where nothing says which value is white."""
+    # Where Pillow has 32 bits a value, those of PNG and PPM had 16 in the file.
+    had_sixteen = picture.mode == "I" and picture.format in ("PNG", "PPM")
+    if had_sixteen or picture.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
+    if picture.mode in ("I", "F"):
+        raise ValueError(
+            "32 bits a value, of which none is known to be white; save it with 8 or 16"
+        )
+    return picture.convert("RGB")
 
 
 def _upright(pixels: Image.Image, picture: Image.Image) -> Image.Image:
@@ -143,7 +162,7 @@ class LabelledFiles:
     paths: list[Path]
     labels: list[int]
     class_names: list[str]
-    left_out: dict[str, Counter[str]]  # by class: how many files of each ending are not read
+    left_out: dict[str, Counter[str]]  # by place: how many files of each ending are not read
 
     def relative_names(self) -> list[bytes]:
         """The paths below `folder`, as the bytes that the file system knows them by."""
@@ -157,8 +176,8 @@ class LabelledFiles:
             f"{printable(name)} {_list_endings(found)}" for name, found in self.left_out.items()
         ]
         count = sum(found.total() for found in self.left_out.values())
-        more = f"; and in {len(classes) - MOST_NAMED} more classes" if classes[MOST_NAMED:] else ""
-        return f"left out, not read: {count} files ({'; '.join(classes[:MOST_NAMED])}{more})"
+        more = f"; and in {len(classes) - MOST_NAMED} more folders" if classes[MOST_NAMED:] else ""
+        return _left_out_note(count, "; ".join(classes[:MOST_NAMED]) + more)
 
 
 def class_folders(folder: str | Path) -> LabelledFiles:
@@ -171,13 +190,19 @@ def class_folders(folder: str | Path) -> LabelledFiles:
     folder = Path(folder)
     names = class_names(folder)
     files = LabelledFiles(folder, [], [], names, {})
+    if beside := Counter(_ending(entry.name) for entry in _entries(folder) if not entry.is_dir()):
+        files.left_out[BESIDE] = beside
     for label, name in enumerate(names):
-        paths, left_out = _look_through(folder / name)
+        paths, left_out = find_pictures(folder / name)
         files.paths.extend(paths)
         files.labels.extend([label] * len(paths))
         if left_out:
             files.left_out[name] = left_out
     return files
+
+
+def _left_out_note(count: int, which: str) -> str:
+    return f"left out, not read: {count} {'file' if count == 1 else 'files'} ({which})"
 
 
 def _list_endings(counts: Counter[str]) -> str:
@@ -272,7 +297,7 @@ def _without_signature(paths: Sequence[Path]) -> list[Path]:
     return [path for path in paths if not SIGNATURE.match(_first_bytes(path))]
 
 
-def _first_bytes(path: Path) -> bytes:
+def _first_bytes(path: str | Path) -> bytes:
     try:
         descriptor = regular_only(path, os.O_RDONLY)
     except OSError:
@@ -285,30 +310,45 @@ def _first_bytes(path: Path) -> bytes:
         os.close(descriptor)
 
 
-def find_pictures(folder: str | Path) -> list[Path]:
+class FoundPictures(NamedTuple):
+    """Picture files, and how many others there are, by their endings: files and linked folders."""
+
+    paths: list[Path]
+    left_out: Counter[str]
+
+    def left_out_note(self) -> str:
+        """A line on the files that are not read; nothing where there are none."""
+        if not self.left_out:
+            return ""
+        return _left_out_note(self.left_out.total(), _list_endings(self.left_out))
+
+
+def find_pictures(folder: str | Path) -> FoundPictures:
     """All pictures in `folder` and below, by extension: folder by folder, in lexicographic order.
 
-    Links to folders below are not followed. Raises UserError where there are none.
+    Links to folders below are not followed, but counted. Raises UserError where there are none.
     """
-    return _look_through(Path(folder))[0]
-
-
-def _look_through(folder: Path) -> tuple[list[Path], Counter[str]]:
-    """What `find_pictures` finds, and how many other files there are, by their endings."""
+    folder = Path(folder)
     _entries(folder)
     paths: list[Path] = []
     left_out: Counter[str] = Counter()
     for place, below, names in os.walk(folder):
         below[:] = sorted(name for name in below if not name.startswith("."))
+        if num_links := sum(os.path.islink(os.path.join(place, name)) for name in below):
+            left_out[FOLDER_LINK] += num_links
         for name in sorted(name for name in names if not name.startswith(".")):
             if name.lower().endswith(EXTENSIONS):
                 paths.append(Path(place, name))
             else:
-                left_out[os.path.splitext(name)[1].lower() or "without ending"] += 1
+                left_out[_ending(name)] += 1
     if not paths:
         there = f"; {_list_endings(left_out)} there are not read" if left_out else ""
         raise UserError(f"{folder}: holds no pictures ({', '.join(EXTENSIONS)}){there}")
-    return paths, left_out
+    return FoundPictures(paths, left_out)
+
+
+def _ending(name: str) -> str:
+    return os.path.splitext(name)[1].lower() or NO_ENDING
 
 
 def _entries(folder: Path) -> list[os.DirEntry]:

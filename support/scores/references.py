@@ -2,11 +2,13 @@
 
 A reference file is an .npz with uint8 `arr_0` [N, H, W, C] and, if it likes, the statistics `mu`,
 `sigma` (pool features) and `mu_s`, `sigma_s` (spatial features). Ours also say which graph made
-these (`graph`, `graph_sha256`) and of how many images (`count`, `image_shape`).
+these (`graph`, `graph_sha256`) and of how many images (`count`, `image_shape`); where these were
+pictures in a folder, also what was done about their EXIF rotation (`exif`, apply or ignore).
 """
 
 # N images, D width of the features.
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -35,6 +37,8 @@ class ImageSet:
     num_images: int
     image_shape: tuple[int, ...]
     batches: Callable[[], Iterator[np.ndarray]]
+    exif: str = ""  # of pictures: whether EXIF rotation was applied or ignored
+    left_out_note: str = ""  # of a folder: a line on the files in it that are not read
 
     def __post_init__(self):
         if self.image_shape[2] not in (1, 3):
@@ -64,13 +68,20 @@ def archive_images(path: str | Path) -> ImageSet:
     return ImageSet(str(path), num_images, tuple(image_shape), batches)
 
 
-def folder_images(folder: str | Path, image_size: int | None = None) -> ImageSet:
-    """The pictures in `folder` and below, RGB; with `image_size`, their centre crops."""
-    paths = find_pictures(folder)
-    image_shape = read_image(paths[0], image_size).shape
+def folder_images(
+    folder: str | Path, image_size: int | None = None, exif: str = "apply"
+) -> ImageSet:
+    """The pictures in `folder` and below, RGB; with `image_size`, their centre crops.
+
+    Turned upright as their EXIF data say, unless `exif` is "ignore".
+    """
+    found = find_pictures(folder)
+    paths = found.paths
+    read = functools.partial(read_image, crop_size=image_size, apply_exif=exif == "apply")
+    image_shape = read(paths[0]).shape
 
     def picture(path: Path) -> np.ndarray:
-        pixels = read_image(path, image_size)
+        pixels = read(path)
         if pixels.shape != image_shape:
             raise UserError(
                 f"{path}: is {list(pixels.shape)}, {paths[0].name} is {list(image_shape)}; "
@@ -82,7 +93,8 @@ def folder_images(folder: str | Path, image_size: int | None = None) -> ImageSet
         for start in range(0, len(paths), READ_IMAGES):
             yield np.stack([picture(path) for path in paths[start : start + READ_IMAGES]])
 
-    return ImageSet(str(folder), len(paths), image_shape, batches)
+    note = found.left_out_note()
+    return ImageSet(str(folder), len(paths), image_shape, batches, exif, note)
 
 
 def cifar10_images(folder: Path) -> ImageSet:
@@ -96,17 +108,20 @@ def cifar10_images(folder: Path) -> ImageSet:
     return ImageSet(str(folder), len(pixels), pixels.shape[1:], batches)
 
 
-def find_images(source: str | Path, image_size: int | None = None) -> ImageSet:
+def find_images(
+    source: str | Path, image_size: int | None = None, exif: str | None = None
+) -> ImageSet:
     """The images of `source`: an .npz, a folder with CIFAR-10's batches, or one of pictures."""
     source = Path(source)
     if not source.exists():
         raise UserError(f"{source}: no such file or folder (--images)")
     if source.is_dir() and cifar10.find_copy(source) is None:
-        return folder_images(source, image_size)
+        return folder_images(source, image_size, exif or "apply")
     if source.is_file() and source.name.lower().endswith(EXTENSIONS):
         raise UserError(f"{source}: --images takes a folder of pictures, not a single one")
-    if image_size is not None:
-        raise UserError(f"{source}: --image_size is for folders of pictures")
+    for flag, value in (("image_size", image_size), ("exif", exif)):
+        if value is not None:
+            raise UserError(f"{source}: --{flag} is for folders of pictures")
     return cifar10_images(source) if source.is_dir() else archive_images(source)
 
 
@@ -213,6 +228,8 @@ def write_reference(
             count=np.array(num_images),
             image_shape=np.array(images.image_shape),
         )
+        if images.exif:
+            writer.further_arrays["exif"] = np.array(images.exif)
 
 
 def load_reference(
