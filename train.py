@@ -81,7 +81,12 @@ from support.runs.resume import RunIdentity, resume
 from support.runs.signals import Listener, Signalled, listening
 from support.system.files import Stopped, UserError
 from support.system.hardware import allow_tf32, obstacle_to_bf16, obstacle_to_compiling
-from support.system.processes import Processes, processes, world_size_asked_for
+from support.system.processes import (
+    Processes,
+    exchanging_gradients,
+    processes,
+    world_size_asked_for,
+)
 from support.system.randomness import GivenLabels, PerImageStream, derive_seed
 from support.system.settings import suggest
 
@@ -145,9 +150,7 @@ class Learner:
         model.configure(config.to_dict())
         self.parallel_model: nn.Module = model
         if processes.world_size > 1:
-            self.parallel_model = DistributedDataParallel(
-                model, forward_sync_buffers=False, gradient_as_bucket_view=True
-            )
+            self.parallel_model = exchanging_gradients(model, gradient_as_bucket_view=True)
         optimizer = build_optimizer(
             config.optimizer or "AdamW",
             model,
