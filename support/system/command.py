@@ -76,10 +76,14 @@ def _status_of(main: Callable[[], int | None]) -> int:
 
 
 def _say_error(text: str) -> None:
-    """One line on stderr; what all processes meet the first says, and torchrun ends the others."""
+    """One line on stderr; what all processes of a machine meet the first of them says.
+
+    torchrun ends the others, on other machines only those that it has heard of.
+    """
     whose = ""
     if not is_first_process():
-        time.sleep(PATIENCE_SECONDS)
+        if os.environ.get("LOCAL_RANK") != "0":
+            time.sleep(PATIENCE_SECONDS)
         whose = f" (process {os.environ['RANK']})"
     print(f"error{whose}: {text}", file=sys.stderr, flush=True)
 

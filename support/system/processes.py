@@ -182,7 +182,7 @@ def processes(device: str, timeout_minutes: float) -> Iterator[Processes]:
         return
     timeout = timedelta(minutes=timeout_minutes)
     is_cuda = chosen.type == "cuda"
-    with _told_of_failed_connection(rank, timeout_minutes):
+    with _told_of_failed_connection(timeout_minutes):
         _choose_interface(world_size)
         dist.init_process_group(
             "nccl" if is_cuda else "gloo",
@@ -262,7 +262,7 @@ def _store_of_this_attempt(timeout: timedelta) -> dist.Store:
 
 
 @contextlib.contextmanager
-def _told_of_failed_connection(rank: int, timeout_minutes: float) -> Iterator[None]:
+def _told_of_failed_connection(timeout_minutes: float) -> Iterator[None]:
     """A block in which what keeps the processes from finding each other is a UserError."""
     try:
         yield
@@ -280,7 +280,7 @@ def _told_of_failed_connection(rank: int, timeout_minutes: float) -> Iterator[No
         else:
             advice = "docs/several_gpus.md says what to look at"
         raise UserError(
-            f"process {rank} on {_machine()}: no connection to the others within "
+            f"on {_machine()}: no connection to the other processes within "
             f"{timeout_minutes:g} minutes ({where}): {cause}; {advice}"
         ) from error
 
