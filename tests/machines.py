@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -98,6 +99,11 @@ class Command:
     def refused(self, *words: str) -> None:
         """Wait for the command to end with one line of an error, these words in it."""
         check(self.end() != 0, self.said())
+        self.complains(*words)
+
+    def complains(self, *words: str) -> None:
+        """Wait for one line of an error, these words in it; torchrun may go on for minutes."""
+        wait_until(lambda: re.search("^error.*\n", self.said(), re.MULTILINE))
         lines = [line for line in self.said().splitlines() if line.startswith("error")]
         check(len(lines) == 1, self.said())
         for word in words:
@@ -196,7 +202,7 @@ def killed(folder: Path, unbroken: Path) -> None:
         alpha, _ = pair.start_both(folder / "run", STOP_BETA)
         at_fourth_step(folder / "run")
         pair.both[1].kill()
-        alpha.refused("another process is gone")
+        alpha.complains("another process is gone")
     with machines(folder) as pair:
         finish(pair.start_both(folder / "run"))
     ends_as(folder / "run", unbroken)
@@ -208,7 +214,7 @@ def blinks(folder: Path, unbroken: Path) -> None:
         commands = pair.start_both(folder / "run", STOP_BETA)
         at_fourth_step(folder / "run")
         pair.plug(False)
-        pair.both[1].do("kill", "-CONT", "-1")
+        pair.both[1].do("kill", "-CONT", "--", "-1")
         time.sleep(2)
         pair.plug(True)
         finish(commands)
@@ -221,10 +227,10 @@ def cut(folder: Path, unbroken: Path) -> None:
         commands = pair.start_both(folder / "run", STOP_BETA)
         at_fourth_step(folder / "run")
         pair.plug(False)
-        pair.both[1].do("kill", "-CONT", "-1")
+        pair.both[1].do("kill", "-CONT", "--", "-1")
         for command in commands:
-            command.refused(f"another process was silent for {SILENCE_MINUTES} minutes")
-        pair.plug(True)
+            command.complains(f"another process was silent for {SILENCE_MINUTES} minutes")
+    with machines(folder) as pair:
         finish(pair.start_both(folder / "run"))
     ends_as(folder / "run", unbroken)
 
