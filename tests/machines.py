@@ -125,6 +125,15 @@ class Machines:
         """Plug the cable into beta, or pull it."""
         self.both[1].do("ip", "link", "set", "eth0", "up" if is_in else "down")
 
+    def wait_until_beta_stops(self) -> None:
+        """Wait until its part of the run is stopped, which that of alpha then waits for."""
+        states = self.both[1].inside("ps", "-e", "-o", "stat")
+        wait_until(lambda: "\nT" in subprocess.check_output(states, text=True))
+
+    def go_on(self) -> None:
+        """Let beta's part of the run go on."""
+        self.both[1].do("kill", "-CONT", "--", "-1")
+
     def start(self, index: int, place: Path, fault: str = NO_FAULT, **values: object) -> Command:
         """torchrun of a run on one of them."""
         flags = [
@@ -168,12 +177,6 @@ def finish(commands: list[Command]) -> None:
         check(command.end() == 0, command.said())
 
 
-def at_fourth_step(place: Path) -> None:
-    """Wait until the third step is logged."""
-    log = place / "log.txt"
-    wait_until(lambda: log.exists() and "Step: 3/" in log.read_text())
-
-
 # What can happen to them
 
 
@@ -200,7 +203,7 @@ def killed(folder: Path, unbroken: Path) -> None:
     """All processes of a machine are killed; the other says so, and the same commands go on."""
     with machines(folder) as pair:
         alpha, _ = pair.start_both(folder / "run", STOP_BETA)
-        at_fourth_step(folder / "run")
+        pair.wait_until_beta_stops()
         pair.both[1].kill()
         alpha.complains("another process is gone")
     with machines(folder) as pair:
@@ -212,9 +215,9 @@ def blinks(folder: Path, unbroken: Path) -> None:
     """The cable is out for less than the time-out: nothing happens."""
     with machines(folder) as pair:
         commands = pair.start_both(folder / "run", STOP_BETA)
-        at_fourth_step(folder / "run")
+        pair.wait_until_beta_stops()
         pair.plug(False)
-        pair.both[1].do("kill", "-CONT", "--", "-1")
+        pair.go_on()
         time.sleep(2)
         pair.plug(True)
         finish(commands)
@@ -225,9 +228,9 @@ def cut(folder: Path, unbroken: Path) -> None:
     """The cable is out for longer: both give up, and once it is in the same commands go on."""
     with machines(folder) as pair:
         commands = pair.start_both(folder / "run", STOP_BETA)
-        at_fourth_step(folder / "run")
+        pair.wait_until_beta_stops()
         pair.plug(False)
-        pair.both[1].do("kill", "-CONT", "--", "-1")
+        pair.go_on()
         for command in commands:
             command.complains(f"another process was silent for {SILENCE_MINUTES} minutes")
     with machines(folder) as pair:
