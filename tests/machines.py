@@ -22,7 +22,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from commands import ROOT
-from faults import LIMIT_SECONDS, Tally, check, ends_as, options_of, start_two, wait_until, whole
+from faults import (
+    LIMIT_SECONDS,
+    MACHINES,
+    Tally,
+    check,
+    ends_as,
+    options_of,
+    start_two,
+    wait_until,
+    whole,
+)
 
 NAMES, ADDRESSES = ("alpha", "beta"), ("10.99.0.1", "10.99.0.2")
 NOBODY, PORT = "10.99.0.9", 29500
@@ -283,15 +293,12 @@ def misled(folder: Path, unbroken: Path) -> None:
     check(not (folder / "run").exists(), "a folder is made")
 
 
-HAPPENINGS: dict[str, Callable[[Path, Path], None]] = {
-    happening.__name__: happening
-    for happening in (trains, continues, killed, blinks, cut, slow, late, unshared, misled)
-}
+HAPPENINGS: dict[str, Callable[[Path, Path], None]] = {name: globals()[name] for name in MACHINES}
 ROWS = {
     "trains": "two machines",
     "continues": "two machines, continuing",
     "killed": "a machine killed",
-    "blinks": "link cut for less than the time-out",
+    "blinks": "link cut for two seconds",
     "cut": "link cut for longer, healed",
     "slow": "link of 50 ms that loses 1 %",
     "late": "a machine that joins late",

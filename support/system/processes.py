@@ -78,8 +78,9 @@ class Processes:
 
     def gather(self, value: Value) -> list[Value]:
         """The processes' values in rank order, on every process."""
-        values: list[Any] = [value] * self.world_size
+        values: list[Any] = [value]
         if self.world_size > 1:
+            values *= self.world_size
             dist.all_gather_object(values, value, group=self.host_group)
         return values
 
@@ -88,12 +89,14 @@ class Processes:
 
         All processes have to call this, once the main one can write there.
         """
+        if self.world_size == 1:
+            return
         token = folder / self.agree(f".shared-{uuid.uuid4().hex}")
         try:
-            if self.is_main and self.world_size > 1:
+            if self.is_main:
                 token.touch()
             self.agree(None)  # by now it is there
-            missing = self.gather(None if self.world_size == 1 or token.exists() else _machine())
+            missing = self.gather(None if token.exists() else _machine())
         finally:
             if self.is_main:
                 token.unlink(missing_ok=True)
@@ -194,7 +197,7 @@ def processes(device: str, timeout_minutes: float) -> Iterator[Processes]:
         )
         # A number instead of a group is for processes outside of it, and none is.
         host_group: Any = dist.new_group(backend="gloo", timeout=timeout)
-    with _told_of_losses(rank, timeout_minutes), _leaving_together():
+    with told_of_losses(rank, timeout_minutes), _leaving_together():
         yield Processes(rank, local_rank, world_size, chosen, host_group)
 
 
@@ -286,7 +289,7 @@ def _told_of_failed_connection(timeout_minutes: float) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _told_of_losses(rank: int, timeout_minutes: float) -> Iterator[None]:
+def told_of_losses(rank: int, timeout_minutes: float) -> Iterator[None]:
     """A block in which another process's death or silence, or a broken link, is a UserError."""
     try:
         yield
