@@ -329,7 +329,11 @@ TYPES = typing.get_type_hints(Config)
 def add_options(parser: argparse.ArgumentParser, needs_config: bool = True) -> None:
     """Give a command the options that `load_config` takes: --config and --set."""
     parser.add_argument(
-        "--config", required=needs_config, metavar="FILE", help="YAML config of the run"
+        "--config",
+        required=needs_config,
+        type=os.path.expanduser,
+        metavar="FILE",
+        help="YAML config of the run",
     )
     parser.add_argument(
         "--set",

@@ -13,6 +13,8 @@ from support.system.command import run_command  # isort: skip - first: it attend
 import argparse
 import contextlib
 import itertools
+import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,7 +67,7 @@ from support.runs.results import Results, is_due
 from support.runs.resume import RunIdentity, resume
 from support.runs.signals import Listener, Signalled, listening
 from support.system.files import UserError
-from support.system.processes import Processes, processes
+from support.system.processes import Processes, exchanging_gradients, processes
 from support.system.randomness import derive_seed
 from support.system.settings import suggest
 
@@ -127,9 +129,7 @@ class Learner:
         model.configure(config.to_dict())
         self.parallel_model: nn.Module = model
         if processes.world_size > 1:
-            self.parallel_model = DistributedDataParallel(
-                model, forward_sync_buffers=False, gradient_as_bucket_view=True
-            )
+            self.parallel_model = exchanging_gradients(model, gradient_as_bucket_view=True)
         optimizer = build_optimizer(
             config.optimizer or "AdamW",
             model,
@@ -316,7 +316,7 @@ def look_beside(config_path: str, run: Run) -> list[str]:
         return []
     return [
         f"{config_path} lies beside a run of {max(there)} steps, which this is not; to continue "
-        f"that one, say --set working_dir={folder}"
+        f"that one, say --set working_dir={shlex.quote(str(folder))}"
     ]
 
 
@@ -382,7 +382,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if key not in (*FIELDS, "data"):
             raise UserError(f"--allow-changed {key}: unknown key{suggest(key, (*FIELDS, 'data'))}")
     if arguments.save_published_config:
-        print(*save_published_config(config, Path(arguments.save_published_config)), sep="\n")
+        path = Path(os.path.expanduser(arguments.save_published_config))
+        print(*save_published_config(config, path), sep="\n")
         return
     if arguments.dry_run:
         preview.describe(config)

@@ -25,10 +25,8 @@ from measuring import (
 )
 
 # isort: split
-from torch.nn.parallel import DistributedDataParallel
-
 from support.system.command import run_command
-from support.system.processes import processes
+from support.system.processes import exchanging_gradients, processes
 
 AS_TRAINING = {"gradient_as_bucket_view": True}
 WAYS = {
@@ -45,9 +43,7 @@ def measure(model_type: str, batch_size: int, way: str, tries: int) -> None:
     with processes("cpu", timeout_minutes=10) as own:
         learner = bench_learner(bench_config(model_type, batch_size), own)
         if own.world_size > 1:
-            learner.parallel_model = DistributedDataParallel(
-                learner.state.model, forward_sync_buffers=False, **WAYS[way]
-            )
+            learner.parallel_model = exchanging_gradients(learner.state.model, **WAYS[way])
 
         def step() -> None:
             learner.step(drawn_batches(learner))

@@ -903,6 +903,25 @@ def hangs(tries: int, folder: Path) -> Tally:
     return tally
 
 
+# Several machines
+
+
+def on_two_machines(name: str) -> Callable[[int, Path], Tally]:
+    """What tests/machines.py finds; in a process of its own, because it takes its tools here."""
+
+    def fault(tries: int, folder: Path) -> Tally:
+        command = [sys.executable, TESTS / "machines.py", "--json", name]
+        ended = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, timeout=10 * LIMIT_SECONDS
+        )
+        return Tally(**json.loads(ended.stdout)[0])
+
+    fault.__name__ = f"machines_{name}"
+    return fault
+
+
+MACHINES = ("trains", "continues", "killed", "blinks", "cut", "slow", "late", "unshared", "misled")
+
 # The command
 
 QUICK_AND_LONG = {
@@ -921,6 +940,7 @@ QUICK_AND_LONG = {
     vanished: (2, 6),
     two_runs: (1, 1),
     hangs: (1, 2),
+    **{on_two_machines(name): (1, 1) for name in MACHINES},
 }
 
 

@@ -41,6 +41,20 @@ def test_a_bug_keeps_its_traceback():
         run_command(lambda: 1 // 0)
 
 
+def test_a_bug_in_one_of_several_processes_ends_it_at_once_with_its_traceback():
+    """Although a thread, as those of connections, would keep the interpreter from its end."""
+    script = (
+        "import threading, time\n"
+        "from support.system.command import run_command\n"
+        "threading.Thread(target=time.sleep, args=(600,)).start()\n"
+        "run_command(lambda: 1 / 0)"
+    )
+    finished = run("-c", script, env={"WORLD_SIZE": "2", "RANK": "1"})
+    assert finished.returncode == 1
+    assert finished.stderr.startswith("process 1: Traceback")
+    assert finished.stderr.endswith("ZeroDivisionError: division by zero\n")
+
+
 @pytest.mark.parametrize("work", ["print('many lines')", "sys.exit(print('help'))"])
 def test_a_command_that_nobody_reads_ends_without_a_word(work):
     reading, writing = os.pipe()

@@ -1,6 +1,8 @@
 """Several processes, by torchrun and gloo: the same objective, images and continuation."""
 
+import re
 import shutil
+import socket
 
 import pytest
 import torch
@@ -13,7 +15,8 @@ from models import Batch, Samples
 from schedules import ConsistencyTimes
 from support.data.batches import BatchPlan
 from support.data.datasets import PixelData, RawBatch
-from support.system.processes import Processes
+from support.system.files import UserError
+from support.system.processes import Processes, told_of_losses
 from support.system.randomness import PerImageStream
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("several processes")]
@@ -143,3 +146,66 @@ def test_a_batch_that_cannot_be_cut_is_refused_in_one_line_by_all(tmp_path):
     assert len(errors) == 1
     assert "batch_size: 13 cannot be cut into 2 processes x 1 accumulation_steps" in errors[0]
     assert not (tmp_path / "run").exists()
+
+
+def connected(rank: int, port: int, **world: object) -> str:
+    """What a process that looks for another at `port` of this machine says at its end."""
+    script = (
+        "from support.system.command import run_command\n"
+        "from support.system.processes import processes\n"
+        "def main():\n"
+        "    with processes('cpu', timeout_minutes=0.02):\n"
+        "        pass\n"
+        "run_command(main)"
+    )
+    own = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": 2}
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **own, **world}
+    finished = run("-c", script, env={name: str(value) for name, value in where.items()})
+    assert finished.returncode == 1
+    (line,) = [line for line in finished.stderr.splitlines() if line.startswith("error")]
+    assert "is gone" not in line
+    return line
+
+
+def test_processes_that_cannot_connect_say_what_is_the_matter():
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert "another program has that port: choose another one" in connected(0, port)
+    assert f"127.0.0.1, MASTER_PORT {port}): The client socket has" in connected(1, port)
+    assert "1/2 clients joined; start all of them" in connected(0, port)
+    assert "MASTER_PORT abc" in connected(0, port, MASTER_PORT="abc")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("[gloo/transport/tcp/pair.cc:5] Connection closed by peer"), "is gone"),
+        (RuntimeError("[gloo/a.cc:5] Timed out waiting 5ms for recv"), "was silent for 3 minutes"),
+        (
+            torch.distributed.DistBackendError(
+                "NCCL error in: ../c10d/NCCLUtils.cpp:77, unhandled cuda error, NCCL version 2.27"
+                "\nLast error:\nCuda failure 2 'out of memory'\nException raised from create at"
+            ),
+            "the exchange with the others failed (NCCL error in: ../c10d/NCCLUtils.cpp:77, "
+            "unhandled cuda error, NCCL version 2.27 Last error: Cuda failure 2 'out of memory')",
+        ),
+        (
+            torch.distributed.DistBackendError(
+                "NCCL error in: x.cpp:77, remote process exited or there was a network error"
+            ),
+            "another process is gone",
+        ),
+    ],
+)
+def test_another_process_is_gone_only_where_one_was_there(error, said):
+    with pytest.raises(UserError, match=re.escape(said)), told_of_losses(1, 3):
+        raise error
+
+
+def test_working_dir_that_each_machine_has_for_itself_is_refused_by_name(tmp_path, monkeypatch):
+    own = Processes(0, 0, 2, torch.device("cpu"))
+    monkeypatch.setattr(Processes, "agree", lambda self, value: value)
+    monkeypatch.setattr(Processes, "gather", lambda self, value: [value, "beta"])
+    with pytest.raises(UserError, match=f"working_dir: {tmp_path} on beta is not the folder"):
+        own.check_shared(tmp_path, "working_dir")
+    assert not list(tmp_path.iterdir())

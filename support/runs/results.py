@@ -81,6 +81,7 @@ class Results:
                 folder = make_folder(self.folder)
                 refusal = f"{folder}: another run is using this working_dir"
                 stack.enter_context(hold_lock(folder / ".lock", refusal))
+            self.processes.check_shared(self.folder, "working_dir")
             self.jobs = stack.enter_context(background())
             yield
 

@@ -11,6 +11,7 @@ import select
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -46,7 +47,7 @@ def run_command(main: Callable[[], int | None]) -> None:
         for stream in unread:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         status = UNREAD_STATUS
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if _has_others():
         # Without the interpreter's way out: there, threads of torch's connections that are still
         # there have been seen to abort a process that had finished its work.
         _flush()
@@ -57,6 +58,11 @@ def run_command(main: Callable[[], int | None]) -> None:
 def is_first_process() -> bool:
     """Whether this process talks: of those that torchrun has started, or because it is alone."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def _has_others() -> bool:
+    """Whether this is one of several processes of a run."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def _status_of(main: Callable[[], int | None]) -> int:
@@ -73,13 +79,26 @@ def _status_of(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return INTERRUPTED_STATUS
+    except BrokenPipeError:
+        raise
+    except Exception:
+        if not _has_others():
+            raise
+        # At once and in one piece: the others end next, each with a line of its own.
+        text = f"process {os.environ.get('RANK')}: {traceback.format_exc()}"
+        print(text, end="", file=sys.stderr, flush=True)
+        return 1
 
 
 def _say_error(text: str) -> None:
-    """One line on stderr; what all processes meet the first says, and torchrun ends the others."""
+    """One line on stderr; what all processes of a machine meet the first of them says.
+
+    torchrun ends the others, on other machines only those that it has heard of.
+    """
     whose = ""
     if not is_first_process():
-        time.sleep(PATIENCE_SECONDS)
+        if os.environ.get("LOCAL_RANK") != "0":
+            time.sleep(PATIENCE_SECONDS)
         whose = f" (process {os.environ['RANK']})"
     print(f"error{whose}: {text}", file=sys.stderr, flush=True)
 
@@ -115,14 +134,12 @@ def _attend_start() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def _explain(
-    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
-) -> None:
+def _explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """The hook for what nobody catches: a line where a package is missing, else the traceback."""
     name = error.name if isinstance(error, ModuleNotFoundError) else None
     is_ours = name and ((ROOT / f"{name}.py").exists() or (ROOT / name).exists())
     if not name or "." in name or is_ours:
-        sys.__excepthook__(kind, error, traceback)
+        sys.__excepthook__(kind, error, trace)
     else:
         _say_error(_describe_missing(PACKAGES.get(name, name)))
 

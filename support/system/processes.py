@@ -1,20 +1,34 @@
 """Processes and devices: started by torchrun or alone; nccl on CUDA, gloo elsewhere."""
 
 import contextlib
+import fcntl
+import inspect
 import os
+import re
+import socket
+import struct
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from support.system.files import UserError
+from support.system.files import Stopped, UserError
 from support.system.hardware import keep_freed_memory
 
 Value = TypeVar("Value")
+SIOCGIFADDR = 0x8915  # Linux' number for: which address has this network interface?
+# What torch, gloo and NCCL say when another process waits, and when it has ended.
+SILENT = re.compile("timed out|timeout", re.IGNORECASE)
+GONE = re.compile(
+    "(closed|reset) by peer|broken pipe|remote process exited|got 0 bytes", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +75,47 @@ class Processes:
         if self.world_size > 1:
             dist.broadcast_object_list(shared, device=self.device)
         return shared[0]
+
+    def gather(self, value: Value) -> list[Value]:
+        """The processes' values in rank order, on every process."""
+        values: list[Any] = [value]
+        if self.world_size > 1:
+            values *= self.world_size
+            dist.all_gather_object(values, value, group=self.host_group)
+        return values
+
+    def check_shared(self, folder: Path, name: str) -> None:
+        """UserError that names the machines on which `folder` is not the main process's.
+
+        All processes have to call this, once the main one can write there.
+        """
+        if self.world_size == 1:
+            return
+        token = folder / self.agree(f".shared-{uuid.uuid4().hex}")
+        try:
+            if self.is_main:
+                token.touch()
+            self.agree(None)  # by now it is there
+            missing = self.gather(None if token.exists() else _machine())
+        finally:
+            if self.is_main:
+                token.unlink(missing_ok=True)
+        if lacking := sorted({machine for machine in missing if machine}):
+            raise UserError(
+                f"{name}: {folder} on {', '.join(lacking)} is not the folder of that name on the "
+                f"first machine; it has to be on a file system that all machines share"
+            )
+
+
+def exchanging_gradients(model: nn.Module, **options: Any) -> DistributedDataParallel:
+    """`model`, whose backward pass averages the gradients of all processes.
+
+    Buffers are left alone, which torch 2.14 calls otherwise than those before.
+    """
+    known = inspect.signature(DistributedDataParallel).parameters
+    word = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options[word] = False
+    return DistributedDataParallel(model, **options)
 
 
 def choose_device(name: str, local_rank: int = 0, world_size: int = 1) -> torch.device:
@@ -131,7 +186,8 @@ def processes(device: str, timeout_minutes: float) -> Iterator[Processes]:
         return
     timeout = timedelta(minutes=timeout_minutes)
     is_cuda = chosen.type == "cuda"
-    with _told_of_losses(rank, timeout_minutes):
+    with _told_of_failed_connection(timeout_minutes):
+        _choose_interface(world_size)
         dist.init_process_group(
             "nccl" if is_cuda else "gloo",
             timeout=timeout,
@@ -142,10 +198,58 @@ def processes(device: str, timeout_minutes: float) -> Iterator[Processes]:
         )
         # A number instead of a group is for processes outside of it, and none is.
         host_group: Any = dist.new_group(backend="gloo", timeout=timeout)
+    with told_of_losses(rank, timeout_minutes), _leaving_together():
         yield Processes(rank, local_rank, world_size, chosen, host_group)
-        # Leave together, and leave the connections to the end of the process: taking them down by
-        # destroy_process_group has been seen to abort a process that had finished its work.
+
+
+@contextlib.contextmanager
+def _leaving_together() -> Iterator[None]:
+    """A block that no process leaves before all do, done or stopped: launchers end the others.
+
+    The connections stay until the end of the process: taking them down by destroy_process_group
+    has been seen to abort a process that had finished its work.
+    """
+    try:
+        yield
+    except Stopped:
         dist.barrier()
+        raise
+    dist.barrier()
+
+
+def _choose_interface(world_size: int) -> None:
+    """Let gloo connect machines by the network that leads to the first one.
+
+    By itself it takes the address of the machine's name, which many machines give as 127.0.1.1.
+    """
+    if _from_torchrun("LOCAL_WORLD_SIZE", world_size) == world_size:
+        return
+    interface = _interface_to(os.environ.get("MASTER_ADDR", ""))
+    if interface:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
+def _interface_to(host: str) -> str | None:
+    """The network interface by which `host` is reached or, where it is this machine, it is reached.
+
+    None where that cannot be told, and for the one that no other machine reaches.
+    """
+    with contextlib.suppress(OSError), socket.socket(type=socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 1))  # sends nothing
+        address = probe.getsockname()[0]
+        if address.startswith("127."):
+            return None
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):
+                answer = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("40s", name.encode()))
+                if socket.inet_ntoa(answer[20:24]) == address:
+                    return name
+    return None
+
+
+def _machine() -> str:
+    """How this machine is called in what is said."""
+    return socket.gethostname()
 
 
 def _store_of_this_attempt(timeout: timedelta) -> dist.Store:
@@ -162,17 +266,52 @@ def _store_of_this_attempt(timeout: timedelta) -> dist.Store:
 
 
 @contextlib.contextmanager
-def _told_of_losses(rank: int, timeout_minutes: float) -> Iterator[None]:
-    """A block in which another process's death or silence is a UserError."""
+def _told_of_failed_connection(timeout_minutes: float) -> Iterator[None]:
+    """A block in which what keeps the processes from finding each other is a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (RuntimeError, ValueError) as error:  # the latter of torch's reading the environment
+        where = ", ".join(
+            f"{name} {os.environ.get(name, 'not set')}" for name in ("MASTER_ADDR", "MASTER_PORT")
+        )
+        cause = _cause(error)
+        if "EADDRINUSE" in cause:
+            advice = "another program has that port: choose another one"
+        elif "waiting for clients" in cause:
+            advice = "start all of them, on every machine, with the same address and port"
+        else:
+            advice = "docs/several_gpus.md says what to look at"
+        raise UserError(
+            f"on {_machine()}: no connection to the other processes within "
+            f"{timeout_minutes:g} minutes ({where}): {cause}; {advice}"
+        ) from error
+
+
+@contextlib.contextmanager
+def told_of_losses(rank: int, timeout_minutes: float) -> Iterator[None]:
+    """A block in which another process's death or silence, or a broken link, is a UserError."""
     try:
         yield
     except RuntimeError as error:
         # gloo raises plain RuntimeErrors, which say where in it they come from.
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        is_silence = "timed out" in str(error).lower()
-        what = f"was silent for {timeout_minutes:g} minutes" if is_silence else "is gone"
+        if SILENT.search(str(error)):
+            what = f"another process was silent for {timeout_minutes:g} minutes"
+        elif GONE.search(str(error)):
+            what = "another process is gone"
+        else:
+            what = f"the exchange with the others failed ({_cause(error)})"
         raise UserError(
-            f"process {rank}: another process {what}; nothing is saved of what was under way; "
+            f"process {rank}: {what}; nothing is saved of what was under way; "
             f"the same command goes on from the last checkpoint"
         ) from error
+
+
+def _cause(error: BaseException) -> str:
+    """What torch says of an error, without the places in its source and its stack."""
+    text = str(error).split("Exception raised from")[0]
+    text = re.sub(r"\[\S*\.(cc|cpp|h):\d+\] ?", "", text)
+    return " ".join(text.split())[:300].rstrip(".")

@@ -1,0 +1,362 @@
+"""Runs over two machines that are namespaces of this one, joined by a virtual cable.
+
+    python tests/machines.py             everything that can happen to them; prints a table
+    python tests/machines.py killed      the named ones
+
+Each machine has processes, a name and a network of its own: alpha is 10.99.0.1, beta 10.99.0.2.
+Their names lead to 127.0.1.1, as on a fresh Debian. Needs root and iproute2.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from commands import ROOT
+from faults import (
+    LIMIT_SECONDS,
+    MACHINES,
+    Tally,
+    check,
+    ends_as,
+    options_of,
+    start_two,
+    wait_until,
+    whole,
+)
+
+NAMES, ADDRESSES = ("alpha", "beta"), ("10.99.0.1", "10.99.0.2")
+NOBODY, PORT = "10.99.0.9", 29500
+STOP_BETA = json.dumps(["step", "", 4, "SIGSTOP", 1])  # before the fourth step
+NO_FAULT = json.dumps(["", "", 0, "", 0])
+SILENCE_MINUTES = 0.15
+
+
+class Machine:
+    """Namespaces that end, with every process in them, when their first process is killed."""
+
+    def __init__(self, index: int, folder: Path):
+        self.index, self.folder = index, folder
+        self.cores = sorted(os.sched_getaffinity(0))
+        kinds = ["--net", "--uts", "--mount", "--mount-proc", "--pid", "--fork", "--kill-child"]
+        self._outer = subprocess.Popen(["unshare", *kinds, "sleep", "infinity"])
+        children = Path(f"/proc/{self._outer.pid}/task/{self._outer.pid}/children")
+        wait_until(lambda: (text := children.read_text().split()) and is_sleep(text[0]))
+        self.pid = children.read_text().split()[0]
+        hosts = folder / f"hosts{index}"
+        hosts.write_text(f"127.0.0.1 localhost\n127.0.1.1 {NAMES[index]}\n")
+        self.do("mount", "--bind", hosts, "/etc/hosts")
+        self.do("hostname", NAMES[index])
+
+    def inside(self, *command: object) -> list[str]:
+        return ["nsenter", "-t", self.pid, "-n", "-u", "-m", "-p", *map(str, command)]
+
+    def do(self, *command: object) -> None:
+        subprocess.run(self.inside(*command), check=True)
+
+    def connect(self) -> None:
+        """Give its end of the cable an address."""
+        self.do("ip", "address", "add", f"{ADDRESSES[self.index]}/24", "dev", "eth0")
+        for interface in ("lo", "eth0"):
+            self.do("ip", "link", "set", interface, "up")
+
+    def start(self, command: Sequence[object], **environment: object) -> "Command":
+        """A Python command on one core of its own, where there are as many."""
+        core = self.cores[self.index % len(self.cores)]
+        settings = [f"{name}={value}" for name, value in environment.items()]
+        prefix = ["env", "-C", ROOT, "OMP_NUM_THREADS=1", *settings, "taskset", "-c", core]
+        output = self.folder / f"{NAMES[self.index]}.{time.monotonic_ns()}"
+        return Command(self.inside(*prefix, sys.executable, *command), output)
+
+    def kill(self) -> None:
+        """End all its processes at once."""
+        self._outer.kill()
+        self._outer.wait()
+
+
+def is_sleep(pid: str) -> bool:
+    """Whether a process has become what it was started for."""
+    return Path(f"/proc/{pid}/comm").read_text().strip() == "sleep"
+
+
+class Command:
+    """A command on a machine, its output in a file."""
+
+    def __init__(self, command: list[str], output: Path):
+        self._output = output
+        with output.open("wb") as file:
+            self._process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+
+    def said(self) -> str:
+        return self._output.read_text()
+
+    def end(self) -> int:
+        """The exit status, within LIMIT_SECONDS."""
+        try:
+            return self._process.wait(LIMIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {LIMIT_SECONDS} s: {self.said()}") from None
+
+    def refused(self, *words: str) -> None:
+        """Wait for the command to end with one line of an error, these words in it."""
+        check(self.end() != 0, self.said())
+        self.complains(*words)
+
+    def complains(self, *words: str) -> None:
+        """Wait for one line of an error, these words in it; torchrun may go on for minutes."""
+        wait_until(lambda: re.search("^error.*\n", self.said(), re.MULTILINE))
+        lines = [line for line in self.said().splitlines() if line.startswith("error")]
+        check(len(lines) == 1, self.said())
+        for word in words:
+            check(word in lines[0], f"{word!r} is not in {lines[0]!r}")
+
+
+class Machines:
+    """The two, and the cable between them."""
+
+    def __init__(self, folder: Path):
+        self.both = [Machine(index, folder) for index in range(2)]
+        alpha, beta = self.both
+        cable = ["link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", beta.pid]
+        subprocess.run(["nsenter", "-t", alpha.pid, "-n", "ip", *cable], check=True)
+        for machine in self.both:
+            machine.connect()
+
+    def plug(self, is_in: bool) -> None:
+        """Plug the cable into beta, or pull it."""
+        self.both[1].do("ip", "link", "set", "eth0", "up" if is_in else "down")
+
+    def wait_until_beta_stops(self) -> None:
+        """Wait until its part of the run is stopped, which that of alpha then waits for."""
+        states = self.both[1].inside("ps", "-e", "-o", "stat")
+        wait_until(lambda: "\nT" in subprocess.check_output(states, text=True))
+
+    def go_on(self) -> None:
+        """Let beta's part of the run go on."""
+        self.both[1].do("kill", "-CONT", "--", "-1")
+
+    def start(self, index: int, place: Path, fault: str = NO_FAULT, **values: object) -> Command:
+        """torchrun of a run on one of them."""
+        flags = [
+            *("--nnodes=2", "--nproc-per-node=1", "--rdzv-id=soflow", "--rdzv-backend=c10d"),
+            f"--rdzv-endpoint={ADDRESSES[0]}:{PORT}",
+            f"--rdzv-conf=is_host={index == 0},timeout=20",
+            f"--local-addr={ADDRESSES[index]}",
+        ]
+        options = options_of(place, **{"timeout_minutes": SILENCE_MINUTES, **values})
+        script = [ROOT / "tests" / "faulty.py", fault, *options]
+        return self.both[index].start(["-m", "torch.distributed.run", *flags, *script])
+
+    def start_both(self, place: Path, fault: str = NO_FAULT) -> list[Command]:
+        return [self.start(index, place, fault) for index in range(2)]
+
+    def start_alone(self, index: int, place: Path, **environment: object) -> Command:
+        """A process of a run as SLURM starts it, without torchrun."""
+        world = {"RANK": index, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1}
+        place = {"MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": PORT, **environment}, place
+        options = options_of(place[1], timeout_minutes=SILENCE_MINUTES)
+        return self.both[index].start([ROOT / "train.py", *options], **world, **place[0])
+
+    def close(self) -> None:
+        for machine in self.both:
+            machine.kill()
+
+
+@contextlib.contextmanager
+def machines(folder: Path) -> Iterator[Machines]:
+    """Two machines for the length of the block."""
+    pair = Machines(folder)
+    try:
+        yield pair
+    finally:
+        pair.close()
+
+
+def finish(commands: list[Command]) -> None:
+    """Wait for a run that has to finish."""
+    for command in commands:
+        check(command.end() == 0, command.said())
+
+
+# What can happen to them
+
+
+def trains(folder: Path, unbroken: Path) -> None:
+    """A run ends as one on one machine does, by torchrun and without."""
+    with machines(folder) as pair:
+        finish(pair.start_both(folder / "torchrun"))
+        ends_as(folder / "torchrun", unbroken)
+        finish([pair.start_alone(index, folder / "alone") for index in range(2)])
+        ends_as(folder / "alone", unbroken)
+
+
+def continues(folder: Path, unbroken: Path) -> None:
+    """A run whose last checkpoints are gone goes on from the first."""
+    shutil.copytree(unbroken, folder / "run")
+    for path in (folder / "run").glob("*/[346].*"):
+        path.unlink()
+    with machines(folder) as pair:
+        finish(pair.start_both(folder / "run"))
+    ends_as(folder / "run", unbroken)
+
+
+def killed(folder: Path, unbroken: Path) -> None:
+    """All processes of a machine are killed; the other says so, and the same commands go on."""
+    with machines(folder) as pair:
+        alpha, _ = pair.start_both(folder / "run", STOP_BETA)
+        pair.wait_until_beta_stops()
+        pair.both[1].kill()
+        alpha.complains("another process is gone")
+    with machines(folder) as pair:
+        finish(pair.start_both(folder / "run"))
+    ends_as(folder / "run", unbroken)
+
+
+def blinks(folder: Path, unbroken: Path) -> None:
+    """The cable is out for less than the time-out: nothing happens."""
+    with machines(folder) as pair:
+        commands = pair.start_both(folder / "run", STOP_BETA)
+        pair.wait_until_beta_stops()
+        pair.plug(False)
+        pair.go_on()
+        time.sleep(2)
+        pair.plug(True)
+        finish(commands)
+    ends_as(folder / "run", unbroken)
+
+
+def cut(folder: Path, unbroken: Path) -> None:
+    """The cable is out for longer: both give up, and once it is in the same commands go on."""
+    with machines(folder) as pair:
+        commands = pair.start_both(folder / "run", STOP_BETA)
+        pair.wait_until_beta_stops()
+        pair.plug(False)
+        pair.go_on()
+        for command in commands:
+            command.complains(f"another process was silent for {SILENCE_MINUTES} minutes")
+    with machines(folder) as pair:
+        finish(pair.start_both(folder / "run"))
+    ends_as(folder / "run", unbroken)
+
+
+def slow(folder: Path, unbroken: Path) -> None:
+    """Each packet takes 50 ms, and one in a hundred is lost."""
+    with machines(folder) as pair:
+        for machine in pair.both:
+            netem = ["root", "netem", "delay", "50ms", "loss", "1%"]
+            machine.do("tc", "qdisc", "add", "dev", "eth0", *netem)
+        finish(pair.start_both(folder / "run"))
+    ends_as(folder / "run", unbroken)
+
+
+def late(folder: Path, unbroken: Path) -> None:
+    """A machine comes when the other has waited for a while."""
+    with machines(folder) as pair:
+        alpha = pair.start(0, folder / "run")
+        time.sleep(10)
+        finish([alpha, pair.start(1, folder / "run")])
+    ends_as(folder / "run", unbroken)
+
+
+def unshared(folder: Path, unbroken: Path) -> None:
+    """The working_dir is each machine's own: refused, and the machine that lacks it named."""
+    place = folder / "own" / "run"
+    place.parent.mkdir()
+    with machines(folder) as pair:
+        pair.both[1].do("mount", "-t", "tmpfs", "x", place.parent)
+        words = ("working_dir", str(place), "on beta is not the folder", "share")
+        alpha, beta = pair.start_both(place)
+        alpha.refused(*words)
+        beta.refused(*words)
+    check(not list(place.rglob("*.pt")), "a checkpoint is there")
+
+
+def misled(folder: Path, unbroken: Path) -> None:
+    """A wrong address and a port in use end in a line, within the time-out."""
+    with machines(folder) as pair:
+        wrong = pair.start_alone(1, folder / "run", MASTER_ADDR=NOBODY)
+        wrong.refused("on beta: no connection", f"MASTER_ADDR {NOBODY}", "No route to host")
+        listen = "import socket, time; s = socket.create_server(('', 29500)); time.sleep(60)"
+        pair.both[0].start(["-c", listen])
+        time.sleep(1)
+        taken = pair.start_alone(0, folder / "run")
+        taken.refused("on alpha", "another program has that port", f"MASTER_PORT {PORT}")
+    check(not (folder / "run").exists(), "a folder is made")
+
+
+HAPPENINGS: dict[str, Callable[[Path, Path], None]] = {name: globals()[name] for name in MACHINES}
+ROWS = {
+    "trains": "two machines",
+    "continues": "two machines, continuing",
+    "killed": "a machine killed",
+    "blinks": "link cut for two seconds",
+    "cut": "link cut for longer, healed",
+    "slow": "link of 50 ms that loses 1 %",
+    "late": "a machine that joins late",
+    "unshared": "working_dir that is not shared",
+    "misled": "wrong address, port in use",
+}
+
+
+def obstacle(name: str) -> str:
+    """Why this machine cannot be two, or nothing."""
+    if os.geteuid() != 0:
+        return "needs root"
+    if not all(map(shutil.which, ("ip", "unshare", "nsenter", "taskset"))):
+        return "needs iproute2 and util-linux"
+    trial = ["ip link add name v0 type veth peer name v1"]
+    if name == "slow":
+        trial.append("tc qdisc add dev lo root netem delay 1ms")
+    for command in trial:
+        if subprocess.run(["unshare", "--net", *command.split()], capture_output=True).returncode:
+            return f"this kernel does not do `{command}`"
+    return ""
+
+
+def try_it(name: str, folder: Path) -> Tally:
+    """One happening, in a folder of its own."""
+    tally = Tally(ROWS[name])
+    if why := obstacle(name):
+        return dataclasses.replace(tally, skipped=why)
+    with tally.attempt(name):
+        unbroken = folder / "whole"
+        if not unbroken.exists() and name not in ("unshared", "misled"):
+            whole(unbroken, start_two)
+        (folder / name).mkdir()
+        HAPPENINGS[name](folder / name, unbroken)
+    return tally
+
+
+def main() -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(HAPPENINGS)}")
+    parser.add_argument("--json", action="store_true", help="print tallies instead of a table")
+    arguments = parser.parse_args()
+    tallies = []
+    with tempfile.TemporaryDirectory(prefix="machines-") as folder:
+        for name in arguments.names or HAPPENINGS:
+            started = time.monotonic()
+            tallies.append(try_it(name, Path(folder)))
+            if not arguments.json:
+                print(f"{tallies[-1].row()}   ({time.monotonic() - started:.0f} s)", flush=True)
+                for failure in tallies[-1].failures:
+                    print(f"    {failure}", flush=True)
+    if arguments.json:
+        print(json.dumps([dataclasses.asdict(tally) for tally in tallies]))
+    return int(any(tally.lost for tally in tallies))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
