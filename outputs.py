@@ -116,8 +116,6 @@ def save_and_stop(run: Run) -> NoReturn:
     if not run.processes.agree(path.exists()):
         make_checkpoint(run, path)
         jobs.wait()
-    # Nobody leaves before all is saved: launchers end the others when the first has left.
-    run.processes.agree(None)
     run.logbook.line(
         f"stopped by a signal after step {steps}, saved in {path}; the same command goes on"
     )

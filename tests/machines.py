@@ -159,12 +159,20 @@ class Machines:
     def start_both(self, place: Path, fault: str = NO_FAULT) -> list[Command]:
         return [self.start(index, place, fault) for index in range(2)]
 
+    def start_and_part(self, place: Path) -> list[Command]:
+        """A run on both whose cable is pulled before the fourth step."""
+        commands = self.start_both(place, STOP_BETA)
+        self.wait_until_beta_stops()
+        self.plug(False)
+        self.go_on()
+        return commands
+
     def start_alone(self, index: int, place: Path, **environment: object) -> Command:
         """A process of a run as SLURM starts it, without torchrun."""
         world = {"RANK": index, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1}
-        place = {"MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": PORT, **environment}, place
-        options = options_of(place[1], timeout_minutes=SILENCE_MINUTES)
-        return self.both[index].start([ROOT / "train.py", *options], **world, **place[0])
+        where = {"MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": PORT, **environment}
+        options = options_of(place, timeout_minutes=SILENCE_MINUTES)
+        return self.both[index].start([ROOT / "train.py", *options], **world, **where)
 
     def close(self) -> None:
         for machine in self.both:
@@ -224,10 +232,7 @@ def killed(folder: Path, unbroken: Path) -> None:
 def blinks(folder: Path, unbroken: Path) -> None:
     """The cable is out for less than the time-out: nothing happens."""
     with machines(folder) as pair:
-        commands = pair.start_both(folder / "run", STOP_BETA)
-        pair.wait_until_beta_stops()
-        pair.plug(False)
-        pair.go_on()
+        commands = pair.start_and_part(folder / "run")
         time.sleep(2)
         pair.plug(True)
         finish(commands)
@@ -237,10 +242,7 @@ def blinks(folder: Path, unbroken: Path) -> None:
 def cut(folder: Path, unbroken: Path) -> None:
     """The cable is out for longer: both give up, and once it is in the same commands go on."""
     with machines(folder) as pair:
-        commands = pair.start_both(folder / "run", STOP_BETA)
-        pair.wait_until_beta_stops()
-        pair.plug(False)
-        pair.go_on()
+        commands = pair.start_and_part(folder / "run")
         for command in commands:
             command.complains(f"another process was silent for {SILENCE_MINUTES} minutes")
     with machines(folder) as pair:

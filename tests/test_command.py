@@ -13,7 +13,7 @@ from support.system.command import run_command
 from support.system.files import UserError
 
 FIRST_PACKAGE = {
-    "train.py": "numpy",
+    "train.py": "torch",
     "inference.py": "torch",
     "latent_dataset.py": "numpy",
     "evaluator.py": "numpy",

@@ -114,8 +114,7 @@ def exchanging_gradients(model: nn.Module, **options: Any) -> DistributedDataPar
     """
     known = inspect.signature(DistributedDataParallel).parameters
     word = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    options[word] = False
-    return DistributedDataParallel(model, **options)
+    return DistributedDataParallel(model, **{**options, word: False})
 
 
 def choose_device(name: str, local_rank: int = 0, world_size: int = 1) -> torch.device:
