@@ -1,7 +1,7 @@
 # make quickstart: install into .venv, train on real digits, sample with 1 and 2 steps, score
 # make check:      lint, check types, run the quick tests: a minute or two
 # make test:       install, lint, check types, run all tests
-# make faults:     kill, stop and damage runs in 534 ways; three to five minutes
+# make faults:     kill, stop and damage runs in 542 ways; about six minutes
 
 PYTHON ?= python3
 DIGITS = runs/digits

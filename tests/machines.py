@@ -113,7 +113,10 @@ class Command:
 
     def complains(self, *words: str) -> None:
         """Wait for one line of an error, these words in it; torchrun may go on for minutes."""
-        wait_until(lambda: re.search("^error.*\n", self.said(), re.MULTILINE))
+        try:
+            wait_until(lambda: re.search("^error.*\n", self.said(), re.MULTILINE))
+        except AssertionError:
+            raise AssertionError(f"no error for {LIMIT_SECONDS} s: {self.said()}") from None
         lines = [line for line in self.said().splitlines() if line.startswith("error")]
         check(len(lines) == 1, self.said())
         for word in words:
