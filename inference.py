@@ -257,7 +257,7 @@ def draw(grid: Grid, path: Path, class_names: Sequence[str]) -> None:
     """Write the picture and say what is in it."""
     save_grid(path, grid.pixels, grid.columns)
     names = [class_names[label] if class_names else str(label) for label in grid.classes]
-    rows = f", one class a row ({', '.join(names)})" if names else ""
+    rows = f", one class a row ({', '.join(names)})" if names else ", the first ones"
     print(f"{len(grid.pixels) // grid.columns} x {grid.columns} of them{rows}, in {path}")
 
 

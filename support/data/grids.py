@@ -35,7 +35,7 @@ class GridImages:
 
     That is one class a row: each of the `given` classes, in that order, with as many columns as all
     of them fill; where none are given (or too many), classes spread evenly over `num_classes`, if
-    their rows fill up. Otherwise it is the first images, sorted by class, in a rectangle that they
+    their rows fill up. Otherwise it is the first images as they come, in a rectangle that they
     fill.
     """
 
@@ -48,7 +48,7 @@ class GridImages:
             choices = [choices[place] for place in spread]
         self.rows_of_each = max(1, self.rows // len(choices))
         self._of_class: dict[int, list[np.ndarray]] = {label: [] for label in choices}
-        self._first: list[tuple[int, np.ndarray]] = []
+        self._first: list[np.ndarray] = []
         self._room: Iterator[np.ndarray] | None = None  # for the images that are kept
 
     def add(self, batch: ImageBatch) -> None:
@@ -61,10 +61,9 @@ class GridImages:
             most = (self.rows + len(self._of_class) * self.rows_of_each) * self.columns
             self._room = iter(np.empty((most, *batch.pixels.shape[1:]), np.uint8))
         missing = self.rows * self.columns - len(self._first)
-        labels = [0] * len(batch.pixels) if batch.labels is None else batch.labels.tolist()
-        labelled = list(zip(labels, batch.pixels, strict=True))
-        self._first += [(label, self._keep(image)) for label, image in labelled[:missing]]
-        for label, image in labelled if batch.labels is not None else []:
+        self._first += [self._keep(image) for image in batch.pixels[:missing]]
+        labels = [] if batch.labels is None else batch.labels.tolist()
+        for label, image in zip(labels, batch.pixels, strict=False):
             images = self._of_class.get(label)
             if images is not None and len(images) < self.rows_of_each * self.columns:
                 images.append(self._keep(image))
@@ -86,8 +85,8 @@ class GridImages:
             pixels = [image for images in shown.values() for image in images[: rows * columns]]
             return Grid(np.stack(pixels), columns, [label for label in shown for _ in range(rows)])
         rows, columns = fullest_rectangle(len(self._first), (self.rows, self.columns))
-        by_class = sorted(self._first[: rows * columns], key=lambda labelled: labelled[0])
-        return Grid(np.stack([image for _, image in by_class]), columns, [])
+        # As they come: sorted, a class would go on in the next row.
+        return Grid(np.stack(self._first[: rows * columns]), columns, [])
 
 
 def fullest_rectangle(num_images: int, shape: tuple[int, int]) -> tuple[int, int]:
