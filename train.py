@@ -40,27 +40,14 @@ from models import Batch, Method, build_model
 from outputs import make_result, save_and_stop
 from passes import set_options
 from published import save_published_config
-from sampling import (
-    find_decoder,
-)
+from sampling import find_decoder
 from support.data.batches import BatchPlan, build_loader
-from support.data.datasets import (
-    MadeUpData,
-    RawBatch,
-    TrainingData,
-    build_data,
-)
+from support.data.datasets import MadeUpData, RawBatch, TrainingData, build_data
 from support.runs.averages import is_ema_step, update_ema
 from support.runs.budget import count_parameters
 from support.runs.checkpoint import TrainState, find_checkpoints
 from support.runs.guard import NonFiniteGuard
-from support.runs.logbook import (
-    Interval,
-    Logbook,
-    device_name,
-    duration,
-    peak_memory_gb,
-)
+from support.runs.logbook import Interval, Logbook, device_name, duration, peak_memory_gb
 from support.runs.optimizers import build_optimizer
 from support.runs.rehearsal import within_memory
 from support.runs.results import Results, is_due

@@ -54,12 +54,12 @@ class GridImages:
     def add(self, batch: ImageBatch) -> None:
         """Keep what may be shown of the batch, in copies: a view would keep all of it.
 
-        The copies lie in one piece. One by one, between batches that come and go, they would leave
-        the heap no gap for the next batch, and it would grow by each.
+        The copies lie in one piece, taken at once. One by one, between batches that come and go,
+        they would leave the heap no gap for the next batch, and it would grow by each.
         """
         if self._room is None:
             most = (self.rows + len(self._of_class) * self.rows_of_each) * self.columns
-            self._room = iter(np.empty((most, *batch.pixels.shape[1:]), np.uint8))
+            self._room = iter(np.zeros((most, *batch.pixels.shape[1:]), np.uint8))
         missing = self.rows * self.columns - len(self._first)
         self._first += [self._keep(image) for image in batch.pixels[:missing]]
         labels = [] if batch.labels is None else batch.labels.tolist()
