@@ -1,7 +1,7 @@
 """The draws of a training step: noise, times, dropped labels, flips, augmentation, dropout seeds.
 
-Every draw belongs to (seed, purpose, step, part) and to nothing else, so that a continued run draws
-what an unbroken one would have drawn.
+Every draw belongs to (seed, purpose, step, microbatch) and to nothing else, so that a continued run
+draws what an unbroken one would have drawn.
 """
 
 import torch
@@ -15,22 +15,22 @@ from support.data.batches import BatchPlan
 from support.data.datasets import RawBatch, TrainingData
 from support.system.randomness import derive_seed, draw_logit_normal, draw_null_mask, generator
 
-# B samples of the part, V of them for flow matching
+# B samples of the microbatch, V of them for flow matching
 
 
-class PartDraws:
-    """The generators of one part of one step."""
+class MicrobatchDraws:
+    """The generators of one microbatch of one step."""
 
-    def __init__(self, config: Config, step: int, part: int, device: torch.device):
-        self.config, self.step, self.part, self.device = config, step, part, device
+    def __init__(self, config: Config, step: int, microbatch: int, device: torch.device):
+        self.config, self.step, self.microbatch, self.device = config, step, microbatch, device
 
     def on_cpu(self, purpose: str) -> torch.Generator:
         """The generator of `purpose`, on the CPU."""
-        return generator(self.config.seed, purpose, self.step, self.part)
+        return generator(self.config.seed, purpose, self.step, self.microbatch)
 
     def on_device(self, purpose: str) -> torch.Generator:
-        """The generator of `purpose`, on the part's device."""
-        return generator(self.config.seed, purpose, self.step, self.part, device=self.device)
+        """The generator of `purpose`, on the microbatch's device."""
+        return generator(self.config.seed, purpose, self.step, self.microbatch, device=self.device)
 
     def noise(self, like: Tensor) -> Tensor:
         """x_1, shaped like x_0."""
@@ -71,7 +71,7 @@ class PartDraws:
 
     def dropout_seed(self, loss: str) -> int:
         """The seed of the dropout masks of one loss's passes."""
-        return derive_seed(self.config.seed, f"{loss} dropout", self.step, self.part)
+        return derive_seed(self.config.seed, f"{loss} dropout", self.step, self.microbatch)
 
     def _times(self, purpose: str, count: int, index: int) -> Tensor:
         mean, std = self.config.time_mean[index], self.config.time_std[index]
@@ -85,18 +85,18 @@ def draw_batch(
     data: TrainingData,
     raw: RawBatch,
     step: int,
-    part: int,
+    microbatch: int,
     device: torch.device,
 ) -> Batch:
-    """One part of the global batch that follows `step` finished steps, on `device`."""
-    draws = PartDraws(config, step, part, device)
+    """One microbatch of the global batch that follows `step` finished steps, on `device`."""
+    draws = MicrobatchDraws(config, step, microbatch, device)
     stored = raw.stored.to(device, non_blocking=True)
     x_0 = draws.flipped(data.clean(stored, draws.on_device("latents")))
     x_0, augment_labels = draws.augmented(x_0)
     x_1 = draws.noise(x_0)
     labels = raw.labels.to(device, non_blocking=True) if config.is_conditional else None
     null_mask = draws.null_mask(len(x_0))
-    V = len(plan.flow_matching_samples(part))
+    V = len(plan.flow_matching_samples(microbatch))
 
     def samples(rows: slice, loss: str) -> Samples:
         return Samples(

@@ -49,7 +49,7 @@ from support.runs.checkpoint import (
 from support.runs.logbook import record_of, weights_digest, write_record
 from support.system.files import UserError, check_writable, make_folder
 from support.system.hardware import allow_tf32
-from support.system.processes import Processes, processes
+from support.system.processes import Processes, connected
 from support.system.randomness import GivenLabels, PerImageStream, ReferenceStream, SamplingStream
 
 LARGEST_COUNT = 10**7  # of channels or classes
@@ -102,19 +102,21 @@ def find_run(config: Config, config_path: Path, is_chosen: bool) -> Path:
     UserError where there is none, or where each is the folder of another run and the user has not
     chosen.
     """
-    named, own = Path(config.working_dir), run_of_config(config_path)
-    if own and not is_chosen and named.resolve() != own.resolve():
+    named, beside = Path(config.working_dir), run_of_config(config_path)
+    if beside and not is_chosen and named.resolve() != beside.resolve():
         if (named / "ckpts").is_dir():
-            choices = [f"--set working_dir={shlex.quote(str(folder))}" for folder in (own, named)]
+            choices = [
+                f"--set working_dir={shlex.quote(str(folder))}" for folder in (beside, named)
+            ]
             raise UserError(
-                f"{config_path}: lies beside {own / 'ckpts'}, and its working_dir {named} has "
+                f"{config_path}: lies beside {beside / 'ckpts'}, and its working_dir {named} has "
                 f"checkpoints too; say {' or '.join(choices)}"
             )
-        return own
+        return beside
     if not named.is_dir():
         hint = "start where it is relative to, or say --set working_dir=FOLDER"
-        if own:
-            hint = f"leave out --set working_dir to sample from {own}"
+        if beside:
+            hint = f"leave out --set working_dir to sample from {beside}"
         raise UserError(f"{config_path}: working_dir: {named} does not exist; {hint}")
     return named
 
@@ -196,15 +198,15 @@ def names_of(content: Mapping[str, Any], num_classes: int, path: Path) -> list[s
     return names
 
 
-def run_inference(arguments: argparse.Namespace, sources: Sources, own: Processes) -> None:
+def run_inference(arguments: argparse.Namespace, sources: Sources, processes: Processes) -> None:
     """Sample what the command line asks for; all processes take part."""
     config = sources.config
     output = choose_output(arguments, sources)
     find_decoder(config)
-    allow_tf32(own.device, config.precision != "fp32")
-    loaded = load_model(config, sources.checkpoint, own.device)
+    allow_tf32(processes.device, config.precision != "fp32")
+    loaded = load_model(config, sources.checkpoint, processes.device)
     labels = choose_labels(arguments.labels, config, loaded)
-    stream = choose_stream(arguments.noise_stream, labels, config, loaded, own)
+    stream = choose_stream(arguments.noise_stream, labels, config, loaded, processes)
     request = SampleRequest(
         config.eval_num_samples, config.eval_batch_size, config.eval_NFE, stream
     )
@@ -213,7 +215,7 @@ def run_inference(arguments: argparse.Namespace, sources: Sources, own: Processe
         return record_of(
             output,
             config.to_dict(),
-            own,
+            processes,
             config.seed,
             num_images=request.num_images,
             NFE=request.num_jumps,
@@ -229,7 +231,7 @@ def run_inference(arguments: argparse.Namespace, sources: Sources, own: Processe
             output.unlink(missing_ok=True)
         write_record(output, its_record())
 
-    if own.is_main:
+    if processes.is_main:
         make_folder(output.parent)
         if arguments.grid:
             check_writable(Path(arguments.grid))
@@ -237,17 +239,21 @@ def run_inference(arguments: argparse.Namespace, sources: Sources, own: Processe
             refuse_to_replace(output, its_record())
     shown = GridImages(config.eval_demo_shape, loaded.num_classes, labels)
     with (
-        decoding(config, own.device) as decode,
-        tqdm(total=request.num_images, unit="image", disable=None if own.is_main else True) as bar,
+        decoding(config, processes.device) as decode,
+        tqdm(
+            total=request.num_images, unit="image", disable=None if processes.is_main else True
+        ) as bar,
     ):
 
         def report(batch: ImageBatch) -> None:
             shown.add(batch)
             bar.update(len(batch.pixels))
 
-        batches = sample_pixels(loaded.model, request, own, decode)
-        write_samples(output, batches, request.num_images, own.is_main, write_its_record, report)
-    if own.is_main:
+        batches = sample_pixels(loaded.model, request, processes, decode)
+        write_samples(
+            output, batches, request.num_images, processes.is_main, write_its_record, report
+        )
+    if processes.is_main:
         print(f"{request.num_images} images in {output}")
         if arguments.grid:
             draw(shown.arranged(), Path(arguments.grid), loaded.class_names)
@@ -325,14 +331,14 @@ def in_short(value: Any) -> str:
 
 
 def choose_stream(
-    name: str, labels: Sequence[int], config: Config, loaded: LoadedModel, own: Processes
+    name: str, labels: Sequence[int], config: Config, loaded: LoadedModel, processes: Processes
 ) -> SamplingStream:
     """The source of noise and labels that the command line asks for."""
     num_classes, shape = loaded.num_classes, loaded.shape
     stream: SamplingStream
     if name == "reference":
         stream = ReferenceStream(
-            config.seed, own.rank, num_classes, shape, config.is_conditional, own.device
+            config.seed, processes.rank, num_classes, shape, config.is_conditional, processes.device
         )
     else:
         stream = PerImageStream(config.seed, num_classes if config.is_conditional else None, shape)
@@ -459,10 +465,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("there is no guidance scale when sampling: guidance was trained in")
     notes: list[str] = []
     sources = find_sources(arguments, notes.append)
-    with processes(sources.config.device, sources.config.timeout_minutes) as own:
-        for note in notes if own.is_main else []:
+    with connected(sources.config.device, sources.config.timeout_minutes) as processes:
+        for note in notes if processes.is_main else []:
             print(note, file=sys.stderr)
-        run_inference(arguments, sources, own)
+        run_inference(arguments, sources, processes)
 
 
 if __name__ == "__main__":

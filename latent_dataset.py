@@ -49,7 +49,7 @@ from support.data.vae import (
 from support.runs.logbook import code_version, duration, weights_digest
 from support.system.files import UserError
 from support.system.hardware import allow_tf32
-from support.system.processes import Processes, processes
+from support.system.processes import Processes, connected
 
 SECONDS_BETWEEN_LINES = 10
 TIMEOUT_MINUTES = 120.0  # of a process that is done with its share, for the slowest
@@ -140,8 +140,8 @@ class Progress:
 
     def summary(self) -> str:
         """What all processes did together; all of them have to ask."""
-        own = torch.tensor([self.done_images, self.vae_seconds, self.seconds])
-        summed = self.processes.sum_over_ranks(own.to(self.processes.device))
+        counts = torch.tensor([self.done_images, self.vae_seconds, self.seconds])
+        summed = self.processes.sum_over_ranks(counts.to(self.processes.device))
         images, vae_seconds, seconds = summed.tolist()
         return (
             f"{images:.0f} images in {duration(self.seconds)}, {images / self.seconds:.1f} "
@@ -271,7 +271,7 @@ def is_made(parts_folder: PartsFolder, plan: Plan) -> bool:
 
 
 def run_extraction(
-    arguments: argparse.Namespace, own: Processes, until_end: contextlib.ExitStack
+    arguments: argparse.Namespace, processes: Processes, until_end: contextlib.ExitStack
 ) -> Extraction | None:
     """Make the parts that are missing, all processes together; None where the file is there.
 
@@ -279,13 +279,13 @@ def run_extraction(
     """
     data_path = Path(arguments.data_path)
     files = class_folders(data_path)
-    if own.is_main:
+    if processes.is_main:
         counts = np.bincount(files.labels, minlength=len(files.class_names))
         say(describe_classes(files.class_names, counts.tolist()))
         if note := files.left_out_note():
             say(note)
     found = find_vae(arguments.vae)
-    vae = load_vae(found, own.device)
+    vae = load_vae(found, processes.device)
     plan = Plan(
         num_images=len(files.paths),
         images_sha256=images_digest(files),
@@ -296,25 +296,29 @@ def run_extraction(
         part_images=max(PART_IMAGES, arguments.device_batch_size),
         exif=arguments.exif,
     )
-    if own.agree(plan.images_sha256) != plan.images_sha256:
-        raise UserError(f"{data_path}: process {own.rank} sees other pictures there than process 0")
+    if processes.agree(plan.images_sha256) != plan.images_sha256:
+        raise UserError(
+            f"{data_path}: process {processes.rank} sees other pictures there than process 0"
+        )
     parts_folder = PartsFolder(Path(arguments.save_path))
-    if own.agree(own.is_main and is_made(parts_folder, plan)):
+    if processes.agree(processes.is_main and is_made(parts_folder, plan)):
         return None
-    if own.is_main:
+    if processes.is_main:
         until_end.enter_context(parts_folder.owned())
-    plan, missing = own.agree(begin(parts_folder, plan, arguments) if own.is_main else None)
-    if own.is_main:
+    plan, missing = processes.agree(
+        begin(parts_folder, plan, arguments) if processes.is_main else None
+    )
+    if processes.is_main:
         say(f"pictures in {plan.num_parts} parts; {len(missing)} of them are to be made")
-    parts = missing[own.rank :: own.world_size]
-    progress = Progress(own, sum(len(plan.images_of(part)) for part in parts))
+    parts = missing[processes.rank :: processes.world_size]
+    progress = Progress(processes, sum(len(plan.images_of(part)) for part in parts))
     loader = build_loader(Pictures(files, plan), plan, parts, arguments)
     maker = PartMaker(plan, arguments, loader, vae, progress)
     for index in parts:
         parts_folder.write_part(index, maker.make(index))
     release(vae)
     summary = progress.summary()
-    if own.is_main and missing:
+    if processes.is_main and missing:
         say(summary)
     return Extraction(files, found, plan, parts_folder)
 
@@ -451,10 +455,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     refuse_folder_among_classes(arguments)
     with contextlib.ExitStack() as until_end:
-        with processes(arguments.device, TIMEOUT_MINUTES) as own:
-            allow_tf32(own.device, True)
-            extraction = run_extraction(arguments, own, until_end)
-        if own.is_main and extraction:  # while nobody waits for it
+        with connected(arguments.device, TIMEOUT_MINUTES) as processes:
+            allow_tf32(processes.device, True)
+            extraction = run_extraction(arguments, processes, until_end)
+        if processes.is_main and extraction:  # while nobody waits for it
             merge(extraction)
 
 

@@ -55,12 +55,12 @@ class LossTerms(NamedTuple):
     weight: Tensor
 
     def share(self, global_count: int) -> "LossTerms":
-        """Of terms of [B] each, this part's share of the mean over so many samples of all parts."""
+        """Of terms of [B] each, their share of the mean over the global batch's samples."""
         return LossTerms(*(term.sum() / max(global_count, 1) for term in self))
 
 
 class StepTerms(NamedTuple):
-    """A step's objective and its metrics by name; sums over all parts are the step's values.
+    """A step's objective and its metrics by name; sums over microbatches are the step's values.
 
     The objective is for its gradient: its value, with the surrogate in it, says nothing.
     """
@@ -87,9 +87,9 @@ class Samples:
 
 @dataclass(frozen=True)
 class Batch:
-    """One part of a step's global batch, drawn: the samples and times of each loss.
+    """One microbatch of a step's global batch, drawn: the samples and times of each loss.
 
-    The counts are those of all parts together.
+    The counts are those of the whole batch.
     """
 
     flow_matching: Samples
@@ -225,7 +225,7 @@ class Method(nn.Module):
         """Take from a config's keys what the loss depends on."""
 
     def loss(self, batch: Batch) -> StepTerms:
-        """The objective on one part of the global batch, normalised by the global counts."""
+        """The objective on one microbatch, normalised by the global counts."""
         return self(batch)
 
     def jump(self, x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
@@ -261,11 +261,11 @@ class SoFlow(Method):
         self.objective = Objective(**{f.name: settings[f.name] for f in fields(Objective)})
 
     def forward(self, batch: Batch) -> StepTerms:
-        """One step's objective on one part of the global batch, normalised by the global counts.
+        """One step's objective on one microbatch, normalised by the global counts.
 
         Each loss is weighted by its share of the global batch: every sample counts alike. Summed
-        over all parts, `loss` and its gradients are those of the whole batch. The network is called
-        three times, or two without guidance, where precision and dropout allow both losses in one:
+        over all microbatches, `loss` and its gradients are the batch's. The network is called three
+        times, or two without guidance, where precision and dropout allow both losses in one:
 
             guidance:       v_null            v_null, v_label
             with gradient:  F(x_t, t, t)      F(x_t, t, s)
@@ -277,9 +277,9 @@ class SoFlow(Method):
             self._flow_matching(batch.flow_matching, batch.flow_matching_t, self.objective),
             self._consistency(batch.consistency, batch.consistency_times, self.objective),
         )
-        V, C = batch.global_flow_matching_count, batch.global_consistency_count
-        loss = (flow_matching.loss.sum() + consistency.loss.sum()) / (V + C)
-        vel, con = flow_matching.share(V), consistency.share(C)
+        counts = (batch.global_flow_matching_count, batch.global_consistency_count)
+        loss = (flow_matching.loss.sum() + consistency.loss.sum()) / sum(counts)
+        vel, con = flow_matching.share(counts[0]), consistency.share(counts[1])
         metrics = {
             "Vel_MSE": vel.squared_error,
             "Vel_Weight": vel.weight,

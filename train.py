@@ -54,7 +54,7 @@ from support.runs.results import Results, is_due
 from support.runs.resume import RunIdentity, resume
 from support.runs.signals import Listener, Signalled, listening
 from support.system.files import UserError
-from support.system.processes import Processes, exchanging_gradients, processes
+from support.system.processes import Processes, connected, exchanging_gradients
 from support.system.randomness import derive_seed
 from support.system.settings import suggest
 
@@ -100,11 +100,11 @@ def train(run: "Run") -> None:
 
 
 def draw_batches(run: "Run", loader: Iterator[RawBatch]) -> Iterator[Batch]:
-    """This process's parts of the next global batch, one by one, with noise, times and masks."""
+    """This process's microbatches of the next global batch, with noise, times and masks."""
     plan, step = run.learner.plan, run.learner.state.finished_steps
-    for part in plan.parts_of(run.processes.rank):
+    for microbatch in plan.microbatches_of(run.processes.rank):
         stored = next(loader)
-        yield draw_batch(run.config, plan, run.data, stored, step, part, run.processes.device)
+        yield draw_batch(run.config, plan, run.data, stored, step, microbatch, run.processes.device)
 
 
 class Learner:
@@ -129,7 +129,7 @@ class Learner:
         self.guard = NonFiniteGuard(processes)
 
     def step(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
-        """One optimizer step on this process's parts of a global batch.
+        """One optimizer step on this process's microbatches of a global batch.
 
         Returns this process's share of each metric, on the device. A step whose gradient is not
         finite is not applied: `guard` tells of it, on the CPU at once.
@@ -152,7 +152,7 @@ class Learner:
     def accumulate_gradients(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
         """Leave the whole batch's gradient, clipped, in the model; returns the share of metrics.
 
-        The gradients of this process's parts add up, and are exchanged once, with the last.
+        The gradients of this process's microbatches add up, and are exchanged once, with the last.
         """
         plan = self.plan
         metrics: dict[str, Tensor] = {}
@@ -160,7 +160,7 @@ class Learner:
             with self._exchanging_gradients(index == plan.accumulation_steps):
                 terms = self.parallel_model(batch)
                 # DistributedDataParallel averages over the processes; the objective is a sum. What
-                # is not finite in one process's part is to be seen by all, in the gradient.
+                # is not finite in one process is to be seen by all, in the gradient.
                 scale = plan.world_size * (1 + 0 * sum(terms.metrics.values()))
                 (terms.loss * scale).backward()
             for name, value in terms.metrics.items():
@@ -216,45 +216,49 @@ class Run:
     listener: Listener = field(default_factory=Listener)
 
 
-def build_run(config: Config, own: Processes, check_data: bool = False) -> Run:
+def build_run(config: Config, processes: Processes, check_data: bool = False) -> Run:
     """A fresh run, its data and model checked; nothing is read of its folder, nothing written."""
-    plan = config.batch_plan(own.world_size)
+    plan = config.batch_plan(processes.world_size)
     if config.result_schedule().has_images:
         find_decoder(config)
-    return assemble_run(config, own, plan, build_data(config.data_request(), own, check_data))
+    return assemble_run(
+        config, processes, plan, build_data(config.data_request(), processes, check_data)
+    )
 
 
-def assemble_run(config: Config, own: Processes, plan: BatchPlan, data: TrainingData) -> Run:
+def assemble_run(config: Config, processes: Processes, plan: BatchPlan, data: TrainingData) -> Run:
     """A fresh run on these data."""
     folder = Path(config.working_dir)
-    learner, notes = build_learner(config, own, plan, data.spec.channels, data.spec.num_classes)
+    learner, notes = build_learner(
+        config, processes, plan, data.spec.channels, data.spec.num_classes
+    )
     results = Results(
         folder,
-        own,
+        processes,
         config.result_schedule(),
         config.to_dict(),
         config.seed,
         config.keep_last,
         config.keep_every_steps,
     )
-    logbook = Logbook(folder / "log.txt", own.is_main)
-    return Run(config, own, data, learner, results, logbook, [*data.notes, *notes])
+    logbook = Logbook(folder / "log.txt", processes.is_main)
+    return Run(config, processes, data, learner, results, logbook, [*data.notes, *notes])
 
 
 def build_learner(
-    config: Config, own: Processes, plan: BatchPlan, data_channels: int, num_classes: int
+    config: Config, processes: Processes, plan: BatchPlan, data_channels: int, num_classes: int
 ) -> tuple[Learner, list[str]]:
     """A fresh learner, and a line for each option that goes on without what it asks for."""
     torch.manual_seed(derive_seed(config.seed, "initial weights"))
     model = build_model(**config.model_arguments(data_channels, num_classes))
-    model.to(own.device)
+    model.to(processes.device)
     options = (config.precision, config.compile, config.activation_checkpointing)
-    model.execution, notes = set_options(model.network, own.device, *options)
+    model.execution, notes = set_options(model.network, processes.device, *options)
     if model.execution.fixed_shapes and config.cfg_scale > 1:
         notes.append("compile: guidance takes the whole batch, dropped labels too")
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
-    return Learner(config, own, plan, model), notes
+    return Learner(config, processes, plan, model), notes
 
 
 def continue_run(run: Run, allowed: Sequence[str]) -> None:
@@ -309,10 +313,13 @@ def look_beside(config_path: str, run: Run) -> list[str]:
 
 def rehearse(config: Config) -> None:
     """Time a few steps of the config here, on made-up data; nothing is written."""
-    with processes(config.device, config.timeout_minutes) as own, within_memory(own.device):
-        plan = config.batch_plan(own.world_size)
-        data = MadeUpData(config.data_request(), plan.batch_size // plan.num_parts)
-        run = assemble_run(config, own, plan, data)
+    with (
+        connected(config.device, config.timeout_minutes) as processes,
+        within_memory(processes.device),
+    ):
+        plan = config.batch_plan(processes.world_size)
+        data = MadeUpData(config.data_request(), plan.batch_size // plan.num_microbatches)
+        run = assemble_run(config, processes, plan, data)
         loader = itertools.repeat(data.whole())
         preview.time_steps(run, lambda: run.learner.step(draw_batches(run, loader)))
 
@@ -377,8 +384,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.time:
             rehearse(config)
         return
-    with processes(config.device, config.timeout_minutes) as own:
-        run = build_run(config, own, arguments.check_data)
+    with connected(config.device, config.timeout_minutes) as processes:
+        run = build_run(config, processes, arguments.check_data)
         run.notes += look_beside(arguments.config, run)
         with run.results.claimed(), listening() as run.listener:
             continue_run(run, arguments.allow_changed)

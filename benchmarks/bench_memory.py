@@ -23,7 +23,7 @@ from measuring import (
 import torch
 from torch import Tensor
 
-from support.system.processes import processes
+from support.system.processes import connected
 from train import Learner
 
 MOST_BYTES, MOST_TIME = 0.35, 1.4
@@ -49,8 +49,8 @@ def saved_bytes(learner: Learner) -> int:
 def main() -> None:
     parser = bench_parser(__doc__)
     arguments = parser.parse_args()
-    with processes("cpu", timeout_minutes=10) as own:
-        learner = bench_learner(bench_config(arguments.model, arguments.batch), own)
+    with connected("cpu", timeout_minutes=10) as processes:
+        learner = bench_learner(bench_config(arguments.model, arguments.batch), processes)
         network = learner.state.model.network
 
         def step(is_on: bool) -> None:

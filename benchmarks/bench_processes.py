@@ -26,7 +26,7 @@ from measuring import (
 
 # isort: split
 from support.system.command import run_command
-from support.system.processes import exchanging_gradients, processes
+from support.system.processes import connected, exchanging_gradients
 
 AS_TRAINING = {"gradient_as_bucket_view": True}
 WAYS = {
@@ -40,9 +40,9 @@ WAYS = {
 
 def measure(model_type: str, batch_size: int, way: str, tries: int) -> None:
     """Print one row, in the processes that torchrun started."""
-    with processes("cpu", timeout_minutes=10) as own:
-        learner = bench_learner(bench_config(model_type, batch_size), own)
-        if own.world_size > 1:
+    with connected("cpu", timeout_minutes=10) as processes:
+        learner = bench_learner(bench_config(model_type, batch_size), processes)
+        if processes.world_size > 1:
             learner.parallel_model = exchanging_gradients(learner.state.model, **WAYS[way])
 
         def step() -> None:
@@ -55,7 +55,7 @@ def measure(model_type: str, batch_size: int, way: str, tries: int) -> None:
 
         seconds = in_turns({"step": step, "alone": step_alone}, tries)
         share = 1 - median_ratio(seconds["alone"], seconds["step"])
-        if own.is_main:
+        if processes.is_main:
             rate = batch_size / statistics.median(seconds["step"])
             print(json.dumps({"machine": machine(), "rate": rate, "share": share}))
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from models import Method
 from sampling import SampleRequest, sample_pixels, write_samples
 from support.data.grids import GridImages
-from support.system.processes import Processes, processes
+from support.system.processes import Processes, connected
 from support.system.randomness import PerImageStream
 
 MODEL, BATCH, BATCHES, TRIES = "DiT-B-4", 32, 4, 5
@@ -38,18 +38,20 @@ def to_pictures(x_0: Tensor) -> Tensor:
     return x_0[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3)
 
 
-def write(model: Method, num_images: int, own: Processes, folder: str, decode=to_pictures) -> None:
+def write(
+    model: Method, num_images: int, processes: Processes, folder: str, decode=to_pictures
+) -> None:
     """Sample and write so many images, as inference.py does."""
     request = SampleRequest(num_images, BATCH, 1, PerImageStream(42, NUM_CLASSES, (4, 32, 32)))
-    batches = sample_pixels(model, request, own, decode)
+    batches = sample_pixels(model, request, processes, decode)
     shown = GridImages((4, 8), NUM_CLASSES)
     path = Path(folder) / "samples.npz"
-    write_samples(path, batches, num_images, own.is_main, lambda: None, shown.add)
+    write_samples(path, batches, num_images, processes.is_main, lambda: None, shown.add)
 
 
 def bench_speed() -> None:
-    with processes("cpu", timeout_minutes=10) as own, tempfile.TemporaryDirectory() as folder:
-        model = bench_learner(bench_config(MODEL, BATCH), own).state.ema_model
+    with connected("cpu", timeout_minutes=10) as processes, tempfile.TemporaryDirectory() as folder:
+        model = bench_learner(bench_config(MODEL, BATCH), processes).state.ema_model
         x, t = torch.randn(BATCH, 4, 32, 32), torch.ones(BATCH)
         labels = torch.randint(NUM_CLASSES, (BATCH,))
 
@@ -60,7 +62,7 @@ def bench_speed() -> None:
 
         def loop() -> None:
             # Latents as they come: a VAE would decode them, at a cost of its own.
-            write(model, BATCH * BATCHES, own, folder, decode=lambda x_0: x_0[:, :3])
+            write(model, BATCH * BATCHES, processes, folder, decode=lambda x_0: x_0[:, :3])
 
         seconds = in_turns({"forward": forward, "loop": loop}, TRIES)
     ratio = median_ratio(seconds["forward"], seconds["loop"])
@@ -83,9 +85,9 @@ class Still:
 
 def grow(num_images: int) -> None:
     """Write so many images and print this process's growth, and its seconds."""
-    with processes("cpu", timeout_minutes=10) as own, tempfile.TemporaryDirectory() as folder:
+    with connected("cpu", timeout_minutes=10) as processes, tempfile.TemporaryDirectory() as folder:
         before, started = memory_mb("VmRSS"), time.perf_counter()
-        write(Still(), num_images, own, folder)
+        write(Still(), num_images, processes, folder)
         print(json.dumps([memory_mb("VmHWM") - before, time.perf_counter() - started]))
 
 

@@ -40,7 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from config import Config
 from models import Batch, Samples, build_model
 from schedules import consistency_times
-from support.system.processes import processes
+from support.system.processes import connected
 from train import Learner
 
 STEPS = {"SoFlow": lambda model: model, "flow matching": FlowMatching, "MeanFlow": MeanFlow}
@@ -91,8 +91,8 @@ def step_of(learner: Learner, name: str):
 
 def measure(config: Config, name: str, tries: int) -> dict:
     """One row, in this process."""
-    with processes("cpu", timeout_minutes=10) as own:
-        learner = bench_learner(config, own, lambda note: print(note, file=sys.stderr))
+    with connected("cpu", timeout_minutes=10) as processes:
+        learner = bench_learner(config, processes, lambda note: print(note, file=sys.stderr))
         step, forward = step_of(learner, name), forward_of(learner)
         before = memory_mb("VmRSS")
         seconds = in_turns({"forward": forward, "step": step}, tries)
@@ -108,8 +108,8 @@ def measure(config: Config, name: str, tries: int) -> dict:
 
 def print_profile(config: Config) -> None:
     """Where the time of SoFlow's step goes, by operator."""
-    with processes("cpu", timeout_minutes=10) as own:
-        learner = bench_learner(config, own)
+    with connected("cpu", timeout_minutes=10) as processes:
+        learner = bench_learner(config, processes)
         step = step_of(learner, "SoFlow")
         step()
         with profile(activities=[ProfilerActivity.CPU]) as profiled:

@@ -46,13 +46,18 @@ def bench_config(model_type: str, batch_size: int, *overrides: str) -> Config:
     return load_config(ROOT / "configs" / f"{name}.yaml", settings)
 
 
-def bench_learner(config: Config, own: Processes, report: Callable[[str], None] = print) -> Learner:
+def bench_learner(
+    config: Config, processes: Processes, report: Callable[[str], None] = print
+) -> Learner:
     """A learner whose every weight matters, as those of a fresh network do not."""
     plan = BatchPlan(
-        config.batch_size, config.flow_matching_count, own.world_size, config.accumulation_steps
+        config.batch_size,
+        config.flow_matching_count,
+        processes.world_size,
+        config.accumulation_steps,
     )
     channels = 4 if config.is_latent else 3
-    learner, notes = build_learner(config, own, plan, channels, NUM_CLASSES)
+    learner, notes = build_learner(config, processes, plan, channels, NUM_CLASSES)
     for note in notes:
         report(f"note: {note}")
     with torch.no_grad():
@@ -63,24 +68,26 @@ def bench_learner(config: Config, own: Processes, report: Callable[[str], None] 
 
 def drawn_batches(learner: Learner) -> Iterator[Batch]:
     """Parts of random data, drawn as training draws them."""
-    config, plan, own = learner.config, learner.plan, learner.processes
+    config, plan, processes = learner.config, learner.plan, learner.processes
     shape = (4 if config.is_latent else 3, config.data_size, config.data_size)
     data = PixelData(
         torch.zeros(1, *shape, dtype=torch.uint8),
         torch.zeros(1),
         tuple(map(str, range(NUM_CLASSES))),
     )
-    size = config.batch_size // plan.num_parts
+    size = config.batch_size // plan.num_microbatches
     pixels = torch.randint(256, (size, *shape), dtype=torch.uint8)
     raw = RawBatch(pixels, torch.randint(NUM_CLASSES, (size,)))
-    for part in plan.parts_of(own.rank):
-        yield draw_batch(config, plan, data, raw, learner.state.finished_steps, part, own.device)
+    for microbatch in plan.microbatches_of(processes.rank):
+        yield draw_batch(
+            config, plan, data, raw, learner.state.finished_steps, microbatch, processes.device
+        )
 
 
 def forward_of(learner: Learner) -> Callable[[], None]:
     """One inference forward of as many samples as a step takes."""
     config, model = learner.config, learner.state.ema_model
-    size = config.batch_size // learner.plan.num_parts
+    size = config.batch_size // learner.plan.num_microbatches
     x = torch.randn(size, 4 if config.is_latent else 3, config.data_size, config.data_size)
     t = torch.rand(size)
     labels = torch.randint(NUM_CLASSES, (size,)) if config.is_conditional else None

@@ -9,16 +9,16 @@ from hypothesis import strategies as st
 from loading import batches_of
 
 from config import config_from_dict
-from support.data.batches import BatchPlan, DataOrder, PartIndices
+from support.data.batches import BatchPlan, DataOrder, MicrobatchIndices
 from support.data.datasets import PixelData, TrainingData
 from support.system.files import UserError
 
 
 def all_parts(plan):
     return [
-        (list(plan.flow_matching_samples(part)), list(plan.consistency_samples(part)))
+        (list(plan.flow_matching_samples(microbatch)), list(plan.consistency_samples(microbatch)))
         for rank in range(plan.world_size)
-        for part in plan.parts_of(rank)
+        for microbatch in plan.microbatches_of(rank)
     ]
 
 
@@ -31,13 +31,13 @@ def all_parts(plan):
 def test_parts_are_equal_and_take_every_sample_once(part_size, world_size, accumulation, share):
     batch_size = part_size * world_size * accumulation
     count = int(share * batch_size)
-    parts = all_parts(BatchPlan(batch_size, count, world_size, accumulation))
-    assert {len(first) + len(second) for first, second in parts} == {part_size}
-    flow_matching = [place for first, _ in parts for place in first]
-    consistency = [place for _, second in parts for place in second]
+    microbatches = all_parts(BatchPlan(batch_size, count, world_size, accumulation))
+    assert {len(first) + len(second) for first, second in microbatches} == {part_size}
+    flow_matching = [place for first, _ in microbatches for place in first]
+    consistency = [place for _, second in microbatches for place in second]
     assert flow_matching == list(range(count))
     assert consistency == list(range(count, batch_size))
-    sizes = [len(first) for first, _ in parts]
+    sizes = [len(first) for first, _ in microbatches]
     assert max(sizes) - min(sizes) <= 1
 
 
@@ -94,8 +94,8 @@ def test_order_is_the_same_for_ever():
 @pytest.mark.parametrize("start", [1, 4, 5, 9])
 def test_sampler_that_starts_at_a_step_gives_the_tail_of_the_whole(start):
     order, plan = DataOrder(23, 4, 1), BatchPlan(4, 3, 1, 2)
-    whole = list(PartIndices(order, plan, 0, range(10)))
-    tail = PartIndices(order, plan, 0, range(start, 10))
+    whole = list(MicrobatchIndices(order, plan, 0, range(10)))
+    tail = MicrobatchIndices(order, plan, 0, range(start, 10))
     assert list(tail) == whole[2 * start :]
     assert len(tail) == len(whole[2 * start :])
 
@@ -103,17 +103,21 @@ def test_sampler_that_starts_at_a_step_gives_the_tail_of_the_whole(start):
 @pytest.mark.parametrize("cut", [(4, 1), (1, 4), (2, 2)])
 def test_examples_of_a_step_do_not_depend_on_how_it_is_cut(cut):
     order, plan = DataOrder(60, 8, 1), BatchPlan(8, 6, *cut)
-    parts = [list(PartIndices(order, plan, rank, range(9))) for rank in range(plan.world_size)]
+    microbatches = [
+        list(MicrobatchIndices(order, plan, rank, range(9))) for rank in range(plan.world_size)
+    ]
     for step in range(9):
         own = slice(step * plan.accumulation_steps, (step + 1) * plan.accumulation_steps)
-        examples = [example for rank in parts for part in rank[own] for example in part]
+        examples = [
+            example for rank in microbatches for microbatch in rank[own] for example in microbatch
+        ]
         assert Counter(examples) == Counter(order.global_batch(step).tolist())
 
 
 def test_flow_matching_samples_come_first_in_each_part():
     order, plan = DataOrder(60, 8, 1), BatchPlan(8, 6, 2, 1)
     batch = order.global_batch(0).tolist()
-    first, second = (next(iter(PartIndices(order, plan, rank, range(1)))) for rank in (0, 1))
+    first, second = (next(iter(MicrobatchIndices(order, plan, rank, range(1)))) for rank in (0, 1))
     assert first == [*batch[:3], batch[6]]
     assert second == [*batch[3:6], batch[7]]
 
@@ -156,7 +160,9 @@ def test_loader_goes_on_from_any_step_and_draws_from_nobody():
     state = torch.get_rng_state()
     whole, tail = list(loader_of(data, 2)), list(loader_of(data, 2, start_step=7))
     assert torch.equal(torch.get_rng_state(), state)
-    assert [part.labels.tolist() for part in tail] == [part.labels.tolist() for part in whole[7:]]
+    assert [microbatch.labels.tolist() for microbatch in tail] == [
+        microbatch.labels.tolist() for microbatch in whole[7:]
+    ]
 
 
 class Unreadable(TrainingData):
@@ -172,17 +178,19 @@ class Unreadable(TrainingData):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_error_that_a_user_can_mend_leaves_a_worker_as_it_was_raised(num_workers):
-    parts = loader_of(Unreadable(), num_workers)
+    microbatches = loader_of(Unreadable(), num_workers)
     with pytest.raises(UserError, match=r"^cat/3\.png: not a readable picture \(truncated\)$"):
-        list(parts)
+        list(microbatches)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_batches_before_the_one_that_cannot_be_read_are_given(num_workers):
     order, plan = DataOrder(40, 8, 42), BatchPlan(8, 6, 2, 1)
-    readable = [3 not in part for part in PartIndices(order, plan, 0, range(12))].index(False)
-    parts = loader_of(Unreadable(), num_workers)
+    readable = [
+        3 not in microbatch for microbatch in MicrobatchIndices(order, plan, 0, range(12))
+    ].index(False)
+    microbatches = loader_of(Unreadable(), num_workers)
     for _ in range(readable):
-        next(parts)
+        next(microbatches)
     with pytest.raises(UserError):
-        next(parts)
+        next(microbatches)

@@ -1,4 +1,4 @@
-"""The draws of a step: owned by (seed, purpose, step, part), and passed on whole."""
+"""The draws of a step: owned by (seed, purpose, step, microbatch), and passed on whole."""
 
 import pytest
 import torch
@@ -20,11 +20,11 @@ def config(**values) -> Config:
     return resolve(Config(working_dir="x", **given))
 
 
-def draw(drawn_config: Config, step: int = 0, part: int = 0, plan: BatchPlan = PLAN) -> Batch:
+def draw(drawn_config: Config, step: int = 0, microbatch: int = 0, plan: BatchPlan = PLAN) -> Batch:
     source = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (16, 3, 32, 32), generator=source, dtype=torch.uint8)
     data = PixelData(pixels, torch.arange(16) % 10, tuple("0123456789"))
-    return draw_batch(drawn_config, plan, data, data[list(range(16))], step, part, CPU)
+    return draw_batch(drawn_config, plan, data, data[list(range(16))], step, microbatch, CPU)
 
 
 def tensors(batch: Batch) -> dict[str, torch.Tensor]:
@@ -46,7 +46,7 @@ def test_the_same_step_is_drawn_the_same_and_nothing_global_moves():
 
 
 @pytest.mark.parametrize(
-    "other", [{"step": 1}, {"part": 0, "drawn_config": config(seed=1)}], ids=["step", "seed"]
+    "other", [{"step": 1}, {"microbatch": 0, "drawn_config": config(seed=1)}], ids=["step", "seed"]
 )
 def test_another_step_or_seed_is_drawn_otherwise(other):
     one = draw(config())
@@ -60,7 +60,7 @@ def test_another_step_or_seed_is_drawn_otherwise(other):
 
 def test_parts_draw_otherwise_and_the_two_losses_drop_otherwise():
     plan = BatchPlan(32, 20, 2, 1)
-    one, two = (draw(config(), part=part, plan=plan) for part in (0, 1))
+    one, two = (draw(config(), microbatch=microbatch, plan=plan) for microbatch in (0, 1))
     assert not torch.equal(one.flow_matching.x_1, two.flow_matching.x_1)
     assert one.flow_matching.dropout_seed != one.consistency.dropout_seed
 

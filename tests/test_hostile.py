@@ -41,7 +41,7 @@ from support.data.latent_parts import PartsFolder, Plan
 from support.data.latents import LatentReader
 from support.data.vae import find_vae, load_vae
 from support.runs.checkpoint import read_checkpoint, save_checkpoint
-from support.runs.resume import compare_parts
+from support.runs.resume import compare_plans
 from support.scores.npz import read_archive
 from support.system.files import UserError
 
@@ -334,7 +334,7 @@ def test_entries_of_a_checkpoint_that_are_not_what_they_must_be_are_named(tmp_pa
 )  # fmt: skip
 def test_parts_of_a_batch_that_cannot_be_are_a_line(parts):
     with pytest.raises(UserError, match=r"1\.pt: its entry `parts` is damaged"):
-        compare_parts(BatchPlan(8, 6, 1, 1), {"parts": parts}, Path("1.pt"))
+        compare_plans(BatchPlan(8, 6, 1, 1), {"parts": parts}, Path("1.pt"))
 
 
 @pytest.mark.parametrize("channels", [None, "3", -1, 0, 2**62, float("inf"), [3]])

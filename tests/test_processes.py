@@ -16,7 +16,7 @@ from schedules import ConsistencyTimes
 from support.data.batches import BatchPlan
 from support.data.datasets import PixelData, RawBatch
 from support.system.files import UserError
-from support.system.processes import Processes, told_of_losses
+from support.system.processes import Processes, reporting_lost_processes
 from support.system.randomness import PerImageStream
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("several processes")]
@@ -37,16 +37,16 @@ def whole_batch() -> Batch:
     )
 
 
-def cut(batch: Batch, num_parts: int) -> list[Batch]:
+def cut(batch: Batch, num_microbatches: int) -> list[Batch]:
     """The batch in parts, as the plan cuts it."""
-    plan = BatchPlan(16, 10, num_parts, 1)
+    plan = BatchPlan(16, 10, num_microbatches, 1)
 
     def rows(samples: Samples, chosen: range) -> Samples:
         fields = (samples.x_0, samples.x_1, samples.labels, samples.null_mask)
         return Samples(*(field[list(chosen)] for field in fields))
 
     parts = []
-    for part in range(num_parts):
+    for part in range(num_microbatches):
         velocity = plan.flow_matching_samples(part)
         consistency = [place - 10 for place in plan.consistency_samples(part)]
         parts.append(
@@ -67,8 +67,8 @@ def found(tmp_path_factory):
     """What one process finds, and what two do."""
     folder = tmp_path_factory.mktemp("processes")
     results = {}
-    for name, num_parts, launch in (("one", 1, []), ("two", 2, TORCHRUN)):
-        torch.save(cut(whole_batch(), num_parts), folder / f"{name}.in")
+    for name, num_microbatches, launch in (("one", 1, []), ("two", 2, TORCHRUN)):
+        torch.save(cut(whole_batch(), num_microbatches), folder / f"{name}.in")
         succeed(*launch, ROOT / "tests/worker.py", folder / f"{name}.in", folder / f"{name}.out")
         results[name] = torch.load(folder / f"{name}.out", weights_only=True)
     return results
@@ -152,7 +152,7 @@ def connected(rank: int, port: int, **world: object) -> str:
     """What a process that looks for another at `port` of this machine says at its end."""
     script = (
         "from support.system.command import run_command\n"
-        "from support.system.processes import processes\n"
+        "from support.system.processes import connected\n"
         "def main():\n"
         "    with processes('cpu', timeout_minutes=0.02):\n"
         "        pass\n"
@@ -198,7 +198,7 @@ def test_processes_that_cannot_connect_say_what_is_the_matter():
     ],
 )
 def test_another_process_is_gone_only_where_one_was_there(error, said):
-    with pytest.raises(UserError, match=re.escape(said)), told_of_losses(1, 3):
+    with pytest.raises(UserError, match=re.escape(said)), reporting_lost_processes(1, 3):
         raise error
 
 

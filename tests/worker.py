@@ -12,7 +12,7 @@ from models import Batch, build_model
 from sampling import SampleRequest, sample_pixels
 from support.data.batches import BatchPlan
 from support.system.command import run_command
-from support.system.processes import Processes, processes
+from support.system.processes import Processes, connected
 from support.system.randomness import PerImageStream, ReferenceStream
 from train import Learner
 
@@ -41,24 +41,24 @@ def toy_model():
     return model
 
 
-def gradients(own: Processes, batches: list[Batch], plan: BatchPlan) -> dict:
+def gradients(processes: Processes, batches: list[Batch], plan: BatchPlan) -> dict:
     """Metrics summed over the processes, and the gradients, of this process's batches."""
-    learner = Learner(CONFIG, own, plan, toy_model())
+    learner = Learner(CONFIG, processes, plan, toy_model())
     model = learner.state.model
     with torch.no_grad():
         loss = torch.stack([model(batch).loss for batch in batches]).sum()
     metrics = torch.stack([*learner.accumulate_gradients(iter(batches)).values()])
     return {
-        "metrics": own.sum_over_ranks(torch.cat([metrics, loss[None]])),
+        "metrics": processes.sum_over_ranks(torch.cat([metrics, loss[None]])),
         "gradients": [p.grad for p in model.parameters() if p.grad is not None],
     }
 
 
-def samples(own: Processes, stream, num_images: int) -> dict:
+def samples(processes: Processes, stream, num_images: int) -> dict:
     """Pixels and labels of a request for two jumps in batches of four."""
     request = SampleRequest(num_images, 4, 2, stream)
-    batches = list(sample_pixels(toy_model().eval(), request, own, decode=lambda x_0: x_0))
-    if not own.is_main:
+    batches = list(sample_pixels(toy_model().eval(), request, processes, decode=lambda x_0: x_0))
+    if not processes.is_main:
         return {}
     return {
         "pixels": torch.cat([torch.from_numpy(batch.pixels) for batch in batches]),
@@ -66,22 +66,26 @@ def samples(own: Processes, stream, num_images: int) -> dict:
     }
 
 
-def reference_stream(own: Processes) -> ReferenceStream:
-    return ReferenceStream(42, own.rank, 10, SHAPE, is_conditional=True, device=own.device)
+def reference_stream(processes: Processes) -> ReferenceStream:
+    return ReferenceStream(
+        42, processes.rank, 10, SHAPE, is_conditional=True, device=processes.device
+    )
 
 
 def main(source: str, target: str) -> None:
     """Work on the parts in `source`; the main process writes what came out to `target`."""
     parts = torch.load(source, weights_only=False)
-    with processes("cpu", timeout_minutes=2) as own:
+    with connected("cpu", timeout_minutes=2) as processes:
         torch.set_num_threads(1)
-        plan = BatchPlan(16, 10, own.world_size, len(parts) // own.world_size)
+        plan = BatchPlan(16, 10, processes.world_size, len(parts) // processes.world_size)
         found = {
-            "gradients": gradients(own, [parts[part] for part in plan.parts_of(own.rank)], plan),
-            "per image": samples(own, PerImageStream(42, 10, SHAPE), 11),
-            "reference": samples(own, reference_stream(own), 11),
+            "gradients": gradients(
+                processes, [parts[part] for part in plan.microbatches_of(processes.rank)], plan
+            ),
+            "per image": samples(processes, PerImageStream(42, 10, SHAPE), 11),
+            "reference": samples(processes, reference_stream(processes), 11),
         }
-        if own.is_main:
+        if processes.is_main:
             torch.save(found, target)
 
 

@@ -1,4 +1,4 @@
-"""What a batch is: the parts of a global batch, the order of samples, and their loader."""
+"""What a batch is: the microbatches of a global batch, the order of samples, the loader."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ from support.system.randomness import generator
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How a global batch is cut into parts: by process first, then by accumulation step.
+    """How a global batch is cut into microbatches: by process first, then by accumulation step.
 
-    Part q of P takes part of the flow matching samples, which come first in the global batch, and
-    part of the consistency samples; all parts have the same size.
+    Each takes its share of the flow matching samples, which come first in the global batch, and of
+    the consistency samples; all have the same size.
     """
 
     batch_size: int
@@ -28,14 +28,15 @@ class BatchPlan:
     accumulation_steps: int
 
     def __post_init__(self):
-        if self.batch_size % self.num_parts:
+        if self.batch_size % self.num_microbatches:
             raise UserError(
-                f"batch_size: {self.batch_size} cannot be cut into {self.world_size} processes x "
-                f"{self.accumulation_steps} accumulation_steps = {self.num_parts} equal parts"
+                f"batch_size: {self.batch_size} cannot be cut into {self.world_size} processes "
+                f"x {self.accumulation_steps} accumulation_steps = {self.num_microbatches} equal "
+                "parts"
             )
 
     @property
-    def num_parts(self) -> int:
+    def num_microbatches(self) -> int:
         """Parts of a global batch, over all processes."""
         return self.world_size * self.accumulation_steps
 
@@ -44,30 +45,30 @@ class BatchPlan:
         """Consistency samples of the global batch."""
         return self.batch_size - self.flow_matching_count
 
-    def parts_of(self, rank: int) -> range:
-        """The parts that process `rank` takes in turn."""
+    def microbatches_of(self, rank: int) -> range:
+        """The microbatches that process `rank` takes in turn."""
         return range(rank * self.accumulation_steps, (rank + 1) * self.accumulation_steps)
 
-    def flow_matching_samples(self, part: int) -> range:
-        """Places in the global batch of the part's flow matching samples."""
-        return range(self._bound(part), self._bound(part + 1))
+    def flow_matching_samples(self, microbatch: int) -> range:
+        """Places in the global batch of the microbatch's flow matching samples."""
+        return range(self._bound(microbatch), self._bound(microbatch + 1))
 
-    def consistency_samples(self, part: int) -> range:
-        """Places in the global batch of the part's consistency samples."""
-        size = self.batch_size // self.num_parts
+    def consistency_samples(self, microbatch: int) -> range:
+        """Places in the global batch of the microbatch's consistency samples."""
+        size = self.batch_size // self.num_microbatches
         first = self.flow_matching_count
-        # What flow matching leaves of the part: so that parts are equal though shares are not.
+        # What flow matching leaves of it: so that microbatches are equal though shares are not.
         return range(
-            first + part * size - self._bound(part),
-            first + (part + 1) * size - self._bound(part + 1),
+            first + microbatch * size - self._bound(microbatch),
+            first + (microbatch + 1) * size - self._bound(microbatch + 1),
         )
 
-    def _bound(self, part: int) -> int:
-        return self.flow_matching_count * part // self.num_parts
+    def _bound(self, microbatch: int) -> int:
+        return self.flow_matching_count * microbatch // self.num_microbatches
 
     def __str__(self) -> str:
         processes = "process" if self.world_size == 1 else "processes"
-        size = self.batch_size // self.num_parts
+        size = self.batch_size // self.num_microbatches
         return (
             f"{self.batch_size} = {self.world_size} {processes} x {size} "
             f"x {self.accumulation_steps} accumulation"
@@ -93,8 +94,8 @@ class DataOrder:
         return self._permutation(epoch)[start : start + self.batch_size]
 
 
-class PartIndices(Sampler[list[int]]):
-    """The example indices of a process's parts, step after step, from any step on."""
+class MicrobatchIndices(Sampler[list[int]]):
+    """The example indices of a process's microbatches, step after step, from any step on."""
 
     def __init__(self, order: DataOrder, plan: BatchPlan, rank: int, steps: range):
         self.order, self.plan, self.rank, self.steps = order, plan, rank, steps
@@ -105,10 +106,10 @@ class PartIndices(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         for step in self.steps:
             batch = self.order.global_batch(step)
-            for part in self.plan.parts_of(self.rank):
+            for microbatch in self.plan.microbatches_of(self.rank):
                 places = [
-                    *self.plan.flow_matching_samples(part),
-                    *self.plan.consistency_samples(part),
+                    *self.plan.flow_matching_samples(microbatch),
+                    *self.plan.consistency_samples(microbatch),
                 ]
                 yield batch[places].tolist()
 
@@ -147,16 +148,16 @@ def build_loader(
     prefetch_factor: int | None = None,
     pin_memory: bool = False,
 ) -> Iterator[RawBatch]:
-    """The batches of this process's parts in `steps`, part after part.
+    """The batches of this process's microbatches in `steps`, microbatch after microbatch.
 
     UserError comes at the batch that has an example which cannot be read.
     """
     order = DataOrder(len(data), plan.batch_size, seed)
-    sampler = PartIndices(order, plan, rank, steps)
+    sampler = MicrobatchIndices(order, plan, rank, steps)
     loader = DataLoader(
         _Guarded(data),
         sampler=sampler,
-        batch_size=None,  # the sampler yields whole parts
+        batch_size=None,  # the sampler yields whole microbatches
         num_workers=num_workers,
         prefetch_factor=prefetch_factor if num_workers else None,
         pin_memory=pin_memory,

@@ -33,7 +33,7 @@ from support.system.files import UserError
 from support.system.processes import Processes
 from support.system.settings import shorten
 
-# N examples, B samples of a part, C channels, H = W side
+# N examples, B samples of a microbatch, C channels, H = W side
 
 DIGITS_TRAINING_COUNT = 1_197
 DIGITS_LEVELS = 16

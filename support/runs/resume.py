@@ -54,7 +54,7 @@ def resume(
         content = read_checkpoint(path, is_verified=True)
     notes += identity.compare(content, path)
     settings = state.load_state_dict(content, str(path))
-    notes += compare_parts(identity.plan, content, path)
+    notes += compare_plans(identity.plan, content, path)
     # Where the file has its config, the comparison with that has said it.
     notes += settings if "config" not in content else []
     return path, notes
@@ -89,8 +89,8 @@ def newest_usable(
     return None, None
 
 
-def compare_parts(plan: BatchPlan, content: Mapping[str, Any], path: Path) -> list[str]:
-    """A line where the batch was cut otherwise before: noise is drawn by part."""
+def compare_plans(plan: BatchPlan, content: Mapping[str, Any], path: Path) -> list[str]:
+    """A line where the batch was cut otherwise before: noise is drawn by microbatch."""
     before = content.get("parts", dataclasses.asdict(plan))
     if before == dataclasses.asdict(plan):
         return []
@@ -99,5 +99,5 @@ def compare_parts(plan: BatchPlan, content: Mapping[str, Any], path: Path) -> li
     except (TypeError, ZeroDivisionError, UserError):
         raise UserError(f"{path}: its entry `parts` is damaged") from None
     order = "goes on" if was.batch_size == plan.batch_size else "is another"
-    noise = "goes on" if was.num_parts == plan.num_parts else "is another"
+    noise = "goes on" if was.num_microbatches == plan.num_microbatches else "is another"
     return [f"batch {plan} now, {was} before: the order of the data {order}, the noise {noise}"]

@@ -164,7 +164,7 @@ def _from_torchrun(name: str, default: int) -> int:
 
 
 @contextlib.contextmanager
-def processes(device: str, timeout_minutes: float) -> Iterator[Processes]:
+def connected(device: str, timeout_minutes: float) -> Iterator[Processes]:
     """This run's processes, connected for the length of the block where torchrun started several.
 
     A process that hears nothing from another for `timeout_minutes` gives up.
@@ -185,7 +185,7 @@ def processes(device: str, timeout_minutes: float) -> Iterator[Processes]:
         return
     timeout = timedelta(minutes=timeout_minutes)
     is_cuda = chosen.type == "cuda"
-    with _told_of_failed_connection(timeout_minutes):
+    with _reporting_failed_connection(timeout_minutes):
         _choose_interface(world_size)
         dist.init_process_group(
             "nccl" if is_cuda else "gloo",
@@ -197,7 +197,7 @@ def processes(device: str, timeout_minutes: float) -> Iterator[Processes]:
         )
         # A number instead of a group is for processes outside of it, and none is.
         host_group: Any = dist.new_group(backend="gloo", timeout=timeout)
-    with told_of_losses(rank, timeout_minutes), _leaving_together():
+    with reporting_lost_processes(rank, timeout_minutes), _leaving_together():
         yield Processes(rank, local_rank, world_size, chosen, host_group)
 
 
@@ -265,7 +265,7 @@ def _store_of_this_attempt(timeout: timedelta) -> dist.Store:
 
 
 @contextlib.contextmanager
-def _told_of_failed_connection(timeout_minutes: float) -> Iterator[None]:
+def _reporting_failed_connection(timeout_minutes: float) -> Iterator[None]:
     """A block in which what keeps the processes from finding each other is a UserError."""
     try:
         yield
@@ -289,7 +289,7 @@ def _told_of_failed_connection(timeout_minutes: float) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def told_of_losses(rank: int, timeout_minutes: float) -> Iterator[None]:
+def reporting_lost_processes(rank: int, timeout_minutes: float) -> Iterator[None]:
     """A block in which another process's death or silence, or a broken link, is a UserError."""
     try:
         yield
