@@ -29,6 +29,7 @@ from support.system.settings import (
     Decimal,
     Name,
     Whole,
+    changeable,
     clip,
     either,
     key,
@@ -59,8 +60,8 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
 
-    working_dir: Name = key(
-        "", "folder of the run, relative to where the command is started", operational=True
+    working_dir: Name = changeable(
+        "", "folder of the run, relative to where the command is started"
     )
     # Model
     method: Annotated[str, Choice(METHODS)] = key("SoFlow", f"what is trained: {either(METHODS)}")
@@ -81,7 +82,7 @@ class Config(BaseModel):
         "Imagenet", f"{either(DATASETS)}; Imagenet is latents"
     )
     data_size: Whole = key(32, "side of the data, in pixels or latents", ge=1, le=8192)
-    dataset_path: Name | None = key(None, "folder of the data set", operational=True)
+    dataset_path: Name | None = changeable(None, "folder of the data set")
     augment_probability: Decimal | None = key(
         None,
         "probability of each augmentation; null: 0.12 for a UNet on CIFAR10, else 0",
@@ -89,20 +90,16 @@ class Config(BaseModel):
         le=1,
     )
     horizontal_flips: bool = key(False, "mirror half of the pictures, by chance (ImageFolder)")
-    # Operational, since what it changes is known by the number of pictures that are left.
-    skip_bad: bool = key(
-        False,
-        "leave out pictures that cannot be read (ImageFolder); decodes all at the start",
-        operational=True,
+    # May change, since what it changes is known by the number of pictures that are left.
+    skip_bad: bool = changeable(
+        False, "leave out pictures that cannot be read (ImageFolder); decodes all at the start"
     )
-    # Operational, since one and the same VAE has a name here and a folder there; that it made the
+    # May change, since one and the same VAE has a name here and a folder there; that it made the
     # latents is checked against their file.
-    vae: Name = key(
-        VAE_NAME,
-        "VAE of the latents: a name on the Hugging Face Hub, or a folder",
-        operational=True,
+    vae: Name = changeable(
+        VAE_NAME, "VAE of the latents: a name on the Hugging Face Hub, or a folder"
     )
-    vae_batch_size: Whole = key(16, "images that it decodes at a time", operational=True, ge=1)
+    vae_batch_size: Whole = changeable(16, "images that it decodes at a time", ge=1)
     # Objective
     velocity_loss_ratio: Decimal = key(
         0.75, "share of each batch for flow matching; the rest is for consistency", ge=0, le=1
@@ -110,18 +107,14 @@ class Config(BaseModel):
     p: Decimal = key(1.0, "exponent of the loss weight 1 / (squared error + eps)^p", ge=0, le=10)
     eps: Decimal = key(0.01, "keeps the loss weight finite", gt=0)
     time_mean: Annotated[tuple[Logit, Logit, Logit], Three] = key(
-        (-0.2, -1.0, 0.2),
-        "logit-normal means of: flow matching t, consistency s, consistency t",
+        (-0.2, -1.0, 0.2), "logit-normal means of: flow matching t, consistency s, consistency t"
     )
     time_std: Annotated[tuple[Spread, Spread, Spread], Three] = key(
         (1.0, 0.8, 0.8), "logit-normal standard deviations of the same three"
     )
     cfg_scale: Decimal = key(1.0, "guidance trained into the model; 1 is none", ge=1)
     mix_ratio: Decimal = key(
-        1.0,
-        "share of the guided velocity in the target; the rest is the model's own",
-        ge=0,
-        le=1,
+        1.0, "share of the guided velocity in the target; the rest is the model's own", ge=0, le=1
     )
     cfg_drop_rate: Decimal = key(
         0.0, "probability that a label is replaced by the null class", ge=0, lt=1
@@ -141,10 +134,7 @@ class Config(BaseModel):
         400_000, "length of training; it also stretches the schedule of r", ge=1, le=10**9
     )
     ema_decay_rate: Decimal = key(
-        0.9999,
-        "decay per step of the averaged weights, from which images are made",
-        ge=0,
-        lt=1,
+        0.9999, "decay per step of the averaged weights, from which images are made", ge=0, lt=1
     )
     ema_every_steps: Whole | None = key(
         None, "the average moves after steps 1, 1 + this, ...; null: 16 on CIFAR10, else 1", ge=1
@@ -152,95 +142,67 @@ class Config(BaseModel):
     optimizer: Annotated[str, Choice(OPTIMIZERS)] | None = key(
         None, f"{either(OPTIMIZERS)}; null: RAdam on CIFAR10, else AdamW"
     )
-    learning_rate: Decimal = key(
-        1e-4, "constant from the first step to the last", operational=True, ge=0
+    learning_rate: Decimal = changeable(1e-4, "constant from the first step to the last", ge=0)
+    betas: Annotated[tuple[Beta, Beta], Two] = changeable(
+        (0.9, 0.99), "decay rates of the optimizer's two moments"
     )
-    betas: Annotated[tuple[Beta, Beta], Two] = key(
-        (0.9, 0.99), "decay rates of the optimizer's two moments", operational=True
+    weight_decay: Decimal = changeable(0.0, "of the optimizer", ge=0)
+    warmup_steps: Whole | None = changeable(
+        None, "steps in which the learning rate rises from 0; 0 is none", ge=0
     )
-    weight_decay: Decimal = key(0.0, "of the optimizer", operational=True, ge=0)
-    warmup_steps: Whole | None = key(
-        None, "steps in which the learning rate rises from 0; 0 is none", operational=True, ge=0
-    )
-    gradient_clip: Decimal | None = key(
-        None, "bound on the gradient's norm; null is none", operational=True, gt=0
+    gradient_clip: Decimal | None = changeable(
+        None, "bound on the gradient's norm; null is none", gt=0
     )
     batch_size: Whole = key(
         256, "samples per step over all processes and accumulation steps", ge=1, le=10**8
     )
-    accumulation_steps: Whole = key(
-        1, "parts that each process cuts its share of the batch into", operational=True, ge=1
+    accumulation_steps: Whole = changeable(
+        1, "parts that each process cuts its share of the batch into", ge=1
     )
-    num_workers: Whole = key(
-        12,
-        "processes that load data; 0 loads in the training process",
-        operational=True,
-        ge=0,
-        le=1000,
+    num_workers: Whole = changeable(
+        12, "processes that load data; 0 loads in the training process", ge=0, le=1000
     )
-    prefetch_factor: Whole | None = key(
-        6,
-        "batches that each of them prepares ahead",
-        operational=True,
-        or_else=", or null",
-        ge=1,
-        le=1000,
+    prefetch_factor: Whole | None = changeable(
+        6, "batches that each of them prepares ahead", or_else=", or null", ge=1, le=1000
     )
     seed: Whole = key(42, "of everything that is drawn", ge=0)
     # Results
-    eval_steps: Whole | None = key(
-        25_000, "images for scoring every so many steps; 0 is never", operational=True, ge=0
+    eval_steps: Whole | None = changeable(
+        25_000, "images for scoring every so many steps; 0 is never", ge=0
     )
-    eval_batch_size: Whole = key(
-        125, "images at a time and process", operational=True, ge=1, le=10**8
+    eval_batch_size: Whole = changeable(125, "images at a time and process", ge=1, le=10**8)
+    eval_NFE: Whole = changeable(  # noqa: N815 - the reference's key
+        1, "jumps per image", ge=1, le=1000
     )
-    eval_NFE: Whole = key(  # noqa: N815 - the reference's key
-        1, "jumps per image", operational=True, ge=1, le=1000
+    eval_num_samples: Whole = changeable(50_000, "images for scoring", ge=1, le=10**8)
+    eval_demo_steps: Whole | None = changeable(
+        1_000, "a picture of samples every so many steps; 0 is never", ge=0
     )
-    eval_num_samples: Whole = key(50_000, "images for scoring", operational=True, ge=1, le=10**8)
-    eval_demo_steps: Whole | None = key(
-        1_000, "a picture of samples every so many steps; 0 is never", operational=True, ge=0
+    eval_demo_shape: Annotated[tuple[Cells, Cells], Two] = changeable(
+        (4, 8), "its rows and columns"
     )
-    eval_demo_shape: Annotated[tuple[Cells, Cells], Two] = key(
-        (4, 8), "its rows and columns", operational=True
+    ckpt_saving_steps: Whole | None = changeable(
+        200_000, "a checkpoint every so many steps, besides the first and the last", ge=0
     )
-    ckpt_saving_steps: Whole | None = key(
-        200_000,
-        "a checkpoint every so many steps, besides the first and the last",
-        operational=True,
-        ge=0,
+    logging_steps: Whole | None = changeable(100, "a line of metrics every so many steps", ge=0)
+    keep_last: Whole | None = changeable(
+        None, "checkpoints and evals that are kept, the newest; null: all", ge=1
     )
-    logging_steps: Whole | None = key(
-        100, "a line of metrics every so many steps", operational=True, ge=0
-    )
-    keep_last: Whole | None = key(
-        None, "checkpoints and evals that are kept, the newest; null: all", operational=True, ge=1
-    )
-    keep_every_steps: Whole | None = key(
-        None, "besides, those at multiples of so many steps are kept", operational=True, ge=1
+    keep_every_steps: Whole | None = changeable(
+        None, "besides, those at multiples of so many steps are kept", ge=1
     )
     # Machine; none of these changes results but by rounding
-    device: Annotated[str, Choice(("auto", "cuda", "mps", "cpu"))] = key(
-        "auto", "auto (the best there is), cuda, mps or cpu", operational=True
+    device: Annotated[str, Choice(("auto", "cuda", "mps", "cpu"))] = changeable(
+        "auto", "auto (the best there is), cuda, mps or cpu"
     )
-    precision: Annotated[str, Choice(("tf32", "fp32", "bf16"))] = key(
-        "tf32",
-        "tf32, fp32 or bf16; bf16 is for the flow matching and guidance passes alone",
-        operational=True,
+    precision: Annotated[str, Choice(("tf32", "fp32", "bf16"))] = changeable(
+        "tf32", "tf32, fp32 or bf16; bf16 is for the flow matching and guidance passes alone"
     )
-    compile: bool = key(False, "compile the network, while training", operational=True)
-    activation_checkpointing: bool = key(
-        False, "compute activations twice, to store few", operational=True
-    )
-    channels_last: bool = key(
-        False, "memory layout of a UNet; DiTs have no use for it", operational=True
-    )
-    timeout_minutes: Decimal = key(
-        30.0,
-        "silence after which a process gives up on another",
-        operational=True,
-        gt=0,
-        le=100_000,
+    compile: bool = changeable(False, "compile the network, while training")
+    activation_checkpointing: bool = changeable(False, "compute activations twice, to store few")
+    channels_last: bool = changeable(False, "memory layout of a UNet; DiTs have no use for it")
+    timeout_minutes: Decimal = changeable(
+        30.0, "silence after which a process gives up on another", gt=0, le=100_000
     )
 
     @property
