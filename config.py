@@ -7,13 +7,20 @@ there; keys of our own have defaults that keep the reference's behaviour.
 import argparse
 import os
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+)
 
 from models import BACKBONES, METHODS, backbone_of
 from schedules import GAP_SCHEDULES, PATHS, SOLUTION_FORMS, gap_fraction, warmed_up
@@ -45,6 +52,29 @@ from support.system.settings import (
 LARGEST_PICTURE_PIXELS = 500_000_000  # of a grid of samples
 
 
+def _folder(name: str) -> str:
+    """`name` with ~ written out; ValueError where no file system could have such a folder."""
+    folder = os.path.expanduser(name)
+    try:
+        Path(folder).stat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise ValueError(f"cannot be a folder ({error.strerror})") from None
+    return folder
+
+
+def _network(model_type: str) -> str:
+    """`model_type`, if there is such a network."""
+    try:
+        backbone_of(model_type)
+    except ValueError as error:
+        wrong = str(error).removeprefix(f"model_type {model_type!r} ")
+        examples = [name for backbone in BACKBONES.values() for name in backbone.examples]
+        raise ValueError(f"{wrong}{suggest(model_type, examples)}") from None
+    return model_type
+
+
 Logit = Annotated[Decimal, Field(ge=-100, le=100)]
 Spread = Annotated[Decimal, Field(ge=0, le=100)]
 Beta = Annotated[Decimal, Field(ge=0, lt=1)]
@@ -60,7 +90,7 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
 
-    working_dir: Name = changeable(
+    working_dir: Annotated[Name, AfterValidator(_folder)] = changeable(
         "", "folder of the run, relative to where the command is started"
     )
     # Model
@@ -71,7 +101,7 @@ class Config(BaseModel):
     coefficient_type: Annotated[str, Choice(SOLUTION_FORMS)] = key(
         "Euler", f"form of the solution f = a x + b F: {either(SOLUTION_FORMS)}"
     )
-    model_type: Name = key(
+    model_type: Annotated[Name, AfterValidator(_network)] = key(
         "DiT-B-4", f"the network: {either(kind.written for kind in BACKBONES.values())}"
     )
     unet_dropout: Decimal = key(
@@ -207,7 +237,7 @@ class Config(BaseModel):
 
     @property
     def is_conditional(self) -> bool:
-        """Whether the network is told the class: a UNet is not."""
+        """Whether the network is told the class."""
         return backbone_of(self.model_type).is_conditional
 
     @property
@@ -281,7 +311,6 @@ PUBLISHED_KEYS = frozenset(
     }
 )  # fmt: skip
 FIELDS = Config.model_fields
-Refuse = Callable[[str, str], NoReturn]  # raises a UserError on a key, for a reason
 TYPES = typing.get_type_hints(Config)
 
 
@@ -374,40 +403,19 @@ def _build(values: Mapping[str, tuple[Any, str]], source: str) -> Config:
     except ValidationError as error:
         name, wrong = what_is_wrong(Config, error.errors()[0], given)
         raise UserError(f"{places[name]}: {wrong}") from None
-    folder = _expand_folder(config.working_dir, places["working_dir"])
-    config = config.model_copy(update={"working_dir": folder})
-
-    def refuse(name: str, reason: str) -> NoReturn:
-        raise UserError(f"{places[name]}: {shorten(getattr(config, name))} {reason}")
-
-    _check_model_type(config, refuse)
     config = resolve(config)
-    _check_together(config, refuse)
+    for name, reason in _contradictions(config):
+        raise UserError(f"{places[name]}: {shorten(getattr(config, name))} {reason}")
     return config
-
-
-def _expand_folder(name: str, place: str) -> str:
-    """`name` with ~ written out; UserError where no file system could have such a folder."""
-    try:
-        folder = os.path.expanduser(name)
-        os.path.lexists(folder)
-        Path(folder).stat()
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{place}: {shorten(name)} cannot be a folder ({reason})") from None
-    return folder
 
 
 def resolve(config: Config) -> Config:
     """Fill the fields that the data set's recipe decides where the config is silent."""
     dataset = DATASETS[config.dataset_type]
-    is_unet = not backbone_of(config.model_type).is_conditional
     recipe = {
         "optimizer": dataset.optimizer,
         "ema_every_steps": dataset.ema_every_steps,
-        "augment_probability": dataset.unet_augment_probability if is_unet else 0.0,
+        "augment_probability": 0.0 if config.is_conditional else dataset.unet_augment_probability,
     }
     missing = {key: value for key, value in recipe.items() if getattr(config, key) is None}
     return config.model_copy(update=missing)
@@ -416,79 +424,70 @@ def resolve(config: Config) -> Config:
 # Keys together
 
 
-def _check_together(config: Config, refuse: Refuse) -> None:
-    """Refuse values that are fine alone and contradict each other."""
+def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
+    """Keys of a resolved config whose values are fine alone and contradict others; the reasons."""
     if not config.working_dir.strip():
-        refuse("working_dir", "must name the folder of the run")
-    _check_model(config, refuse)
-    _check_data(config, refuse)
+        yield "working_dir", "must name the folder of the run"
+    yield from _of_network(config)
+    yield from _of_data(config)
     if config.keep_every_steps and not config.keep_last:
-        refuse("keep_every_steps", "has no meaning where keep_last is null: then all are kept")
+        yield "keep_every_steps", "has no meaning where keep_last is null: then all are kept"
     if config.cfg_scale > 1 and config.cfg_drop_rate == 0:
-        refuse("cfg_drop_rate", "leaves no null class, which cfg_scale > 1 needs; 0.1 is usual")
+        reason = "leaves no null class, which cfg_scale > 1 needs; 0.1 is usual"
+        yield "cfg_drop_rate", reason
     if config.cfg_scale == 1 and config.cfg_drop_rate > 0:
-        refuse("cfg_drop_rate", "must be 0 where cfg_scale is 1 (no guidance)")
+        yield "cfg_drop_rate", "must be 0 where cfg_scale is 1 (no guidance)"
     if config.cfg_scale > 1 and config.mix_ratio == 0:
-        refuse("mix_ratio", "leaves nothing of the data in the target of guidance; 0.25 is usual")
+        reason = "leaves nothing of the data in the target of guidance; 0.25 is usual"
+        yield "mix_ratio", reason
+    batch = f"batch_size {config.batch_size}"
     if config.velocity_loss_ratio > 0 and config.flow_matching_count == 0:
-        refuse(
-            "velocity_loss_ratio",
-            f"leaves flow matching not one sample of batch_size {config.batch_size}; "
-            "use 0 for none, or a larger batch",
+        reason = (
+            f"leaves flow matching not one sample of {batch}; use 0 for none, or a larger batch"
         )
+        yield "velocity_loss_ratio", reason
     if config.batch_size % config.accumulation_steps:
-        refuse(
-            "accumulation_steps", f"does not cut batch_size {config.batch_size} into equal parts"
-        )
-    rows, columns = config.eval_demo_shape
+        yield "accumulation_steps", f"does not cut {batch} into equal parts"
     side = config.data_size * (PIXELS_PER_LATENT if config.is_latent else 1)
-    if rows * columns * side**2 > LARGEST_PICTURE_PIXELS:
-        refuse(
-            "eval_demo_shape",
-            f"makes pictures of {columns * side} x {rows * side} pixels; "
-            f"{LARGEST_PICTURE_PIXELS:,} pixels are the most",
-        )
-    dataset = DATASETS[config.dataset_type]
-    if dataset.size and config.data_size != dataset.size:
-        refuse("data_size", f"must be {dataset.size} for {config.dataset_type}")
+    height, width = (side * count for count in config.eval_demo_shape)
+    if height * width > LARGEST_PICTURE_PIXELS:
+        most = f"{LARGEST_PICTURE_PIXELS:,} pixels are the most"
+        yield "eval_demo_shape", f"makes pictures of {width} x {height} pixels; {most}"
 
 
-def _check_model(config: Config, refuse: Refuse) -> None:
+def _of_network(config: Config) -> Iterator[tuple[str, str]]:
+    """What contradicts the network."""
     backbone = backbone_of(config.model_type)
+    name = next(name for name, kind in BACKBONES.items() if kind is backbone)
+    others = either(
+        name for name, kind in BACKBONES.items() if kind.is_conditional != backbone.is_conditional
+    )
     if misfit := backbone.misfit(config.model_type, config.data_size):
-        refuse(*misfit)
-    if backbone.is_conditional:
-        if config.augment_probability:
-            refuse("augment_probability", "needs model_type UNet: a DiT takes no augmentation")
-        if config.channels_last:
-            refuse("channels_last", "needs model_type UNet: a DiT has no use for that layout")
-    else:
-        if config.cfg_scale > 1:
-            refuse("cfg_scale", "needs labels, and the UNet is unconditional; use 1, or a DiT")
-        if config.is_latent:
-            pixels = ", ".join(name for name, kind in DATASETS.items() if not kind.is_latent)
-            refuse(
-                "model_type", f"is for pixels ({pixels}), not for {config.dataset_type}'s latents"
-            )
+        yield misfit
+    if backbone.is_conditional and config.augment_probability:
+        reason = f"needs model_type {others}: a {name} takes no augmentation"
+        yield "augment_probability", reason
+    if backbone.is_conditional and config.channels_last:
+        yield "channels_last", f"needs model_type {others}: a {name} has no use for that layout"
+    if not backbone.is_conditional and config.cfg_scale > 1:
+        reason = f"needs labels, and the {name} is unconditional; use 1, or a {others}"
+        yield "cfg_scale", reason
+    if not backbone.is_conditional and config.is_latent:
+        pixels = ", ".join(name for name, kind in DATASETS.items() if not kind.is_latent)
+        yield "model_type", f"is for pixels ({pixels}), not for {config.dataset_type}'s latents"
 
 
-def _check_data(config: Config, refuse: Refuse) -> None:
+def _of_data(config: Config) -> Iterator[tuple[str, str]]:
+    """What contradicts the data set."""
     dataset = DATASETS[config.dataset_type]
     for name in ("horizontal_flips", "skip_bad"):
         if getattr(config, name) and not dataset.has_files:
             fitting = " or ".join(name for name, kind in DATASETS.items() if kind.has_files)
-            refuse(name, f"is for dataset_type {fitting}, not for {config.dataset_type}")
+            yield name, f"is for dataset_type {fitting}, not for {config.dataset_type}"
     if config.horizontal_flips and config.augment_probability:
-        refuse("horizontal_flips", "must be false where augment_probability is above 0: it flips")
-
-
-def _check_model_type(config: Config, refuse: Refuse) -> None:
-    try:
-        backbone_of(config.model_type)
-    except ValueError as error:
-        wrong = str(error).removeprefix(f"model_type {config.model_type!r} ")
-        examples = [name for backbone in BACKBONES.values() for name in backbone.examples]
-        refuse("model_type", f"{wrong}{suggest(config.model_type, examples)}")
+        yield "horizontal_flips", "must be false where augment_probability is above 0: it flips"
+    if dataset.size and config.data_size != dataset.size:
+        yield "data_size", f"must be {dataset.size} for {config.dataset_type}"
 
 
 # A run's recorded config
