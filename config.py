@@ -379,25 +379,19 @@ def config_from_dict(
         named = ", ".join(map(clip, unknown)) + "".join(suggest(key, FIELDS) for key in unknown)
         pass_over(f"{source}: passed over keys that are not known here: {named}")
         values = {key: value for key, value in values.items() if key in FIELDS}
-    placed = {key: (value, f"{source}: {clip(str(key))}") for key, value in values.items()}
+    given = dict(values)
+    places = {key: f"{source}: {clip(str(key))}" for key in values}
     for override in overrides:
         key, equals, text = override.partition("=")
         place = clip(repr(override)[1:-1])  # as typed, but in one line
         if not equals:
             raise UserError(f"--set {place}: not of the form KEY=VALUE")
-        placed[key] = (parse_yaml(text, f"--set {place}"), f"--set {place.partition('=')[0]}")
-    return _build(placed, source)
-
-
-def _build(values: Mapping[str, tuple[Any, str]], source: str) -> Config:
-    """Check and resolve values that each come with the place they were written at."""
-    for name, (_, place) in values.items():
+        given[key] = parse_yaml(text, f"--set {place}")
+        places[key] = f"--set {place.partition('=')[0]}"
+    for name, place in places.items():
         if name not in FIELDS:
             raise UserError(f"{place}: unknown key{suggest(str(name), FIELDS)}")
-    places = {name: place for name, (_, place) in values.items()}
-    for name in FIELDS:
-        places.setdefault(name, f"{source}: {name} (default)")
-    given = {name: value for name, (value, _) in values.items()}
+    places = {name: f"{source}: {name} (default)" for name in FIELDS} | places
     try:
         config = Config(**given)
     except ValidationError as error:
@@ -504,12 +498,6 @@ def save_config(config: Config, path: Path) -> None:
         file.write(f"# The resolved config of this run.\n{as_yaml(config)}".encode())
 
 
-def changed_keys(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """The keys in which two configs differ, with the old and the new value."""
-    before, after = old.to_dict(), new.to_dict()
-    return {key: (before[key], after[key]) for key in FIELDS if before[key] != after[key]}
-
-
 def refuse_another_experiment(
     old: Config, new: Config, allowed: Sequence[str], source: str
 ) -> list[str]:
@@ -517,17 +505,16 @@ def refuse_another_experiment(
 
     `allowed` names the keys whose change the user has agreed to.
     """
-    changes = changed_keys(old, new)
-    refused = {
-        key: change
-        for key, change in changes.items()
-        if not may_change(FIELDS[key]) and key not in allowed
+    before, after = old.to_dict(), new.to_dict()
+    changes = {
+        key: f"{before[key]!r} -> {after[key]!r}" for key in FIELDS if before[key] != after[key]
     }
+    refused = [key for key in changes if not may_change(FIELDS[key]) and key not in allowed]
     if refused:
-        listed = ", ".join(f"{key} {before!r} -> {now!r}" for key, (before, now) in refused.items())
+        listed = ", ".join(f"{key} {changes[key]}" for key in refused)
         flags = " ".join(f"--allow-changed {key}" for key in refused)
         raise UserError(
             f"{source} is of another experiment: {listed}; "
             f"use another working_dir, or say {flags} to continue all the same"
         )
-    return [f"{key} changed: {before!r} -> {now!r}" for key, (before, now) in changes.items()]
+    return [f"{key} changed: {change}" for key, change in changes.items()]
