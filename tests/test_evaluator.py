@@ -427,14 +427,6 @@ def test_name_that_is_not_utf8_is_scored_once(place):
     assert (place.samples / "eval_results.txt").read_bytes().count(b"\xff.npz # IS") == 1
 
 
-def test_name_with_a_line_break_is_refused_and_the_others_scored(place, capsys):
-    place.add("a\nb.npz")
-    place.add("c.npz")
-    assert place.run() == 1
-    assert place.names == ["c.npz"]
-    assert "rename it" in capsys.readouterr().err
-
-
 def test_what_is_scored_is_not_scored_again_and_nothing_is_deleted(place, count_measured, capsys):
     place.add("a.npz")
     place.add("b.npz")
