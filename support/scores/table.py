@@ -1,7 +1,4 @@
-"""What is known of a folder of samples: scores as lines, as records and as a table.
-
-A folder has eval_results.txt, which people read and older runs left, and eval_results.jsonl.
-"""
+"""What is known of a folder of samples: scores as lines, as records and as a table."""
 
 import contextlib
 import json
@@ -126,13 +123,10 @@ class Results:
         if record is None:
             scores = parse_scores(self.lines[name][-1])
             return {**origin_of(self.folder / name), **scores}
-        num_images = record.get("num_images")
-        # Before records held step and NFE they were known from elsewhere alone.
-        origin = record if "step" in record else origin_of(self.folder / name, num_images)
         return {
-            "images": num_images,
-            "step": origin.get("step"),
-            "NFE": origin.get("NFE"),
+            "images": record.get("num_images"),
+            "step": record.get("step"),
+            "NFE": record.get("NFE"),
             **record["scores"],
             "distances": str(Yardstick.of(record).distances),
         }
