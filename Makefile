@@ -1,6 +1,7 @@
 # make quickstart: install into .venv, train on real digits, sample with 1 and 2 steps, score
 # make check:      lint, check types, run the quick tests: a minute or two
 # make test:       install, lint, check types, run all tests
+# make test-oldest: run what trains and samples on the oldest torch that is supported
 # make faults:     kill, stop and damage runs in 542 ways; about six minutes
 
 PYTHON ?= python3
@@ -8,9 +9,10 @@ DIGITS = runs/digits
 WORKERS ?= 2
 # Tests run side by side; tests/conftest.py says which follow each other.
 PYTEST = .venv/bin/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+OLDEST_TESTS = models unet train learner ema sampling checkpoint processes
 SAMPLES = $(DIGITS)/evals/1000_1NFE_42.npz $(DIGITS)/evals/1000_2NFE_42.npz
 
-.PHONY: quickstart lint check test faults clean
+.PHONY: quickstart lint check test test-oldest faults clean
 
 .venv/installed: requirements_soflow.txt requirements_soflow_eval.txt requirements_soflow_dev.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is \
@@ -42,8 +44,21 @@ check: lint
 test: lint
 	$(PYTEST)
 
+# What was released together, on any Python that both have wheels for.
+.venv-oldest/installed: requirements_soflow.txt requirements_soflow_dev.txt
+	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit("Python 3.11 to \
+	3.13 is needed; say which: make PYTHON=python3.12 $(MAKECMDGOALS)")'
+	$(PYTHON) -m venv .venv-oldest
+	sed 's/^torch==.*/torch==2.7.1/; s/^torchvision==.*/torchvision==0.22.1/' $^ \
+		> .venv-oldest/requirements.txt
+	.venv-oldest/bin/pip install --disable-pip-version-check -r .venv-oldest/requirements.txt
+	@touch $@
+
+test-oldest: .venv-oldest/installed
+	.venv-oldest$(PYTEST:.venv%=%) $(OLDEST_TESTS:%=tests/test_%.py)
+
 faults: .venv/installed
 	.venv/bin/python tests/faults.py
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-oldest .pytest_cache .ruff_cache .mypy_cache

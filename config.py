@@ -7,13 +7,20 @@ there; keys of our own have defaults that keep the reference's behaviour.
 import argparse
 import os
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+)
 
 from models import BACKBONES, METHODS, backbone_of
 from schedules import GAP_SCHEDULES, PATHS, SOLUTION_FORMS, gap_fraction, warmed_up
@@ -29,6 +36,7 @@ from support.system.settings import (
     Decimal,
     Name,
     Whole,
+    changeable,
     clip,
     either,
     key,
@@ -42,6 +50,29 @@ from support.system.settings import (
 )
 
 LARGEST_PICTURE_PIXELS = 500_000_000  # of a grid of samples
+
+
+def _folder(name: str) -> str:
+    """`name` with ~ written out; ValueError where no file system could have such a folder."""
+    folder = os.path.expanduser(name)
+    try:
+        Path(folder).stat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise ValueError(f"cannot be a folder ({error.strerror})") from None
+    return folder
+
+
+def _network(model_type: str) -> str:
+    """`model_type`, if there is such a network."""
+    try:
+        backbone_of(model_type)
+    except ValueError as error:
+        wrong = str(error).removeprefix(f"model_type {model_type!r} ")
+        examples = [name for backbone in BACKBONES.values() for name in backbone.examples]
+        raise ValueError(f"{wrong}{suggest(model_type, examples)}") from None
+    return model_type
 
 
 Logit = Annotated[Decimal, Field(ge=-100, le=100)]
@@ -59,8 +90,8 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
 
-    working_dir: Name = key(
-        "", "folder of the run, relative to where the command is started", operational=True
+    working_dir: Annotated[Name, AfterValidator(_folder)] = changeable(
+        "", "folder of the run, relative to where the command is started"
     )
     # Model
     method: Annotated[str, Choice(METHODS)] = key("SoFlow", f"what is trained: {either(METHODS)}")
@@ -70,7 +101,7 @@ class Config(BaseModel):
     coefficient_type: Annotated[str, Choice(SOLUTION_FORMS)] = key(
         "Euler", f"form of the solution f = a x + b F: {either(SOLUTION_FORMS)}"
     )
-    model_type: Name = key(
+    model_type: Annotated[Name, AfterValidator(_network)] = key(
         "DiT-B-4", f"the network: {either(kind.written for kind in BACKBONES.values())}"
     )
     unet_dropout: Decimal = key(
@@ -81,7 +112,7 @@ class Config(BaseModel):
         "Imagenet", f"{either(DATASETS)}; Imagenet is latents"
     )
     data_size: Whole = key(32, "side of the data, in pixels or latents", ge=1, le=8192)
-    dataset_path: Name | None = key(None, "folder of the data set", operational=True)
+    dataset_path: Name | None = changeable(None, "folder of the data set")
     augment_probability: Decimal | None = key(
         None,
         "probability of each augmentation; null: 0.12 for a UNet on CIFAR10, else 0",
@@ -89,20 +120,16 @@ class Config(BaseModel):
         le=1,
     )
     horizontal_flips: bool = key(False, "mirror half of the pictures, by chance (ImageFolder)")
-    # Operational, since what it changes is known by the number of pictures that are left.
-    skip_bad: bool = key(
-        False,
-        "leave out pictures that cannot be read (ImageFolder); decodes all at the start",
-        operational=True,
+    # May change, since what it changes is known by the number of pictures that are left.
+    skip_bad: bool = changeable(
+        False, "leave out pictures that cannot be read (ImageFolder); decodes all at the start"
     )
-    # Operational, since one and the same VAE has a name here and a folder there; that it made the
+    # May change, since one and the same VAE has a name here and a folder there; that it made the
     # latents is checked against their file.
-    vae: Name = key(
-        VAE_NAME,
-        "VAE of the latents: a name on the Hugging Face Hub, or a folder",
-        operational=True,
+    vae: Name = changeable(
+        VAE_NAME, "VAE of the latents: a name on the Hugging Face Hub, or a folder"
     )
-    vae_batch_size: Whole = key(16, "images that it decodes at a time", operational=True, ge=1)
+    vae_batch_size: Whole = changeable(16, "images that it decodes at a time", ge=1)
     # Objective
     velocity_loss_ratio: Decimal = key(
         0.75, "share of each batch for flow matching; the rest is for consistency", ge=0, le=1
@@ -110,18 +137,14 @@ class Config(BaseModel):
     p: Decimal = key(1.0, "exponent of the loss weight 1 / (squared error + eps)^p", ge=0, le=10)
     eps: Decimal = key(0.01, "keeps the loss weight finite", gt=0)
     time_mean: Annotated[tuple[Logit, Logit, Logit], Three] = key(
-        (-0.2, -1.0, 0.2),
-        "logit-normal means of: flow matching t, consistency s, consistency t",
+        (-0.2, -1.0, 0.2), "logit-normal means of: flow matching t, consistency s, consistency t"
     )
     time_std: Annotated[tuple[Spread, Spread, Spread], Three] = key(
         (1.0, 0.8, 0.8), "logit-normal standard deviations of the same three"
     )
     cfg_scale: Decimal = key(1.0, "guidance trained into the model; 1 is none", ge=1)
     mix_ratio: Decimal = key(
-        1.0,
-        "share of the guided velocity in the target; the rest is the model's own",
-        ge=0,
-        le=1,
+        1.0, "share of the guided velocity in the target; the rest is the model's own", ge=0, le=1
     )
     cfg_drop_rate: Decimal = key(
         0.0, "probability that a label is replaced by the null class", ge=0, lt=1
@@ -141,10 +164,7 @@ class Config(BaseModel):
         400_000, "length of training; it also stretches the schedule of r", ge=1, le=10**9
     )
     ema_decay_rate: Decimal = key(
-        0.9999,
-        "decay per step of the averaged weights, from which images are made",
-        ge=0,
-        lt=1,
+        0.9999, "decay per step of the averaged weights, from which images are made", ge=0, lt=1
     )
     ema_every_steps: Whole | None = key(
         None, "the average moves after steps 1, 1 + this, ...; null: 16 on CIFAR10, else 1", ge=1
@@ -152,100 +172,72 @@ class Config(BaseModel):
     optimizer: Annotated[str, Choice(OPTIMIZERS)] | None = key(
         None, f"{either(OPTIMIZERS)}; null: RAdam on CIFAR10, else AdamW"
     )
-    learning_rate: Decimal = key(
-        1e-4, "constant from the first step to the last", operational=True, ge=0
+    learning_rate: Decimal = changeable(1e-4, "constant from the first step to the last", ge=0)
+    betas: Annotated[tuple[Beta, Beta], Two] = changeable(
+        (0.9, 0.99), "decay rates of the optimizer's two moments"
     )
-    betas: Annotated[tuple[Beta, Beta], Two] = key(
-        (0.9, 0.99), "decay rates of the optimizer's two moments", operational=True
+    weight_decay: Decimal = changeable(0.0, "of the optimizer", ge=0)
+    warmup_steps: Whole | None = changeable(
+        None, "steps in which the learning rate rises from 0; 0 is none", ge=0
     )
-    weight_decay: Decimal = key(0.0, "of the optimizer", operational=True, ge=0)
-    warmup_steps: Whole | None = key(
-        None, "steps in which the learning rate rises from 0; 0 is none", operational=True, ge=0
-    )
-    gradient_clip: Decimal | None = key(
-        None, "bound on the gradient's norm; null is none", operational=True, gt=0
+    gradient_clip: Decimal | None = changeable(
+        None, "bound on the gradient's norm; null is none", gt=0
     )
     batch_size: Whole = key(
         256, "samples per step over all processes and accumulation steps", ge=1, le=10**8
     )
-    accumulation_steps: Whole = key(
-        1, "parts that each process cuts its share of the batch into", operational=True, ge=1
+    accumulation_steps: Whole = changeable(
+        1, "parts that each process cuts its share of the batch into", ge=1
     )
-    num_workers: Whole = key(
-        12,
-        "processes that load data; 0 loads in the training process",
-        operational=True,
-        ge=0,
-        le=1000,
+    num_workers: Whole = changeable(
+        12, "processes that load data; 0 loads in the training process", ge=0, le=1000
     )
-    prefetch_factor: Whole | None = key(
-        6,
-        "batches that each of them prepares ahead",
-        operational=True,
-        or_else=", or null",
-        ge=1,
-        le=1000,
+    prefetch_factor: Whole | None = changeable(
+        6, "batches that each of them prepares ahead", or_else=", or null", ge=1, le=1000
     )
     seed: Whole = key(42, "of everything that is drawn", ge=0)
     # Results
-    eval_steps: Whole | None = key(
-        25_000, "images for scoring every so many steps; 0 is never", operational=True, ge=0
+    eval_steps: Whole | None = changeable(
+        25_000, "images for scoring every so many steps; 0 is never", ge=0
     )
-    eval_batch_size: Whole = key(
-        125, "images at a time and process", operational=True, ge=1, le=10**8
+    eval_batch_size: Whole = changeable(125, "images at a time and process", ge=1, le=10**8)
+    eval_NFE: Whole = changeable(  # noqa: N815 - the reference's key
+        1, "jumps per image", ge=1, le=1000
     )
-    eval_NFE: Whole = key(  # noqa: N815 - the reference's key
-        1, "jumps per image", operational=True, ge=1, le=1000
+    eval_num_samples: Whole = changeable(50_000, "images for scoring", ge=1, le=10**8)
+    eval_demo_steps: Whole | None = changeable(
+        1_000, "a picture of samples every so many steps; 0 is never", ge=0
     )
-    eval_num_samples: Whole = key(50_000, "images for scoring", operational=True, ge=1, le=10**8)
-    eval_demo_steps: Whole | None = key(
-        1_000, "a picture of samples every so many steps; 0 is never", operational=True, ge=0
+    eval_demo_shape: Annotated[tuple[Cells, Cells], Two] = changeable(
+        (4, 8), "its rows and columns"
     )
-    eval_demo_shape: Annotated[tuple[Cells, Cells], Two] = key(
-        (4, 8), "its rows and columns", operational=True
+    ckpt_saving_steps: Whole | None = changeable(
+        200_000, "a checkpoint every so many steps, besides the first and the last", ge=0
     )
-    ckpt_saving_steps: Whole | None = key(
-        200_000,
-        "a checkpoint every so many steps, besides the first and the last",
-        operational=True,
-        ge=0,
+    logging_steps: Whole | None = changeable(100, "a line of metrics every so many steps", ge=0)
+    keep_last: Whole | None = changeable(
+        None, "checkpoints and evals that are kept, the newest; null: all", ge=1
     )
-    logging_steps: Whole | None = key(
-        100, "a line of metrics every so many steps", operational=True, ge=0
-    )
-    keep_last: Whole | None = key(
-        None, "checkpoints and evals that are kept, the newest; null: all", operational=True, ge=1
-    )
-    keep_every_steps: Whole | None = key(
-        None, "besides, those at multiples of so many steps are kept", operational=True, ge=1
+    keep_every_steps: Whole | None = changeable(
+        None, "besides, those at multiples of so many steps are kept", ge=1
     )
     # Machine; none of these changes results but by rounding
-    device: Annotated[str, Choice(("auto", "cuda", "mps", "cpu"))] = key(
-        "auto", "auto (the best there is), cuda, mps or cpu", operational=True
+    device: Annotated[str, Choice(("auto", "cuda", "mps", "cpu"))] = changeable(
+        "auto", "auto (the best there is), cuda, mps or cpu"
     )
-    precision: Annotated[str, Choice(("tf32", "fp32", "bf16"))] = key(
-        "tf32",
-        "tf32, fp32 or bf16; bf16 is for the flow matching and guidance passes alone",
-        operational=True,
+    precision: Annotated[str, Choice(("tf32", "fp32", "bf16"))] = changeable(
+        "tf32", "tf32, fp32 or bf16; bf16 is for the flow matching and guidance passes alone"
     )
-    compile: bool = key(False, "compile the network, while training", operational=True)
-    activation_checkpointing: bool = key(
-        False, "compute activations twice, to store few", operational=True
-    )
-    channels_last: bool = key(
-        False, "memory layout of a UNet; DiTs have no use for it", operational=True
-    )
-    timeout_minutes: Decimal = key(
-        30.0,
-        "silence after which a process gives up on another",
-        operational=True,
-        gt=0,
-        le=100_000,
+    compile: bool = changeable(False, "compile the network, while training")
+    activation_checkpointing: bool = changeable(False, "compute activations twice, to store few")
+    channels_last: bool = changeable(False, "memory layout of a UNet; DiTs have no use for it")
+    timeout_minutes: Decimal = changeable(
+        30.0, "silence after which a process gives up on another", gt=0, le=100_000
     )
 
     @property
     def is_conditional(self) -> bool:
-        """Whether the network is told the class: a UNet is not."""
+        """Whether the network is told the class."""
         return backbone_of(self.model_type).is_conditional
 
     @property
@@ -319,7 +311,6 @@ PUBLISHED_KEYS = frozenset(
     }
 )  # fmt: skip
 FIELDS = Config.model_fields
-Refuse = Callable[[str, str], NoReturn]  # raises a UserError on a key, for a reason
 TYPES = typing.get_type_hints(Config)
 
 
@@ -388,64 +379,37 @@ def config_from_dict(
         named = ", ".join(map(clip, unknown)) + "".join(suggest(key, FIELDS) for key in unknown)
         pass_over(f"{source}: passed over keys that are not known here: {named}")
         values = {key: value for key, value in values.items() if key in FIELDS}
-    placed = {key: (value, f"{source}: {clip(str(key))}") for key, value in values.items()}
+    given = dict(values)
+    places = {key: f"{source}: {clip(str(key))}" for key in values}
     for override in overrides:
         key, equals, text = override.partition("=")
         place = clip(repr(override)[1:-1])  # as typed, but in one line
         if not equals:
             raise UserError(f"--set {place}: not of the form KEY=VALUE")
-        placed[key] = (parse_yaml(text, f"--set {place}"), f"--set {place.partition('=')[0]}")
-    return _build(placed, source)
-
-
-def _build(values: Mapping[str, tuple[Any, str]], source: str) -> Config:
-    """Check and resolve values that each come with the place they were written at."""
-    for name, (_, place) in values.items():
+        given[key] = parse_yaml(text, f"--set {place}")
+        places[key] = f"--set {place.partition('=')[0]}"
+    for name, place in places.items():
         if name not in FIELDS:
             raise UserError(f"{place}: unknown key{suggest(str(name), FIELDS)}")
-    places = {name: place for name, (_, place) in values.items()}
-    for name in FIELDS:
-        places.setdefault(name, f"{source}: {name} (default)")
-    given = {name: value for name, (value, _) in values.items()}
+    places = {name: f"{source}: {name} (default)" for name in FIELDS} | places
     try:
         config = Config(**given)
     except ValidationError as error:
         name, wrong = what_is_wrong(Config, error.errors()[0], given)
         raise UserError(f"{places[name]}: {wrong}") from None
-    folder = _expand_folder(config.working_dir, places["working_dir"])
-    config = config.model_copy(update={"working_dir": folder})
-
-    def refuse(name: str, reason: str) -> NoReturn:
-        raise UserError(f"{places[name]}: {shorten(getattr(config, name))} {reason}")
-
-    _check_model_type(config, refuse)
     config = resolve(config)
-    _check_together(config, refuse)
+    for name, reason in _contradictions(config):
+        raise UserError(f"{places[name]}: {shorten(getattr(config, name))} {reason}")
     return config
-
-
-def _expand_folder(name: str, place: str) -> str:
-    """`name` with ~ written out; UserError where no file system could have such a folder."""
-    try:
-        folder = os.path.expanduser(name)
-        os.path.lexists(folder)
-        Path(folder).stat()
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{place}: {shorten(name)} cannot be a folder ({reason})") from None
-    return folder
 
 
 def resolve(config: Config) -> Config:
     """Fill the fields that the data set's recipe decides where the config is silent."""
     dataset = DATASETS[config.dataset_type]
-    is_unet = not backbone_of(config.model_type).is_conditional
     recipe = {
         "optimizer": dataset.optimizer,
         "ema_every_steps": dataset.ema_every_steps,
-        "augment_probability": dataset.unet_augment_probability if is_unet else 0.0,
+        "augment_probability": 0.0 if config.is_conditional else dataset.unet_augment_probability,
     }
     missing = {key: value for key, value in recipe.items() if getattr(config, key) is None}
     return config.model_copy(update=missing)
@@ -454,79 +418,70 @@ def resolve(config: Config) -> Config:
 # Keys together
 
 
-def _check_together(config: Config, refuse: Refuse) -> None:
-    """Refuse values that are fine alone and contradict each other."""
+def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
+    """Keys of a resolved config whose values are fine alone and contradict others; the reasons."""
     if not config.working_dir.strip():
-        refuse("working_dir", "must name the folder of the run")
-    _check_model(config, refuse)
-    _check_data(config, refuse)
+        yield "working_dir", "must name the folder of the run"
+    yield from _of_network(config)
+    yield from _of_data(config)
     if config.keep_every_steps and not config.keep_last:
-        refuse("keep_every_steps", "has no meaning where keep_last is null: then all are kept")
+        yield "keep_every_steps", "has no meaning where keep_last is null: then all are kept"
     if config.cfg_scale > 1 and config.cfg_drop_rate == 0:
-        refuse("cfg_drop_rate", "leaves no null class, which cfg_scale > 1 needs; 0.1 is usual")
+        reason = "leaves no null class, which cfg_scale > 1 needs; 0.1 is usual"
+        yield "cfg_drop_rate", reason
     if config.cfg_scale == 1 and config.cfg_drop_rate > 0:
-        refuse("cfg_drop_rate", "must be 0 where cfg_scale is 1 (no guidance)")
+        yield "cfg_drop_rate", "must be 0 where cfg_scale is 1 (no guidance)"
     if config.cfg_scale > 1 and config.mix_ratio == 0:
-        refuse("mix_ratio", "leaves nothing of the data in the target of guidance; 0.25 is usual")
+        reason = "leaves nothing of the data in the target of guidance; 0.25 is usual"
+        yield "mix_ratio", reason
+    batch = f"batch_size {config.batch_size}"
     if config.velocity_loss_ratio > 0 and config.flow_matching_count == 0:
-        refuse(
-            "velocity_loss_ratio",
-            f"leaves flow matching not one sample of batch_size {config.batch_size}; "
-            "use 0 for none, or a larger batch",
+        reason = (
+            f"leaves flow matching not one sample of {batch}; use 0 for none, or a larger batch"
         )
+        yield "velocity_loss_ratio", reason
     if config.batch_size % config.accumulation_steps:
-        refuse(
-            "accumulation_steps", f"does not cut batch_size {config.batch_size} into equal parts"
-        )
-    rows, columns = config.eval_demo_shape
+        yield "accumulation_steps", f"does not cut {batch} into equal parts"
     side = config.data_size * (PIXELS_PER_LATENT if config.is_latent else 1)
-    if rows * columns * side**2 > LARGEST_PICTURE_PIXELS:
-        refuse(
-            "eval_demo_shape",
-            f"makes pictures of {columns * side} x {rows * side} pixels; "
-            f"{LARGEST_PICTURE_PIXELS:,} pixels are the most",
-        )
-    dataset = DATASETS[config.dataset_type]
-    if dataset.size and config.data_size != dataset.size:
-        refuse("data_size", f"must be {dataset.size} for {config.dataset_type}")
+    height, width = (side * count for count in config.eval_demo_shape)
+    if height * width > LARGEST_PICTURE_PIXELS:
+        most = f"{LARGEST_PICTURE_PIXELS:,} pixels are the most"
+        yield "eval_demo_shape", f"makes pictures of {width} x {height} pixels; {most}"
 
 
-def _check_model(config: Config, refuse: Refuse) -> None:
+def _of_network(config: Config) -> Iterator[tuple[str, str]]:
+    """What contradicts the network."""
     backbone = backbone_of(config.model_type)
+    name = next(name for name, kind in BACKBONES.items() if kind is backbone)
+    others = either(
+        name for name, kind in BACKBONES.items() if kind.is_conditional != backbone.is_conditional
+    )
     if misfit := backbone.misfit(config.model_type, config.data_size):
-        refuse(*misfit)
-    if backbone.is_conditional:
-        if config.augment_probability:
-            refuse("augment_probability", "needs model_type UNet: a DiT takes no augmentation")
-        if config.channels_last:
-            refuse("channels_last", "needs model_type UNet: a DiT has no use for that layout")
-    else:
-        if config.cfg_scale > 1:
-            refuse("cfg_scale", "needs labels, and the UNet is unconditional; use 1, or a DiT")
-        if config.is_latent:
-            pixels = ", ".join(name for name, kind in DATASETS.items() if not kind.is_latent)
-            refuse(
-                "model_type", f"is for pixels ({pixels}), not for {config.dataset_type}'s latents"
-            )
+        yield misfit
+    if backbone.is_conditional and config.augment_probability:
+        reason = f"needs model_type {others}: a {name} takes no augmentation"
+        yield "augment_probability", reason
+    if backbone.is_conditional and config.channels_last:
+        yield "channels_last", f"needs model_type {others}: a {name} has no use for that layout"
+    if not backbone.is_conditional and config.cfg_scale > 1:
+        reason = f"needs labels, and the {name} is unconditional; use 1, or a {others}"
+        yield "cfg_scale", reason
+    if not backbone.is_conditional and config.is_latent:
+        pixels = ", ".join(name for name, kind in DATASETS.items() if not kind.is_latent)
+        yield "model_type", f"is for pixels ({pixels}), not for {config.dataset_type}'s latents"
 
 
-def _check_data(config: Config, refuse: Refuse) -> None:
+def _of_data(config: Config) -> Iterator[tuple[str, str]]:
+    """What contradicts the data set."""
     dataset = DATASETS[config.dataset_type]
     for name in ("horizontal_flips", "skip_bad"):
         if getattr(config, name) and not dataset.has_files:
             fitting = " or ".join(name for name, kind in DATASETS.items() if kind.has_files)
-            refuse(name, f"is for dataset_type {fitting}, not for {config.dataset_type}")
+            yield name, f"is for dataset_type {fitting}, not for {config.dataset_type}"
     if config.horizontal_flips and config.augment_probability:
-        refuse("horizontal_flips", "must be false where augment_probability is above 0: it flips")
-
-
-def _check_model_type(config: Config, refuse: Refuse) -> None:
-    try:
-        backbone_of(config.model_type)
-    except ValueError as error:
-        wrong = str(error).removeprefix(f"model_type {config.model_type!r} ")
-        examples = [name for backbone in BACKBONES.values() for name in backbone.examples]
-        refuse("model_type", f"{wrong}{suggest(config.model_type, examples)}")
+        yield "horizontal_flips", "must be false where augment_probability is above 0: it flips"
+    if dataset.size and config.data_size != dataset.size:
+        yield "data_size", f"must be {dataset.size} for {config.dataset_type}"
 
 
 # A run's recorded config
@@ -543,12 +498,6 @@ def save_config(config: Config, path: Path) -> None:
         file.write(f"# The resolved config of this run.\n{as_yaml(config)}".encode())
 
 
-def changed_keys(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """The keys in which two configs differ, with the old and the new value."""
-    before, after = old.to_dict(), new.to_dict()
-    return {key: (before[key], after[key]) for key in FIELDS if before[key] != after[key]}
-
-
 def refuse_another_experiment(
     old: Config, new: Config, allowed: Sequence[str], source: str
 ) -> list[str]:
@@ -556,17 +505,16 @@ def refuse_another_experiment(
 
     `allowed` names the keys whose change the user has agreed to.
     """
-    changes = changed_keys(old, new)
-    refused = {
-        key: change
-        for key, change in changes.items()
-        if not may_change(FIELDS[key]) and key not in allowed
+    before, after = old.to_dict(), new.to_dict()
+    changes = {
+        key: f"{before[key]!r} -> {after[key]!r}" for key in FIELDS if before[key] != after[key]
     }
+    refused = [key for key in changes if not may_change(FIELDS[key]) and key not in allowed]
     if refused:
-        listed = ", ".join(f"{key} {before!r} -> {now!r}" for key, (before, now) in refused.items())
+        listed = ", ".join(f"{key} {changes[key]}" for key in refused)
         flags = " ".join(f"--allow-changed {key}" for key in refused)
         raise UserError(
             f"{source} is of another experiment: {listed}; "
             f"use another working_dir, or say {flags} to continue all the same"
         )
-    return [f"{key} changed: {before!r} -> {now!r}" for key, (before, now) in changes.items()]
+    return [f"{key} changed: {change}" for key, change in changes.items()]

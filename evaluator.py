@@ -14,6 +14,7 @@ from support.system.command import run_command  # isort: skip - first: it attend
 
 import argparse
 import contextlib
+import functools
 import platform
 import sys
 import time
@@ -165,7 +166,7 @@ class Session:
             kind = "is a file, not a folder" if self._folder.exists() else "no such folder"
             raise UserError(f"{self._folder}: {kind} (--sample_batch_dir)")
         make_folder(self._folder)  # proves that results can be written before hours are spent
-        self._reference_images = archive_images(arguments.ref_batch)
+        self._image_shape = archive_images(arguments.ref_batch).image_shape
         self._graph_path = find_graph_of(arguments)
         self._reference_sha256 = sha256_of(arguments.ref_batch)
         self._distances = arguments.distances or "exact"
@@ -174,17 +175,13 @@ class Session:
         )
         print(f"graph {self._graph_path}, SHA-256 {self.yardstick.graph_sha256}")
         self.results = Results.open(self._folder)
-        self._loaded: tuple[Reference, FeatureGraph] | None = None
         self.failed: dict[Path, Stamp] = {}
 
     def files(self) -> dict[Path, Stamp]:
         """All .npz of the folder in natural order; those that cannot be read are left out."""
         found = {}
-        try:
-            names = sorted((path.name for path in self._folder.iterdir()), key=natural_key)
-        except OSError as error:
-            raise UserError(f"{self._folder}: cannot be read ({error.strerror})") from error
-        for path in (self._folder / name for name in names if name.endswith(".npz")):
+        names = [path.name for path in self._folder.iterdir() if path.name.endswith(".npz")]
+        for path in (self._folder / name for name in sorted(names, key=natural_key)):
             with contextlib.suppress(UserError):
                 if not path.is_dir():
                     found[path] = Stamp.of(path)
@@ -194,10 +191,8 @@ class Session:
         """Score `path` unless that was done or has failed on the same content; say what came."""
         if self.failed.get(path) == stamp or self.results.has(path.name, stamp, self.yardstick):
             return
-        reference, graph = self._load()
+        reference, graph = self._loaded
         try:
-            if "\n" in path.name:
-                raise UserError(f"{str(path)!r}: rename it, results have one line per file")
             record = score_file(path, reference, graph)
         except UserError as error:
             self.failed[path] = stamp
@@ -211,23 +206,20 @@ class Session:
         for note in record["notes"]:
             print(f"  {note}", flush=True)
         if self._arguments.delete_evaluated and not path.samefile(self._arguments.ref_batch):
-            delete(path)
+            path.unlink()
 
-    def _load(self) -> tuple[Reference, FeatureGraph]:
-        if self._loaded is None:
-            graph = FeatureGraph(
-                self._graph_path, self._reference_images.image_shape, self._arguments.batch_size
-            )
-            print(f"TensorFlow {graph.tensorflow_version} on {graph.device}", flush=True)
-            reference = load_reference(
-                self._arguments.ref_batch,
-                self._reference_sha256,
-                graph,
-                self._distances,
-                use_cache=not self._arguments.no_cache,
-            )
-            self._loaded = reference, graph
-        return self._loaded
+    @functools.cached_property
+    def _loaded(self) -> tuple[Reference, FeatureGraph]:
+        graph = FeatureGraph(self._graph_path, self._image_shape, self._arguments.batch_size)
+        print(f"TensorFlow {graph.tensorflow_version} on {graph.device}", flush=True)
+        reference = load_reference(
+            self._arguments.ref_batch,
+            self._reference_sha256,
+            graph,
+            self._distances,
+            use_cache=not self._arguments.no_cache,
+        )
+        return reference, graph
 
 
 def score_folder(arguments: argparse.Namespace) -> int:
@@ -258,14 +250,6 @@ def watch_once(session: Session, seconds: float) -> None:
     for path, stamp in session.files().items():
         if before.get(path) == stamp:
             session.score(path, stamp)
-
-
-def delete(path: Path) -> None:
-    """Remove a file whose scores are kept."""
-    try:
-        path.unlink()
-    except OSError as error:
-        raise UserError(f"{path}: scored, but cannot be deleted ({error.strerror})") from error
 
 
 def find_graph_of(arguments: argparse.Namespace) -> Path:

@@ -52,7 +52,6 @@ from support.system.hardware import allow_tf32
 from support.system.processes import Processes, connected
 from support.system.randomness import GivenLabels, PerImageStream, ReferenceStream, SamplingStream
 
-LARGEST_COUNT = 10**7  # of channels or classes
 # Entries of a record, or of the config in it, that decide the images.
 DECISIVE = (
     *("weights_sha256", "noising_type", "coefficient_type", "model_type", "dataset_type"),
@@ -88,10 +87,11 @@ def find_sources(arguments: argparse.Namespace, report: Callable[[str], None]) -
         checkpoint = checkpoint_path(folder / "ckpts", arguments.ckpt_steps)
         return Sources(config, checkpoint, folder / "evals")
     checkpoint = Path(arguments.ckpt)
-    if arguments.config is None:
-        config = config_of_checkpoint(checkpoint, settings, report)
-    else:
-        config = load_config(arguments.config, settings, report)
+    config = (
+        load_config(arguments.config, settings, report)
+        if arguments.config
+        else config_of_checkpoint(checkpoint, settings, report)
+    )
     run = Path(config.working_dir) if chosen else run_of_checkpoint(checkpoint)
     return Sources(config, checkpoint, run / "evals" if run else checkpoint.parent)
 
@@ -104,15 +104,13 @@ def find_run(config: Config, config_path: Path, is_chosen: bool) -> Path:
     """
     named, beside = Path(config.working_dir), run_of_config(config_path)
     if beside and not is_chosen and named.resolve() != beside.resolve():
-        if (named / "ckpts").is_dir():
-            choices = [
-                f"--set working_dir={shlex.quote(str(folder))}" for folder in (beside, named)
-            ]
-            raise UserError(
-                f"{config_path}: lies beside {beside / 'ckpts'}, and its working_dir {named} has "
-                f"checkpoints too; say {' or '.join(choices)}"
-            )
-        return beside
+        if not (named / "ckpts").is_dir():
+            return beside
+        choices = [f"--set working_dir={shlex.quote(str(folder))}" for folder in (beside, named)]
+        raise UserError(
+            f"{config_path}: lies beside {beside / 'ckpts'}, and its working_dir {named} has "
+            f"checkpoints too; say {' or '.join(choices)}"
+        )
     if not named.is_dir():
         hint = "start where it is relative to, or say --set working_dir=FOLDER"
         if beside:
@@ -157,7 +155,7 @@ def load_model(config: Config, path: Path, device: torch.device) -> LoadedModel:
     model.to_empty(device=device).eval().requires_grad_(False)
     model.load_state_dict(content["ema_model"])
     shape = (channels, config.data_size, config.data_size)
-    names = names_of(content, num_classes, path)
+    names = content.get("data", {}).get("class_names", [])
     return LoadedModel(model, shape, num_classes, names, weights_digest(content["ema_model"]))
 
 
@@ -179,23 +177,11 @@ def refuse_other_model(config: Config, recorded: Mapping[str, Any], path: Path) 
 def data_of(config: Config, content: Mapping[str, Any], path: Path) -> tuple[int, int]:
     """Channels and classes that a checkpoint was trained on."""
     if "data" in content:
-        counts = [content["data"].get(key) for key in ("channels", "num_classes")]
-        # More than this no weights could be of, and torch could not even try.
-        if not all(isinstance(count, int) and 1 <= count <= LARGEST_COUNT for count in counts):
-            raise UserError(f"{path}: its entry `data` is damaged")
-        return counts[0], counts[1]
+        return content["data"]["channels"], content["data"]["num_classes"]
     source = DATASETS[config.dataset_type]
     if source.num_classes is None:
         raise UserError(f"{path}: does not say how many classes its {config.dataset_type} had")
     return source.channels, source.num_classes
-
-
-def names_of(content: Mapping[str, Any], num_classes: int, path: Path) -> list[str]:
-    """The names of a checkpoint's classes, in order; none where it has none."""
-    names = content.get("data", {}).get("class_names", [])
-    if names and (len(names) != num_classes or not all(isinstance(name, str) for name in names)):
-        raise UserError(f"{path}: its entry `data` is damaged")
-    return names
 
 
 def run_inference(arguments: argparse.Namespace, sources: Sources, processes: Processes) -> None:
@@ -308,7 +294,7 @@ def read_record(output: Path) -> dict[str, Any] | None:
     """The record beside a file of samples, if there is one."""
     try:
         record = json.loads(output.with_suffix(".json").read_bytes())
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return None
     return record if isinstance(record, dict) and isinstance(record.get("config"), dict) else None
 
@@ -334,14 +320,13 @@ def choose_stream(
     name: str, labels: Sequence[int], config: Config, loaded: LoadedModel, processes: Processes
 ) -> SamplingStream:
     """The source of noise and labels that the command line asks for."""
+    seed, is_conditional = config.seed, config.is_conditional
     num_classes, shape = loaded.num_classes, loaded.shape
-    stream: SamplingStream
+    stream: SamplingStream = PerImageStream(seed, num_classes if is_conditional else None, shape)
     if name == "reference":
         stream = ReferenceStream(
-            config.seed, processes.rank, num_classes, shape, config.is_conditional, processes.device
+            seed, processes.rank, num_classes, shape, is_conditional, processes.device
         )
-    else:
-        stream = PerImageStream(config.seed, num_classes if config.is_conditional else None, shape)
     return GivenLabels(stream, labels) if labels else stream
 
 
@@ -398,6 +383,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_options(parser, needs_config=False)
+    add = parser.add_argument
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument(
         "--ckpt-steps", type=int, metavar="K", help="sample from ckpts/K.pt of the working_dir"
@@ -405,44 +391,40 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     which.add_argument(
         "--ckpt", type=expanduser, metavar="FILE", help="sample from this checkpoint instead"
     )
-    parser.add_argument(
-        "--eval-batch-size", metavar="B", help="images at a time, per process (default 32)"
-    )
-    parser.add_argument("--eval-NFE", metavar="N", help="jumps per image (default 1)")
-    parser.add_argument("--seed", metavar="S", help="of labels and noise (default 42)")
-    parser.add_argument(
-        "--num-samples", metavar="N", help="images (default: eval_num_samples, 50000)"
-    )
-    parser.add_argument(
+    add("--eval-batch-size", metavar="B", help="images at a time, per process (default 32)")
+    add("--eval-NFE", metavar="N", help="jumps per image (default 1)")
+    add("--seed", metavar="S", help="of labels and noise (default 42)")
+    add("--num-samples", metavar="N", help="images (default: eval_num_samples, 50000)")
+    add(
         "--noise-stream",
         choices=("image", "reference"),
         default="image",
         help="image (default): each image's draws depend on seed and index alone; "
         "reference: as the published code draws, by process and batch",
     )
-    parser.add_argument(
+    add(
         "--labels",
         metavar="cat,dog,3",
         help="classes by name or number, in turn, repeated to fill; without, all are as likely",
     )
-    parser.add_argument(
+    add(
         "--output",
         type=expanduser,
         metavar="FILE.npz",
         help="where the images go, instead of evals/",
     )
-    parser.add_argument(
+    add(
         "--overwrite",
         action="store_true",
         help="replace a file of other samples; the same samples are replaced without it",
     )
-    parser.add_argument(
+    add(
         "--grid",
         type=expanduser,
         metavar="FILE.png",
         help="also draw some of them, one class a row where there are enough (eval_demo_shape)",
     )
-    parser.add_argument("--cfg-scale", "--guidance-scale", help=argparse.SUPPRESS)
+    add("--cfg-scale", "--guidance-scale", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 

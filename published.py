@@ -58,15 +58,6 @@ def published_values(config: Config) -> dict[str, Any]:
     return {key: value or instead.get(key, value) for key, value in values.items()}
 
 
-def left_out(config: Config) -> list[str]:
-    """What the config says beside that, and what holds there."""
-    return [
-        f"{key} {shorten(value)} (there {shorten(usual)})"
-        for key, (value, usual) in _unusual(config).items()
-        if key in DISPENSABLE
-    ]
-
-
 def save_published_config(config: Config, path: Path) -> list[str]:
     """Write it; returns a line on the file and one on what it leaves out, if anything.
 
@@ -84,8 +75,13 @@ def save_published_config(config: Config, path: Path) -> list[str]:
     with atomic_write(path) as file:
         file.write(yaml.safe_dump(values, sort_keys=False, default_flow_style=None).encode())
     lines = [f"{path}: {len(values)} keys, which the published code knows"]
-    if without := left_out(config):
-        lines.append(f"left out, as it has no word for them: {', '.join(without)}")
+    left_out = [
+        f"{key} {shorten(value)} (there {shorten(usual)})"
+        for key, (value, usual) in _unusual(config).items()
+        if key in DISPENSABLE
+    ]
+    if left_out:
+        lines.append(f"left out, as it has no word for them: {', '.join(left_out)}")
     return lines
 
 

@@ -15,7 +15,6 @@ import pytest
 import scipy.linalg
 import standins
 from PIL import ExifTags, Image
-from test_npz import header_text, npy_bytes, write_member
 from test_scores import plain_inception_score, plain_precision_recall
 from toy_graph import write_toy_graph
 
@@ -342,6 +341,7 @@ def test_batch_size_does_not_change_the_scores(place):
     place.run("--no_cache")
     first, last = place.records
     assert first["scores"] == pytest.approx(last["scores"], rel=1e-4)
+    assert place.caches == []
 
 
 def test_grey_images_count_as_rgb(place):
@@ -427,14 +427,6 @@ def test_name_that_is_not_utf8_is_scored_once(place):
     assert (place.samples / "eval_results.txt").read_bytes().count(b"\xff.npz # IS") == 1
 
 
-def test_name_with_a_line_break_is_refused_and_the_others_scored(place, capsys):
-    place.add("a\nb.npz")
-    place.add("c.npz")
-    assert place.run() == 1
-    assert place.names == ["c.npz"]
-    assert "rename it" in capsys.readouterr().err
-
-
 def test_what_is_scored_is_not_scored_again_and_nothing_is_deleted(place, count_measured, capsys):
     place.add("a.npz")
     place.add("b.npz")
@@ -502,6 +494,7 @@ def test_another_reference_or_graph_scores_again(place, other_toy):
     place.run("--inception", other_toy)
     place.run("--inception", other_toy)
     assert place.names == ["a.npz"] * 3
+    assert len(place.caches) == 2
     assert len({record["scores"]["FD"] for record in place.records}) == 3
 
 
@@ -561,48 +554,21 @@ def test_changed_reference_is_noticed_though_size_and_time_are_the_same(place, c
     assert len(place.caches) == 1
 
 
-def test_each_graph_has_its_own_cache(place, other_toy):
-    place.add("a.npz")
-    place.run()
-    place.run("--inception", other_toy)
-    assert len(place.caches) == 2
-
-
-@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "text", "directory", "foreign"])
+@pytest.mark.parametrize("damage", ["cut", "foreign"])
 def test_damaged_cache_is_rebuilt(place, count_measured, damage, capsys):
     place.add("a.npz")
     place.run()
     scores = place.records[0]["scores"]
     (cache,) = place.caches
-    data = bytearray(cache.read_bytes())
-    data[len(data) // 2] ^= 255
-    contents = {
-        "cut": cache.read_bytes()[: len(data) // 2],
-        "flip": data,
-        "empty": b"",
-        "text": b"x",
-        "foreign": place.reference.read_bytes(),
-    }
-    cache.unlink()
-    cache.mkdir() if damage == "directory" else cache.write_bytes(contents[damage])
+    whole = cache.read_bytes()
+    cache.write_bytes(whole[:9999] if damage == "cut" else place.reference.read_bytes())
     place.add("a.npz")
     count_measured.clear()
     assert place.run() == 0
     assert count_measured == ["ref.npz", "a.npz"]
     assert place.records[-1]["scores"] == scores
     assert "cache computed again" in capsys.readouterr().err
-    if damage != "directory":
-        assert cache.read_bytes()[:2] == b"PK"
-        count_measured.clear()
-        place.add("b.npz")
-        place.run()
-        assert count_measured == ["b.npz"]
-
-
-def test_no_cache_leaves_none(place):
-    place.add("a.npz")
-    place.run("--no_cache")
-    assert place.caches == []
+    assert len(cache.read_bytes()) == len(whole)
 
 
 # Killed, interrupted, watching.
@@ -825,39 +791,25 @@ def test_own_reference_from_cifar10_holds_its_training_images_in_order(place, mo
     pixels = standins.write_cifar10(place.folder, monkeypatch)
     folder = place.folder / standins.CIFAR_FOLDER
     np.testing.assert_array_equal(make_reference(place, folder)["arr_0"], pixels)
-    path = folder / "data_batch_3"
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match="data_batch_3: not the published file"):
-        make_reference(place, folder)
 
 
 # Bad input: one clear line, the other files scored, and the status says so.
 
 
-def bad_archives():
-    pixels = some_pixels(1)
-    terabytes = npy_bytes(header_text(shape=(1 << 30, 64, 64, 3)), b"few")
-    return {
-        "cut": lambda path: path.write_bytes(path.read_bytes()[:5000]),
-        "empty": lambda path: path.write_bytes(b""),
-        "no_array": lambda path: np.savez(path, images=pixels),
-        "floats": lambda path: np.savez(path, pixels / 255),
-        "flat": lambda path: np.savez(path, pixels.reshape(60, -1)),
-        "pickled": lambda path: np.savez(path, np.array([pixels, None], object)),
-        "terabytes": lambda path: write_member(path, terabytes),
-        "none": lambda path: np.savez(path, pixels[:0]),
-        "three": lambda path: np.savez(path, pixels[:3]),
-        "rgba": lambda path: np.savez(path, some_pixels(1, channels=4)),
-        "large": lambda path: np.savez(path, some_pixels(1, size=16)),
-        "dangling": lambda path: (path.unlink(), path.symlink_to("nowhere")),
-    }
+# What else can be wrong in an archive is refused by its reader.
+BAD_ARCHIVES = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:5000]),
+    "floats": lambda path: np.savez(path, some_pixels(1) / 255),
+    "three": lambda path: np.savez(path, some_pixels(1, 3)),
+    "rgba": lambda path: np.savez(path, some_pixels(1, channels=4)),
+}
 
 
-@pytest.mark.parametrize("kind", [kind for kind in bad_archives() if kind != "dangling"])
+@pytest.mark.parametrize("kind", BAD_ARCHIVES)
 def test_bad_sample_file_is_named_and_the_others_are_scored(place, kind, capsys):
     place.add("1.npz")
     place.add("3.npz")
-    bad_archives()[kind](place.add("2.npz"))
+    BAD_ARCHIVES[kind](place.add("2.npz"))
     assert place.run() == 1
     assert place.names == ["1.npz", "3.npz"]
     lines = capsys.readouterr().err.splitlines()
@@ -873,10 +825,10 @@ def test_samples_and_reference_of_different_size_are_refused_with_both_named(pla
     assert "ref.npz are 8 x 8 RGB" in error
 
 
-@pytest.mark.parametrize("kind", [kind for kind in bad_archives() if kind not in ("large",)])
+@pytest.mark.parametrize("kind", BAD_ARCHIVES)
 def test_bad_reference_is_named(place, kind):
     place.add("a.npz")
-    bad_archives()[kind](place.reference)
+    BAD_ARCHIVES[kind](place.reference)
     with pytest.raises(UserError, match=r"ref\.npz"):
         place.run()
 
@@ -900,16 +852,15 @@ def rewritten(toy, change):
     return graph_def.SerializeToString()
 
 
-def reading_a_file(nodes, _):
-    nodes["between"].op = "ReadFile"
+def with_operation(name):
+    def change(nodes, _):
+        nodes["between"].op = name
+
+    return change
 
 
 def without_pool(nodes, graph_def):
     graph_def.node.remove(nodes["pool_3"])
-
-
-def unknown_operation(nodes, _):
-    nodes["between"].op = "NoSuchOperation"
 
 
 def dangling_input(nodes, _):
@@ -927,8 +878,12 @@ def logits_without_weights(nodes, _):
         (b"", "lacks ExpandDims, pool_3, mixed_6/conv, softmax/logits/MatMul"),
         (b"hello", "not a frozen graph"),
         (without_pool, "lacks pool_3"),
-        (reading_a_file, "ReadFile .* could reach outside"),
-        (unknown_operation, "not a usable graph"),
+        (with_operation("ReadFile"), r"operation ReadFile \(between\) could reach outside"),
+        # These are not marked as reaching beyond the graph.
+        (with_operation("DebugIdentity"), "DebugIdentity .* could reach outside"),
+        (with_operation("Copy"), "Copy .* could reach outside"),
+        (with_operation("ImmutableConst"), "ImmutableConst .* could reach outside"),
+        (with_operation("NoSuchOperation"), "not a usable graph"),
         (dangling_input, "not a usable graph"),
         (logits_without_weights, "lacks softmax/logits/MatMul"),
     ],
@@ -940,45 +895,6 @@ def test_graph_that_cannot_serve_is_named(place, toy, content, line):
     with pytest.raises(UserError, match=rf"bad\.pb: .*{line}") as caught:
         place.run("--inception", bad)
     assert "\n" not in str(caught.value)
-
-
-def test_graph_cut_anywhere_is_named(place, toy):
-    content = toy.read_bytes()
-    bad = place.folder / "bad.pb"
-    for size in range(0, len(content), len(content) // 30):
-        bad.write_bytes(content[:size])
-        with pytest.raises(UserError, match=r"bad\.pb: "):
-            feature_graph.FeatureGraph(bad, (8, 8, 3))
-
-
-# None of these is marked as reaching beyond the graph.
-REACHING = {
-    "DebugIdentity": ("debug_urls", "file://{}"),
-    "DebugNanCount": ("debug_urls", "file://{}"),
-    "Copy": ("debug_ops_spec", "DebugIdentity;file://{};0"),
-    "ImmutableConst": ("memory_region_name", "{}"),
-}
-
-
-@pytest.mark.parametrize("operation", REACHING)
-def test_operation_that_reaches_files_without_saying_so_is_refused(place, toy, operation):
-    name, target = REACHING[operation]
-
-    def reach(nodes, graph_def):
-        nodes["between"].op = operation
-        argument = nodes["between"].attr[name]
-        text = target.format(place.folder / "dumped").encode()
-        if operation == "ImmutableConst":
-            argument.s = text
-        else:
-            argument.list.s.append(text)
-
-    bad = place.folder / "bad.pb"
-    bad.write_bytes(rewritten(toy, reach))
-    before = sorted(place.folder.iterdir())
-    with pytest.raises(UserError, match=rf"operation {operation} \(between\) could reach outside"):
-        list(feature_graph.FeatureGraph(bad, (8, 8, 3)).features(some_pixels(0)))
-    assert sorted(place.folder.iterdir()) == before
 
 
 def test_absent_graph_or_another_digest_is_refused(place, toy):
@@ -1045,21 +961,6 @@ def test_read_only_place_of_the_reference_means_no_cache_and_no_failure(place):
     assert result.stderr.count("no cache") == 1
     assert result.stdout.splitlines()[-1].startswith("a.npz # IS")
     assert place.caches == []
-
-
-@pytest.mark.slow
-def test_full_disk_while_caching_is_said_and_the_files_are_scored(place):
-    place.add("a.npz")
-    script = (
-        "mount -t tmpfs -o size=100k none /mnt && cp {0}/ref.npz /mnt && "
-        "{1} --ref_batch /mnt/ref.npz && ls -A /mnt"
-    )
-    result = in_namespace(script, place)
-    assert result.returncode == 0, result.stderr
-    assert result.stderr.count("no cache: /mnt/ref.npz.") == 1
-    assert "No space left on device" in result.stderr
-    assert result.stdout.splitlines()[-1] == "ref.npz"
-    assert place.names == ["a.npz"]
 
 
 def test_read_only_folder_of_samples_is_one_line_before_any_work(place):

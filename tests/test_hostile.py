@@ -34,7 +34,6 @@ from tiny_vae import make_tiny_vae
 
 from config import FIELDS, Config, config_from_dict, load_config
 from evaluator import Results
-from inference import data_of
 from support.data.batches import BatchPlan
 from support.data.images import read_image, refuse_non_pictures
 from support.data.latent_parts import PartsFolder, Plan
@@ -194,15 +193,8 @@ BOMBS = {
     "endless.yaml": lambda path: (path.touch(), os.truncate(path, 256 * MB)),
     "sides.png": lambda path: png(path, 60_000),
     "text.png": lambda path: png(path, 8, png_chunk(b"zTXt", b"a\0\0" + deflated(256 * MB))),
-    "profile.png": lambda path: png(path, 8, png_chunk(b"iCCP", b"a\0\0" + deflated(256 * MB))),
     "sides.jpg": with_sides_at("JPEG", 5, ">HH", (60_000, 60_000), b"\xff\xc0"),
-    "sides.bmp": with_sides_at("BMP", 18, "<ii", (60_000, 60_000)),
-    "sides.gif": with_sides_at("GIF", 6, "<HH", (60_000, 60_000)),
     "frame.gif": with_sides_at("GIF", 5, "<HH", (60_000, 60_000), b",\0\0\0\0\x10"),
-    "sides.jp2": with_sides_at("JPEG2000", 6, ">II", (60_000, 60_000), b"\xff\x51"),
-    "sides.avif": with_sides_at("AVIF", 8, ">II", (60_000, 60_000), b"ispe"),
-    "sides.qoi": with_sides_at("QOI", 4, ">II", (60_000, 60_000)),
-    "sides.ppm": lambda path: path.write_bytes(b"P6 60000 60000 255\n" + bytes(100)),
 }
 READERS = {
     ".pt": read_checkpoint,
@@ -211,12 +203,7 @@ READERS = {
     ".yaml": load_config,
     ".png": read_image,
     ".jpg": read_image,
-    ".bmp": read_image,
-    ".ppm": read_image,
     ".gif": read_image,
-    ".jp2": read_image,
-    ".avif": read_image,
-    ".qoi": read_image,
 }
 GROWTH_LIMIT_BYTES = 64 * MB
 
@@ -337,13 +324,6 @@ def test_parts_of_a_batch_that_cannot_be_are_a_line(parts):
         compare_plans(BatchPlan(8, 6, 1, 1), {"parts": parts}, Path("1.pt"))
 
 
-@pytest.mark.parametrize("channels", [None, "3", -1, 0, 2**62, float("inf"), [3]])
-def test_numbers_of_channels_and_classes_that_cannot_be_are_a_line(channels):
-    content = {"data": {"channels": channels, "num_classes": 10}}
-    with pytest.raises(UserError, match=r"1\.pt: its entry `data` is damaged"):
-        data_of(Config(), content, Path("1.pt"))
-
-
 @pytest.mark.parametrize("content", ["[]", '{"a": 1}', "3", "[" * 100_000, "", "\0"])
 def test_a_plan_of_latents_that_is_none_is_a_line(tmp_path, content):
     parts = PartsFolder(tmp_path)
@@ -355,11 +335,9 @@ def test_a_plan_of_latents_that_is_none_is_a_line(tmp_path, content):
 
 def test_scores_that_are_no_numbers_are_passed_over(tmp_path):
     records = [
-        '{"file": "a.npz", "scores": {"IS": 1' + "0" * 400 + "}}",
         '{"file": "a.npz", "scores": {"IS": [1]}}',
         '{"file": "a.npz", "scores": [1]}',
         '{"file": "a.npz"}',
-        "[" * 100_000,
         "3",
     ]
     (tmp_path / "eval_results.jsonl").write_text("\n".join(records) + "\n")
@@ -374,19 +352,6 @@ def test_no_entry_of_a_latent_file_leads_elsewhere(tmp_path, name):
         del file[name]
         file[name] = h5py.ExternalLink("secret.hdf5", name)
     assert f"{name} is not an array in this file" in refused(read_latents, path)
-
-
-def test_a_filter_that_is_not_there_is_a_line(tmp_path):
-    path = write_reference_form(tmp_path)
-    with h5py.File(path, "r+") as file:
-        del file["latents"]
-        layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-        layout.set_chunk((12, 8, 4, 4))
-        layout.set_filter(305, h5py.h5z.FLAG_OPTIONAL)  # of nobody's
-        space = h5py.h5s.create_simple((12, 8, 4, 4))
-        latents = h5py.h5d.create(file.id, b"latents", h5py.h5t.IEEE_F32LE, space, layout)
-        latents.write_direct_chunk((0, 0, 0, 0), bytes(12 * 512))
-    refused(read_latents, path)
 
 
 # Configs

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import ROOT, digits_settings, succeed
+from commands import digits_settings
 from PIL import Image
 from tiny_vae import make_tiny_vae
 
@@ -127,12 +127,6 @@ def test_flags_win_over_settings_and_settings_over_defaults(run):
     assert names == ["6_2NFE_42.npz", "6_3NFE_42.npz"]
 
 
-def test_grid_shows_the_first_images(run, tmp_path):
-    run("--num-samples=8", "--labels=1,0", f"--grid={tmp_path / 'grid.png'}")
-    with Image.open(tmp_path / "grid.png") as picture:
-        assert picture.size == (100, 100)  # eval_demo_shape [2, 2]
-
-
 def test_checkpoint_given_by_its_path_is_sampled(run, tmp_path):
     moved = tmp_path / "moved.pt"
     shutil.copy(run.folder / "ckpts" / "0.pt", moved)
@@ -220,7 +214,7 @@ def test_draws_by_batch_are_another_request_in_other_batches(run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("text", [None, "", "3", "{}", "[" * 100_000])
+@pytest.mark.parametrize("text", [None, "", "3", "{}"])
 def test_samples_that_no_record_describes_are_not_replaced(run, text):
     run("--num-samples=4")
     record = run.folder / "evals" / "6_1NFE_42.json"
@@ -291,23 +285,8 @@ def test_class_names_come_from_the_checkpoint(run, tmp_path, capsys):
         assert archive["arr_1"].tolist() == [0, 7, 0, 7]
     said = f"2 x 2 of them, one class a row (nought, 7), in {tmp_path / 'grid.png'}"
     assert said in capsys.readouterr().out
-    content["data"]["class_names"].pop()
-    torch.save(content, path)
-    with pytest.raises(UserError, match=r"6\.pt: its entry `data` is damaged"):
-        run("--num-samples=1")
-
-
-# The command in a process of its own
-
-
-@pytest.mark.slow
-def test_command_samples_in_a_process_of_its_own(run):
-    said = succeed(
-        "inference.py", "--config", run.folder / "config.yaml", "--ckpt-steps", 6,
-        "--num-samples", 3, f"--set=working_dir={run.folder}",
-    )  # fmt: skip
-    assert "3 images in" in said
-    assert ROOT.name not in said.partition("images in")[0]
+    with Image.open(tmp_path / "grid.png") as picture:
+        assert picture.size == (100, 100)  # eval_demo_shape [2, 2]
 
 
 # Which run, which checkpoint, which config
@@ -402,12 +381,6 @@ def test_a_checkpoint_without_config_takes_that_of_its_run_or_asks_for_one(elsew
     assert "here/mine_1NFE_42.npz" in made(elsewhere)
     with pytest.raises(UserError, match="--config: needed with --ckpt-steps"):
         sample_two("--ckpt-steps=6")
-
-
-def test_a_mistyped_checkpoint_leaves_nothing(elsewhere):
-    with pytest.raises(UserError, match="the folder nowhere/ckpts does not exist"):
-        sample_two("--ckpt=nowhere/ckpts/6.pt", "--config=../shared/config.yaml")
-    assert not Path("nowhere").exists()
 
 
 def test_a_folder_in_place_of_a_checkpoint_is_refused_with_what_is_in_it(elsewhere):

@@ -5,6 +5,7 @@ Any graph will do that has the tensors of the 2015 Inception graph: input `Expan
 `softmax/logits/MatMul`. TensorFlow is imported only when a graph is loaded.
 """
 
+import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -80,7 +81,7 @@ class FeatureGraph:
         self.batch_images = batch_images
         self.tensorflow_version = self._tf.__version__
         graph_def = self._read()
-        self._session = self._load(graph_def)
+        self._session, self._input = self._load(graph_def)
         self.class_weights = self._class_weights(graph_def)
         probe = self._run(np.zeros((1, *image_shape[:2], 3), np.uint8))
         self.widths = (probe.pool.shape[1], probe.spatial.shape[1], self.class_weights.shape[1])
@@ -108,7 +109,7 @@ class FeatureGraph:
         rgb = np.broadcast_to(pixels, (*pixels.shape[:3], 3))
         try:
             pool, spatial = self._session.run(
-                [f"{POOL}:0", f"{SPATIAL}:0"], {f"{INPUT}:0": rgb.astype(np.float32)}
+                [f"{POOL}:0", f"{SPATIAL}:0"], {self._input: rgb.astype(np.float32)}
             )
         except self._tf.errors.OpError as error:
             raise UserError(
@@ -129,55 +130,47 @@ class FeatureGraph:
             )
         return Features(pool, spatial.astype(np.float32, copy=False))
 
-    def _read(self):
-        """The part of the graph that our tensors need, its input replaced by a free placeholder."""
-        v1 = self._tf.compat.v1
-        whole = v1.GraphDef()
+    def _read(self) -> Any:
+        """The graph's definition, once nothing in it reaches beyond it."""
+        from tensorflow.python.framework import op_def_registry
+
+        graph_def = self._tf.compat.v1.GraphDef()
         try:
-            whole.ParseFromString(self.path.read_bytes())
+            graph_def.ParseFromString(self.path.read_bytes())
         except Exception as error:  # protobuf's error classes are not public
             raise UserError(f"{self.path}: not a frozen graph ({one_line(error)})") from error
-        nodes = {node.name: node for node in whole.node}
+        nodes = {node.name: node for node in graph_def.node}
         missing = [name for name in (INPUT, POOL, SPATIAL, LOGITS) if name not in nodes]
         if missing or len(nodes[LOGITS].input) < 2:
             raise UserError(
                 f"{self.path}: not a graph for scores, it lacks {', '.join(missing) or LOGITS}"
             )
-        # The published graph takes one image at a time; every operation after its input takes many.
-        placeholder = v1.NodeDef(name=INPUT, op="Placeholder")
-        placeholder.attr["dtype"].type = self._tf.float32.as_datatype_enum
-        placeholder.attr["shape"].shape.CopyFrom(
-            self._tf.TensorShape([None, None, None, 3]).as_proto()
-        )
-        nodes[INPUT].CopyFrom(placeholder)
-        part = v1.GraphDef(versions=whole.versions, library=whole.library)
-        part.node.extend(nodes[name] for name in _needed(nodes, [POOL, SPATIAL, LOGITS]))
-        bodies = [function.node_def for function in part.library.function]
-        self._refuse_impure([*part.node, *(node for body in bodies for node in body)])
-        return part
-
-    def _refuse_impure(self, every_node: list) -> None:
-        from tensorflow.python.framework import op_def_registry
-
-        for node in every_node:
+        bodies = [function.node_def for function in graph_def.library.function]
+        for node in itertools.chain(graph_def.node, *bodies):
             definition = op_def_registry.get(node.op)
             if IMPURE.search(node.op) or (definition and definition.is_stateful):
                 raise UserError(
                     f"{self.path}: operation {node.op} ({node.name}) could reach outside the "
                     "graph; only pure, frozen graphs are run"
                 )
+        return graph_def
 
-    def _load(self, graph_def: Any) -> Any:
+    def _load(self, graph_def: Any) -> tuple[Any, Any]:
+        """A session of the graph, and what stands in it for its input.
+
+        The published graph takes one image at a time; every operation after its input takes many.
+        """
         v1 = self._tf.compat.v1
         graph = self._tf.Graph()
         with graph.as_default():
+            images = v1.placeholder(self._tf.float32, [None, None, None, 3])
             try:
-                self._tf.import_graph_def(graph_def, name="")
+                self._tf.import_graph_def(graph_def, {f"{INPUT}:0": images}, name="")
             except Exception as error:  # kinds differ between operations and versions
                 raise UserError(f"{self.path}: not a usable graph ({one_line(error)})") from error
         config = v1.ConfigProto()
         config.gpu_options.allow_growth = True
-        return v1.Session(graph=graph, config=config)
+        return v1.Session(graph=graph, config=config), images
 
     def _class_weights(self, graph_def: Any) -> np.ndarray:
         logits = next(node for node in graph_def.node if node.name == LOGITS)
@@ -191,16 +184,3 @@ class FeatureGraph:
         if weights.ndim != 2:
             raise UserError(f"{self.path}: weights of {LOGITS} are {list(weights.shape)}, not 2-D")
         return weights
-
-
-def _needed(nodes: dict, wanted: list[str]) -> list[str]:
-    """Names of the nodes that `wanted` depend on, themselves included."""
-    found: set[str] = set()
-    waiting = list(wanted)
-    while waiting:
-        name = waiting.pop()
-        if name in nodes and name not in found:
-            found.add(name)
-            # inputs are written as name, name:output or ^name (a control input)
-            waiting += [source.lstrip("^").split(":")[0] for source in nodes[name].input]
-    return [name for name in nodes if name in found]

@@ -195,8 +195,7 @@ class Manifold:
         return int((self.norms > FLOAT16_LIMIT).sum()) if self.distances == "float16" else 0
 
 
-@dataclass(frozen=True)
-class PrecisionRecall:
+class PrecisionRecall(NamedTuple):
     """Share of samples inside some reference ball; share of references inside some sample ball."""
 
     precision: float

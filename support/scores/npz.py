@@ -162,33 +162,30 @@ class ArchiveReader:
         self, name: str, shape: tuple[int, ...], dtype: DTypeLike = np.float64
     ) -> np.ndarray:
         """The float array `name` as `dtype`; UserError unless it has `shape` and is finite."""
-        header = self.header(name)
-        if header.dtype.kind != "f" or header.dtype.itemsize > 8 or header.shape != shape:
-            self._refuse(
-                name, f"must be float {list(shape)}, not {header.dtype} {list(header.shape)}"
-            )
-        values = self._read(name).astype(dtype, copy=False)
+        values = self._read(name, "f", shape, f"float {list(shape)}").astype(dtype, copy=False)
         if not np.isfinite(values).all():
             self._refuse(name, "holds values that are not finite")
         return values
 
     def integer(self, name: str) -> int:
         """The one integer in `name`."""
-        header = self.header(name)
-        if header.dtype.kind not in "iu" or header.shape != ():
-            self._refuse(name, f"must be one integer, not {header.dtype} {list(header.shape)}")
-        return int(self._read(name)[()])
+        return int(self._read(name, "iu", (), "one integer")[()])
+
+    def labels(self, count: int) -> np.ndarray:
+        """The labels [count] of the images, which are in `arr_1`."""
+        return self._read("arr_1", "iu", (count,), f"{count} labels")
 
     def text(self, name: str) -> str:
         """The one string in `name`."""
-        header = self.header(name)
-        if header.dtype.kind != "U" or header.shape != ():
-            self._refuse(name, f"must be one short string, not {header.dtype} {list(header.shape)}")
         with self._reading(name):  # some bytes are no characters
-            return str(self._read(name)[()])
+            return str(self._read(name, "U", (), "one short string")[()])
 
-    def _read(self, name: str) -> np.ndarray:
-        """An array whose header has been checked."""
+    def _read(self, name: str, kinds: str, shape: tuple[int, ...], wanted: str) -> np.ndarray:
+        """The array `name`; UserError unless it has this shape and one of these kinds of dtype."""
+        header = self.header(name)
+        if header.dtype.kind not in kinds or header.shape != shape:
+            found = f"{header.dtype} {list(header.shape)}"
+            self._refuse(name, f"must be {wanted}, not {found}")
         with self._reading(name), self._archive.open(self._member(name)) as member:
             return np.lib.format.read_array(member, allow_pickle=False)
 

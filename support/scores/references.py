@@ -27,6 +27,7 @@ from support.system.files import UserError, atomic_write, check_writable
 
 READ_IMAGES = 256
 CACHE_VERSION = 2
+STATISTICS = (("mu", "sigma"), ("mu_s", "sigma_s"))  # of pool and of spatial features
 
 
 @dataclass(frozen=True)
@@ -143,13 +144,7 @@ def measure(
 
     Only the pool features are kept, N D float32.
     """
-    try:
-        features = np.empty((images.num_images, graph.widths[0]), np.float32)
-    except MemoryError:
-        raise UserError(
-            f"{images.name}: the features of {images.num_images} images need "
-            f"{4 * images.num_images * graph.widths[0] / 1e9:.0f} GB of memory"
-        ) from None
+    features = np.empty((images.num_images, graph.widths[0]), np.float32)
     pool, spatial = Moments(), Moments()
     done = 0
     # disable=None: a progress bar on terminals only
@@ -219,10 +214,7 @@ def write_reference(
 
         measured = measure(images, graph, keep)
         writer.further_arrays.update(
-            mu=measured.pool.mean,
-            sigma=measured.pool.covariance,
-            mu_s=measured.spatial.mean,
-            sigma_s=measured.spatial.covariance,
+            _named_statistics(measured),
             graph=np.array(graph.name),
             graph_sha256=np.array(graph.sha256),
             count=np.array(num_images),
@@ -248,21 +240,19 @@ def load_reference(
     images = archive_images(path)
     with read_archive(path) as archive:
         _refuse_other_graph(archive, graph)
-        own = {
-            "pool": _statistics(archive, "mu", "sigma", graph.widths[0]),
-            "spatial": _statistics(archive, "mu_s", "sigma_s", graph.widths[1]),
-        }
+        own_pool, own_spatial = _read_statistics(archive, graph)
         count = archive.integer("count") if "count" in archive else None
         names_graph = "graph_sha256" in archive
-    origin = "images" if None in own.values() else "file"
+    origin = "file" if own_pool and own_spatial else "images"
     if origin == "images":
         count = images.num_images
-    cache = cache_path(path, graph)
+    # Not an .npz, lest it be scored.
+    cache = path.with_name(f"{path.name}.{graph.sha256[:12]}.cache")
     key = f"{CACHE_VERSION} {sha256} {graph.sha256}"
     cached = _read_cache(cache, key, images.num_images, graph) if use_cache else None
     if cached is None:
         measured = measure(images, graph)
-        pool, spatial = own["pool"] or measured.pool, own["spatial"] or measured.spatial
+        pool, spatial = own_pool or measured.pool, own_spatial or measured.spatial
         cached = Cached(Measured(measured.features, pool, spatial), {})
     measured, radii = cached
     manifold = Manifold.of(measured.features, distances, radii.get(distances))
@@ -287,13 +277,24 @@ def _refuse_other_graph(archive: ArchiveReader, graph: FeatureGraph) -> None:
         )
 
 
-def _statistics(
-    archive: ArchiveReader, mean: str, covariance: str, width: int
-) -> Statistics | None:
-    """Statistics of `width` stored under these names, None where neither is there."""
-    if mean not in archive and covariance not in archive:
-        return None
-    return Statistics(archive.floats(mean, (width,)), archive.floats(covariance, (width, width)))
+def _read_statistics(archive: ArchiveReader, graph: FeatureGraph) -> list[Statistics | None]:
+    """Those of pool and of spatial features, None where neither mean nor covariance is there."""
+    return [
+        Statistics(archive.floats(mean, (width,)), archive.floats(covariance, (width, width)))
+        if mean in archive or covariance in archive
+        else None
+        for (mean, covariance), width in zip(STATISTICS, graph.widths, strict=False)
+    ]
+
+
+def _named_statistics(measured: Measured) -> dict[str, np.ndarray]:
+    """Both statistics under the names that files have for them."""
+    both = zip(STATISTICS, (measured.pool, measured.spatial), strict=True)
+    return {
+        name: array
+        for names, statistics in both
+        for name, array in zip(names, (statistics.mean, statistics.covariance), strict=True)
+    }
 
 
 # The cache: features and radii are most of the time of a run with few files.
@@ -306,27 +307,20 @@ class Cached(NamedTuple):
     squared_radii: dict[str, np.ndarray]
 
 
-def cache_path(reference: Path, graph: FeatureGraph) -> Path:
-    """Where the features of `reference` by `graph` are kept; not an .npz, lest it be scored."""
-    return reference.with_name(f"{reference.name}.{graph.sha256[:12]}.cache")
-
-
 def _read_cache(path: Path, key: str, num_images: int, graph: FeatureGraph) -> Cached | None:
     if not path.exists():
         return None
-    width, spatial_width, _ = graph.widths
     try:
         with read_archive(path) as archive:
             if archive.text("key") != key:
                 return None
-            features = archive.floats("features", (num_images, width), np.float32)
+            features = archive.floats("features", (num_images, graph.widths[0]), np.float32)
             radii = {
                 kind: archive.floats(f"squared_radii_{kind}", (num_images,), np.float32)
                 for kind in DISTANCES
                 if f"squared_radii_{kind}" in archive
             }
-            pool = _statistics(archive, "mu", "sigma", width)
-            spatial = _statistics(archive, "mu_s", "sigma_s", spatial_width)
+            pool, spatial = _read_statistics(archive, graph)
     except UserError as error:
         print(f"cache computed again: {error}", file=sys.stderr)
         return None
@@ -338,10 +332,7 @@ def _write_cache(path: Path, key: str, cached: Cached) -> None:
     arrays: dict[str, Any] = {
         "key": np.array(key),
         "features": measured.features,
-        "mu": measured.pool.mean,
-        "sigma": measured.pool.covariance,
-        "mu_s": measured.spatial.mean,
-        "sigma_s": measured.spatial.covariance,
+        **_named_statistics(measured),
         **{f"squared_radii_{kind}": values for kind, values in radii.items()},
     }
     try:

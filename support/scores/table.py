@@ -1,7 +1,4 @@
-"""What is known of a folder of samples: scores as lines, as records and as a table.
-
-A folder has eval_results.txt, which people read and older runs left, and eval_results.jsonl.
-"""
+"""What is known of a folder of samples: scores as lines, as records and as a table."""
 
 import contextlib
 import json
@@ -126,29 +123,23 @@ class Results:
         if record is None:
             scores = parse_scores(self.lines[name][-1])
             return {**origin_of(self.folder / name), **scores}
-        num_images = whole_number(record, "num_images")
-        # Before records held step and NFE they were known from elsewhere alone.
-        origin = record if "step" in record else origin_of(self.folder / name, num_images)
         return {
-            "images": num_images,
-            "step": whole_number(origin, "step"),
-            "NFE": whole_number(origin, "NFE"),
+            "images": record.get("num_images"),
+            "step": record.get("step"),
+            "NFE": record.get("NFE"),
             **record["scores"],
             "distances": str(Yardstick.of(record).distances),
         }
 
     def _few_images(self) -> list[str]:
         """Files with few images themselves, or in what they were compared with."""
-        found = []
-        for name, record in self.records.items():
-            reference = _part(record, "reference")
-            counts = (
-                whole_number(record, "num_images"),
-                whole_number(reference, "statistics_images"),
-            )
-            if any(count is not None and count < FEW_IMAGES for count in counts):
-                found.append(name)
-        return found
+        counts = {
+            name: (record.get("num_images"), _part(record, "reference").get("statistics_images"))
+            for name, record in self.records.items()
+        }
+        # Of some references it is not known.
+        known = {name: list(filter(None, both)) for name, both in counts.items()}
+        return [name for name, both in known.items() if min(both, default=FEW_IMAGES) < FEW_IMAGES]
 
     def _foreign(self, yardstick: Yardstick) -> list[str]:
         """Files whose scores cannot be compared with those by `yardstick`, as far as is known."""
@@ -169,12 +160,6 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def whole_number(record: Mapping, key: str) -> int | None:
-    """The value of `key` where it is one, not below 0."""
-    value = record.get(key)
-    return value if type(value) is int and value >= 0 else None
-
-
 def origin_of(path: Path, num_images: int | None = None) -> dict[str, int]:
     """`step` and `NFE` of a sample file where they are known, from its record or else its name.
 
@@ -187,8 +172,8 @@ def origin_of(path: Path, num_images: int | None = None) -> dict[str, int]:
         return origin
     if match := CHECKPOINT_NAME.fullmatch(str(record.get("checkpoint"))):
         origin["step"] = int(match["step"])
-    told = {"step": whole_number(record, "finished_steps"), "NFE": whole_number(record, "NFE")}
-    return origin | {key: value for key, value in told.items() if value is not None}
+    told = {"step": record.get("finished_steps"), "NFE": record.get("NFE")}
+    return origin | {key: value for key, value in told.items() if type(value) is int}
 
 
 def _read_record(path: Path) -> dict:
@@ -196,7 +181,7 @@ def _read_record(path: Path) -> dict:
     try:
         with open(path, "rb", opener=regular_only) as file:
             record = json.loads(file.read(RECORD_LIMIT_BYTES))
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
 
@@ -230,7 +215,7 @@ def _parse_record(text: str) -> dict | None:
         record = json.loads(text)
         scores = {column: float(value) for column, value in record["scores"].items()}
         return {**record, "file": str(record["file"]), "scores": scores}
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

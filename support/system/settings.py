@@ -7,6 +7,7 @@ import re
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -178,21 +179,24 @@ Name = Annotated[str, BeforeValidator(_name)]
 
 
 def key(
-    default: Any, comment: str, operational: bool = False, or_else: str = "", **limits: Any
+    default: Any, comment: str, or_else: str = "", may_change: bool = False, **limits: Any
 ) -> Any:
     """A key of a config: its default, what it means, and the range of its number.
 
-    `operational`: it may change when a run continues, which stays the same experiment. `or_else`
-    is said after the range.
+    `or_else` is said after the range.
     """
-    extra: JsonDict = {"operational": operational, "or_else": or_else}
+    extra: JsonDict = {"may_change": may_change, "or_else": or_else}
     return Field(default, description=comment, json_schema_extra=extra, **limits)
+
+
+# A key that may change when a run continues, which stays the same experiment.
+changeable = partial(key, may_change=True)
 
 
 def may_change(field: FieldInfo) -> bool:
     """Whether this key may change when a run continues."""
     extra = field.json_schema_extra
-    return isinstance(extra, dict) and bool(extra["operational"])
+    return isinstance(extra, dict) and bool(extra["may_change"])
 
 
 def choices_of(field: FieldInfo) -> list[str] | None:
