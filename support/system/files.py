@@ -13,7 +13,7 @@ import re
 import stat
 import sys
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -91,58 +91,57 @@ os.register_at_fork(after_in_child=lambda: [file.close() for file in _open_locks
 
 
 @contextlib.contextmanager
-def _lock_file(path: Path) -> Iterator[IO[bytes]]:
-    """The open file of a lock, not locked yet; UserError where there can be none."""
-    try:
-        file = open(path, "ab")  # noqa: SIM115 - closed below
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
-    _open_locks.add(file)
-    try:
-        with file:
-            yield file
-    finally:
-        _open_locks.discard(file)
+def _hold(path: Path, wait: Callable[[IO[bytes]], None]) -> Iterator[None]:
+    """A block that holds the lock `path`, a file that is there while somebody does.
+
+    Dying unlocks it; where the file system has no locks, all hold it. `wait` is called with the
+    open file for as long as another process holds that.
+    """
+    while True:
+        try:
+            file = open(path, "ab")  # noqa: SIM115 - closed below
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+        _open_locks.add(file)
+        try:
+            with file:
+                if not _lock(file, path):
+                    wait(file)
+                    continue  # the former owner has removed this file: lock the next one
+                try:
+                    yield
+                finally:
+                    # An unlocked file that stays locks nobody out.
+                    with contextlib.suppress(OSError):
+                        path.unlink()
+                return
+        finally:
+            _open_locks.discard(file)
 
 
 @contextlib.contextmanager
 def hold_lock(path: str | Path, refusal: str) -> Iterator[None]:
-    """A block that holds the lock `path`; UserError(refusal) where another process holds it.
+    """A block that holds the lock `path`; UserError(refusal) where another process holds it."""
 
-    Dying unlocks it. Where the file system has no locks, nobody is refused.
-    """
-    path = Path(path)
-    with _lock_file(path) as file:
-        if not _lock(file, path):
-            raise UserError(refusal)
-        try:
-            yield
-        finally:
-            # An unlocked file that stays locks nobody out.
-            with contextlib.suppress(OSError):
-                path.unlink()
+    def refuse(_: IO[bytes]) -> None:
+        raise UserError(refusal)
+
+    with _hold(Path(path), refuse):
+        yield
 
 
 @contextlib.contextmanager
 def one_at_a_time(path: str | Path) -> Iterator[bool]:
-    """A block that one process at a time enters; True for those that had to wait for another.
-
-    `path` is the lock: a file that is there while somebody is in the block. Dying unlocks it. Where
-    the file system has no locks, nobody waits.
-    """
-    path = Path(path)
+    """A block that one process at a time enters; True for those that had to wait for another."""
     has_waited = False
-    while True:
-        with _lock_file(path) as file:
-            if not _lock(file, path):
-                has_waited = True
-                fcntl.flock(file, fcntl.LOCK_EX)
-                continue  # the former owner has removed this file: lock the next one
-            try:
-                yield has_waited
-            finally:
-                path.unlink(missing_ok=True)
-            return
+
+    def wait(file: IO[bytes]) -> None:
+        nonlocal has_waited
+        has_waited = True
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+    with _hold(Path(path), wait):
+        yield has_waited
 
 
 def regular_only(path: str | os.PathLike[str], flags: int) -> int:
@@ -232,9 +231,9 @@ def download(url: str, path: str | Path, timeout_seconds: float = 30) -> None:
             print(file=sys.stderr)
             if total_bytes and done_bytes != total_bytes:
                 raise UserError(f"{url}: ended after {done_bytes} of {total_bytes} bytes")
+    except UserError:
+        raise
     except (OSError, ValueError, http.client.HTTPException) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{url}: cannot be fetched ({one_line(error)})") from error
 
 
