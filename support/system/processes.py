@@ -96,7 +96,7 @@ class Processes:
             if self.is_main:
                 token.touch()
             self.agree(None)  # by now it is there
-            missing = self.gather(None if token.exists() else _machine())
+            missing = self.gather(None if token.exists() else socket.gethostname())
         finally:
             if self.is_main:
                 token.unlink(missing_ok=True)
@@ -184,16 +184,15 @@ def connected(device: str, timeout_minutes: float) -> Iterator[Processes]:
         yield Processes(rank, local_rank, world_size, chosen)
         return
     timeout = timedelta(minutes=timeout_minutes)
-    is_cuda = chosen.type == "cuda"
     with _reporting_failed_connection(timeout_minutes):
         _choose_interface(world_size)
         dist.init_process_group(
-            "nccl" if is_cuda else "gloo",
+            "nccl" if chosen.type == "cuda" else "gloo",
             timeout=timeout,
             store=_store_of_this_attempt(timeout),
             rank=rank,
             world_size=world_size,
-            device_id=chosen if is_cuda else None,
+            device_id=chosen if chosen.type == "cuda" else None,
         )
         # A number instead of a group is for processes outside of it, and none is.
         host_group: Any = dist.new_group(backend="gloo", timeout=timeout)
@@ -246,11 +245,6 @@ def _interface_to(host: str) -> str | None:
     return None
 
 
-def _machine() -> str:
-    """How this machine is called in what is said."""
-    return socket.gethostname()
-
-
 def _store_of_this_attempt(timeout: timedelta) -> dist.Store:
     """Where the processes find each other.
 
@@ -283,7 +277,7 @@ def _reporting_failed_connection(timeout_minutes: float) -> Iterator[None]:
         else:
             advice = "docs/several_gpus.md says what to look at"
         raise UserError(
-            f"on {_machine()}: no connection to the other processes within "
+            f"on {socket.gethostname()}: no connection to the other processes within "
             f"{timeout_minutes:g} minutes ({where}): {cause}; {advice}"
         ) from error
 
