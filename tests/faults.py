@@ -920,7 +920,17 @@ def on_two_machines(name: str) -> Callable[[int, Path], Tally]:
     return fault
 
 
-MACHINES = ("trains", "continues", "killed", "blinks", "cut", "slow", "late", "unshared", "misled")
+MACHINES = {
+    "trains": "two machines",
+    "continues": "two machines, continuing",
+    "killed": "a machine killed",
+    "blinks": "link cut for two seconds",
+    "cut": "link cut for longer, healed",
+    "slow": "link of 50 ms that loses 1 %",
+    "late": "a machine that joins late",
+    "unshared": "working_dir that is not shared",
+    "misled": "wrong address, port in use",
+}
 
 # The command
 
