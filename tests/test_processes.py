@@ -154,7 +154,7 @@ def connected(rank: int, port: int, **world: object) -> str:
         "from support.system.command import run_command\n"
         "from support.system.processes import connected\n"
         "def main():\n"
-        "    with processes('cpu', timeout_minutes=0.02):\n"
+        "    with connected('cpu', timeout_minutes=0.02):\n"
         "        pass\n"
         "run_command(main)"
     )
