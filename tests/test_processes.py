@@ -181,6 +181,7 @@ def test_processes_that_cannot_connect_say_what_is_the_matter():
     [
         (RuntimeError("[gloo/transport/tcp/pair.cc:5] Connection closed by peer"), "is gone"),
         (RuntimeError("[gloo/a.cc:5] Timed out waiting 5ms for recv"), "was silent for 3 minutes"),
+        (RuntimeError("Application timeout caused pair closure"), "was silent for 3 minutes"),
         (
             torch.distributed.DistBackendError(
                 "NCCL error in: ../c10d/NCCLUtils.cpp:77, unhandled cuda error, NCCL version 2.27"

@@ -24,6 +24,9 @@ from support.system.hardware import keep_freed_memory
 
 Value = TypeVar("Value")
 SIOCGIFADDR = 0x8915  # Linux' number for: which address has this network interface?
+# gloo raises plain RuntimeErrors. This is how they are known: by the place in its source, or where
+# one of several exchanges has timed out, by what it says of the others.
+OF_GLOO = re.compile("gloo|Application timeout caused pair closure")
 # What torch, gloo and NCCL say when another process waits, and when it has ended.
 SILENT = re.compile("timed out|timeout", re.IGNORECASE)
 GONE = re.compile(
@@ -288,8 +291,7 @@ def reporting_lost_processes(rank: int, timeout_minutes: float) -> Iterator[None
     try:
         yield
     except RuntimeError as error:
-        # gloo raises plain RuntimeErrors, which say where in it they come from.
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+        if not isinstance(error, dist.DistError) and not OF_GLOO.search(str(error)):
             raise
         if SILENT.search(str(error)):
             what = f"another process was silent for {timeout_minutes:g} minutes"
