@@ -3,7 +3,9 @@
 import errno
 import fcntl
 import http.server
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -199,7 +201,8 @@ def test_a_forked_child_does_not_keep_the_lock_of_a_killed_parent(tmp_path):
             time.sleep(10)
             os._exit(0)
     child = int(os.read(reader, 100))
-    with pytest.raises(UserError, match="taken"), hold_lock(path, "taken"):
+    said = rf"taken \(process {owner} on "  # at once: it lives here
+    with pytest.raises(UserError, match=said), hold_lock(path, "taken"):
         pass
     os.kill(owner, signal.SIGKILL)
     os.waitpid(owner, 0)
@@ -210,6 +213,42 @@ def test_a_forked_child_does_not_keep_the_lock_of_a_killed_parent(tmp_path):
     finally:
         os.kill(child, signal.SIGKILL)
     assert not path.exists()
+
+
+@pytest.fixture
+def held_lock(tmp_path):
+    """A lock that another open file holds, as a process of another machine does."""
+    with open(tmp_path / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        json.dump({"host": "alpha", "process": 7, "since": "2026-01-02 03:04:05"}, file)
+        file.flush()
+        yield file
+
+
+def test_another_machines_lock_is_waited_for_and_its_holder_named(held_lock, capsys):
+    whose = "taken (process 7 on alpha, since 2026-01-02 03:04:05)"
+    with (
+        pytest.raises(UserError, match=re.escape(whose)),
+        hold_lock(held_lock.name, "taken", patience_seconds=0.1),
+    ):
+        pass
+    assert capsys.readouterr().out == f"{whose}; waits for it, 0.1 s at most\n"
+
+
+def test_a_lock_that_ends_while_it_is_waited_for_is_taken(held_lock, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda _: held_lock.close())
+    with hold_lock(held_lock.name, "taken"), open(held_lock.name) as note:
+        assert json.load(note)["process"] == os.getpid()
+
+
+def test_a_lock_without_a_note_is_waited_for(held_lock, capsys):
+    os.ftruncate(held_lock.fileno(), 0)
+    with (
+        pytest.raises(UserError, match="cannot be told whose"),
+        hold_lock(held_lock.name, "taken", patience_seconds=0.1),
+    ):
+        pass
+    assert "waits for it" in capsys.readouterr().out
 
 
 def test_a_file_left_by_a_killed_process_locks_nobody_out(tmp_path):

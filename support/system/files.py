@@ -8,10 +8,13 @@ import errno
 import fcntl
 import hashlib
 import http.client
+import json
 import os
 import re
+import socket
 import stat
 import sys
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -91,7 +94,7 @@ os.register_at_fork(after_in_child=lambda: [file.close() for file in _open_locks
 
 
 @contextlib.contextmanager
-def _hold(path: Path, wait: Callable[[IO[bytes]], None]) -> Iterator[None]:
+def _hold(path: Path, wait: Callable[[IO[bytes]], None]) -> Iterator[IO[bytes]]:
     """A block that holds the lock `path`, a file that is there while somebody does.
 
     Dying unlocks it; where the file system has no locks, all hold it. `wait` is called with the
@@ -99,7 +102,7 @@ def _hold(path: Path, wait: Callable[[IO[bytes]], None]) -> Iterator[None]:
     """
     while True:
         try:
-            file = open(path, "ab")  # noqa: SIM115 - closed below
+            file = open(path, "a+b")  # noqa: SIM115 - closed below
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror})") from error
         _open_locks.add(file)
@@ -109,7 +112,7 @@ def _hold(path: Path, wait: Callable[[IO[bytes]], None]) -> Iterator[None]:
                     wait(file)
                     continue  # the former owner has removed this file: lock the next one
                 try:
-                    yield
+                    yield file
                 finally:
                     # An unlocked file that stays locks nobody out.
                     with contextlib.suppress(OSError):
@@ -120,14 +123,54 @@ def _hold(path: Path, wait: Callable[[IO[bytes]], None]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def hold_lock(path: str | Path, refusal: str) -> Iterator[None]:
-    """A block that holds the lock `path`; UserError(refusal) where another process holds it."""
+def hold_lock(path: str | Path, refusal: str, patience_seconds: float = 120) -> Iterator[None]:
+    """A block that holds the lock `path`; UserError(refusal) where another process goes on to.
 
-    def refuse(_: IO[bytes]) -> None:
-        raise UserError(refusal)
+    A live process of this machine is not waited for. Any other is, as long as patience lasts: where
+    machines share a file system, the lock of a dead one stays for a while.
+    """
+    deadline = 0.0
 
-    with _hold(Path(path), refuse):
+    def wait(file: IO[bytes]) -> None:
+        nonlocal deadline
+        holder, is_here = _holder(file)
+        now = time.monotonic()
+        if is_here or 0 < deadline <= now:
+            raise UserError(f"{refusal} ({holder})")
+        if not deadline:
+            deadline = now + patience_seconds
+            print(f"{refusal} ({holder}); waits for it, {patience_seconds:g} s at most", flush=True)
+        time.sleep(min(1, patience_seconds))
+
+    with _hold(Path(path), wait) as file:
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        note = {"host": socket.gethostname(), "process": os.getpid(), "since": since}
+        with contextlib.suppress(OSError):  # on a full disk it holds all the same
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), json.dumps(note).encode())
         yield
+
+
+def _holder(file: IO[bytes]) -> tuple[str, bool]:
+    """Who holds a lock, in words, and whether that is a live process of this machine."""
+    try:
+        note = json.loads(os.pread(file.fileno(), 1000, 0))
+        said = f"process {note['process']} on {note['host']}, since {note['since']}"
+        is_alive = note["host"] == socket.gethostname() and _is_alive(note["process"])
+    except (OSError, ValueError, KeyError):
+        return "it cannot be told whose", False
+    return said, is_alive
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether a process of this machine is there, ours or another user's."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 @contextlib.contextmanager
