@@ -60,9 +60,11 @@ class Processes:
         """The processes' `values` (one shape) in rank order; None on all but the main process."""
         if self.world_size == 1:
             return [values]
-        gathered = [torch.empty_like(values) for _ in range(self.world_size)]
-        dist.gather(values, gathered if self.is_main else None)
-        return gathered if self.is_main else None
+        gathered = None
+        if self.is_main:
+            gathered = [torch.empty_like(values) for _ in range(self.world_size)]
+        dist.gather(values, gathered)
+        return gathered
 
     def greatest_over_ranks(self, value: int) -> int:
         """The greatest of the processes' values, on every process; no device waits for it."""
