@@ -150,9 +150,26 @@ def choose_device(name: str, local_rank: int = 0, world_size: int = 1) -> torch.
 
 def usable_cores() -> int:
     """Processor cores that this process may run on."""
+    return len(_cores())
+
+
+def _cores() -> list[int]:
     if hasattr(os, "sched_getaffinity"):  # Linux
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        return sorted(os.sched_getaffinity(0))
+    return [*range(os.cpu_count() or 1)]
+
+
+def share_cores(processes: Processes) -> None:
+    """Divide this machine's cores among the processes that run on the same ones.
+
+    torchrun has all run on all, with one thread each; SLURM may have given each its own. What
+    compiles starts as many processes of its own.
+    """
+    mine = (socket.gethostname(), _cores())
+    share = max(1, usable_cores() // processes.gather(mine).count(mine))
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(share))
+    if processes.device.type == "cpu":
+        torch.set_num_threads(share)
 
 
 def world_size_asked_for() -> int:
@@ -181,10 +198,6 @@ def connected(device: str, timeout_minutes: float) -> Iterator[Processes]:
         keep_freed_memory()
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    elif world_size > 1:
-        # torchrun gives each process one thread; share out the machine's instead.
-        local_world_size = _from_torchrun("LOCAL_WORLD_SIZE", world_size)
-        torch.set_num_threads(max(1, usable_cores() // local_world_size))
     if world_size == 1:
         yield Processes(rank, local_rank, world_size, chosen)
         return
@@ -202,7 +215,9 @@ def connected(device: str, timeout_minutes: float) -> Iterator[Processes]:
         # A number instead of a group is for processes outside of it, and none is.
         host_group: Any = dist.new_group(backend="gloo", timeout=timeout)
     with reporting_lost_processes(rank, timeout_minutes), _leaving_together():
-        yield Processes(rank, local_rank, world_size, chosen, host_group)
+        processes = Processes(rank, local_rank, world_size, chosen, host_group)
+        share_cores(processes)
+        yield processes
 
 
 @contextlib.contextmanager
