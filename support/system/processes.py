@@ -8,6 +8,7 @@ import re
 import socket
 import struct
 import uuid
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from support.system.files import Stopped, UserError
-from support.system.hardware import keep_freed_memory
+from support.system.hardware import keep_freed_memory, let_segments_expand, unusable_gpu
 
 Value = TypeVar("Value")
 SIOCGIFADDR = 0x8915  # Linux' number for: which address has this network interface?
@@ -123,12 +124,15 @@ def exchanging_gradients(model: nn.Module, **options: Any) -> DistributedDataPar
 
 
 def choose_device(name: str, local_rank: int = 0, world_size: int = 1) -> torch.device:
-    """The device called `name`: auto (the best there is), cuda, mps or cpu."""
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
+    """The device called `name`: auto (the best there is), cuda, mps or cpu.
+
+    UserError where torch cannot use a GPU that is there, unless the CPU is asked for by name.
+    """
+    with warnings.catch_warnings(action="ignore"):  # torch warns of what is said here
+        has_cuda = torch.cuda.is_available()
+    if name in ("auto", "cuda") and not has_cuda and (found := unusable_gpu()):
+        raise UserError(f"device: {found}; with `device: cpu` it is left alone")
+    available = {"cuda": has_cuda, "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
         if name == "mps" and world_size > 1:
@@ -197,6 +201,7 @@ def connected(device: str, timeout_minutes: float) -> Iterator[Processes]:
     if chosen.type == "cpu":
         keep_freed_memory()
     if chosen.type == "cuda":
+        let_segments_expand()
         torch.cuda.set_device(chosen)
     if world_size == 1:
         yield Processes(rank, local_rank, world_size, chosen)
