@@ -144,12 +144,32 @@ def choose_device(name: str, local_rank: int = 0, world_size: int = 1) -> torch.
         raise UserError(f"device: {name!r} is not available on this machine; there is {there}")
     if name != "cuda":
         return torch.device(name)
-    if local_rank >= torch.cuda.device_count():
-        raise UserError(
-            f"process {local_rank} of this machine has no GPU of its own: there are "
-            f"{torch.cuda.device_count()}; start at most that many processes (--nproc-per-node)"
-        )
+    count = torch.cuda.device_count()
+    if count == 1:
+        return torch.device("cuda", 0)  # each process may see its own alone: see check_own_gpu
+    if local_rank >= count:
+        raise UserError(_too_few_gpus(local_rank, count))
     return torch.device("cuda", local_rank)
+
+
+def _too_few_gpus(local_rank: int, count: int) -> str:
+    return (
+        f"process {local_rank} of this machine has no GPU of its own: there are {count}; "
+        f"start at most that many processes (--nproc-per-node)"
+    )
+
+
+def check_own_gpu(store: dist.Store, gpu: str, rank: int, local_rank: int, count: int) -> None:
+    """UserError where one of this machine's `count` processes sees no other GPU than one before it.
+
+    `gpu` names one in the world. SLURM's --gpus-per-task shows each process one, which is its own.
+    """
+    store.set(f"gpu {rank}", gpu)
+    first = rank - local_rank
+    gpus = [store.get(f"gpu {first + local}").decode() for local in range(count)]
+    for local, shown in enumerate(gpus):
+        if shown in gpus[:local]:
+            raise UserError(_too_few_gpus(local, len(set(gpus))))
 
 
 def usable_cores() -> int:
@@ -209,10 +229,15 @@ def connected(device: str, timeout_minutes: float) -> Iterator[Processes]:
     timeout = timedelta(minutes=timeout_minutes)
     with _reporting_failed_connection(timeout_minutes):
         _choose_interface(world_size)
+        store = _store_of_this_attempt(timeout)
+        if chosen.type == "cuda":
+            gpu = f"{socket.gethostname()} {torch.cuda.get_device_properties(chosen).uuid}"
+            count = _from_torchrun("LOCAL_WORLD_SIZE", world_size)
+            check_own_gpu(store, gpu, rank, local_rank, count)
         dist.init_process_group(
             "nccl" if chosen.type == "cuda" else "gloo",
             timeout=timeout,
-            store=_store_of_this_attempt(timeout),
+            store=store,
             rank=rank,
             world_size=world_size,
             device_id=chosen if chosen.type == "cuda" else None,
