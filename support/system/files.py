@@ -124,10 +124,10 @@ def _hold(path: Path, wait: Callable[[IO[bytes]], None]) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def hold_lock(path: str | Path, refusal: str, patience_seconds: float = 120) -> Iterator[None]:
-    """A block that holds the lock `path`; UserError(refusal) where another process goes on to.
+    """A block that holds the lock `path`; UserError(refusal) where another process keeps it.
 
-    A live process of this machine is not waited for. Any other is, as long as patience lasts: where
-    machines share a file system, the lock of a dead one stays for a while.
+    A live process of this machine is not waited for, any other is: on a file system that machines
+    share, the lock of a dead machine stays for a while.
     """
     deadline = 0.0
 
