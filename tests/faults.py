@@ -906,21 +906,39 @@ def hangs(tries: int, folder: Path) -> Tally:
 # Several machines
 
 
+def told_by(script: str, *arguments: str) -> Tally:
+    """What another script finds; in a process of its own, because it takes its tools here."""
+    command = [sys.executable, TESTS / script, "--json", *arguments]
+    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=20 * LIMIT_SECONDS)
+    return Tally(**json.loads(ended.stdout)[0])
+
+
 def on_two_machines(name: str) -> Callable[[int, Path], Tally]:
-    """What tests/machines.py finds; in a process of its own, because it takes its tools here."""
+    """What happens to two machines."""
 
     def fault(tries: int, folder: Path) -> Tally:
-        command = [sys.executable, TESTS / "machines.py", "--json", name]
-        ended = subprocess.run(
-            command, stdout=subprocess.PIPE, text=True, timeout=10 * LIMIT_SECONDS
-        )
-        return Tally(**json.loads(ended.stdout)[0])
+        return told_by("machines.py", name)
 
     fault.__name__ = f"machines_{name}"
     return fault
 
 
-MACHINES = ("trains", "continues", "killed", "blinks", "cut", "slow", "late", "unshared", "misled")
+def slurm(tries: int, folder: Path) -> Tally:
+    """Jobs of examples/slurm.sh that fail, are cancelled, preempted and run out of time."""
+    return told_by("slurm.py")
+
+
+MACHINES = {
+    "trains": "two machines",
+    "continues": "two machines, continuing",
+    "killed": "a machine killed",
+    "blinks": "link cut for two seconds",
+    "cut": "link cut for longer, healed",
+    "slow": "link of 50 ms that loses 1 %",
+    "late": "a machine that joins late",
+    "unshared": "working_dir that is not shared",
+    "misled": "wrong address, port in use",
+}
 
 # The command
 
@@ -941,6 +959,7 @@ QUICK_AND_LONG = {
     two_runs: (1, 1),
     hangs: (1, 2),
     **{on_two_machines(name): (1, 1) for name in MACHINES},
+    slurm: (1, 1),
 }
 
 

@@ -147,7 +147,7 @@ class Machines:
         """Let beta's part of the run go on."""
         self.both[1].do("kill", "-CONT", "--", "-1")
 
-    def start(self, index: int, place: Path, fault: str = NO_FAULT, **values: object) -> Command:
+    def start(self, index: int, place: Path, fault: str = NO_FAULT) -> Command:
         """torchrun of a run on one of them."""
         flags = [
             *("--nnodes=2", "--nproc-per-node=1", "--rdzv-id=soflow", "--rdzv-backend=c10d"),
@@ -155,7 +155,7 @@ class Machines:
             f"--rdzv-conf=is_host={index == 0},timeout=20",
             f"--local-addr={ADDRESSES[index]}",
         ]
-        options = options_of(place, **{"timeout_minutes": SILENCE_MINUTES, **values})
+        options = options_of(place, timeout_minutes=SILENCE_MINUTES)
         script = [ROOT / "tests" / "faulty.py", fault, *options]
         return self.both[index].start(["-m", "torch.distributed.run", *flags, *script])
 
@@ -170,16 +170,12 @@ class Machines:
         self.go_on()
         return commands
 
-    def start_alone(self, index: int, place: Path, **environment: object) -> Command:
+    def start_alone(self, index: int, place: Path, address: str = ADDRESSES[0]) -> Command:
         """A process of a run as SLURM starts it, without torchrun."""
         world = {"RANK": index, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1}
-        where = {"MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": PORT, **environment}
+        where = {"MASTER_ADDR": address, "MASTER_PORT": PORT}
         options = options_of(place, timeout_minutes=SILENCE_MINUTES)
         return self.both[index].start([ROOT / "train.py", *options], **world, **where)
-
-    def close(self) -> None:
-        for machine in self.both:
-            machine.kill()
 
 
 @contextlib.contextmanager
@@ -189,13 +185,21 @@ def machines(folder: Path) -> Iterator[Machines]:
     try:
         yield pair
     finally:
-        pair.close()
+        for machine in pair.both:
+            machine.kill()
 
 
 def finish(commands: list[Command]) -> None:
     """Wait for a run that has to finish."""
     for command in commands:
         check(command.end() == 0, command.said())
+
+
+def goes_on(folder: Path, unbroken: Path) -> None:
+    """The run in `folder`, started again on two machines, ends as an unbroken one."""
+    with machines(folder) as pair:
+        finish(pair.start_both(folder / "run"))
+    ends_as(folder / "run", unbroken)
 
 
 # What can happen to them
@@ -215,9 +219,7 @@ def continues(folder: Path, unbroken: Path) -> None:
     shutil.copytree(unbroken, folder / "run")
     for path in (folder / "run").glob("*/[346].*"):
         path.unlink()
-    with machines(folder) as pair:
-        finish(pair.start_both(folder / "run"))
-    ends_as(folder / "run", unbroken)
+    goes_on(folder, unbroken)
 
 
 def killed(folder: Path, unbroken: Path) -> None:
@@ -227,9 +229,7 @@ def killed(folder: Path, unbroken: Path) -> None:
         pair.wait_until_beta_stops()
         pair.both[1].kill()
         alpha.complains("another process is gone")
-    with machines(folder) as pair:
-        finish(pair.start_both(folder / "run"))
-    ends_as(folder / "run", unbroken)
+    goes_on(folder, unbroken)
 
 
 def blinks(folder: Path, unbroken: Path) -> None:
@@ -248,9 +248,7 @@ def cut(folder: Path, unbroken: Path) -> None:
         commands = pair.start_and_part(folder / "run")
         for command in commands:
             command.complains(f"another process was silent for {SILENCE_MINUTES} minutes")
-    with machines(folder) as pair:
-        finish(pair.start_both(folder / "run"))
-    ends_as(folder / "run", unbroken)
+    goes_on(folder, unbroken)
 
 
 def slow(folder: Path, unbroken: Path) -> None:
@@ -288,7 +286,7 @@ def unshared(folder: Path, unbroken: Path) -> None:
 def misled(folder: Path, unbroken: Path) -> None:
     """A wrong address and a port in use end in a line, within the time-out."""
     with machines(folder) as pair:
-        wrong = pair.start_alone(1, folder / "run", MASTER_ADDR=NOBODY)
+        wrong = pair.start_alone(1, folder / "run", NOBODY)
         wrong.refused("on beta: no connection", f"MASTER_ADDR {NOBODY}", "No route to host")
         listen = "import socket, time; s = socket.create_server(('', 29500)); time.sleep(60)"
         pair.both[0].start(["-c", listen])
@@ -299,17 +297,6 @@ def misled(folder: Path, unbroken: Path) -> None:
 
 
 HAPPENINGS: dict[str, Callable[[Path, Path], None]] = {name: globals()[name] for name in MACHINES}
-ROWS = {
-    "trains": "two machines",
-    "continues": "two machines, continuing",
-    "killed": "a machine killed",
-    "blinks": "link cut for two seconds",
-    "cut": "link cut for longer, healed",
-    "slow": "link of 50 ms that loses 1 %",
-    "late": "a machine that joins late",
-    "unshared": "working_dir that is not shared",
-    "misled": "wrong address, port in use",
-}
 
 
 def obstacle(name: str) -> str:
@@ -329,7 +316,7 @@ def obstacle(name: str) -> str:
 
 def try_it(name: str, folder: Path) -> Tally:
     """One happening, in a folder of its own."""
-    tally = Tally(ROWS[name])
+    tally = Tally(MACHINES[name])
     if why := obstacle(name):
         return dataclasses.replace(tally, skipped=why)
     with tally.attempt(name):

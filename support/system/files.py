@@ -8,12 +8,15 @@ import errno
 import fcntl
 import hashlib
 import http.client
+import json
 import os
 import re
+import socket
 import stat
 import sys
+import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -91,58 +94,97 @@ os.register_at_fork(after_in_child=lambda: [file.close() for file in _open_locks
 
 
 @contextlib.contextmanager
-def _lock_file(path: Path) -> Iterator[IO[bytes]]:
-    """The open file of a lock, not locked yet; UserError where there can be none."""
-    try:
-        file = open(path, "ab")  # noqa: SIM115 - closed below
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
-    _open_locks.add(file)
-    try:
-        with file:
-            yield file
-    finally:
-        _open_locks.discard(file)
+def _hold(path: Path, wait: Callable[[IO[bytes]], None]) -> Iterator[IO[bytes]]:
+    """A block that holds the lock `path`, a file that is there while somebody does.
+
+    Dying unlocks it; where the file system has no locks, all hold it. `wait` is called with the
+    open file for as long as another process holds that.
+    """
+    while True:
+        try:
+            file = open(path, "a+b")  # noqa: SIM115 - closed below
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+        _open_locks.add(file)
+        try:
+            with file:
+                if not _lock(file, path):
+                    wait(file)
+                    continue  # the former owner has removed this file: lock the next one
+                try:
+                    yield file
+                finally:
+                    # An unlocked file that stays locks nobody out.
+                    with contextlib.suppress(OSError):
+                        path.unlink()
+                return
+        finally:
+            _open_locks.discard(file)
 
 
 @contextlib.contextmanager
-def hold_lock(path: str | Path, refusal: str) -> Iterator[None]:
-    """A block that holds the lock `path`; UserError(refusal) where another process holds it.
+def hold_lock(path: str | Path, refusal: str, patience_seconds: float = 120) -> Iterator[None]:
+    """A block that holds the lock `path`; UserError(refusal) where another process keeps it.
 
-    Dying unlocks it. Where the file system has no locks, nobody is refused.
+    A live process of this machine is not waited for, any other is: on a file system that machines
+    share, the lock of a dead machine stays for a while.
     """
-    path = Path(path)
-    with _lock_file(path) as file:
-        if not _lock(file, path):
-            raise UserError(refusal)
-        try:
-            yield
-        finally:
-            # An unlocked file that stays locks nobody out.
-            with contextlib.suppress(OSError):
-                path.unlink()
+    deadline = 0.0
+
+    def wait(file: IO[bytes]) -> None:
+        nonlocal deadline
+        holder, is_here = _holder(file)
+        now = time.monotonic()
+        if is_here or 0 < deadline <= now:
+            raise UserError(f"{refusal} ({holder})")
+        if not deadline:
+            deadline = now + patience_seconds
+            print(f"{refusal} ({holder}); waits for it, {patience_seconds:g} s at most", flush=True)
+        time.sleep(min(1, patience_seconds))
+
+    with _hold(Path(path), wait) as file:
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        note = {"host": socket.gethostname(), "process": os.getpid(), "since": since}
+        with contextlib.suppress(OSError):  # on a full disk it holds all the same
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), json.dumps(note).encode())
+        yield
+
+
+def _holder(file: IO[bytes]) -> tuple[str, bool]:
+    """Who holds a lock, in words, and whether that is a live process of this machine."""
+    try:
+        note = json.loads(os.pread(file.fileno(), 1000, 0))
+        said = f"process {note['process']} on {note['host']}, since {note['since']}"
+        is_alive = note["host"] == socket.gethostname() and _is_alive(note["process"])
+    except (OSError, ValueError, KeyError):
+        return "it cannot be told whose", False
+    return said, is_alive
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether a process of this machine is there, ours or another user's."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 @contextlib.contextmanager
 def one_at_a_time(path: str | Path) -> Iterator[bool]:
-    """A block that one process at a time enters; True for those that had to wait for another.
-
-    `path` is the lock: a file that is there while somebody is in the block. Dying unlocks it. Where
-    the file system has no locks, nobody waits.
-    """
-    path = Path(path)
+    """A block that one process at a time enters; True for those that had to wait for another."""
     has_waited = False
-    while True:
-        with _lock_file(path) as file:
-            if not _lock(file, path):
-                has_waited = True
-                fcntl.flock(file, fcntl.LOCK_EX)
-                continue  # the former owner has removed this file: lock the next one
-            try:
-                yield has_waited
-            finally:
-                path.unlink(missing_ok=True)
-            return
+
+    def wait(file: IO[bytes]) -> None:
+        nonlocal has_waited
+        has_waited = True
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+    with _hold(Path(path), wait):
+        yield has_waited
 
 
 def regular_only(path: str | os.PathLike[str], flags: int) -> int:
@@ -232,9 +274,9 @@ def download(url: str, path: str | Path, timeout_seconds: float = 30) -> None:
             print(file=sys.stderr)
             if total_bytes and done_bytes != total_bytes:
                 raise UserError(f"{url}: ended after {done_bytes} of {total_bytes} bytes")
+    except UserError:
+        raise
     except (OSError, ValueError, http.client.HTTPException) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{url}: cannot be fetched ({one_line(error)})") from error
 
 

@@ -5,6 +5,8 @@ import ctypes
 import os
 import re
 import resource
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +18,8 @@ from support.system.files import one_line
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # what glibc's mallopt calls them
 NEVER, NONE = -1, 0
 CONTAINER = Path("/sys/fs/cgroup")  # whose bounds are found here, where there are any
+DEVICES, DRIVER = Path("/dev"), Path("/proc/driver/nvidia/version")
+OLDEST_DRIVERS = {"11": "450", "12": "525", "13": "580"}  # by CUDA's major version, says NVIDIA
 # What torch and oneDNN say instead of a MemoryError.
 OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory|could not create a memory")
 
@@ -74,6 +78,57 @@ def _kilobytes(path: str, entry: str) -> int:
     """An entry of one of the kernel's lists of memory."""
     lines = Path(path).read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{entry}:"))
+
+
+def unusable_gpu() -> str | None:
+    """The NVIDIA GPU that is here although torch finds none, and why; None where none is or shows.
+
+    Whoever hides the GPUs by CUDA_VISIBLE_DEVICES means to go without them.
+    """
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1", "NoDevFiles"):
+        return None
+    nodes = sorted(DEVICES.glob("nvidia[0-9]*"))
+    driver = _driver_version()
+    if not nodes and driver is None:
+        return None
+    what = f"an NVIDIA GPU is here ({nodes[0] if nodes else 'nvidia-smi shows it'}, "
+    what += f"driver {driver or 'unknown'}), but torch {torch.__version__} cannot use it: "
+    if torch.version.cuda is None:
+        return f"{what}it is not built for CUDA; install a build that is"
+    needed = OLDEST_DRIVERS.get(torch.version.cuda.split(".")[0])
+    if driver and needed and int(driver.split(".")[0]) < int(needed):
+        return (
+            f"{what}it is built for CUDA {torch.version.cuda}, which needs driver {needed} or newer"
+        )
+    try:
+        torch.cuda.init()
+    except Exception as error:  # torch raises several kinds
+        return f"{what}{one_line(error)}"
+    return f"{what}it finds no device"
+
+
+def _driver_version() -> str | None:
+    """The version of NVIDIA's driver, from the kernel or from nvidia-smi; None where none says."""
+    told = DRIVER.read_text() if DRIVER.exists() else ""
+    if not told and (command := shutil.which("nvidia-smi")):
+        query = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            told = subprocess.run(
+                query, capture_output=True, text=True, timeout=30, check=True
+            ).stdout
+    found = re.search(r"\d{3,}\.\d+(\.\d+)?", told)
+    return found[0] if found else None
+
+
+def let_segments_expand() -> None:
+    """Let CUDA's allocator grow its blocks, unless the user has settings of their own for it.
+
+    Otherwise memory is lost between blocks of sizes that are not asked for again. Has to be said
+    before CUDA is used; every torch reads this one of the names.
+    """
+    names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+    if not any(name in os.environ for name in names):
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def allow_tf32(device: torch.device, is_allowed: bool) -> None:

@@ -8,6 +8,7 @@ import re
 import socket
 import struct
 import uuid
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,10 +21,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from support.system.files import Stopped, UserError
-from support.system.hardware import keep_freed_memory
+from support.system.hardware import keep_freed_memory, let_segments_expand, unusable_gpu
 
 Value = TypeVar("Value")
 SIOCGIFADDR = 0x8915  # Linux' number for: which address has this network interface?
+# gloo raises plain RuntimeErrors. This is how they are known: by the place in its source, or where
+# one of several exchanges has timed out, by what it says of the others.
+OF_GLOO = re.compile("gloo|Application timeout caused pair closure")
 # What torch, gloo and NCCL say when another process waits, and when it has ended.
 SILENT = re.compile("timed out|timeout", re.IGNORECASE)
 GONE = re.compile(
@@ -57,9 +61,11 @@ class Processes:
         """The processes' `values` (one shape) in rank order; None on all but the main process."""
         if self.world_size == 1:
             return [values]
-        gathered = [torch.empty_like(values) for _ in range(self.world_size)]
-        dist.gather(values, gathered if self.is_main else None)
-        return gathered if self.is_main else None
+        gathered = None
+        if self.is_main:
+            gathered = [torch.empty_like(values) for _ in range(self.world_size)]
+        dist.gather(values, gathered)
+        return gathered
 
     def greatest_over_ranks(self, value: int) -> int:
         """The greatest of the processes' values, on every process; no device waits for it."""
@@ -96,7 +102,7 @@ class Processes:
             if self.is_main:
                 token.touch()
             self.agree(None)  # by now it is there
-            missing = self.gather(None if token.exists() else _machine())
+            missing = self.gather(None if token.exists() else socket.gethostname())
         finally:
             if self.is_main:
                 token.unlink(missing_ok=True)
@@ -118,12 +124,15 @@ def exchanging_gradients(model: nn.Module, **options: Any) -> DistributedDataPar
 
 
 def choose_device(name: str, local_rank: int = 0, world_size: int = 1) -> torch.device:
-    """The device called `name`: auto (the best there is), cuda, mps or cpu."""
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
+    """The device called `name`: auto (the best there is), cuda, mps or cpu.
+
+    UserError where torch cannot use a GPU that is there, unless the CPU is asked for by name.
+    """
+    with warnings.catch_warnings(action="ignore"):  # torch warns of what is said here
+        has_cuda = torch.cuda.is_available()
+    if name in ("auto", "cuda") and not has_cuda and (found := unusable_gpu()):
+        raise UserError(f"device: {found}; with `device: cpu` it is left alone")
+    available = {"cuda": has_cuda, "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
         if name == "mps" and world_size > 1:
@@ -135,19 +144,56 @@ def choose_device(name: str, local_rank: int = 0, world_size: int = 1) -> torch.
         raise UserError(f"device: {name!r} is not available on this machine; there is {there}")
     if name != "cuda":
         return torch.device(name)
-    if local_rank >= torch.cuda.device_count():
-        raise UserError(
-            f"process {local_rank} of this machine has no GPU of its own: there are "
-            f"{torch.cuda.device_count()}; start at most that many processes (--nproc-per-node)"
-        )
+    count = torch.cuda.device_count()
+    if count == 1:
+        return torch.device("cuda", 0)  # each process may see its own alone: see check_own_gpu
+    if local_rank >= count:
+        raise UserError(_too_few_gpus(local_rank, count))
     return torch.device("cuda", local_rank)
+
+
+def _too_few_gpus(local_rank: int, count: int) -> str:
+    return (
+        f"process {local_rank} of this machine has no GPU of its own: there are {count}; "
+        f"start at most that many processes (--nproc-per-node)"
+    )
+
+
+def check_own_gpu(store: dist.Store, gpu: str, rank: int, local_rank: int, count: int) -> None:
+    """UserError where one of this machine's `count` processes sees no other GPU than one before it.
+
+    `gpu` names one in the world. SLURM's --gpus-per-task shows each process one, which is its own.
+    """
+    store.set(f"gpu {rank}", gpu)
+    first = rank - local_rank
+    gpus = [store.get(f"gpu {first + local}").decode() for local in range(count)]
+    for local, shown in enumerate(gpus):
+        if shown in gpus[:local]:
+            raise UserError(_too_few_gpus(local, len(set(gpus))))
 
 
 def usable_cores() -> int:
     """Processor cores that this process may run on."""
+    return len(_cores())
+
+
+def _cores() -> list[int]:
     if hasattr(os, "sched_getaffinity"):  # Linux
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        return sorted(os.sched_getaffinity(0))
+    return [*range(os.cpu_count() or 1)]
+
+
+def share_cores(processes: Processes) -> None:
+    """Divide this machine's cores among the processes that run on the same ones.
+
+    torchrun has all run on all, with one thread each; SLURM may have given each its own. What
+    compiles starts as many processes of its own.
+    """
+    mine = (socket.gethostname(), _cores())
+    share = max(1, usable_cores() // processes.gather(mine).count(mine))
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(share))
+    if processes.device.type == "cpu":
+        torch.set_num_threads(share)
 
 
 def world_size_asked_for() -> int:
@@ -175,30 +221,33 @@ def connected(device: str, timeout_minutes: float) -> Iterator[Processes]:
     if chosen.type == "cpu":
         keep_freed_memory()
     if chosen.type == "cuda":
+        let_segments_expand()
         torch.cuda.set_device(chosen)
-    elif world_size > 1:
-        # torchrun gives each process one thread; share out the machine's instead.
-        local_world_size = _from_torchrun("LOCAL_WORLD_SIZE", world_size)
-        torch.set_num_threads(max(1, usable_cores() // local_world_size))
     if world_size == 1:
         yield Processes(rank, local_rank, world_size, chosen)
         return
     timeout = timedelta(minutes=timeout_minutes)
-    is_cuda = chosen.type == "cuda"
     with _reporting_failed_connection(timeout_minutes):
         _choose_interface(world_size)
+        store = _store_of_this_attempt(timeout)
+        if chosen.type == "cuda":
+            gpu = f"{socket.gethostname()} {torch.cuda.get_device_properties(chosen).uuid}"
+            count = _from_torchrun("LOCAL_WORLD_SIZE", world_size)
+            check_own_gpu(store, gpu, rank, local_rank, count)
         dist.init_process_group(
-            "nccl" if is_cuda else "gloo",
+            "nccl" if chosen.type == "cuda" else "gloo",
             timeout=timeout,
-            store=_store_of_this_attempt(timeout),
+            store=store,
             rank=rank,
             world_size=world_size,
-            device_id=chosen if is_cuda else None,
+            device_id=chosen if chosen.type == "cuda" else None,
         )
         # A number instead of a group is for processes outside of it, and none is.
         host_group: Any = dist.new_group(backend="gloo", timeout=timeout)
     with reporting_lost_processes(rank, timeout_minutes), _leaving_together():
-        yield Processes(rank, local_rank, world_size, chosen, host_group)
+        processes = Processes(rank, local_rank, world_size, chosen, host_group)
+        share_cores(processes)
+        yield processes
 
 
 @contextlib.contextmanager
@@ -246,11 +295,6 @@ def _interface_to(host: str) -> str | None:
     return None
 
 
-def _machine() -> str:
-    """How this machine is called in what is said."""
-    return socket.gethostname()
-
-
 def _store_of_this_attempt(timeout: timedelta) -> dist.Store:
     """Where the processes find each other.
 
@@ -283,7 +327,7 @@ def _reporting_failed_connection(timeout_minutes: float) -> Iterator[None]:
         else:
             advice = "docs/several_gpus.md says what to look at"
         raise UserError(
-            f"on {_machine()}: no connection to the other processes within "
+            f"on {socket.gethostname()}: no connection to the other processes within "
             f"{timeout_minutes:g} minutes ({where}): {cause}; {advice}"
         ) from error
 
@@ -294,8 +338,7 @@ def reporting_lost_processes(rank: int, timeout_minutes: float) -> Iterator[None
     try:
         yield
     except RuntimeError as error:
-        # gloo raises plain RuntimeErrors, which say where in it they come from.
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+        if not isinstance(error, dist.DistError) and not OF_GLOO.search(str(error)):
             raise
         if SILENT.search(str(error)):
             what = f"another process was silent for {timeout_minutes:g} minutes"

@@ -62,21 +62,16 @@ class PerImageStream:
 
     def draw(self, images: Sequence[int], num_jumps: int) -> ImageDraws:
         """Labels and noises of `images`; the first noise is the same for any number of jumps."""
-        noises = [
-            torch.from_numpy(np.stack([self._noise(image, jump) for image in images]))
-            for jump in range(num_jumps)
-        ]
         labels = None
         if self.num_classes is not None:
-            labels = torch.tensor([self._label(image, self.num_classes) for image in images])
-        return ImageDraws(labels, noises)
+            sources = [self._source("sampling label", image) for image in images]
+            labels = torch.tensor([int(source.integers(self.num_classes)) for source in sources])
+        return ImageDraws(labels, [self._noise(images, jump) for jump in range(num_jumps)])
 
-    def _label(self, image: int, num_classes: int) -> int:
-        return int(self._source("sampling label", image).integers(num_classes))
-
-    def _noise(self, image: int, jump: int) -> np.ndarray:
-        source = self._source("sampling noise", image, jump)
-        return source.standard_normal(self.shape, dtype=np.float32)
+    def _noise(self, images: Sequence[int], jump: int) -> Tensor:
+        sources = [self._source("sampling noise", image, jump) for image in images]
+        drawn = [source.standard_normal(self.shape, dtype=np.float32) for source in sources]
+        return torch.from_numpy(np.stack(drawn))
 
     def _source(self, purpose: str, *position: int) -> np.random.Generator:
         key = derive_seed(self.seed, purpose, *position, bits=128)

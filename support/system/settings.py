@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, Field
@@ -21,6 +21,13 @@ from support.system.files import UserError
 
 LARGEST_NUMBER = 2**63  # beyond this neither torch nor a file system can count
 FILE_LIMIT_BYTES = 1 << 17  # of a config; the YAML parser takes a second for these
+RANGES = {  # by their bounds
+    ("ge",): "{ge} or more",
+    ("gt",): "above {gt}",
+    ("ge", "le"): "between {ge:,} and {le:,}",
+    ("ge", "lt"): "at least {ge} and below {lt}",
+    ("gt", "le"): "above {gt} and at most {le:,}",
+}
 KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
@@ -195,8 +202,12 @@ changeable = partial(key, may_change=True)
 
 def may_change(field: FieldInfo) -> bool:
     """Whether this key may change when a run continues."""
-    extra = field.json_schema_extra
-    return isinstance(extra, dict) and bool(extra["may_change"])
+    return bool(_extra(field)["may_change"])
+
+
+def _extra(field: FieldInfo) -> JsonDict:
+    """What `key` notes beside a field."""
+    return cast(JsonDict, field.json_schema_extra)
 
 
 def choices_of(field: FieldInfo) -> list[str] | None:
@@ -224,29 +235,16 @@ def _annotations(kind: Any) -> list[Any]:
 
 def range_of(field: FieldInfo) -> str | None:
     """The range of this key's number, or numbers, in words."""
-    limits: dict[str, Any] = {}
-    for part in _metadata(field):
-        for bound in ("ge", "gt", "le", "lt"):
-            if getattr(part, bound, None) is not None:
-                limits[bound] = getattr(part, bound)
-    ge, gt, le, lt = (limits.get(bound) for bound in ("ge", "gt", "le", "lt"))
-    match (ge, gt, le, lt):
-        case (None, None, None, None):
-            return None
-        case (_, None, None, None):
-            words = f"{ge} or more"
-        case (None, _, None, None):
-            words = f"above {gt}"
-        case (_, None, _, None):
-            words = f"between {ge:,} and {le:,}"
-        case (_, None, None, _):
-            words = f"at least {ge} and below {lt}"
-        case _:
-            words = f"above {gt} and at most {le:,}"
-    is_list = typing.get_origin(field.annotation) is tuple
-    extra = field.json_schema_extra
-    words += str(extra["or_else"]) if isinstance(extra, dict) else ""
-    return f"{words} each" if is_list else words
+    limits = {
+        bound: getattr(part, bound)
+        for bound in ("ge", "gt", "le", "lt")
+        for part in _metadata(field)
+        if getattr(part, bound, None) is not None
+    }
+    if not limits:
+        return None
+    words = RANGES[*limits].format(**limits) + str(_extra(field)["or_else"])
+    return f"{words} each" if typing.get_origin(field.annotation) is tuple else words
 
 
 def what_is_wrong(
