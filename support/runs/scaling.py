@@ -155,7 +155,7 @@ class Estimate:
         """The bytes that GPUs exchange, and what of a step that is on each link."""
         processes = self.work.plan.world_size
         if processes == 1:
-            yield f"whole run: {self._days(0):.3g} days; nothing is exchanged"
+            yield f"whole run: {self._days(0):.2g} days; nothing is exchanged"
             return
         yield (
             f"exchange: {size(exchanged_bytes(self.work.gradient_bytes, processes))} sent and "
@@ -172,7 +172,7 @@ class Estimate:
             least = self._seen_at_least(seconds)
             shares = [seen / (self.alone_seconds + seen) for seen in (least, seconds)]
             share = f"{shares[0]:.0%} to {shares[1]:.0%}"
-            days = f"{self._days(least):.3g} to {self._days(seconds):.3g}"
+            days = f"{self._days(least):.2g} to {self._days(seconds):.2g}"
             yield f"{name:<23} {seconds:8.2g} {share:>16} {days:>18}"
 
     def _seen_at_least(self, exchange_seconds: float) -> float:
