@@ -65,8 +65,7 @@ def time_steps(run: Run, step: Callable[[], object]) -> None:
     config, learner = run.config, run.learner
     rehearsal = Rehearsal(
         step,
-        lambda: seconds_of_a_forward(run),
-        FORWARDS * len(run.data) * learner.plan.accumulation_steps,
+        lambda: guessed_seconds(run),
         run.processes.device,
         config.total_steps,
         config.batch_size,
@@ -78,13 +77,15 @@ def time_steps(run: Run, step: Callable[[], object]) -> None:
 
 
 @torch.inference_mode()
-def seconds_of_a_forward(run: Run) -> float:
-    """What one sample takes through the network, on the CPU."""
+def guessed_seconds(run: Run) -> float:
+    """What a step may take on the CPU, by forward passes of one sample; the first warms up."""
     x, t = torch.zeros(1, *run.data.spec.shape), torch.ones(1)
     labels = run.data.labels[:1] if run.config.is_conditional else None
-    started = time.monotonic()
-    run.learner.state.ema_model.jump(x, t, 0 * t, labels)
-    return time.monotonic() - started
+    for _ in range(2):
+        started = time.monotonic()
+        run.learner.state.ema_model.jump(x, t, 0 * t, labels)
+        seconds = time.monotonic() - started
+    return FORWARDS * len(run.data) * run.learner.plan.accumulation_steps * seconds
 
 
 def hollow_model(config: Config, device: str) -> Method:
