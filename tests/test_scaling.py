@@ -193,7 +193,7 @@ SMALL = ("--set=model_type=DiT-Nano-4", "--gpus=8")
 def test_every_line_of_the_estimate_says_that_it_is_one(capsys):
     said = estimated(capsys, *SMALL, "--gpu=h100")
     assert "8 x NVIDIA H100 SXM 80 GB, 1 machine; batch 256 = 8 processes x 32 x 1" in said
-    assert "speed: NVIDIA's data sheet, 35% of the tf32 peak assumed" in said
+    assert "speed: NVIDIA's published figures, 35% of the tf32 peak assumed" in said
 
 
 def test_measured_rows_are_used_before_figures(capsys, tmp_path):
@@ -216,7 +216,9 @@ def test_a_row_of_another_network_is_scaled_by_flops_and_named(capsys, tmp_path)
 
 def test_without_a_row_of_the_precision_figures_are_used_and_it_is_said(capsys, tmp_path):
     asked = measurements(tmp_path / "a.json", **{"step DiT-Nano-4 bf16": 0.01})
-    assert "has no step in tf32; so by NVIDIA's data sheet" in estimated(capsys, *SMALL, asked)
+    assert "has no step in tf32; so by NVIDIA's published figures" in estimated(
+        capsys, *SMALL, asked
+    )
 
 
 @pytest.mark.parametrize(

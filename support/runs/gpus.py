@@ -38,8 +38,9 @@ class Gpu:
         return name if name in self.tflops else "fp32"
 
 
-# From NVIDIA's data sheets of these products, where figures with sparsity are halved; of the
-# GeForce, from the white paper on the Ada architecture (bf16 with fp32 accumulation).
+# NVIDIA's figures as others repeat them; its data sheets themselves were not at hand. Those with
+# sparsity are halved; of the GeForce bf16 is with fp32 accumulation. Not found anywhere, and from
+# memory: the GeForce's tf32, the H200's bandwidth, the V100's link.
 GPUS = {
     "v100": Gpu("Tesla V100 SXM2 32 GB", {"fp32": 15.7}, 32e9, 900e9, "NVLink", 150e9),
     "a100": Gpu(

@@ -77,7 +77,7 @@ class Estimate:
         used = dict.fromkeys(gpu.precision_for(name) for name in work.flops)
         shares = " and ".join(f"{SHARE_OF_PEAK[name]:.0%} of the {name} peak" for name in used)
         update = PASSES_OF_UPDATE * work.gradient_bytes / gpu.bandwidth
-        source = f"{reason}NVIDIA's data sheet, {shares} assumed"
+        source = f"{reason}NVIDIA's published figures, {shares} assumed"
         return cls(work, gpu, gpu.arithmetic_seconds(work.flops), update, source)
 
     @property
