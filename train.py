@@ -46,6 +46,7 @@ from support.data.datasets import MadeUpData, RawBatch, TrainingData, build_data
 from support.runs.averages import is_ema_step, update_ema
 from support.runs.budget import count_parameters
 from support.runs.checkpoint import TrainState, find_checkpoints
+from support.runs.gpus import GPUS
 from support.runs.guard import NonFiniteGuard
 from support.runs.logbook import Interval, Logbook, device_name, duration, peak_memory_gb
 from support.runs.optimizers import build_optimizer
@@ -359,6 +360,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="with --dry-run: time a few steps here, on made-up data",
     )
     parser.add_argument(
+        "--gpus",
+        type=int,
+        metavar="COUNT",
+        help="with --dry-run: estimate the run on so many GPUs, 8 a machine (docs/scaling.md)",
+    )
+    parser.add_argument(
+        "--gpu",
+        metavar="NAME",
+        help=f"their kind: {', '.join(GPUS)}, or the .json that benchmarks/gpu.py wrote on one",
+    )
+    parser.add_argument(
         "--save-published-config",
         metavar="FILE",
         help="write the config with the keys that the published code knows alone, then end",
@@ -371,6 +383,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     if arguments.time and not arguments.dry_run:
         raise UserError("--time: goes with --dry-run, and times a few steps before a run")
+    if not arguments.dry_run and (arguments.gpus, arguments.gpu) != (None, None):
+        raise UserError("--gpus and --gpu: go with --dry-run, and estimate a run elsewhere")
     config = load_config(arguments.config, arguments.set)
     for key in arguments.allow_changed:
         if key not in (*FIELDS, "data"):
@@ -380,7 +394,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(*save_published_config(config, path), sep="\n")
         return
     if arguments.dry_run:
-        preview.describe(config)
+        preview.describe(config, arguments.gpus, arguments.gpu)
         if arguments.time:
             rehearse(config)
         return

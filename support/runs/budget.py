@@ -19,9 +19,8 @@ def describe_needs(
 
     The model may be on the meta device. Two moments are counted for the optimizer.
     """
-    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
-    gradients = gradient_bytes(model)
-    checkpoint = 2 * weights + 2 * gradients
+    weights, gradients = weight_bytes(model), gradient_bytes(model)
+    checkpoint = checkpoint_bytes(model)
     saves, evals = len(schedule.steps("ckpts")), len(schedule.steps("evals"))
     return [
         f"batch: {plan}",
@@ -35,8 +34,17 @@ def describe_needs(
 
 def state_bytes(model: nn.Module) -> int:
     """Bytes of weights, their average, gradients and an optimizer's two moments."""
-    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
-    return 2 * weights + 3 * gradient_bytes(model)
+    return 2 * weight_bytes(model) + 3 * gradient_bytes(model)
+
+
+def checkpoint_bytes(model: nn.Module) -> int:
+    """Bytes of a checkpoint: all of these but the gradients."""
+    return state_bytes(model) - gradient_bytes(model)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all that the model is."""
+    return sum(tensor.nbytes for tensor in model.state_dict().values())
 
 
 def gradient_bytes(model: nn.Module) -> int:

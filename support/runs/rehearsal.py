@@ -22,8 +22,7 @@ class Rehearsal:
     """Steps to be timed."""
 
     step: Callable[[], object]
-    forward_seconds: Callable[[], float]  # of one sample through the network
-    forwards: float  # of one sample that a step takes in this process
+    guessed_seconds: Callable[[], float]  # of a step, on the CPU
     device: torch.device
     total_steps: int
     batch_size: int  # over all processes
@@ -35,7 +34,7 @@ class Rehearsal:
             f"timing steps on {device_name(self.device)} for {LEAST_SECONDS} s, at least "
             f"{LEAST_STEPS}; the later half counts"
         )
-        if self.device.type == "cpu" and (guess := self._guessed_seconds()) > LONG_SECONDS:
+        if self.device.type == "cpu" and (guess := self.guessed_seconds()) > LONG_SECONDS:
             yield f"each may take {duration(guess)}, going by one sample; Ctrl-C ends this here"
         first = self._seconds()
         waiting = ""
@@ -68,10 +67,6 @@ class Rehearsal:
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
         return time.monotonic() - started
-
-    def _guessed_seconds(self) -> float:
-        """What a step may take, going by a forward pass of one sample; the first warms up."""
-        return self.forwards * min(self.forward_seconds() for _ in range(2))
 
 
 @contextlib.contextmanager
