@@ -1,0 +1,145 @@
+"""Where a run's numbers go besides its folder (`log_to`): TensorBoard, Weights & Biases, Trackio.
+
+Each is a thin adapter over the library's own client, imported only when it is named.
+"""
+
+import importlib.util
+import sys
+import types
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from support.system.files import UserError, atomic_write
+
+PROJECT = "soflow"
+
+
+class Tracker(Protocol):
+    """What a run tells its numbers: opened on its folder, an identity and the config's values."""
+
+    def __init__(self, folder: Path, run_id: str, settings: Mapping[str, Any], step: int): ...
+
+    def add(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Take the numbers of a step."""
+
+    def close(self) -> None:
+        """Write what is not written yet."""
+
+
+class TensorBoard:
+    """Event files in the run's folder tensorboard/."""
+
+    def __init__(self, folder: Path, run_id: str, settings: Mapping[str, Any], step: int):
+        # With this module, TensorBoard does without TensorFlow, which takes seconds and memory to
+        # import, and is not to be loaded into one process with torch.
+        sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def add(self, step: int, numbers: Mapping[str, float]) -> None:
+        for name, value in numbers.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of wandb, which knows by its own settings whether it is on-line."""
+
+    def __init__(self, folder: Path, run_id: str, settings: Mapping[str, Any], step: int):
+        import wandb
+
+        self._run = wandb.init(
+            project=PROJECT,
+            id=run_id,
+            name=folder.name,
+            resume="allow",
+            dir=str(folder),
+            config=dict(settings),
+            settings=wandb.Settings(quiet=True),
+        )
+
+    def add(self, step: int, numbers: Mapping[str, float]) -> None:
+        self._run.log(dict(numbers), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Trackio:
+    """A run of trackio, in its own folder (TRACKIO_DIR)."""
+
+    def __init__(self, folder: Path, run_id: str, settings: Mapping[str, Any], step: int):
+        import trackio
+
+        name = f"{folder.name}-{run_id}"
+        self._run = trackio.init(PROJECT, name=name, resume="allow", config=dict(settings))
+
+    def add(self, step: int, numbers: Mapping[str, float]) -> None:
+        self._run.log(dict(numbers), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+TRACKERS: dict[str, type[Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WeightsAndBiases,
+    "trackio": Trackio,
+}
+
+
+def check_installed(names: Sequence[str]) -> None:
+    """UserError where a tracker's package, which has its name, is not there."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"log_to: {name} is not installed; pip install {name}")
+
+
+class Trackers:
+    """The trackers of one run. One that fails is said once and left out; training goes on."""
+
+    def __init__(self, report: Callable[[str], None]):
+        self._report = report
+        self._open: dict[str, Tracker] = {}
+
+    def open(
+        self, names: Sequence[str], folder: Path, settings: Mapping[str, Any], step: int
+    ) -> None:
+        """Begin, or go on after `step` in the same runs."""
+        for name in names:
+            opened = self._attempt(name, TRACKERS[name], folder, run_id(folder), settings, step)
+            if opened is not None:
+                self._open[name] = opened
+
+    def add(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Tell all of them the numbers of a step."""
+        for name, tracker in list(self._open.items()):
+            self._attempt(name, tracker.add, step, numbers)
+
+    def close(self) -> None:
+        """Have all of them write what they have."""
+        for name, tracker in list(self._open.items()):
+            self._attempt(name, tracker.close)
+        self._open.clear()
+
+    def _attempt(self, name: str, act: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return act(*arguments)
+        except Exception as error:  # any of a library's, and of the network's
+            self._open.pop(name, None)
+            self._report(f"log_to: {name} failed and is left out ({type(error).__name__}: {error})")
+            return None
+
+
+def run_id(folder: Path) -> str:
+    """The identity that trackers know a run by, made when it is first asked for."""
+    path = folder / "run_id"
+    if not path.exists():
+        with atomic_write(path) as file:
+            file.write(uuid.uuid4().hex[:8].encode())
+    return path.read_text().strip()
