@@ -1,14 +1,22 @@
 """What people would train instead of SoFlow, around the same network: the losses of two others.
 
 Modules that take a `Batch` and an `Objective` as a `SoFlow` does, so that a `Learner` runs the same
-step with all three: exchange of gradients, their norm, optimizer, average.
+step with all three: exchange of gradients, their norm, optimizer, average. And what the arithmetic
+of each step is.
 """
 
+from typing import NamedTuple
+
 import torch
+from measuring import NUM_CLASSES, data_shape
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from models import Batch, Objective, Samples, SoFlow, StepTerms, sample_mean, widen
+# isort: split
+from config import Config
+from models import Batch, Objective, Samples, SoFlow, StepTerms, build_model, sample_mean, widen
+from schedules import consistency_times
 
 # B samples of the whole batch, both parts together
 
@@ -103,3 +111,49 @@ class MeanFlow(_Baseline):
 
 def _cat(tensors: list[Tensor | None]) -> Tensor | None:
     return None if tensors[0] is None else torch.cat(tensors)
+
+
+STEPS = {"SoFlow": lambda model: model, "flow matching": FlowMatching, "MeanFlow": MeanFlow}
+
+
+class Flops(NamedTuple):
+    """FLOPs of one sample's matrix products and convolutions: in a step, and in a forward."""
+
+    step: float
+    forward: float
+
+
+def count_flops(config: Config, name: str) -> Flops:
+    """What a sample takes in the step of that name, a tenth of the labels being dropped."""
+    # The UNet's dropout needs a device; its FLOPs are the same for every sample.
+    device, count = ("meta", 40) if config.is_conditional else ("cpu", 2)
+    with torch.device(device):
+        model = build_model(**config.model_arguments(data_shape(config)[0], NUM_CLASSES))
+    model.configure(config.to_dict())
+    batch = exact_batch(config, count, device)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as of_step:
+        STEPS[name](model)(batch).loss.backward()
+    parts = (batch.flow_matching, batch.consistency)
+    x = torch.cat([part.x_0 for part in parts])
+    labels = torch.cat([part.labels for part in parts]) if config.is_conditional else None
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as of_forward:
+        model.eval().solution(x, x[:, 0, 0, 0], x[:, 0, 0, 0], labels)
+    return Flops(of_step.get_total_flops() / count, of_forward.get_total_flops() / count)
+
+
+def exact_batch(config: Config, count: int, device: str) -> Batch:
+    """Samples on `device`, of which exactly a tenth have dropped labels where there are labels."""
+    V = int(count * config.velocity_loss_ratio)
+
+    def samples(count: int) -> Samples:
+        shape = (count, *data_shape(config))
+        x_0, x_1 = torch.empty(shape, device=device), torch.empty(shape, device=device)
+        if not config.is_conditional:
+            return Samples(x_0, x_1, dropout_seed=1)
+        null_mask = torch.arange(count) < count // 10  # on the CPU, as always
+        labels = torch.empty(count, dtype=torch.int64, device=device)
+        return Samples(x_0, x_1, labels, null_mask)
+
+    t = torch.empty(count, device=device)
+    times = consistency_times(t[V:], t[V:], 0.1)
+    return Batch(samples(V), t[:V], samples(count - V), times, V, count - V)

@@ -18,7 +18,6 @@ import subprocess
 import sys
 
 from measuring import (
-    NUM_CLASSES,
     bench_config,
     bench_learner,
     bench_parser,
@@ -31,56 +30,12 @@ from measuring import (
 )
 
 # isort: split
-import torch
-from baselines import FlowMatching, MeanFlow
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from baselines import STEPS, count_flops
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
 from config import Config
-from models import Batch, Samples, build_model
-from schedules import consistency_times
 from support.system.processes import connected
 from train import Learner
-
-STEPS = {"SoFlow": lambda model: model, "flow matching": FlowMatching, "MeanFlow": MeanFlow}
-
-
-def exact_batch(config: Config, count: int, device: str) -> Batch:
-    """Samples on `device`, of which exactly a tenth have dropped labels where there are labels."""
-    V = int(count * config.velocity_loss_ratio)
-
-    def samples(count: int) -> Samples:
-        shape = (count, 4 if config.is_latent else 3, config.data_size, config.data_size)
-        x_0, x_1 = torch.empty(shape, device=device), torch.empty(shape, device=device)
-        if not config.is_conditional:
-            return Samples(x_0, x_1, dropout_seed=1)
-        null_mask = torch.arange(count) < count // 10  # on the CPU, as always
-        labels = torch.empty(count, dtype=torch.int64, device=device)
-        return Samples(x_0, x_1, labels, null_mask)
-
-    t = torch.empty(count, device=device)
-    times = consistency_times(t[V:], t[V:], 0.1)
-    return Batch(samples(V), t[:V], samples(count - V), times, V, count - V)
-
-
-def count_flops(config: Config, name: str) -> float:
-    """FLOPs of a step over those of a forward."""
-    # The UNet's dropout needs a device; its FLOPs are the same for every sample.
-    device, count = ("meta", 40) if config.is_conditional else ("cpu", 2)
-    with torch.device(device):
-        channels = 4 if config.is_latent else 3
-        model = build_model(**config.model_arguments(channels, NUM_CLASSES))
-    model.configure(config.to_dict())
-    batch = exact_batch(config, count, device)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as of_step:
-        STEPS[name](model)(batch).loss.backward()
-    parts = (batch.flow_matching, batch.consistency)
-    x = torch.cat([part.x_0 for part in parts])
-    labels = torch.cat([part.labels for part in parts]) if config.is_conditional else None
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as of_forward:
-        model.eval().solution(x, x[:, 0, 0, 0], x[:, 0, 0, 0], labels)
-    return of_step.get_total_flops() / of_forward.get_total_flops()
 
 
 def step_of(learner: Learner, name: str):
@@ -96,13 +51,15 @@ def measure(config: Config, name: str, tries: int) -> dict:
         step, forward = step_of(learner, name), forward_of(learner)
         before = memory_mb("VmRSS")
         seconds = in_turns({"forward": forward, "step": step}, tries)
+        memory = memory_mb("VmHWM") - before
+        flops = count_flops(config, name)
         return {
             "machine": machine(),
             "forward": statistics.median(seconds["forward"]),
             "step": statistics.median(seconds["step"]),
             "ratio": median_ratio(seconds["step"], seconds["forward"]),
-            "memory": memory_mb("VmHWM") - before,
-            "flops": count_flops(config, name),
+            "memory": memory,
+            "flops": flops.step / flops.forward,
         }
 
 

@@ -39,10 +39,11 @@ def bench_parser(
     return parser
 
 
-def bench_config(model_type: str, batch_size: int, *overrides: str) -> Config:
+def bench_config(model_type: str, batch_size: int, *overrides: str, device: str = "cpu") -> Config:
     """The published recipe of a DiT on latents, or of the UNet on CIFAR-10, for another batch."""
     name = "cifar" if model_type == "UNet" else "imagenet"
-    settings = (f"model_type={model_type}", f"batch_size={batch_size}", "device=cpu", *overrides)
+    settings = (f"model_type={model_type}", f"batch_size={batch_size}", f"device={device}")
+    settings += overrides
     return load_config(ROOT / "configs" / f"{name}.yaml", settings)
 
 
@@ -56,8 +57,7 @@ def bench_learner(
         processes.world_size,
         config.accumulation_steps,
     )
-    channels = 4 if config.is_latent else 3
-    learner, notes = build_learner(config, processes, plan, channels, NUM_CLASSES)
+    learner, notes = build_learner(config, processes, plan, data_shape(config)[0], NUM_CLASSES)
     for note in notes:
         report(f"note: {note}")
     with torch.no_grad():
@@ -66,18 +66,30 @@ def bench_learner(
     return learner
 
 
-def drawn_batches(learner: Learner) -> Iterator[Batch]:
-    """Parts of random data, drawn as training draws them."""
+def data_shape(config: Config) -> tuple[int, int, int]:
+    """[C, H, W] of x_0."""
+    return (4 if config.is_latent else 3, config.data_size, config.data_size)
+
+
+def raw_batch(learner: Learner) -> RawBatch:
+    """Random data for a microbatch, from where a loader of training would leave it."""
+    size = learner.config.batch_size // learner.plan.num_microbatches
+    pixels = torch.randint(256, (size, *data_shape(learner.config)), dtype=torch.uint8)
+    labels = torch.randint(NUM_CLASSES, (size,))
+    if learner.processes.device.type == "cuda":
+        pixels, labels = pixels.pin_memory(), labels.pin_memory()
+    return RawBatch(pixels, labels)
+
+
+def drawn_batches(learner: Learner, raw: RawBatch | None = None) -> Iterator[Batch]:
+    """The process's microbatches of `raw`, or of fresh random data, drawn as training draws."""
     config, plan, processes = learner.config, learner.plan, learner.processes
-    shape = (4 if config.is_latent else 3, config.data_size, config.data_size)
     data = PixelData(
-        torch.zeros(1, *shape, dtype=torch.uint8),
+        torch.zeros(1, *data_shape(config), dtype=torch.uint8),
         torch.zeros(1),
         tuple(map(str, range(NUM_CLASSES))),
     )
-    size = config.batch_size // plan.num_microbatches
-    pixels = torch.randint(256, (size, *shape), dtype=torch.uint8)
-    raw = RawBatch(pixels, torch.randint(NUM_CLASSES, (size,)))
+    raw = raw or raw_batch(learner)
     for microbatch in plan.microbatches_of(processes.rank):
         yield draw_batch(
             config, plan, data, raw, learner.state.finished_steps, microbatch, processes.device
@@ -88,7 +100,7 @@ def forward_of(learner: Learner) -> Callable[[], None]:
     """One inference forward of as many samples as a step takes."""
     config, model = learner.config, learner.state.ema_model
     size = config.batch_size // learner.plan.num_microbatches
-    x = torch.randn(size, 4 if config.is_latent else 3, config.data_size, config.data_size)
+    x = torch.randn(size, *data_shape(config))
     t = torch.rand(size)
     labels = torch.randint(NUM_CLASSES, (size,)) if config.is_conditional else None
 
@@ -101,9 +113,17 @@ def forward_of(learner: Learner) -> Callable[[], None]:
 
 def seconds_of(work: Callable[[], object]) -> float:
     """Wall time of one call."""
+    wait_for_device()
     started = time.perf_counter()
     work()
+    wait_for_device()
     return time.perf_counter() - started
+
+
+def wait_for_device() -> None:
+    """Return when a GPU, where one is in use, has done what it was told."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def in_turns(works: dict[str, Callable[[], object]], tries: int) -> dict[str, list[float]]:

@@ -331,7 +331,8 @@ def test_environment_is_activated_before_it_is_needed(path):
 
 def test_options_named_in_sentences_exist():
     known = set().union(*(options_in(help_of(script)) for script in OUR_SCRIPTS))
-    known |= options_in(help_of("benchmarks/bench_step.py"))
+    for script in ("bench_step.py", "gpu.py"):
+        known |= options_in(help_of(f"benchmarks/{script}"))
     known |= options_in(torchrun_parser().format_help())
     known |= {"--include", "--local-dir"}  # of hf
     for path in documents():
