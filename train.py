@@ -43,7 +43,7 @@ from published import save_published_config
 from sampling import find_decoder
 from support.data.batches import BatchPlan, build_loader
 from support.data.datasets import MadeUpData, RawBatch, TrainingData, build_data, compare_data
-from support.runs.averages import is_ema_step, update_ema
+from support.runs.averages import Average
 from support.runs.budget import count_parameters
 from support.runs.checkpoint import TrainState, find_checkpoints
 from support.runs.guard import NonFiniteGuard
@@ -133,7 +133,11 @@ class Learner:
         )
         # After DistributedDataParallel has made the weights equal, so that the average is of them.
         self.state = TrainState.fresh(model, optimizer)
+        self.average = Average(
+            self.state.ema_model, model, config.ema_decay_rate, config.ema_every_steps or 1
+        )
         self.guard = NonFiniteGuard(processes)
+        self._trained = [p for p in model.parameters() if p.requires_grad]
 
     def step(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
         """One optimizer step on this process's microbatches of a global batch.
@@ -143,17 +147,14 @@ class Learner:
         """
         config, state = self.config, self.state
         metrics = self.accumulate_gradients(batches)
-        self.guard.hold_back(
-            state.finished_steps + 1, metrics["Grad_Norm"], metrics, self._gradients()
-        )
+        norm = metrics["Grad_Norm"]
+        self.guard.hold_back(state.finished_steps + 1, norm, metrics, state.optimizer)
         for group in state.optimizer.param_groups:
             group["lr"] = config.learning_rate_at(state.finished_steps)
         state.optimizer.step()
         state.optimizer.zero_grad()
         state.finished_steps += 1
-        every = config.ema_every_steps or 1
-        if is_ema_step(state.finished_steps, every):
-            update_ema(state.ema_model, state.model, config.ema_decay_rate, every)
+        self.average.follow(state.finished_steps)
         return metrics
 
     def accumulate_gradients(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
@@ -173,16 +174,12 @@ class Learner:
             (terms.loss * scale).backward()
             for name, value in terms.metrics.items():
                 metrics[name] = metrics[name] + value if name in metrics else value
-        norm = nn.utils.get_total_norm(self._gradients())
+        norm = nn.utils.get_total_norm([p.grad for p in self._trained if p.grad is not None])
         if self.config.gradient_clip is not None:
-            parameters = [p for p in self.state.model.parameters() if p.grad is not None]
-            nn.utils.clip_grads_with_norm_(parameters, self.config.gradient_clip, norm)
+            nn.utils.clip_grads_with_norm_(self._trained, self.config.gradient_clip, norm)
         # The same on every process, and to be summed over them.
         metrics["Grad_Norm"] = norm / plan.world_size
         return metrics
-
-    def _gradients(self) -> list[Tensor]:
-        return [p.grad for p in self.state.model.parameters() if p.grad is not None]
 
 
 def log_metrics(run: "Run", interval: Interval) -> None:
