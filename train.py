@@ -11,7 +11,6 @@ Everything goes into the config's working_dir: config.yaml, log.txt, ckpts/, eva
 from support.system.command import run_command  # isort: skip - first: it attends to the start
 
 import argparse
-import contextlib
 import itertools
 import os
 import shlex
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 import preview
 from config import (
@@ -42,8 +42,8 @@ from passes import set_options
 from published import save_published_config
 from sampling import find_decoder
 from support.data.batches import BatchPlan, build_loader
-from support.data.datasets import MadeUpData, RawBatch, TrainingData, build_data
-from support.runs.averages import is_ema_step, update_ema
+from support.data.datasets import MadeUpData, RawBatch, TrainingData, build_data, compare_data
+from support.runs.averages import Average
 from support.runs.budget import count_parameters
 from support.runs.checkpoint import TrainState, find_checkpoints
 from support.runs.gpus import GPUS
@@ -52,7 +52,7 @@ from support.runs.logbook import Interval, Logbook, device_name, duration, peak_
 from support.runs.optimizers import build_optimizer
 from support.runs.rehearsal import within_memory
 from support.runs.results import Results, is_due
-from support.runs.resume import RunIdentity, resume
+from support.runs.resume import resume
 from support.runs.signals import Listener, Signalled, listening
 from support.system.files import UserError
 from support.system.processes import Processes, connected, exchanging_gradients
@@ -80,11 +80,17 @@ def train(run: "Run") -> None:
         pin_memory=run.processes.device.type == "cuda",
     )
     interval = Interval()
-    run.logbook.start_bar(state.finished_steps, config.total_steps, "step")
+    bar = tqdm(
+        total=config.total_steps,
+        initial=state.finished_steps,
+        unit="step",
+        dynamic_ncols=True,
+        disable=None if run.processes.is_main else True,  # None: shown on a terminal alone
+    )
     while state.finished_steps < config.total_steps:
         run.results.jobs.check()
         interval.add(learner.step(draw_batches(run, loader)))
-        run.logbook.advance()
+        bar.update()
         signalled = run.listener.signalled(run.processes)
         is_stopping = signalled is Signalled.STOP
         is_logging = is_due(state.finished_steps, config.logging_steps)
@@ -93,11 +99,12 @@ def train(run: "Run") -> None:
             learner.guard.refuse()
         if is_logging:
             log_metrics(run, interval)
+            interval = Interval()
         for path in due:
             make_result(run, path)
         if is_stopping:
             save_and_stop(run)
-    run.logbook.close_bar()
+    bar.close()
 
 
 def draw_batches(run: "Run", loader: Iterator[RawBatch]) -> Iterator[Batch]:
@@ -127,7 +134,11 @@ class Learner:
         )
         # After DistributedDataParallel has made the weights equal, so that the average is of them.
         self.state = TrainState.fresh(model, optimizer)
+        self.average = Average(
+            self.state.ema_model, model, config.ema_decay_rate, config.ema_every_steps or 1
+        )
         self.guard = NonFiniteGuard(processes)
+        self._trained = [p for p in model.parameters() if p.requires_grad]
 
     def step(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
         """One optimizer step on this process's microbatches of a global batch.
@@ -137,17 +148,14 @@ class Learner:
         """
         config, state = self.config, self.state
         metrics = self.accumulate_gradients(batches)
-        self.guard.hold_back(
-            state.finished_steps + 1, metrics["Grad_Norm"], metrics, self._gradients()
-        )
+        norm = metrics["Grad_Norm"]
+        self.guard.hold_back(state.finished_steps + 1, norm, metrics, state.optimizer)
         for group in state.optimizer.param_groups:
             group["lr"] = config.learning_rate_at(state.finished_steps)
         state.optimizer.step()
         state.optimizer.zero_grad()
         state.finished_steps += 1
-        every = config.ema_every_steps or 1
-        if is_ema_step(state.finished_steps, every):
-            update_ema(state.ema_model, state.model, config.ema_decay_rate, every)
+        self.average.follow(state.finished_steps)
         return metrics
 
     def accumulate_gradients(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
@@ -158,30 +166,21 @@ class Learner:
         plan = self.plan
         metrics: dict[str, Tensor] = {}
         for index, batch in enumerate(batches, start=1):
-            with self._exchanging_gradients(index == plan.accumulation_steps):
-                terms = self.parallel_model(batch)
-                # DistributedDataParallel averages over the processes; the objective is a sum. What
-                # is not finite in one process is to be seen by all, in the gradient.
-                scale = plan.world_size * (1 + 0 * sum(terms.metrics.values()))
-                (terms.loss * scale).backward()
+            if isinstance(self.parallel_model, DistributedDataParallel):
+                self.parallel_model.require_backward_grad_sync = index == plan.accumulation_steps
+            terms = self.parallel_model(batch)
+            # DistributedDataParallel averages over the processes; the objective is a sum. What is
+            # not finite in one process is to be seen by all, in the gradient.
+            scale = plan.world_size * (1 + 0 * sum(terms.metrics.values()))
+            (terms.loss * scale).backward()
             for name, value in terms.metrics.items():
                 metrics[name] = metrics[name] + value if name in metrics else value
-        norm = nn.utils.get_total_norm(self._gradients())
+        norm = nn.utils.get_total_norm([p.grad for p in self._trained if p.grad is not None])
         if self.config.gradient_clip is not None:
-            parameters = [p for p in self.state.model.parameters() if p.grad is not None]
-            nn.utils.clip_grads_with_norm_(parameters, self.config.gradient_clip, norm)
+            nn.utils.clip_grads_with_norm_(self._trained, self.config.gradient_clip, norm)
         # The same on every process, and to be summed over them.
         metrics["Grad_Norm"] = norm / plan.world_size
         return metrics
-
-    def _gradients(self) -> list[Tensor]:
-        return [p.grad for p in self.state.model.parameters() if p.grad is not None]
-
-    def _exchanging_gradients(self, exchange: bool) -> contextlib.AbstractContextManager:
-        """A block whose backward pass exchanges gradients between processes, or keeps them back."""
-        if isinstance(self.parallel_model, DistributedDataParallel) and not exchange:
-            return self.parallel_model.no_sync()
-        return contextlib.nullcontext()
 
 
 def log_metrics(run: "Run", interval: Interval) -> None:
@@ -266,17 +265,20 @@ def continue_run(run: Run, allowed: Sequence[str]) -> None:
     """Bring the run to where its folder's newest checkpoint is; nothing is written."""
     folder, learner = run.results.folder, run.learner
 
-    def compare(recorded: Mapping[str, Any] | None, source: Path) -> list[str]:
-        if recorded is not None:
-            before = config_from_dict(recorded, str(source))
+    def compare(content: Mapping[str, Any], source: Path) -> list[str]:
+        notes = []
+        if "data" in content:
+            is_allowed = "data" in allowed
+            notes = compare_data(content["data"], run.data.record(), str(source), is_allowed)
+        if "config" in content:
+            before = config_from_dict(content["config"], str(source))
         elif (source := folder / "config.yaml").exists():
             before = load_config(source)
         else:
-            return []
-        return refuse_another_experiment(before, run.config, allowed, str(source))
+            return notes
+        return notes + refuse_another_experiment(before, run.config, allowed, str(source))
 
-    identity = RunIdentity(compare, run.data.record(), learner.plan, allowed)
-    path, notes = resume(folder, learner.state, run.processes, identity)
+    path, notes = resume(folder, learner.state, run.processes, learner.plan, compare)
     started = f"fresh run in {folder}"
     if path:
         started = f"resumed at step {learner.state.finished_steps} from {path}"

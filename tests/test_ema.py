@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from config import Config, resolve
-from support.runs.averages import is_ema_step, update_ema
+from support.runs.averages import Average
 from support.runs.optimizers import build_optimizer
 
 
@@ -16,25 +16,23 @@ def small_model() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
 
 
-def test_the_average_moves_after_every_step_or_after_1_17_33():
-    assert [step for step in range(1, 6) if is_ema_step(step, 1)] == [1, 2, 3, 4, 5]
-    assert [step for step in range(1, 50) if is_ema_step(step, 16)] == [1, 17, 33, 49]
-
-
 def test_the_average_equals_a_plain_loop_and_buffers_are_copied():
     for every, steps in ((1, 10), (16, 40)):
         model = small_model()
         average = copy.deepcopy(model)
         expected = [p.detach().double() for p in average.parameters()]
-        decay = 0.99
+        decay, moved = 0.99, []
+        ema = Average(average, model, decay, every)
         source = torch.Generator().manual_seed(1)
         for step in range(1, steps + 1):
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.add_(torch.randn(parameter.shape, generator=source))
             model[1].running_mean += 1
-            if step % every == 1 % every:
-                update_ema(average, model, decay, every)
+            before = average[1].running_mean.clone()
+            ema.follow(step)
+            if not torch.equal(average[1].running_mean, before):
+                moved.append(step)
                 expected = [
                     decay**every * old + (1 - decay**every) * new.detach().double()
                     for old, new in zip(expected, model.parameters(), strict=True)
@@ -42,8 +40,8 @@ def test_the_average_equals_a_plain_loop_and_buffers_are_copied():
         for found, wanted in zip(average.parameters(), expected, strict=True):
             assert found.dtype == torch.float32
             assert torch.allclose(found.double(), wanted, rtol=1e-5, atol=1e-6)
-        last_update = max(step for step in range(1, steps + 1) if step % every == 1 % every)
-        assert average[1].running_mean[0] == last_update
+        assert moved == [*range(1, steps + 1, every)]
+        assert average[1].running_mean[0] == moved[-1]
         assert average[1].num_batches_tracked.dtype == torch.int64
 
 
@@ -55,6 +53,7 @@ def test_radam_and_a_sixteen_step_average_equal_a_plain_loop_over_forty_steps():
     optimizer = build_optimizer(
         config.optimizer, model, config.learning_rate, config.betas, config.weight_decay
     )
+    ema = Average(average, model, config.ema_decay_rate, config.ema_every_steps)
     parameters = [p.detach().double() for p in model.parameters()]
     averages = [p.clone() for p in parameters]
     first = [torch.zeros_like(p) for p in parameters]
@@ -79,8 +78,7 @@ def test_radam_and_a_sixteen_step_average_equal_a_plain_loop_over_forty_steps():
                 mean = rectified * math.sqrt(1 - beta_2**step) * mean / spread
             parameters[index] = parameters[index] - config.learning_rate * mean
         optimizer.step()
-        if is_ema_step(step, config.ema_every_steps):
-            update_ema(average, model, decay, config.ema_every_steps)
+        ema.follow(step)
         if step in (1, 17, 33):
             averages = [
                 decay**16 * old + (1 - decay**16) * new

@@ -1,12 +1,16 @@
 """The training step: its options change its cost, and results by rounding alone."""
 
 import functools
+from collections import Counter
 
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.distributed import HashStore
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from worker import CONFIG as GUIDED
 
@@ -17,8 +21,10 @@ from models import Batch, Objective, Samples, build_model
 from passes import Execution
 from schedules import ConsistencyTimes, consistency_times
 from support.data.batches import BatchPlan
+from support.runs.checkpoint import TrainState
 from support.system import hardware
-from support.system.processes import Processes
+from support.system.files import UserError
+from support.system.processes import Processes, exchanging_gradients
 from train import Learner, build_learner
 
 CPU = Processes(0, 0, 1, torch.device("cpu"))
@@ -58,7 +64,7 @@ def draw(config: Config, seed: int = 2) -> Batch:
             augment_labels = torch.randn(count, 6, generator=source)
             return Samples(x_0, x_1, augment_labels=augment_labels, dropout_seed=dropout_seed)
         labels = torch.randint(10, (count,), generator=source)
-        return Samples(x_0, x_1, labels, torch.arange(count) < seed - 1)
+        return Samples(x_0, x_1, labels, torch.arange(count) < seed - 1, dropout_seed=dropout_seed)
 
     C = config.batch_size - V
     t, s = torch.rand(C, generator=source), torch.rand(C, generator=source)
@@ -121,6 +127,84 @@ def test_both_losses_share_the_calls_of_the_network():
     gradients(made, draw(GUIDED))
     # Of 12 and 4 samples one each is masked: 11 + 3 null passes and 3 of their own; then at t, l.
     assert sizes == [(17, False), (16, True), (4, False)]
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations by name: what a GPU would be told to do, one launch or more each."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.counts[function.overloadpacket.__name__] += 1
+        return function(*arguments, **(options or {}))
+
+
+def step_as_on_a_gpu(made: Learner, batch: Batch) -> Counter:
+    """Take a step whose result is not looked at; gives what it consists of."""
+    made.guard.refuses_at_once = False
+    with Operations() as operations:
+        made.step(iter([batch]))
+    return operations.counts
+
+
+def all_of(state: TrainState) -> list[torch.Tensor]:
+    """Weights and what the optimizer has accumulated."""
+    entries = [value for entry in state.optimizer.state.values() for value in entry.values()]
+    return [tensor.clone() for tensor in [*state.model.parameters(), *entries]]
+
+
+@pytest.mark.parametrize(("optimizer", "is_masked"), [("AdamW", False), ("RAdam", True)])
+def test_a_step_that_is_not_finite_is_held_back_on_the_device(optimizer, is_masked):
+    made, _ = make_learner(GUIDED, optimizer=optimizer)
+    for _ in range(2):
+        counts = step_as_on_a_gpu(made, draw(GUIDED))
+    trained = [p for p in made.state.model.parameters() if p.requires_grad]
+    assert counts["masked_fill_"] == (len(trained) if is_masked else 0)
+    before, broken = all_of(made.state), draw(GUIDED)
+    broken.flow_matching.x_0[0] = torch.nan
+    for batch in (broken, draw(GUIDED)):  # and nothing that follows is applied either
+        step_as_on_a_gpu(made, batch)
+    assert is_masked or all(map(torch.equal, all_of(made.state), before))
+    assert all(tensor.isfinite().all() for tensor in all_of(made.state))
+    with pytest.raises(UserError, match=r"step 3: .*Grad_Norm not finite; the step was not"):
+        made.guard.refuse()
+
+
+@pytest.fixture
+def group_of_one():
+    """A process that exchanges with itself."""
+    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(torch.__version__ < "2.14", reason="this torch copies gradients one by one")
+def test_gradients_are_copied_for_their_exchange_by_the_bucket(group_of_one):
+    network = nn.Sequential(*[nn.Linear(4, 4) for _ in range(20)])
+    parallel = exchanging_gradients(network, gradient_as_bucket_view=True)
+    for _ in range(2):  # buckets are made anew after the first step
+        parallel(torch.ones(2, 4)).sum().backward()
+        network.zero_grad()
+    loss = parallel(torch.ones(2, 4)).sum()
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        loss.backward()
+    names = Counter(event.name for event in profiled.events())
+    assert names["aten::_foreach_copy_"] == names["aten::div_"] == 1
+    assert names["aten::mul"] < 40  # of a parameter each
+
+
+def test_a_step_waits_for_no_number_and_walks_through_no_network(monkeypatch):
+    """Beside what torch itself does: an optimizer on the CPU has its counts there."""
+    made, _ = make_learner(GUIDED)
+    batch, walks = draw(GUIDED), []
+    named = nn.Module.named_parameters
+    monkeypatch.setattr(
+        nn.Module, "named_parameters", lambda *given, **more: walks.append(1) or named(*given)
+    )
+    assert step_as_on_a_gpu(made, batch)["_local_scalar_dense"] == 0
+    assert not walks
 
 
 # Options

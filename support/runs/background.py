@@ -8,15 +8,14 @@ from support.system.files import UserError
 
 
 class Background:
-    """Runs jobs in the order they come; what one raises is raised again at the next call."""
+    """Runs a job; what it raises is raised again at the next call."""
 
     def __init__(self, pool: ThreadPoolExecutor):
         self._pool = pool
         self._job: Future[None] | None = None
 
     def start(self, job: Callable[[], None]) -> None:
-        """Start `job` once the one before has ended."""
-        self.wait()
+        """Start `job`, the one before having been waited for."""
         self._job = self._pool.submit(job)
 
     def check(self) -> None:

@@ -54,15 +54,15 @@ class TrainState(Generic[Model]):
         self.check(state, source)
         settings = self.optimizer.state_dict()["param_groups"]
         saved = state["optimizer"]
-        before, now = (_settings(groups[0]) for groups in (saved["param_groups"], settings))
         self.model.load_state_dict(state["model"])
         self.ema_model.load_state_dict(state["ema_model"])
         self.optimizer.load_state_dict({"state": saved["state"], "param_groups": settings})
         self.finished_steps = state["finished_steps"]
+        before, now = saved["param_groups"][0], settings[0]
         return [
-            f"{key} is {now[key]} now; it was {before[key]} in {source}"
-            for key in before
-            if before[key] != now[key]
+            f"{key} is {_in_yaml(now[key])} now; it was {_in_yaml(before[key])} in {source}"
+            for key in ("lr", "betas", "weight_decay")
+            if key in before and _in_yaml(before[key]) != _in_yaml(now[key])
         ]
 
     def check(self, state: Mapping[str, Any], source: str) -> None:
@@ -97,14 +97,9 @@ class TrainState(Generic[Model]):
                 )
 
 
-def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    """An optimizer's settings by name, as far as there are any; pairs as lists, as in YAML."""
-    found = {key: group.get(key) for key in ("lr", "betas", "weight_decay")}
-    return {
-        key: list(value) if isinstance(value, tuple) else value
-        for key, value in found.items()
-        if value is not None
-    }
+def _in_yaml(value: Any) -> Any:
+    """An optimizer's setting, a pair as a list: that is how published checkpoints have it."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _short(name: Any) -> str:
@@ -236,20 +231,18 @@ def check_weights(model: nn.Module, weights: Any, source: str) -> None:
     if not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
         raise UserError(f"{source}: some of the weights are no tensors")
     expected = model.state_dict()
-    missing = [name for name in expected if name not in weights]
-    surplus = [name for name in weights if name not in expected]
-    reshaped = [
-        f"{name} {list(weights[name].shape)} in the file, {list(tensor.shape)} in the model"
-        for name, tensor in expected.items()
-        if name in weights and weights[name].shape != tensor.shape
-    ]
+    differing = {
+        "missing": [name for name in expected if name not in weights],
+        "not in the model": [name for name in weights if name not in expected],
+        "of another shape": [
+            f"{name} {list(weights[name].shape)} in the file, {list(tensor.shape)} in the model"
+            for name, tensor in expected.items()
+            if name in weights and weights[name].shape != tensor.shape
+        ],
+    }
     differences = [
         f"{len(names)} {kind} ({_short(names[0])}{', ...' if len(names) > 1 else ''})"
-        for kind, names in (
-            ("missing", missing),
-            ("not in the model", surplus),
-            ("of another shape", reshaped),
-        )
+        for kind, names in differing.items()
         if names
     ]
     if differences:

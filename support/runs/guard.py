@@ -1,7 +1,7 @@
 """What keeps a step that is not finite out of the weights, and ends the run."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -22,14 +22,18 @@ class NonFiniteGuard:
         self._values: Tensor | None = None
 
     def hold_back(
-        self, step: int, norm: Tensor, metrics: Mapping[str, Tensor], gradients: Iterable[Tensor]
+        self,
+        step: int,
+        norm: Tensor,
+        metrics: Mapping[str, Tensor],
+        optimizer: torch.optim.Optimizer,
     ) -> None:
-        """Set the gradients to 0 where their norm, which all processes share, is not finite.
+        """Keep `optimizer` from a step whose norm, which all processes share, is not finite.
 
-        Without waiting for the device, where that takes time; where not, the run ends here.
+        Without waiting for the device, where that takes time: then from all that follow, too,
+        until `refuse` is asked. Where it takes none, the run ends here.
         """
-        is_broken = ~norm.isfinite()
-        is_first = is_broken & (self._step < 0)
+        is_first = ~norm.isfinite() & (self._step < 0)
         values = torch.stack([*metrics.values()])
         self._step = torch.where(is_first, step, self._step)
         self._names = list(metrics)
@@ -37,8 +41,14 @@ class NonFiniteGuard:
         if self.refuses_at_once:
             self.refuse()
             return
-        for gradient in gradients:
-            gradient.masked_fill_(is_broken, 0)
+        is_broken = self._step >= 0
+        if optimizer.defaults.get("fused") and norm.device.type != "mps":  # which overlooks it
+            # By this a fused step, on the device, leaves weights and state as they are.
+            optimizer.found_inf = is_broken.float()  # type: ignore[attr-defined]
+            return
+        for parameter in optimizer.param_groups[0]["params"]:
+            if parameter.grad is not None:
+                parameter.grad.masked_fill_(is_broken, 0)
 
     def refuse(self) -> None:
         """UserError where a step so far was not finite; to be asked before anything is saved.

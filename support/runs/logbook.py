@@ -1,4 +1,4 @@
-"""What a run says: log.txt, the progress bar, interval means, and the record beside each result."""
+"""What a run says: log.txt, interval means, and the record beside each result."""
 
 import functools
 import hashlib
@@ -22,47 +22,24 @@ from support.system.processes import Processes
 
 
 class Logbook:
-    """Lines for log.txt and the screen, and a progress bar where the screen is a terminal.
-
-    Silent on all but the main process.
-    """
+    """Lines for log.txt and the screen, of the main process alone."""
 
     def __init__(self, path: Path, is_main: bool):
         self.path, self.is_main = path, is_main
-        self._bar: tqdm | None = None
 
     def line(self, text: str) -> None:
         """Write one line, with the time of day in the file."""
         if not self.is_main:
             return
-        tqdm.write(text, file=sys.stdout)
+        tqdm.write(text, file=sys.stdout)  # above a progress bar
         sys.stdout.flush()
         append_line(self.path, f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}")
-
-    def start_bar(self, done: int, total: int, unit: str) -> None:
-        """Show a progress bar with the time left, if somebody is looking."""
-        if self.is_main:  # disable=None: only on a terminal
-            self._bar = tqdm(total=total, initial=done, unit=unit, dynamic_ncols=True, disable=None)
-
-    def advance(self, count: int = 1) -> None:
-        """Move the bar, if there is one."""
-        if self._bar is not None:
-            self._bar.update(count)
-
-    def close_bar(self) -> None:
-        """Take the bar away."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
 
 
 class Interval:
     """Sums of metrics between two log lines; they stay on the device until they are wanted."""
 
     def __init__(self):
-        self._start()
-
-    def _start(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
         self._steps = 0
         self._started = time.monotonic()
@@ -77,9 +54,7 @@ class Interval:
         """Metrics summed over the processes and averaged over the steps, seconds, and the steps."""
         sums = processes.sum_over_ranks(torch.stack([*self._sums.values()]))
         means = dict(zip(self._sums, (sums / self._steps).tolist(), strict=True))
-        seconds, steps = time.monotonic() - self._started, self._steps
-        self._start()
-        return means, seconds, steps
+        return means, time.monotonic() - self._started, self._steps
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -21,11 +21,6 @@ def is_due(finished_steps: int, every: int | None) -> bool:
     return bool(every and finished_steps > 0 and finished_steps % every == 0)
 
 
-def due_steps(total_steps: int, every: int | None) -> range:
-    """The steps of a run after which `is_due` holds."""
-    return range(every, total_steps + 1, every) if every else range(0)
-
-
 @dataclass(frozen=True)
 class ResultSchedule:
     """Every how many steps a run writes each kind of result; 0 and None are never.
@@ -40,10 +35,9 @@ class ResultSchedule:
 
     def steps(self, kind: str) -> list[int]:
         """The steps after which a kind of result is due, in ascending order."""
-        found = {*due_steps(self.total_steps, getattr(self, kind))}
-        if kind == "ckpts":
-            found |= {0, self.total_steps}
-        return sorted(found)
+        every, last = getattr(self, kind), self.total_steps
+        found = {*range(every, last + 1, every)} if every else set()
+        return sorted(found | {0, last} if kind == "ckpts" else found)
 
     def is_due(self, kind: str, step: int) -> bool:
         """Whether a kind of result is due after this step."""
@@ -103,11 +97,11 @@ class Results:
         A run that is asked to stop writes the checkpoint alone; what else is due it makes when it
         goes on.
         """
-        kinds = ["ckpts"] if is_stopping else [*SUFFIXES]
-        found = [kind for kind in kinds if self.schedule.is_due(kind, step)]
-        if (is_saving or is_stopping) and "ckpts" not in found:
-            found.insert(0, "ckpts")
-        return [self.path(kind, step) for kind in found]
+        if is_stopping:
+            return [self.path("ckpts", step)]
+        due = {kind: self.schedule.is_due(kind, step) for kind in SUFFIXES}
+        due["ckpts"] |= is_saving
+        return [self.path(kind, step) for kind in SUFFIXES if due[kind]]
 
     def save(self, content: Mapping[str, Any]) -> None:
         """Have a checkpoint and its record written, beside the training that goes on."""

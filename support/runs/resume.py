@@ -1,42 +1,22 @@
 """From where a run goes on: the newest checkpoint of its folder that is whole and of this run."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from support.data.batches import BatchPlan
-from support.data.datasets import compare_data
 from support.runs.checkpoint import TrainState, find_checkpoints, read_checkpoint
 from support.system.files import UserError
 from support.system.processes import Processes
 
-# What is said of a run's settings beside those that a checkpoint holds; raises UserError where
-# they are of another experiment. Takes the recorded ones, or None, and where they stand.
-CompareSettings = Callable[[Mapping[str, Any] | None, Path], list[str]]
-
-
-@dataclass(frozen=True)
-class RunIdentity:
-    """What a checkpoint is compared with: it must be of the same experiment."""
-
-    compare_settings: CompareSettings
-    data: Mapping[str, Any]  # the data set's record
-    plan: BatchPlan
-    allowed: Sequence[str]  # what the user lets be another
-
-    def compare(self, content: Mapping[str, Any], path: Path) -> list[str]:
-        """A line for each change since a checkpoint; UserError for another experiment."""
-        notes = []
-        if "data" in content:
-            is_allowed = "data" in self.allowed
-            notes = compare_data(content["data"], self.data, str(path), is_allowed)
-        return notes + self.compare_settings(content.get("config"), path)
+# A line for each change of a run's data and settings since a checkpoint, which is given by its
+# entries (none: a fresh run) and its path; raises UserError where it is of another experiment.
+Compare = Callable[[Mapping[str, Any], Path], list[str]]
 
 
 def resume(
-    folder: Path, state: TrainState, processes: Processes, identity: RunIdentity
+    folder: Path, state: TrainState, processes: Processes, plan: BatchPlan, compare: Compare
 ) -> tuple[Path | None, list[str]]:
     """Bring the state to where the folder's newest checkpoint is; gives that, and what to say.
 
@@ -46,22 +26,22 @@ def resume(
     notes: list[str] = []
     path, content = None, None
     if processes.is_main:
-        path, content = newest_usable(folder / "ckpts", state, identity, notes)
+        path, content = newest_usable(folder / "ckpts", state, compare, notes)
     path = processes.agree(path)
     if path is None:
-        return None, notes + identity.compare_settings(None, folder / "config.yaml")
+        return None, notes + compare({}, folder / "config.yaml")
     if content is None:
         content = read_checkpoint(path, is_verified=True)
-    notes += identity.compare(content, path)
+    notes += compare(content, path)
     settings = state.load_state_dict(content, str(path))
-    notes += compare_plans(identity.plan, content, path)
+    notes += compare_plans(plan, content, path)
     # Where the file has its config, the comparison with that has said it.
     notes += settings if "config" not in content else []
     return path, notes
 
 
 def newest_usable(
-    folder: Path, state: TrainState, identity: RunIdentity, notes: list[str]
+    folder: Path, state: TrainState, compare: Compare, notes: list[str]
 ) -> tuple[Path | None, dict[str, Any] | None]:
     """The newest checkpoint that the state can take over; those passed over are noted.
 
@@ -76,7 +56,7 @@ def newest_usable(
             try:
                 state.check(content, str(path))
             except UserError:
-                identity.compare(content, path)  # says more, where it is another experiment
+                compare(content, path)  # says more, where it is another experiment
                 raise
             return path, content
         except UserError as error:

@@ -116,11 +116,13 @@ class Processes:
 def exchanging_gradients(model: nn.Module, **options: Any) -> DistributedDataParallel:
     """`model`, whose backward pass averages the gradients of all processes.
 
-    Buffers are left alone, which torch 2.14 calls otherwise than those before.
+    Buffers are left alone, which torch 2.14 calls otherwise than those before. From then on, two
+    launches take the gradients of a bucket into it; before, each gradient has its own.
     """
     known = inspect.signature(DistributedDataParallel).parameters
     word = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(model, **{**options, word: False})
+    batched = {"batched_grad_copy": True} if "batched_grad_copy" in known else {}
+    return DistributedDataParallel(model, **{**batched, **options, word: False})
 
 
 def choose_device(name: str, local_rank: int = 0, world_size: int = 1) -> torch.device:
