@@ -62,11 +62,8 @@ def draw_augmentation(
 
     Scaling, anisotropic scaling and translation each happen with `probability`, independently; a
     flip always has even odds, and so has an anisotropic scaling's angle being other than 0. The
-    number of draws does not depend on what is drawn. Raises ValueError for a probability outside
-    [0, 1].
+    number of draws does not depend on what is drawn.
     """
-    if not 0 <= probability <= 1:
-        raise ValueError(f"probability {probability}: must lie between 0 and 1")
 
     def coin(odds: float) -> Tensor:
         return torch.rand(num_images, generator=generator) < odds
@@ -88,14 +85,9 @@ def augment(images: Tensor, parameters: AugmentationParameters) -> Tensor:
     """`images` [N, C, H, W] flipped, then scaled and moved: like `images`, on their device.
 
     Deterministic. What comes into view from outside is the image's reflection up to W - 1 and
-    H - 1 pixels away, and 0 beyond. Raises ValueError where the parameters are for another number
-    of images, or the images are neither float32 nor float64.
+    H - 1 pixels away, and 0 beyond.
     """
-    N, _, H, W = images.shape
-    if len(parameters.flip) != N:
-        raise ValueError(f"{N} images, but augmentation parameters for {len(parameters.flip)}")
-    if images.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"images are {images.dtype}, not float32 or float64")
+    H, W = images.shape[2:]
     flip = parameters.flip.to(images.device, non_blocking=True)[:, None, None, None] > 0
     source = _source_map(parameters, H, W)
     pad_x, pad_y = _padding(source, H, W)

@@ -1,11 +1,22 @@
 """The slot for backbones: what a network F has to be, and what DiT and UNet are."""
 
 from collections.abc import Sequence
-from typing import Self
+from typing import NamedTuple, Self
 
 from torch import nn
 
 # B samples, C channels, H = W side
+
+
+class NetworkRequest(NamedTuple):
+    """Which network to build, for which data."""
+
+    model_type: str
+    data_size: int
+    data_channels: int
+    num_classes: int
+    null_class: bool  # whether labels may be dropped
+    dropout: float
 
 
 class Backbone(nn.Module):
@@ -15,13 +26,13 @@ class Backbone(nn.Module):
     three conditions it is given only those that there are: labels [B] int64, augment_labels
     [B, 6], and dropout_seed, a whole number as a scalar tensor on the CPU.
 
-    A new one defines `forward` and the three class methods, says what is other than below, and
-    stands in `models.BACKBONES`.
+    A new one defines `forward` and `build`, says what is other than below, and stands in
+    `models.BACKBONES`.
     """
 
-    # How its model_types are written, and some of them, for those who misspell one.
+    # How its model_types are written, for those who misspell one, and some or all of them.
     written: str
-    examples: Sequence[str] = ()
+    examples: Sequence[str]
     # Whether it takes labels.
     is_conditional: bool = True
     # The label of the null class, which labels=None stands for; None where there is none.
@@ -35,8 +46,8 @@ class Backbone(nn.Module):
 
     @classmethod
     def recognises(cls, model_type: str) -> bool:
-        """Whether `model_type` names such a network."""
-        raise NotImplementedError
+        """Whether `model_type` names such a network; where there are more names than examples."""
+        return model_type in cls.examples
 
     @classmethod
     def misfit(cls, model_type: str, data_size: int) -> tuple[str, str] | None:
@@ -44,17 +55,6 @@ class Backbone(nn.Module):
         return None
 
     @classmethod
-    def build(
-        cls,
-        model_type: str,
-        data_size: int,
-        data_channels: int,
-        num_classes: int,
-        null_class: bool,
-        dropout: float,
-    ) -> Self:
-        """The network that `model_type` names, for data [data_channels, data_size, data_size].
-
-        null_class: whether labels may be dropped. ValueError where the data do not fit.
-        """
+    def build(cls, request: NetworkRequest) -> Self:
+        """The network that is asked for, whose model_type is one of its own and fits the data."""
         raise NotImplementedError

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from backbone import Backbone
+from backbone import Backbone, NetworkRequest
 
 # B batch, C channels, H = W side of the data, P patch side, N tokens, D width, h heads
 
@@ -212,22 +212,11 @@ class DiT(Backbone):
         self._initialise()
 
     @classmethod
-    def build(
-        cls,
-        model_type: str,
-        data_size: int,
-        data_channels: int,
-        num_classes: int,
-        null_class: bool,
-        dropout: float,
-    ) -> Self:
-        parsed = parse_model_type(model_type)
-        if parsed is None:
-            raise ValueError(f"model_type {model_type!r} is not {cls.written}")
-        size, patch = parsed
-        if data_size % patch:
-            raise ValueError(f"patch {patch} does not divide data_size {data_size}")
-        return cls(size, patch, data_size, data_channels, num_classes, null_class)
+    def build(cls, request: NetworkRequest) -> Self:
+        parsed = parse_model_type(request.model_type)
+        assert parsed, "a name that is recognised"
+        sizes = (request.data_size, request.data_channels, request.num_classes)
+        return cls(*parsed, *sizes, request.null_class)
 
     def _initialise(self) -> None:
         for module in self.modules():

@@ -15,13 +15,13 @@ passes that both losses ask for at the same time share a call where they may (se
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from backbone import Backbone
+from backbone import Backbone, NetworkRequest
 from dit import DiT
 from passes import Execution, Pass, Passes, check_times, run_passes, run_together
 from schedules import PATHS, SOLUTION_FORMS, ConsistencyTimes, PathPoint, guidance_decay
@@ -82,7 +82,8 @@ class Samples:
     labels: Tensor | None = None  # [B] int64
     null_mask: Tensor | None = None  # [B] bool
     augment_labels: Tensor | None = None  # [B, 6]
-    dropout_seed: int | None = None  # None: drawn from the global generator
+    # One of the global generator's, unless it is given.
+    dropout_seed: int = field(default_factory=lambda: int(torch.randint(2**62, ())))
 
 
 @dataclass(frozen=True)
@@ -240,22 +241,20 @@ class Method(nn.Module):
         """The labels, [B], with the null class where the mask says so."""
         if samples.labels is None or samples.null_mask is None:
             return samples.labels
-        if self.null_label is None:
-            if samples.null_mask.any():
-                raise ValueError("a label is dropped, but the network has no null class")
-            return samples.labels
         null_mask = samples.null_mask.to(samples.labels.device, non_blocking=True)
-        return samples.labels.masked_fill(null_mask, self.null_label)
+        return torch.where(null_mask, self.null_labels(samples.labels), samples.labels)
+
+    def null_labels(self, like: Tensor) -> Tensor:
+        """The label of the null class for each of `like`, [B]."""
+        if self.null_label is None:
+            raise ValueError("labels are dropped, but the network has no null class")
+        return torch.full_like(like, self.null_label, dtype=torch.int64)
 
 
 class SoFlow(Method):
     """A network F with its path and solution form, trained by two losses, sampled by f."""
 
-    def __init__(
-        self, network: nn.Module, noising_type: str = "Linear", coefficient_type: str = "Euler"
-    ):
-        super().__init__(network, noising_type, coefficient_type)
-        self.objective = Objective()
+    objective = Objective()
 
     def configure(self, settings: Mapping[str, Any]) -> None:
         self.objective = Objective(**{f.name: settings[f.name] for f in fields(Objective)})
@@ -274,8 +273,8 @@ class SoFlow(Method):
         flow_matching, consistency = run_together(
             self.network,
             self.execution,
-            self._flow_matching(batch.flow_matching, batch.flow_matching_t, self.objective),
-            self._consistency(batch.consistency, batch.consistency_times, self.objective),
+            self._flow_matching(batch.flow_matching, batch.flow_matching_t),
+            self._consistency(batch.consistency, batch.consistency_times),
         )
         counts = (batch.global_flow_matching_count, batch.global_consistency_count)
         loss = (flow_matching.loss.sum() + consistency.loss.sum()) / sum(counts)
@@ -288,12 +287,10 @@ class SoFlow(Method):
         }
         return StepTerms(loss, metrics)
 
-    def _flow_matching(
-        self, samples: Samples, t: Tensor, objective: Objective
-    ) -> Passes[LossTerms]:
+    def _flow_matching(self, samples: Samples, t: Tensor) -> Passes[LossTerms]:
         """The flow matching loss of each sample: the velocity is to be v*."""
         x_t, v_t = self.interpolate(samples.x_0, samples.x_1, t)
-        labels, kept = self.drop_labels(samples), kept_places(samples, objective)
+        labels, kept = self.drop_labels(samples), kept_places(samples, self.objective)
         (v_null,) = yield from self._velocities(x_t, t, kept, None)
 
         conditions = (labels, samples.augment_labels, samples.dropout_seed)
@@ -301,14 +298,13 @@ class SoFlow(Method):
         form = self.solution_form(t, t)
         velocity = velocity_of(x_t, F_t, form.a_s, form.b_s)
         # v_label is what is predicted here anyway, without its gradient: it costs no pass.
-        v_star = target_velocity(v_t, t, kept, v_null, velocity.detach()[kept], objective)
-        return flow_matching_terms(velocity, v_star, form.b_s, objective)
+        v_star = target_velocity(v_t, t, kept, v_null, velocity.detach()[kept], self.objective)
+        return flow_matching_terms(velocity, v_star, form.b_s, self.objective)
 
-    def _consistency(
-        self, samples: Samples, times: ConsistencyTimes, objective: Objective
-    ) -> Passes[LossTerms]:
+    def _consistency(self, samples: Samples, times: ConsistencyTimes) -> Passes[LossTerms]:
         """The consistency loss of each sample: f at s is to be the same from x_t and from x_l."""
         t, l, s = times  # noqa: E741
+        objective = self.objective
         x_t, v_t = self.interpolate(samples.x_0, samples.x_1, t)
         labels, kept = self.drop_labels(samples), kept_places(samples, objective)
         label_sets = (None, labels) if objective.mix_ratio < 1 else (None,)
@@ -317,7 +313,7 @@ class SoFlow(Method):
 
         # The same conditions and dropout masks at t and at l: f must not be of two networks. And
         # full precision: their difference is divided by t - l.
-        conditions = (labels, samples.augment_labels, self._shared_seed(samples))
+        conditions = (labels, samples.augment_labels, samples.dropout_seed)
         (F_t,) = yield (Pass(x_t, t, s, *conditions),)
         # x_l = x_t + v* (l - t)
         x_l = x_t + v_star * widen(l - t, x_t)
@@ -333,9 +329,14 @@ class SoFlow(Method):
     ) -> Passes[list[Tensor]]:
         """The velocities, [K, C, H, W], at K places of x_t under each of these labels [B].
 
-        For guidance: without gradient, and in lower precision where that is asked for. No dropout
-        seed and no augmentation labels are given: our networks with labels have neither.
+        For guidance, and none is asked for without it: without gradient, and in lower precision
+        where that will do. No dropout seed and no augmentation labels are given: our networks with
+        labels have neither.
         """
+        if self.objective.cfg_scale <= 1:
+            return [x_t[places] for _ in label_sets]
+        null_labels = self.null_labels(t)
+        label_sets = tuple(null_labels if labels is None else labels for labels in label_sets)
         outputs = yield tuple(
             Pass(x_t, t, t, labels, wanted=places, needs_gradient=False, may_be_coarse=True)
             for labels in label_sets
@@ -343,13 +344,7 @@ class SoFlow(Method):
         form = self.solution_form(t[places], t[places])
         return [velocity_of(x_t[places], F, form.a_s, form.b_s) for F in outputs]
 
-    def _shared_seed(self, samples: Samples) -> int | None:
-        """The seed of dropout masks for two passes; one is drawn where none is given."""
-        if samples.dropout_seed is None and self.training:
-            return int(torch.randint(2**62, ()))
-        return samples.dropout_seed
-
-    # For callers who have one loss, one velocity or one jump to compute
+    # For callers who have one velocity or one jump to compute
 
     def velocity(
         self,
@@ -379,48 +374,12 @@ class SoFlow(Method):
     def jump(self, x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
         return self.solution(x_t, t, s, labels)
 
-    def flow_matching_loss(
-        self,
-        x_0: Tensor,
-        x_1: Tensor,
-        t: Tensor,
-        labels: Tensor | None,
-        null_mask: Tensor | None,
-        objective: Objective,
-        augment_labels: Tensor | None = None,
-    ) -> LossTerms:
-        """The weighted squared error of the velocity, guided where the objective says so."""
-        samples = Samples(x_0, x_1, labels, null_mask, augment_labels)
-        loss = self._flow_matching(samples, t, objective)
-        (terms,) = run_together(self.network, self.execution, loss)
-        return terms.share(len(x_0))
-
-    def consistency_loss(
-        self,
-        x_0: Tensor,
-        x_1: Tensor,
-        t: Tensor,
-        l: Tensor,  # noqa: E741
-        s: Tensor,
-        labels: Tensor | None,
-        null_mask: Tensor | None,
-        objective: Objective,
-        augment_labels: Tensor | None = None,
-    ) -> LossTerms:
-        """The surrogate of the consistency loss, which divides by no b; see `consistency_terms`."""
-        samples = Samples(x_0, x_1, labels, null_mask, augment_labels)
-        loss = self._consistency(samples, ConsistencyTimes(t, l, s), objective)
-        (terms,) = run_together(self.network, self.execution, loss)
-        return terms.share(len(x_0))
-
 
 def kept_places(samples: Samples, objective: Objective) -> Tensor:
     """[K] places of the samples that keep their label, on which guidance acts; none without it."""
     device = samples.x_0.device
     if objective.cfg_scale <= 1 or len(samples.x_0) == 0:
         return torch.arange(0, device=device)
-    if samples.labels is None:
-        raise ValueError("guidance (cfg_scale > 1) needs labels")
     if samples.null_mask is None:
         return torch.arange(len(samples.x_0), device=device)
     # Counted on the CPU, where it waits for no device.
@@ -450,29 +409,6 @@ def backbone_of(model_type: str) -> type[Backbone]:
     raise ValueError(f"model_type {model_type!r} is neither {written}")
 
 
-def build_network(
-    model_type: str,
-    data_channels: int,
-    data_size: int,
-    num_classes: int,
-    cfg_drop_rate: float,
-    dropout: float = 0.30,
-) -> nn.Module:
-    """The backbone named by `model_type`, freshly initialised from torch's global generator.
-
-    A DiT's label table has a row for the null class where cfg_drop_rate > 0; `dropout` is the
-    UNet's. ValueError where the name is unknown or the data does not fit the network.
-    """
-    return backbone_of(model_type).build(
-        model_type,
-        data_size=data_size,
-        data_channels=data_channels,
-        num_classes=num_classes,
-        null_class=cfg_drop_rate > 0,
-        dropout=dropout,
-    )
-
-
 def build_model(
     model_type: str,
     data_channels: int,
@@ -484,8 +420,17 @@ def build_model(
     dropout: float = 0.30,
     method: str = "SoFlow",
 ) -> Method:
-    """A SoFlow, or another of METHODS, around a fresh `build_network`; see there."""
-    network = build_network(
-        model_type, data_channels, data_size, num_classes, cfg_drop_rate, dropout
+    """One of METHODS around the backbone that `model_type` names, with fresh weights.
+
+    They are drawn from torch's global generator. The label table of a DiT has a row for the null
+    class where cfg_drop_rate > 0; `dropout` is the UNet's. ValueError where a name is unknown or
+    the data do not fit the network.
+    """
+    backbone = backbone_of(model_type)
+    if misfit := backbone.misfit(model_type, data_size):
+        raise ValueError(" ".join(misfit))
+    request = NetworkRequest(
+        model_type, data_size, data_channels, num_classes, cfg_drop_rate > 0, dropout
     )
+    network = backbone.build(request)
     return _choose(METHODS, "method", method)(network, noising_type, coefficient_type)

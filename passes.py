@@ -9,9 +9,9 @@ so that it reads from top to bottom, and `run_together` lets the passes of all l
 """
 
 import contextlib
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,8 @@ class Pass:
     needs_gradient: bool = True
     may_be_coarse: bool = False  # whether a lower precision will do
 
+
+PER_SAMPLE = ("x", "t", "s", "labels", "augment_labels")  # what a pass has of each sample
 
 Passes = Generator[tuple[Pass, ...], list[Tensor], Result]  # what a loss is
 
@@ -78,7 +80,7 @@ def run_passes(network: nn.Module, execution: Execution, passes: Sequence[Pass])
         if len(one.x) > 0:
             alike.setdefault(_way_of_running(one, network, execution), []).append(index)
     for indices in alike.values():
-        joined = _join([passes[index] for index in indices], network)
+        joined = _join([passes[index] for index in indices])
         sizes = [len(passes[index].x) for index in indices]
         parts = _call(joined, network, execution).split(sizes)
         for index, output in zip(indices, parts, strict=True):
@@ -92,57 +94,30 @@ def _chosen(one: Pass, execution: Execution) -> Pass:
     wanted = one.wanted
     if wanted is None or execution.fixed_shapes:
         return one
-    labels = None if one.labels is None else one.labels[wanted]
-    augment_labels = None if one.augment_labels is None else one.augment_labels[wanted]
-    return replace(
-        one,
-        x=one.x[wanted],
-        t=one.t[wanted],
-        s=one.s[wanted],
-        labels=labels,
-        augment_labels=augment_labels,
-        wanted=None,
-    )
+    chosen: dict[str, Any] = {
+        name: values[wanted] for name in PER_SAMPLE if (values := getattr(one, name)) is not None
+    }
+    return replace(one, **chosen, wanted=None)
 
 
 def _way_of_running(one: Pass, network: nn.Module, execution: Execution) -> tuple:
     """What passes must have in common to share a call."""
     seed = one.dropout_seed if _uses_seeds(network) else None
-    return seed, _is_coarse(one, execution), one.augment_labels is None, one.needs_gradient
+    conditions = (one.labels is None, one.augment_labels is None)
+    return seed, _is_coarse(one, execution), conditions, one.needs_gradient
 
 
-def _join(passes: Sequence[Pass], network: nn.Module) -> Pass:
-    """The samples of all in one pass."""
+def _join(passes: Sequence[Pass]) -> Pass:
+    """The samples of all in one pass; all have the same conditions, or none has."""
     first = passes[0]
     if len(passes) == 1:
         return first
-    if any(one.labels is not None for one in passes):
-        passes = [_with_labels(one, network) for one in passes]
-    return replace(
-        first,
-        x=torch.cat([one.x for one in passes]),
-        t=torch.cat([one.t for one in passes]),
-        s=torch.cat([one.s for one in passes]),
-        labels=_cat_given(one.labels for one in passes),
-        augment_labels=_cat_given(one.augment_labels for one in passes),
-    )
-
-
-def _cat_given(tensors: Iterable[Tensor | None]) -> Tensor | None:
-    """The tensors one after the other; None where there are none."""
-    given = [tensor for tensor in tensors if tensor is not None]
-    return torch.cat(given) if given else None
-
-
-def _with_labels(one: Pass, network: nn.Module) -> Pass:
-    """The pass with its null class, if it has no labels, written out."""
-    if one.labels is not None:
-        return one
-    null_label: int | None = getattr(network, "null_label", None)
-    if null_label is None:
-        raise ValueError("guidance needs a network with a null class")
-    null_labels = torch.full_like(one.t, null_label, dtype=torch.int64)
-    return replace(one, labels=null_labels)
+    joined: dict[str, Any] = {
+        name: torch.cat([getattr(one, name) for one in passes])
+        for name in PER_SAMPLE
+        if getattr(first, name) is not None
+    }
+    return replace(first, **joined)
 
 
 def _call(one: Pass, network: nn.Module, execution: Execution) -> Tensor:

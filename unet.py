@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from backbone import Backbone
-from support.system.files import UserError
+from backbone import Backbone, NetworkRequest
 
 STEM_WIDTH = 128
 WIDTH = 256  # of every level
@@ -209,17 +208,12 @@ class UNet(Backbone):
     Its three levels see data_size, data_size / 2 and data_size / 4 pixels a side, and their names
     say so. Attention stands at the middle level (16 pixels where data_size is 32) and once at the
     smallest, whatever the size: its cost grows with the fourth power of data_size.
-    Raises UserError for a data_size that cannot be halved twice, or a dropout outside [0, 1).
     """
 
     written = "UNet"
     examples = ("UNet",)
     is_conditional = False
     uses_dropout_seed = True
-
-    @classmethod
-    def recognises(cls, model_type: str) -> bool:
-        return model_type == "UNet"
 
     @classmethod
     def misfit(cls, model_type: str, data_size: int) -> tuple[str, str] | None:
@@ -229,28 +223,11 @@ class UNet(Backbone):
         return "data_size", f"must be a multiple of {factor} for the UNet, which halves it twice"
 
     @classmethod
-    def build(
-        cls,
-        model_type: str,
-        data_size: int,
-        data_channels: int,
-        num_classes: int,
-        null_class: bool,
-        dropout: float,
-    ) -> Self:
-        return cls(data_size, data_channels, dropout)
+    def build(cls, request: NetworkRequest) -> Self:
+        return cls(request.data_size, request.data_channels, request.dropout)
 
     def __init__(self, data_size: int = 32, data_channels: int = 3, dropout: float = 0.30):
         super().__init__()
-        factor = 2 ** (LEVELS - 1)
-        if data_size < factor or data_size % factor:
-            raise UserError(
-                f"data_size {data_size}: the UNet halves it {LEVELS - 1} times, so it must be "
-                f"a positive multiple of {factor}"
-            )
-        if not 0 <= dropout < 1:
-            raise UserError(f"dropout {dropout}: must be at least 0 and below 1")
-        self.data_shape = (data_channels, data_size, data_size)
         sizes = [data_size // 2**level for level in range(LEVELS)]
         self.map_augment = nn.Linear(AUGMENT_LABELS, EMBEDDING_WIDTH, bias=False)
         self.map_layer0 = nn.Linear(EMBEDDING_WIDTH, EMBEDDING_WIDTH)
@@ -283,11 +260,10 @@ class UNet(Backbone):
         t and gap are [B], in [0, 1]. augment_labels [B, 6]; None means not augmented. In training
         mode equal `dropout_seed`s, an int64 on the CPU, give equal dropout masks and leave every
         other random state as it was; None draws the masks from torch's global state. In evaluation
-        mode nothing is dropped. Raises ValueError for labels, and for shapes other than these.
+        mode nothing is dropped.
         """
         if labels is not None:
             raise ValueError("the UNet is unconditional: it takes no labels")
-        self._check_shapes(x, t, gap, augment_labels)
         seeds = _block_seeds(dropout_seed if self.training else None)
         embedding = self._embed(t, gap, augment_labels)
         stem, *blocks = self.enc.values()
@@ -321,14 +297,3 @@ class UNet(Backbone):
         embedding = embedding + self.map_augment(augment_labels)
         embedding = F.silu(self.map_layer0(embedding))
         return F.silu(self.map_layer1(embedding))
-
-    def _check_shapes(
-        self, x: Tensor, t: Tensor, gap: Tensor, augment_labels: Tensor | None
-    ) -> None:
-        B = len(x)
-        expected = {"x": (x, (B, *self.data_shape)), "t": (t, (B,)), "gap": (gap, (B,))}
-        if augment_labels is not None:
-            expected["augment_labels"] = (augment_labels, (B, AUGMENT_LABELS))
-        for name, (tensor, shape) in expected.items():
-            if tensor.shape != shape:
-                raise ValueError(f"{name} is {tuple(tensor.shape)}, not {shape}")

@@ -313,22 +313,3 @@ def test_draws_come_from_the_given_generator_alone():
     assert torch.equal(torch.get_rng_state(), before)
     assert labels[0].shape == (50, 6)
     assert labels[0].dtype == torch.float32
-
-
-# Refusals
-
-
-@pytest.mark.parametrize("probability", [-0.1, 1.2, math.nan])
-def test_a_probability_outside_0_to_1_is_refused(probability):
-    with pytest.raises(ValueError, match="probability"):
-        draw_augmentation(4, probability, torch.Generator())
-
-
-def test_parameters_for_another_number_of_images_are_refused():
-    with pytest.raises(ValueError, match="3 images, but augmentation parameters for 1"):
-        augment(random_images(3, 1, 8, 8), parameters(scale=[0.0]))
-
-
-def test_images_that_are_not_floating_point_are_refused():
-    with pytest.raises(ValueError, match="uint8"):
-        augment(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), parameters(scale=[0.0]))

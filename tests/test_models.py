@@ -10,7 +10,7 @@ from torch import nn
 
 import dit
 import schedules
-from models import Batch, Objective, Samples, SoFlow, build_model, guided_velocity
+from models import Batch, LossTerms, Objective, Samples, SoFlow, build_model, guided_velocity
 from schedules import ConsistencyTimes, consistency_times, gap_fraction, guidance_decay
 
 OUTPUT_TOLERANCE = 1e-5
@@ -38,6 +38,18 @@ def golden(request):
     ).eval()
     goldens.fill_weights(model.network)
     return model, arrays, meta
+
+
+def terms_of(model: SoFlow, objective: Objective, times, x_0, x_1, *rest) -> LossTerms:
+    """The loss of samples that are all for flow matching at t, or for consistency at (t, l, s)."""
+    model.objective = objective
+    nothing, samples = Samples(x_0[:0], x_1[:0], dropout_seed=0), Samples(x_0, x_1, *rest)
+    if isinstance(times, torch.Tensor):
+        no_times = ConsistencyTimes(*[times[:0]] * 3)
+        loss, metrics = model(Batch(samples, times, nothing, no_times, len(x_0), 0))
+        return LossTerms(loss, metrics["Vel_MSE"], metrics["Vel_Weight"])
+    loss, metrics = model(Batch(nothing, times[0][:0], samples, times, 0, len(x_0)))
+    return LossTerms(loss, metrics["Con_MSE"], metrics["Con_Weight"])
 
 
 def conditions(arrays) -> dict:
@@ -72,16 +84,12 @@ def test_losses_and_gradients_equal_the_reference(golden, loss):
     objective = Objective(
         **{key: meta[key] for key in ("cfg_scale", "mix_ratio", "cfg_decay_time", "p", "eps")}
     )
-    x_0, x_1, t = arrays["in_x0"], arrays["in_x1"], arrays["in_t"]
-    rest = (arrays.get("in_labels"), arrays["in_cfg_mask"], objective)
-    augment_labels = arrays.get("in_augment_labels")
+    times = ConsistencyTimes(arrays["in_t"], arrays["in_l"], arrays["in_s"])
+    samples = [
+        arrays.get(f"in_{name}") for name in ("x0", "x1", "labels", "cfg_mask", "augment_labels")
+    ]
     model.zero_grad()
-    if loss == "vel":
-        terms = model.flow_matching_loss(x_0, x_1, t, *rest, augment_labels=augment_labels)
-    else:
-        terms = model.consistency_loss(
-            x_0, x_1, t, arrays["in_l"], arrays["in_s"], *rest, augment_labels=augment_labels
-        )
+    terms = terms_of(model, objective, times.t if loss == "vel" else times, *samples)
     terms.loss.backward()
     assert goldens.relative_error(torch.stack(terms).detach(), arrays[loss]) < OUTPUT_TOLERANCE
     norms = torch.tensor([0.0 if p.grad is None else p.grad.norm() for p in model.parameters()])
@@ -123,7 +131,7 @@ def test_state_dict_has_the_names_shapes_order_and_kinds_of_released_checkpoints
     drop_rate = 0.0 if entry in ("UNet", "DiT-B-4-nodrop") else 0.1
     with torch.device("meta"):
         model = build_model(model_type, channels, 32, classes, drop_rate)
-    parameters = {name for name, _ in model.named_parameters()}
+    parameters = [name for name, _ in model.named_parameters()]
     found = [
         [
             name,
@@ -134,6 +142,8 @@ def test_state_dict_has_the_names_shapes_order_and_kinds_of_released_checkpoints
         for name, tensor in model.state_dict().items()
     ]
     assert found == expected
+    # Optimizer states are stored by position among the parameters.
+    assert parameters == [name for name, _, _, kind in expected if kind == "param"]
 
 
 @pytest.mark.slow
@@ -230,8 +240,8 @@ def test_the_exact_network_has_no_loss_and_solves_the_path():
     model = SoFlow(ExactNetwork(c))
     _, x_1, times = draws(6)
     x_0 = c.expand(6, -1, -1, -1)
-    flow_matching = model.flow_matching_loss(x_0, x_1, times.t, None, None, UNGUIDED)
-    consistency = model.consistency_loss(x_0, x_1, *times, None, None, UNGUIDED)
+    flow_matching = terms_of(model, UNGUIDED, times.t, x_0, x_1)
+    consistency = terms_of(model, UNGUIDED, times, x_0, x_1)
     assert flow_matching.squared_error < 1e-20
     assert consistency.squared_error < 1e-18
     assert abs(consistency.loss) < 1e-9
@@ -260,7 +270,7 @@ def test_surrogate_gradient_is_that_of_the_squared_error_it_stands_for(kind, p):
     objective = Objective(1.0, 1.0, 1.0, p, 0.01)
     x_0, x_1, times = draws(5)
     labels = torch.tensor([0, 1, 2, 0, 1])
-    surrogate = model.consistency_loss(x_0, x_1, *times, labels, None, objective).loss
+    surrogate = terms_of(model, objective, times, x_0, x_1, labels).loss
     gradients = torch.autograd.grad(surrogate, model.parameters())
 
     t, l, s = times  # noqa: E741
@@ -296,14 +306,14 @@ def test_guided_target_is_the_stated_mixture():
 
     error = (v_label - expected)[[0, 2, 3]].square().flatten(1).mean(1)
     dropped = (v_null[1] - velocity_t[1]).square().mean()
-    terms = model.flow_matching_loss(x_0, x_1, times.t, labels, null_mask, GUIDED)
+    terms = terms_of(model, GUIDED, times.t, x_0, x_1, labels, null_mask)
     assert torch.allclose(terms.squared_error, (error.sum() + dropped) / 4)
     x_l = x_t + expected * (times.l - times.t).view(-1, 1, 1, 1)
     own = labels.masked_fill(null_mask, 3)
     f_t = model.solution(x_t, times.t, times.s, own)
     f_l = model.solution(x_l, times.l, times.s, own)
     quotient = (f_t - f_l) / (times.t - times.l).view(-1, 1, 1, 1)
-    terms = model.consistency_loss(x_0, x_1, *times, labels, null_mask, GUIDED)
+    terms = terms_of(model, GUIDED, times, x_0, x_1, labels, null_mask)
     assert torch.allclose(terms.squared_error, quotient.square().mean())
 
 
@@ -325,10 +335,8 @@ def test_guidance_runs_only_the_passes_and_samples_it_needs(mix_ratio, loss, no_
     x_0, x_1, times = draws(3)
     labels, null_mask = torch.tensor([0, 1, 2]), torch.tensor([False, False, True])
     objective = Objective(3.0, mix_ratio, 1.0, 1.0, 0.01)
-    if loss == "flow_matching":
-        model.flow_matching_loss(x_0, x_1, times.t, labels, null_mask, objective)
-    else:
-        model.consistency_loss(x_0, x_1, *times, labels, null_mask, objective)
+    times = times.t if loss == "flow_matching" else times
+    terms_of(model, objective, times, x_0, x_1, labels, null_mask)
     calls = model.network.calls
     assert [size for size, has_grad, *_ in calls if not has_grad] == no_grad_passes
     (with_gradient,) = [call for call in calls if call[1]]
@@ -339,21 +347,18 @@ def test_a_batch_of_dropped_labels_needs_no_guidance_pass():
     model = toy_model()
     x_0, x_1, times = draws(2)
     null_mask = torch.tensor([True, True])
-    model.flow_matching_loss(x_0, x_1, times.t, torch.tensor([0, 1]), null_mask, GUIDED)
+    terms_of(model, GUIDED, times.t, x_0, x_1, torch.tensor([0, 1]), null_mask)
     assert len(model.network.calls) == 1
 
 
-def test_guidance_without_labels_or_without_a_null_class_is_refused():
-    model = toy_model()
+def test_dropped_labels_without_a_null_class_are_refused():
     x_0, x_1, times = draws(2)
-    with pytest.raises(ValueError, match="needs labels"):
-        model.flow_matching_loss(x_0, x_1, times.t, None, None, GUIDED)
     model = build_model("DiT-Nano-2", 2, 4, 3, cfg_drop_rate=0.0)
     with pytest.raises(ValueError, match="no null class"):
         model.velocity(x_0.float(), times.t.float())
     with pytest.raises(ValueError, match="no null class"):
-        model.flow_matching_loss(
-            x_0, x_1, times.t, torch.tensor([0, 1]), torch.tensor([True, False]), UNGUIDED
+        terms_of(
+            model, UNGUIDED, times.t, x_0, x_1, torch.tensor([0, 1]), torch.tensor([True, False])
         )
 
 
@@ -422,12 +427,11 @@ def test_parts_of_a_batch_add_up_to_the_whole_and_to_the_weighted_losses():
     for one, other in zip(whole_gradients, cut_gradients, strict=True):
         assert torch.allclose(one, other)
 
-    velocity = model.flow_matching_loss(
-        x_0[:V], x_1[:V], times.t[:V], labels[:V], null_mask[:V], GUIDED
+    first, rest = (
+        [v[rows] for v in (x_0, x_1, labels, null_mask)] for rows in (slice(V), slice(V, None))
     )
-    consistency = model.consistency_loss(
-        x_0[V:], x_1[V:], *(time[V:] for time in times), labels[V:], null_mask[V:], GUIDED
-    )
+    velocity = terms_of(model, GUIDED, times.t[:V], *first)
+    consistency = terms_of(model, GUIDED, ConsistencyTimes(*(v[V:] for v in times)), *rest)
     expected = 5 / 8 * velocity.loss + 3 / 8 * consistency.loss
     assert torch.allclose(whole, torch.stack([expected, *velocity[1:], *consistency[1:]]))
 
@@ -436,16 +440,17 @@ def test_forward_draws_nothing():
     model = toy_model().eval()
     x_0, x_1, times = draws(4)
     labels, null_mask = torch.zeros(4, dtype=torch.long), torch.zeros(4, dtype=torch.bool)
-    before = torch.get_rng_state()
     model.objective = GUIDED
-    model(part(x_0, x_1, times, labels, null_mask, range(4), 2, (2, 2)))
+    batch = part(x_0, x_1, times, labels, null_mask, range(4), 2, (2, 2))
+    before = torch.get_rng_state()
+    model(batch)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_both_consistency_passes_get_the_same_dropout_seed():
     model = toy_model().train()
     x_0, x_1, times = draws(2)
-    model.consistency_loss(x_0, x_1, *times, torch.tensor([0, 1]), None, UNGUIDED)
+    terms_of(model, UNGUIDED, times, x_0, x_1, torch.tensor([0, 1]))
     seeds = [seed for *_, seed in model.network.calls]
     assert len(seeds) == 2
     assert seeds[0] is not None
@@ -460,15 +465,14 @@ def test_both_consistency_passes_of_a_unet_drop_the_same_and_leave_the_global_st
     model.network.register_forward_hook(lambda *call: outputs.append(call[2].detach()))
     x_0, x_1 = torch.randn(2, 2, 3, 8, 8)
     t, s = torch.tensor([0.7, 0.4]), torch.tensor([0.3, 0.1])
-    nothing, samples = Samples(x_0[:0], x_1[:0]), Samples(x_0, x_1, dropout_seed=5)
-    before = torch.get_rng_state()
-    model(Batch(nothing, t[:0], samples, ConsistencyTimes(t, t, s), 0, 2))
-    assert torch.equal(torch.get_rng_state(), before)
-    model.consistency_loss(x_0, x_1, t, t, s, None, None, UNGUIDED)
-    one, other, *unseeded = outputs
-    assert torch.equal(one, other)
-    assert torch.equal(*unseeded)
-    assert not torch.equal(one, unseeded[0])
+    for seed in (5, 6):
+        before = torch.get_rng_state()
+        terms_of(model, UNGUIDED, ConsistencyTimes(t, t, s), x_0, x_1, None, None, None, seed)
+        assert torch.equal(torch.get_rng_state(), before)
+    one, same, other, other_same = outputs
+    assert torch.equal(one, same)
+    assert torch.equal(other, other_same)
+    assert not torch.equal(one, other)
 
 
 # Building
@@ -496,7 +500,8 @@ def test_network_keeps_the_shape_of_the_data_for_any_patch():
         (("DiT-Q-2", 3, 8, 10, 0.1), "SIZE one of"),
         (("VGG", 3, 8, 10, 0.1), "neither UNet nor DiT-SIZE-PATCH"),
         (("UNet-2", 3, 8, 10, 0.1), "neither UNet nor DiT-SIZE-PATCH"),
-        (("DiT-B-3", 3, 8, 10, 0.1), "patch 3 does not divide data_size 8"),
+        (("UNet", 3, 6, 10, 0.0), "data_size must be a multiple of 4"),
+        (("DiT-B-3", 3, 8, 10, 0.1), "patch that does not divide data_size 8; 1, 2, 4, 8 would"),
         (("DiT-Nano-2", 3, 8, 10, 0.1, "Cubic"), "noising_type 'Cubic'"),
         (("DiT-Nano-2", 3, 8, 10, 0.1, "Linear", "euler"), "coefficient_type 'euler'"),
     ],

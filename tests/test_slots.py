@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import train
-from backbone import Backbone
+from backbone import Backbone, NetworkRequest
 from config import config_from_dict
 from models import BACKBONES, METHODS, Batch, Method, SoFlow, StepTerms
 from passes import Pass, run_passes
@@ -79,12 +79,8 @@ class Tiny(Backbone):
         self.dropout = dropout
 
     @classmethod
-    def recognises(cls, model_type: str) -> bool:
-        return model_type == "Tiny"
-
-    @classmethod
-    def build(cls, model_type, data_size, data_channels, num_classes, null_class, dropout) -> Self:
-        return cls(data_channels, num_classes, null_class, dropout)
+    def build(cls, request: NetworkRequest) -> Self:
+        return cls(*request[2:])
 
     def forward(self, x, t, gap, labels=None, dropout_seed=None) -> Tensor:
         if labels is None:
@@ -172,8 +168,7 @@ def network(shared_network) -> Backbone:
 
 
 def build(kind: type[Backbone], null_class: bool) -> Backbone:
-    sizes = {"data_size": 8, "data_channels": 3, "num_classes": 4}
-    return kind.build(kind.examples[0], **sizes, null_class=null_class, dropout=0.3)
+    return kind.build(NetworkRequest(kind.examples[0], 8, 3, 4, null_class, dropout=0.3))
 
 
 def output_of(network: Backbone, **conditions: Tensor) -> Tensor:
