@@ -72,21 +72,17 @@ class Pictures(Dataset):
     """Batches of pictures, cropped to size, by lists of their indices."""
 
     def __init__(self, files: LabelledFiles, plan: Plan):
-        self.folder, self.size = files.folder, plan.image_size
+        self.files, self.size = files, plan.image_size
         self.apply_exif = plan.exif == "apply"
-        self.labels = np.array(files.labels)
-        # One array instead of a million objects, which loader workers would come to copy.
-        self.paths = np.array(files.relative_names())
 
     def __getitem__(self, indices: Sequence[int]) -> LoadedPictures:
         pixels, labels, unreadable = [], [], []
         for index in indices:
-            path = os.fsdecode(self.paths[index])
             try:
-                pixels.append(read_image(self.folder / path, self.size, self.apply_exif))
-                labels.append(int(self.labels[index]))
+                pixels.append(read_image(self.files[index], self.size, self.apply_exif))
+                labels.append(int(self.files.labels[index]))
             except UserError as error:  # raised in a worker, it would lose its one line
-                unreadable.append((path, str(error)))
+                unreadable.append((os.fsdecode(self.files.names[index]), str(error)))
         stacked = np.stack(pixels) if pixels else np.empty((0, self.size, self.size, 3), np.uint8)
         # [B, H, W, 3] -> [B, 3, H, W]
         channels_first = torch.from_numpy(stacked).permute(0, 3, 1, 2)
@@ -96,7 +92,7 @@ class Pictures(Dataset):
 def images_digest(files: LabelledFiles) -> str:
     """SHA-256 of the pictures' names and sizes, in order."""
     digest = hashlib.sha256()
-    for name, path in zip(files.relative_names(), files.paths, strict=True):
+    for name, path in zip(files.names, files, strict=True):
         try:
             num_bytes = path.stat().st_size
         except OSError as error:
@@ -280,14 +276,14 @@ def run_extraction(
     data_path = Path(arguments.data_path)
     files = class_folders(data_path)
     if processes.is_main:
-        counts = np.bincount(files.labels, minlength=len(files.class_names))
+        counts = np.bincount(files.labels)
         say(describe_classes(files.class_names, counts.tolist()))
         if note := files.left_out_note():
             say(note)
     found = find_vae(arguments.vae)
     vae = load_vae(found, processes.device)
     plan = Plan(
-        num_images=len(files.paths),
+        num_images=len(files),
         images_sha256=images_digest(files),
         image_size=arguments.image_size,
         vae_sha256=weights_digest(vae.state_dict()),
