@@ -42,7 +42,6 @@ class BatchPlan:
 
     @property
     def consistency_count(self) -> int:
-        """Consistency samples of the global batch."""
         return self.batch_size - self.flow_matching_count
 
     def microbatches_of(self, rank: int) -> range:

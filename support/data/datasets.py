@@ -83,7 +83,6 @@ class DataSpec:
         return (self.channels, self.size, self.size)
 
     def to_dict(self) -> dict[str, int | list[str]]:
-        """Plain types only."""
         return {
             "channels": self.channels,
             "size": self.size,
@@ -116,7 +115,6 @@ class TrainingData(Dataset):
 
     @property
     def class_counts(self) -> list[int]:
-        """Examples of each class."""
         return torch.bincount(self.labels, minlength=self.spec.num_classes).tolist()
 
     def record(self) -> dict[str, int | list[str] | list[int]]:
@@ -161,7 +159,6 @@ class PixelData(TrainingData):
         self.pixels = pixels
 
     def stored(self, indices: list[int]) -> Tensor:
-        """uint8 [B, C, H, W]."""
         return self.pixels[indices]
 
 
@@ -220,7 +217,7 @@ class FolderData(TrainingData):
         return bad
 
     def leave_out(self, bad: list[int]) -> None:
-        """Go on without these pictures; UserError where a class loses all of its own."""
+        """Go on without these; UserError where a class loses all of its pictures."""
         self.skipped = [os.fsdecode(name) for name in self.files.names[bad]]
         kept = np.delete(np.arange(len(self)), bad)
         names, labels = self.files.names[kept], self.files.labels[kept]
@@ -297,7 +294,6 @@ def digits_split() -> DigitsSplit:
 
 
 def load_digits_data(request: DataRequest) -> TrainingData:
-    """The digits to train on."""
     split = digits_split()
     names = tuple(str(digit) for digit in range(10))
     labels = torch.from_numpy(split.training_labels)
@@ -305,14 +301,12 @@ def load_digits_data(request: DataRequest) -> TrainingData:
 
 
 def load_cifar10_data(request: DataRequest) -> TrainingData:
-    """CIFAR-10's 50,000 training images."""
     training = load_training_set(request.folder)
     labels = torch.from_numpy(training.labels)
     return PixelData(channels_first(training.pixels), labels, training.class_names)
 
 
 def load_folder_data(request: DataRequest) -> TrainingData:
-    """The pictures in the class folders of dataset_path."""
     files = class_folders(request.folder)
     if not request.skip_bad:  # else files that are no pictures are left for `check_examples`
         refuse_non_pictures(files)
@@ -432,7 +426,6 @@ class MadeUpData(TrainingData):
         return draw_latents(stored, source) if self.is_latent else super().clean(stored, source)
 
     def whole(self) -> RawBatch:
-        """All of it."""
         return self[list(range(len(self)))]
 
 

@@ -361,9 +361,7 @@ class ImageBatch(NamedTuple):
 
 def tile(pixels: np.ndarray, rows: int, columns: int) -> np.ndarray:
     """One picture [rows H, columns W, C] of uint8 [rows * columns, H, W, C], row by row."""
-    count, height, width, channels = pixels.shape
-    if count != rows * columns:
-        raise ValueError(f"{count} images do not fill {rows} rows of {columns}")
+    height, width, channels = pixels.shape[1:]
     grid = pixels.reshape(rows, columns, height, width, channels)
     # rows, columns, H, W, C -> rows, H, columns, W, C
     return grid.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, channels)
@@ -371,8 +369,6 @@ def tile(pixels: np.ndarray, rows: int, columns: int) -> np.ndarray:
 
 def save_png(path: str | Path, pixels: np.ndarray) -> None:
     """Write uint8 [H, W, 3] or grey [H, W, 1] to `path`, whole or not at all."""
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, 3):
-        raise ValueError(f"must be uint8 [H, W, 1 or 3], not {pixels.dtype} {pixels.shape}")
     picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
     with atomic_write(path) as file:
         picture.save(file, format="PNG")
