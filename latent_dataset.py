@@ -34,7 +34,14 @@ from support.data.images import (
     read_image,
     to_images,
 )
-from support.data.latent_parts import PART_IMAGES, SKIPPED_FILE, Part, PartsFolder, Plan
+from support.data.latent_parts import (
+    PART_IMAGES,
+    SKIPPED_FILE,
+    Part,
+    PartsFolder,
+    Plan,
+    list_differences,
+)
 from support.data.latents import MOMENT_CHANNELS, LatentInfo, LatentReader
 from support.data.vae import (
     LATENT_SCALE,
@@ -72,21 +79,17 @@ class Pictures(Dataset):
     """Batches of pictures, cropped to size, by lists of their indices."""
 
     def __init__(self, files: LabelledFiles, plan: Plan):
-        self.folder, self.size = files.folder, plan.image_size
+        self.files, self.size = files, plan.image_size
         self.apply_exif = plan.exif == "apply"
-        self.labels = np.array(files.labels)
-        # One array instead of a million objects, which loader workers would come to copy.
-        self.paths = np.array(files.relative_names())
 
     def __getitem__(self, indices: Sequence[int]) -> LoadedPictures:
         pixels, labels, unreadable = [], [], []
         for index in indices:
-            path = os.fsdecode(self.paths[index])
             try:
-                pixels.append(read_image(self.folder / path, self.size, self.apply_exif))
-                labels.append(int(self.labels[index]))
+                pixels.append(read_image(self.files[index], self.size, self.apply_exif))
+                labels.append(int(self.files.labels[index]))
             except UserError as error:  # raised in a worker, it would lose its one line
-                unreadable.append((path, str(error)))
+                unreadable.append((os.fsdecode(self.files.names[index]), str(error)))
         stacked = np.stack(pixels) if pixels else np.empty((0, self.size, self.size, 3), np.uint8)
         # [B, H, W, 3] -> [B, 3, H, W]
         channels_first = torch.from_numpy(stacked).permute(0, 3, 1, 2)
@@ -96,7 +99,7 @@ class Pictures(Dataset):
 def images_digest(files: LabelledFiles) -> str:
     """SHA-256 of the pictures' names and sizes, in order."""
     digest = hashlib.sha256()
-    for name, path in zip(files.relative_names(), files.paths, strict=True):
+    for name, path in zip(files.names, files, strict=True):
         try:
             num_bytes = path.stat().st_size
         except OSError as error:
@@ -121,7 +124,6 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """Since the start."""
         return time.monotonic() - self.started
 
     def add(self, num_images: int) -> None:
@@ -164,10 +166,14 @@ class PartMaker:
         images = self.plan.images_of(index)
         side = self.plan.image_size // PIXELS_PER_LATENT
         moments = [np.empty((0, MOMENT_CHANNELS, side, side), self.plan.dtype)]
-        labels, skipped = [], []
+        labels: list[int] = []
+        skipped: list[str] = []
         for batch in batches_of(images, self.arguments.device_batch_size):
             loaded = next(self.loader)
-            skipped += self.left_out(loaded)
+            for path, reason in loaded.unreadable:
+                if not self.arguments.skip_bad:
+                    raise UserError(f"{reason}; --skip-bad leaves out such files")
+                skipped.append(path)
             if loaded.labels:
                 moments.append(self.encoded(loaded.pixels))
             labels += loaded.labels
@@ -180,13 +186,6 @@ class PartMaker:
             )
         return Part(latents, np.array(labels, np.int64), tuple(skipped))
 
-    def left_out(self, loaded: LoadedPictures) -> list[str]:
-        """The pictures that cannot be read; UserError where that is not to be."""
-        for _, reason in loaded.unreadable:
-            if not self.arguments.skip_bad:
-                raise UserError(f"{reason}; --skip-bad leaves out such files")
-        return [path for path, _ in loaded.unreadable]
-
     def encoded(self, pixels: torch.Tensor) -> np.ndarray:
         """Moments [B, 8, S, S] of uint8 [B, 3, H, W]; the time that takes is the VAE's."""
         started = time.monotonic()
@@ -198,7 +197,6 @@ class PartMaker:
 
 
 def batches_of(images: range, batch_size: int) -> list[range]:
-    """The images in batches, the last one short."""
     return [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
 
 
@@ -234,16 +232,11 @@ class Extraction(NamedTuple):
         return LatentInfo(
             vae=self.found.name,
             vae_revision=self.found.revision,
-            vae_sha256=self.plan.vae_sha256,
             latent_scale=LATENT_SCALE,
-            image_size=self.plan.image_size,
-            dtype=self.plan.dtype,
-            seed=self.plan.seed,
-            images_sha256=self.plan.images_sha256,
             class_names=tuple(names),
             class_counts=tuple(np.bincount(labels, minlength=len(names)).tolist()),
             code_version=code_version(),
-            exif=self.plan.exif,
+            **self.plan.attributes(),
         )
 
 
@@ -253,14 +246,9 @@ def is_made(parts_folder: PartsFolder, plan: Plan) -> bool:
     if not target.exists():
         return False
     info = LatentReader(target).info
-    wanted = {key: value for key, value in vars(plan).items() if key in LatentInfo.__annotations__}
     differing = "it does not say by which"
     if info is not None:
-        differing = "; ".join(
-            f"{key} {getattr(info, key)} there, {value} now"
-            for key, value in wanted.items()
-            if getattr(info, key) != value
-        )
+        differing = list_differences(info, plan, plan.attributes())
     if differing:
         raise UserError(
             f"{target}: made by another command ({differing}); move it, or say another --save-path"
@@ -280,14 +268,14 @@ def run_extraction(
     data_path = Path(arguments.data_path)
     files = class_folders(data_path)
     if processes.is_main:
-        counts = np.bincount(files.labels, minlength=len(files.class_names))
+        counts = np.bincount(files.labels)
         say(describe_classes(files.class_names, counts.tolist()))
         if note := files.left_out_note():
             say(note)
     found = find_vae(arguments.vae)
     vae = load_vae(found, processes.device)
     plan = Plan(
-        num_images=len(files.paths),
+        num_images=len(files),
         images_sha256=images_digest(files),
         image_size=arguments.image_size,
         vae_sha256=weights_digest(vae.state_dict()),
@@ -385,75 +373,37 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--data-path",
-        required=True,
-        type=expanduser,
-        metavar="D",
-        help="folder of class folders",
+    add = parser.add_argument
+    size_help = "side to which pictures are cropped: 256 or 512; a config's data_size is an eighth"
+    batch_help = "pictures that the VAE encodes at a time, per process (default 256)"
+    workers_help = "loader processes that decode pictures, per process; 0 is none (default 4)"
+    exif_help = (
+        "turn pictures upright as their EXIF data say (default apply); ImageNet's published recipe "
+        "ignores them"
     )
-    parser.add_argument(
-        "--save-path",
-        required=True,
-        type=expanduser,
-        metavar="S",
-        help="folder for the file: a config's dataset_path",
-    )
-    parser.add_argument(
-        "--image-size",
-        required=True,
-        type=image_size,
-        metavar="PIXELS",
-        help="side to which pictures are cropped: 256 or 512; a config's data_size is an eighth",
-    )
-    parser.add_argument(
-        "--device-batch-size",
-        type=whole_number(1),
-        default=256,
-        metavar="B",
-        help="pictures that the VAE encodes at a time, per process (default 256)",
-    )
-    parser.add_argument(
-        "--num-workers",
-        type=whole_number(0),
-        default=4,
-        metavar="W",
-        help="loader processes that decode pictures, per process; 0 is none (default 4)",
-    )
-    parser.add_argument(
-        "--seed", type=whole_number(0), default=42, help="recorded; nothing is drawn here"
-    )
-    parser.add_argument(
-        "--vae", default=VAE_NAME, metavar="NAME_OR_FOLDER", help=f"(default {VAE_NAME})"
-    )
-    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")
-    parser.add_argument(
-        "--exif",
-        choices=("apply", "ignore"),
-        default="apply",
-        help="turn pictures upright as their EXIF data say (default apply); ImageNet's published "
-        "recipe ignores them",
-    )
-    parser.add_argument(
-        "--skip-bad", action="store_true", help="leave out unreadable pictures, and list them"
-    )
-    parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
+    save_help = "folder for the file: a config's dataset_path"
+    add("--data-path", required=True, type=expanduser, metavar="D", help="folder of class folders")
+    add("--save-path", required=True, type=expanduser, metavar="S", help=save_help)
+    add("--image-size", required=True, type=image_size, metavar="PIXELS", help=size_help)
+    add("--device-batch-size", type=whole_number(1), default=256, metavar="B", help=batch_help)
+    add("--num-workers", type=whole_number(0), default=4, metavar="W", help=workers_help)
+    add("--seed", type=whole_number(0), default=42, help="recorded; nothing is drawn here")
+    add("--vae", default=VAE_NAME, metavar="NAME_OR_FOLDER", help=f"(default {VAE_NAME})")
+    add("--dtype", choices=("float32", "float16"), default="float32")
+    add("--exif", choices=("apply", "ignore"), default="apply", help=exif_help)
+    add("--skip-bad", action="store_true", help="leave out unreadable pictures, and list them")
+    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     return parser.parse_args(argv)
-
-
-def refuse_folder_among_classes(arguments: argparse.Namespace) -> None:
-    """UserError where what is made would lie among the class folders."""
-    data, save = Path(arguments.data_path).resolve(), Path(arguments.save_path).resolve()
-    if save.is_relative_to(data):
-        raise UserError(
-            f"--save-path {arguments.save_path}: lies in --data-path, where every folder is a class"
-        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     arguments = parse_arguments(argv)
-    refuse_folder_among_classes(arguments)
+    save_path = arguments.save_path
+    if Path(save_path).resolve().is_relative_to(Path(arguments.data_path).resolve()):
+        raise UserError(
+            f"--save-path {save_path}: lies in --data-path, where every folder is a class"
+        )
     with contextlib.ExitStack() as until_end:
         with connected(arguments.device, TIMEOUT_MINUTES) as processes:
             allow_tf32(processes.device, True)

@@ -289,20 +289,18 @@ def test_class_that_loses_all_its_pictures_is_refused(tmp_path):
 def test_processes_check_a_share_each_and_come_to_one_list(tmp_path, monkeypatch):
     standins.write_image_folder(tmp_path, per_class=3)
     damage(tmp_path / "cup" / "1.jpg", tmp_path / "cat" / "0.jpg")
-    shares, tried = [], []
+    found, tried = {}, []
     monkeypatch.setattr(Processes, "agree", lambda own, count: 12)
-    monkeypatch.setattr(Processes, "sum_over_ranks", lambda own, mask: shares.append(mask) or mask)
-    find = support.data.datasets.find_unreadable
+    monkeypatch.setattr(Processes, "gather", lambda own, bad: found.update(bad) or [bad])
+    why = support.data.datasets.why_unreadable
     monkeypatch.setattr(
-        support.data.datasets,
-        "find_unreadable",
-        lambda paths, *how: tried.extend(paths) or find(paths, *how),
+        support.data.datasets, "why_unreadable", lambda path, *how: tried.append(path) or why(path)
     )
     config = config_of("ImageFolder", tmp_path)
     for rank in range(5):
         with pytest.raises(UserError) if rank in (0, 3) else contextlib.nullcontext():
             data_of(config, Processes(rank, rank, 5, torch.device("cpu")), check_data=True)
-    assert sum(shares).nonzero().flatten().tolist() == [0, 7]
+    assert sorted(found) == [0, 7]
     assert len(tried) == len(set(tried)) == 12
     (tmp_path / "cup" / "1.jpg").unlink()
     with pytest.raises(UserError, match="process 1 sees 11 pictures, and process 0 another number"):

@@ -15,7 +15,6 @@ from support.data.images import (
     class_folders,
     describe_classes,
     find_pictures,
-    find_unreadable,
     read_image,
     refuse_non_pictures,
     save_png,
@@ -285,8 +284,8 @@ def test_classes_are_lexicographic_when_one_name_is_not_a_number(tmp_path):
     make_files(tmp_path, "10/a.png", "2/a.png", "x/b.JPEG", "x/a.png", "2/10.png", "2/9.png")
     files = class_folders(tmp_path)
     assert files.class_names == ["10", "2", "x"]
-    assert files.labels == [0, 1, 1, 1, 2, 2]
-    names = [str(path.relative_to(tmp_path)) for path in files.paths]
+    assert files.labels.tolist() == [0, 1, 1, 1, 2, 2]
+    names = [str(path.relative_to(tmp_path)) for path in files]
     assert names == ["10/a.png", "2/10.png", "2/9.png", "2/a.png", "x/a.png", "x/b.JPEG"]
 
 
@@ -298,7 +297,7 @@ def test_classes_are_numeric_when_every_name_is_an_integer(tmp_path):
 def test_other_files_and_hidden_names_are_passed_over(tmp_path):
     make_files(tmp_path, "a/1.png", "a/notes.txt", "a/._1.png", ".cache/2.png", "README.md")
     files = class_folders(tmp_path)
-    assert [path.name for path in files.paths] == ["1.png"]
+    assert [path.name for path in files] == ["1.png"]
     assert files.class_names == ["a"]
 
 
@@ -320,7 +319,7 @@ def test_files_beside_the_class_folders_and_linked_folders_within_are_counted(tm
     (tmp_path / "linked").symlink_to(tmp_path / "elsewhere" / "b")  # a class like any other
     (tmp_path / "a" / "more").symlink_to(tmp_path / "elsewhere" / "b")
     files = class_folders(tmp_path)
-    assert files.labels == [0, 1, 1, 2, 2]
+    assert files.labels.tolist() == [0, 1, 1, 2, 2]
     assert files.left_out_note() == (
         "left out, not read: 3 files (beside the class folders 1 .csv, 1 .jpg; "
         "a 1 linked as a folder)"
@@ -344,17 +343,6 @@ def test_classes_are_described_in_one_line_however_many(tmp_path):
     assert many.startswith("1300000 examples of 1000 classes, in order: n00000000 (1300), ")
     assert many.endswith(", ..., n00000999 (1300)")
     assert len(many) < 150
-
-
-def test_every_unreadable_picture_is_found(tmp_path):
-    paths = [tmp_path / f"{number}.png" for number in range(20)]
-    for path in paths:
-        save_png(path, some_pixels(8, 9, 3))
-    for number in (3, 19):
-        paths[number].write_bytes(paths[number].read_bytes()[:99])
-    done = []
-    assert find_unreadable(paths, 8, 4, lambda: done.append(1)) == [3, 19]
-    assert len(done) == 20
 
 
 def test_pictures_below_a_folder_come_in_order(tmp_path):
@@ -381,8 +369,6 @@ def test_tiles_fill_rows_first():
     grid = tile(pixels, 2, 3)
     assert grid.shape == (4, 9, 1)
     assert grid[::2, ::3, 0].tolist() == [[0, 1, 2], [3, 4, 5]]
-    with pytest.raises(ValueError, match="do not fill"):
-        tile(pixels, 2, 2)
 
 
 def test_png_gives_back_its_pixels_and_is_written_whole(tmp_path):
@@ -390,5 +376,3 @@ def test_png_gives_back_its_pixels_and_is_written_whole(tmp_path):
     save_png(tmp_path / "a.png", pixels)
     np.testing.assert_array_equal(read_image(tmp_path / "a.png"), pixels)
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
-    with pytest.raises(ValueError, match="must be uint8"):
-        save_png(tmp_path / "a.png", pixels / 255)

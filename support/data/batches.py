@@ -42,7 +42,6 @@ class BatchPlan:
 
     @property
     def consistency_count(self) -> int:
-        """Consistency samples of the global batch."""
         return self.batch_size - self.flow_matching_count
 
     def microbatches_of(self, rank: int) -> range:
@@ -114,28 +113,21 @@ class MicrobatchIndices(Sampler[list[int]]):
                 yield batch[places].tolist()
 
 
-@dataclass(frozen=True)
-class _Refusal:
-    """What a `UserError` said in a loader worker.
-
-    Raised there, it would reach the training process with the worker's traceback in its text, and
-    no longer be the one line that the user should see.
-    """
-
-    text: str
-
-
 class _Guarded(Dataset):
-    """`data`, whose UserErrors are handed over instead of raised."""
+    """`data`, whose UserErrors are handed over instead of raised.
+
+    Raised in a loader worker, one would reach the training process with the worker's traceback in
+    its text, and no longer be the one line that the user should see.
+    """
 
     def __init__(self, data: TrainingData):
         self.data = data
 
-    def __getitem__(self, indices: list[int]) -> RawBatch | list[int] | _Refusal:
+    def __getitem__(self, indices: list[int]) -> RawBatch | list[int] | UserError:
         try:
             return self.data.prepare(indices)
         except UserError as error:
-            return _Refusal(str(error))
+            return error
 
 
 def build_loader(
@@ -166,7 +158,7 @@ def build_loader(
         generator=generator(seed, "loader workers"),
     )
     for prepared in loader:
-        if isinstance(prepared, _Refusal):
-            raise UserError(prepared.text)
+        if isinstance(prepared, UserError):
+            raise prepared
         batch = data.deliver(prepared)
         yield batch if not pin_memory else RawBatch(*(tensor.pin_memory() for tensor in batch))

@@ -42,11 +42,11 @@ def load_training_set(folder: Path) -> Cifar10Training:
     if _missing(place, published):
         make_folder(folder)
         with one_at_a_time(folder / f".{published.filename}.lock") as has_waited:
-            # Whoever waited does not try in turn: on a machine without a network, that adds up.
-            if _missing(place, published) and has_waited:
-                reason = f"another process failed to fetch {published.filename}"
-                raise _not_fetched(folder, place, published, reason)
             if _missing(place, published):
+                # Whoever waited does not try in turn: without a network, that would add up.
+                if has_waited:
+                    reason = f"another process failed to fetch {published.filename}"
+                    raise _not_fetched(folder, place, published, reason)
                 _fetch(folder, place, published)
     for name, md5 in published.md5_of.items():
         _verify(place / name, md5)

@@ -17,10 +17,11 @@ from support.data.cifar10 import load_training_set
 from support.data.images import (
     MOST_NAMED,
     SKIPPED_FILE,
+    LabelledFiles,
     class_folders,
     class_names,
     describe_classes,
-    find_unreadable,
+    in_threads,
     read_image,
     refuse_non_pictures,
     to_images,
@@ -82,7 +83,6 @@ class DataSpec:
         return (self.channels, self.size, self.size)
 
     def to_dict(self) -> dict[str, int | list[str]]:
-        """Plain types only."""
         return {
             "channels": self.channels,
             "size": self.size,
@@ -115,20 +115,15 @@ class TrainingData(Dataset):
 
     @property
     def class_counts(self) -> list[int]:
-        """Examples of each class."""
         return torch.bincount(self.labels, minlength=self.spec.num_classes).tolist()
 
     def record(self) -> dict[str, int | list[str] | list[int]]:
         """What a checkpoint says of the data that it was trained on."""
         return {**self.spec.to_dict(), "class_counts": self.class_counts}
 
-    def find_bad(self, share: range, advance: Callable[[], object]) -> list[int]:
-        """Which examples of `share` cannot be read; what is in memory has been."""
-        return []
-
-    def why_bad(self, index: int) -> str:
-        """What such an example is refused with."""
-        raise NotImplementedError
+    def find_bad(self, share: range, advance: Callable[[], object]) -> dict[int, str]:
+        """Which examples of `share` cannot be read, and why; what is in memory has been."""
+        return {}
 
     def leave_out(self, bad: list[int]) -> None:
         """Go on without these examples."""
@@ -164,7 +159,6 @@ class PixelData(TrainingData):
         self.pixels = pixels
 
     def stored(self, indices: list[int]) -> Tensor:
-        """uint8 [B, C, H, W]."""
         return self.pixels[indices]
 
 
@@ -175,21 +169,13 @@ class FolderData(TrainingData):
     long to decode as a small network to train on.
     """
 
-    def __init__(self, folder: Path, size: int, skip_bad: bool):
-        """With `skip_bad`, files that are no pictures are left for `check_examples`."""
-        self.folder = folder
-        files = class_folders(folder)
-        if not skip_bad:
-            refuse_non_pictures(files.paths)
-        spec = DataSpec(3, size, tuple(files.class_names), len(files.paths))
-        super().__init__(spec, torch.tensor(files.labels))
-        # One array instead of a million objects: a loader worker that only counts references to
-        # these would come to hold a copy of each.
+    def __init__(self, files: LabelledFiles, size: int):
+        spec = DataSpec(3, size, tuple(files.class_names), len(files))
+        super().__init__(spec, torch.from_numpy(files.labels))
+        self.files = files
         self._kept: dict[int, np.ndarray] | None = None
         if spec.num_examples * 3 * size**2 <= KEPT_BYTES:
             self._kept = {}
-        self._paths = np.array([os.fsencode(path) for path in files.paths])
-
         if note := files.left_out_note():
             self.notes.append(note)
 
@@ -201,7 +187,7 @@ class FolderData(TrainingData):
         if self._kept is not None and index in self._kept:
             return self._kept[index]
         try:
-            pixels = read_image(self._paths_of([index])[0], self.spec.size)
+            pixels = read_image(self.files[index], self.spec.size)
         except UserError as error:
             raise UserError(
                 f"{error}; put a whole picture in its place, or go on without such files: "
@@ -215,32 +201,32 @@ class FolderData(TrainingData):
         """As for any data set, and that pictures are turned upright, which they once were not."""
         return {**super().record(), "exif": "apply"}
 
-    def find_bad(self, share: range, advance: Callable[[], object]) -> list[int]:
+    def find_bad(self, share: range, advance: Callable[[], object]) -> dict[int, str]:
         """Which pictures of `share` cannot be decoded, each of them tried."""
-        # More threads than cores: some of them wait for the disk.
-        num_threads = 2 * torch.get_num_threads()
-        paths = self._paths_of(list(share))
-        return [
-            share[place] for place in find_unreadable(paths, self.spec.size, num_threads, advance)
-        ]
-
-    def why_bad(self, index: int) -> str:
-        """What `read_image` says of a picture."""
-        return why_unreadable(self._paths_of([index])[0], self.spec.size)
+        bad = {}
+        # More threads than cores: some of them wait for the disk. Decoders let others run.
+        refusals = in_threads(
+            lambda index: why_unreadable(self.files[index], self.spec.size),
+            share,
+            num_threads=2 * torch.get_num_threads(),
+        )
+        for index, refusal in zip(share, refusals, strict=True):
+            advance()
+            if refusal:
+                bad[index] = refusal
+        return bad
 
     def leave_out(self, bad: list[int]) -> None:
-        """Go on without these pictures; UserError where a class loses all of its own."""
-        self.skipped = [str(path.relative_to(self.folder)) for path in self._paths_of(bad)]
-        is_kept = torch.ones(len(self), dtype=torch.bool)
-        is_kept[bad] = False
-        self.labels, self._paths = self.labels[is_kept], self._paths[is_kept.numpy()]
-        self.spec = dataclasses.replace(self.spec, num_examples=len(self._paths))
+        """Go on without these; UserError where a class loses all of its pictures."""
+        self.skipped = [os.fsdecode(name) for name in self.files.names[bad]]
+        kept = np.delete(np.arange(len(self)), bad)
+        names, labels = self.files.names[kept], self.files.labels[kept]
+        self.files = dataclasses.replace(self.files, names=names, labels=labels)
+        self.labels = torch.from_numpy(labels)
+        self.spec = dataclasses.replace(self.spec, num_examples=len(kept))
         for name, count in zip(self.spec.class_names, self.class_counts, strict=True):
             if count == 0:
-                raise UserError(f"{self.folder / name}: none of its pictures can be read")
-
-    def _paths_of(self, indices: list[int]) -> list[Path]:
-        return [Path(os.fsdecode(path)) for path in self._paths[indices]]
+                raise UserError(f"{self.files.folder / name}: none of its pictures can be read")
 
 
 class LatentData(TrainingData):
@@ -266,14 +252,14 @@ class LatentData(TrainingData):
         """[B, 8, H, W]: the posterior's mean and then its standard deviation."""
         return self.reader.read(indices)
 
-    def find_bad(self, share: range, advance: Callable[[], object]) -> list[int]:
+    def find_bad(self, share: range, advance: Callable[[], object]) -> dict[int, str]:
         """Reads every row of `share`; UserError at the first that is bad, for none is left out."""
         for start in range(0, len(share), CHECKED_AT_ONCE):
             rows = share[start : start + CHECKED_AT_ONCE]
             self.reader.read(rows)
             for _ in rows:
                 advance()
-        return []
+        return {}
 
     def clean(self, stored: Tensor, source: torch.Generator) -> Tensor:
         """x_0 = (mean + std N) 0.18215, with N from `source`."""
@@ -308,7 +294,6 @@ def digits_split() -> DigitsSplit:
 
 
 def load_digits_data(request: DataRequest) -> TrainingData:
-    """The digits to train on."""
     split = digits_split()
     names = tuple(str(digit) for digit in range(10))
     labels = torch.from_numpy(split.training_labels)
@@ -316,15 +301,16 @@ def load_digits_data(request: DataRequest) -> TrainingData:
 
 
 def load_cifar10_data(request: DataRequest) -> TrainingData:
-    """CIFAR-10's 50,000 training images."""
     training = load_training_set(request.folder)
     labels = torch.from_numpy(training.labels)
     return PixelData(channels_first(training.pixels), labels, training.class_names)
 
 
 def load_folder_data(request: DataRequest) -> TrainingData:
-    """The pictures in the class folders of dataset_path."""
-    return FolderData(request.folder, request.data_size, request.skip_bad)
+    files = class_folders(request.folder)
+    if not request.skip_bad:  # else files that are no pictures are left for `check_examples`
+        refuse_non_pictures(files)
+    return FolderData(files, request.data_size)
 
 
 def load_latents_data(request: DataRequest) -> TrainingData:
@@ -440,7 +426,6 @@ class MadeUpData(TrainingData):
         return draw_latents(stored, source) if self.is_latent else super().clean(stored, source)
 
     def whole(self) -> RawBatch:
-        """All of it."""
         return self[list(range(len(self)))]
 
 
@@ -483,19 +468,19 @@ def check_examples(data: TrainingData, processes: Processes, skip_bad: bool) -> 
     # disable=None: a progress bar on terminals only
     quiet = None if processes.is_main else True
     with tqdm(total=len(share), desc="checking", unit="example", disable=quiet) as bar:
-        is_bad = torch.zeros(len(data), dtype=torch.uint8, device=processes.device)
-        is_bad[data.find_bad(share, bar.update)] = 1
-    bad = processes.sum_over_ranks(is_bad).nonzero().flatten().tolist()
+        own = data.find_bad(share, bar.update)
+    # Shares are in order, and so are those of all.
+    bad = {index: why for found in processes.gather(own) for index, why in found.items()}
     if bad and not skip_bad:
-        named = "; ".join(data.why_bad(index) for index in bad[:MOST_NAMED])
-        more = f"; and {len(bad) - MOST_NAMED} more" if bad[MOST_NAMED:] else ""
+        named = "; ".join(list(bad.values())[:MOST_NAMED])
+        more = f"; and {len(bad) - MOST_NAMED} more" if len(bad) > MOST_NAMED else ""
         raise UserError(
             f"{len(bad)} of {len(data)} pictures cannot be read: {named}{more}; mend or delete "
             "them, or leave them out by --set skip_bad=true"
         )
     count = len(data)
     if bad:
-        data.leave_out(bad)
+        data.leave_out(list(bad))
         data.notes.append(
             f"left out {len(bad)} of {count} pictures, which cannot be read: see {SKIPPED_FILE}"
         )

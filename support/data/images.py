@@ -3,12 +3,12 @@
 `pixels` are uint8 0..255 with channels last; `images` are float -1..1 in whatever layout.
 """
 
-import contextlib
+import itertools
 import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +68,8 @@ SKIPPED_FILE = "skipped_images.txt"  # lists pictures that are left out, as they
 MAX_PIXELS = 89_478_485  # where Pillow begins to warn of decompression bombs: 256 MiB of RGB
 
 Array = TypeVar("Array", np.ndarray, "torch.Tensor")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def to_pixels(images: Array) -> Array:
@@ -156,17 +158,26 @@ def centre_crop(pixels: np.ndarray, size: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class LabelledFiles:
-    """Picture files with their labels; label k is `class_names[k]`."""
+    """The paths of picture files, with their labels; label k is `class_names[k]`.
+
+    In arrays instead of a million objects: a loader worker that only counts references to these
+    would come to hold a copy of each.
+    """
 
     folder: Path
-    paths: list[Path]
-    labels: list[int]
+    names: np.ndarray  # [N], paths below `folder`, as the bytes that the file system knows them by
+    labels: np.ndarray  # int64 [N]
     class_names: list[str]
     left_out: dict[str, Counter[str]]  # by place: how many files of each ending are not read
 
-    def relative_names(self) -> list[bytes]:
-        """The paths below `folder`, as the bytes that the file system knows them by."""
-        return [os.fsencode(path.relative_to(self.folder).as_posix()) for path in self.paths]
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Path:
+        return self.folder / os.fsdecode(self.names[index])
+
+    def __iter__(self) -> Iterator[Path]:
+        return map(self.__getitem__, range(len(self)))
 
     def left_out_note(self) -> str:
         """A line on the files that are not read; nothing where there are none."""
@@ -188,17 +199,15 @@ def class_folders(folder: str | Path) -> LabelledFiles:
     class folder, or one without pictures.
     """
     folder = Path(folder)
-    names = class_names(folder)
-    files = LabelledFiles(folder, [], [], names, {})
-    if beside := Counter(_ending(entry.name) for entry in _entries(folder) if not entry.is_dir()):
-        files.left_out[BESIDE] = beside
-    for label, name in enumerate(names):
-        paths, left_out = find_pictures(folder / name)
-        files.paths.extend(paths)
-        files.labels.extend([label] * len(paths))
-        if left_out:
-            files.left_out[name] = left_out
-    return files
+    classes = class_names(folder)
+    beside = Counter(_ending(entry.name) for entry in _entries(folder) if not entry.is_dir())
+    found = [find_pictures(folder / name) for name in classes]
+    paths = [path for pictures in found for path in pictures.paths]
+    names = [os.fsencode(path.relative_to(folder).as_posix()) for path in paths]
+    labels = np.repeat(np.arange(len(classes)), [len(pictures.paths) for pictures in found])
+    endings = [beside, *(pictures.left_out for pictures in found)]
+    left_out = {place: f for place, f in zip([BESIDE, *classes], endings, strict=True) if f}
+    return LabelledFiles(folder, np.array(names), labels, classes, left_out)
 
 
 def _left_out_note(count: int, which: str) -> str:
@@ -238,39 +247,19 @@ def class_names(folder: str | Path) -> list[str]:
     return names
 
 
-def refuse_non_pictures(paths: Sequence[Path]) -> None:
+def refuse_non_pictures(paths: Iterable[Path]) -> None:
     """UserError names files that are no pictures, at most five of them.
 
     Affordable for a million files: it reads the first bytes of each, and decodes only those that do
     not begin as a picture does. What is damaged further on is left for `find_unreadable`.
     """
-    chunks = [paths[start : start + 500] for start in range(0, len(paths), 500)]
-    refusals = []
-    # Threads, because a file on a network drive takes long to open and no work.
-    with _threads(16) as pool:
-        for suspects in pool.map(_without_signature, chunks):
-            refusals += [refusal for path in suspects if (refusal := why_unreadable(path))]
-            if len(refusals) >= MOST_NAMED:
-                break
-    if refusals:
-        raise UserError("; ".join(refusals[:MOST_NAMED]))
 
+    def refusal(path: Path) -> str:
+        return "" if SIGNATURE.match(_first_bytes(path)) else why_unreadable(path)
 
-def find_unreadable(
-    paths: Sequence[Path], crop_size: int, num_threads: int, advance: Callable[[], object]
-) -> list[int]:
-    """Which of `paths` cannot be decoded and cropped, every one of them tried.
-
-    Decoders let other threads run. `advance` is called for every path that is done with.
-    """
-    bad = []
-    with _threads(num_threads) as pool:
-        refusals = pool.map(lambda path: why_unreadable(path, crop_size), paths)
-        for index, refusal in enumerate(refusals):
-            advance()
-            if refusal:
-                bad.append(index)
-    return bad
+    refusals = filter(None, in_threads(refusal, paths, at_once=100))
+    if named := list(itertools.islice(refusals, MOST_NAMED)):
+        raise UserError("; ".join(named))
 
 
 def why_unreadable(path: Path, crop_size: int | None = None) -> str:
@@ -282,19 +271,21 @@ def why_unreadable(path: Path, crop_size: int | None = None) -> str:
     return ""
 
 
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[ThreadPoolExecutor]:
-    """A block with threads whose work is dropped where the block ends early."""
-    with ThreadPoolExecutor(count) as pool:
+def in_threads(
+    work: Callable[[Item], Result], items: Iterable[Item], num_threads: int = 16, at_once: int = 1
+) -> Iterator[Result]:
+    """The results of `work` in order: files on network drives take long to open, and no work.
+
+    A thread takes `at_once` items in a row, which saves time where each takes little.
+    """
+    rest = iter(items)
+    chunks = iter(lambda: list(itertools.islice(rest, at_once)), [])
+    with ThreadPoolExecutor(num_threads) as pool:
         try:
-            yield pool
+            for results in pool.map(lambda chunk: [work(item) for item in chunk], chunks):
+                yield from results
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def _without_signature(paths: Sequence[Path]) -> list[Path]:
-    """Those of `paths` that do not begin as a picture does, or cannot be opened."""
-    return [path for path in paths if not SIGNATURE.match(_first_bytes(path))]
 
 
 def _first_bytes(path: str | Path) -> bytes:
@@ -370,9 +361,7 @@ class ImageBatch(NamedTuple):
 
 def tile(pixels: np.ndarray, rows: int, columns: int) -> np.ndarray:
     """One picture [rows H, columns W, C] of uint8 [rows * columns, H, W, C], row by row."""
-    count, height, width, channels = pixels.shape
-    if count != rows * columns:
-        raise ValueError(f"{count} images do not fill {rows} rows of {columns}")
+    height, width, channels = pixels.shape[1:]
     grid = pixels.reshape(rows, columns, height, width, channels)
     # rows, columns, H, W, C -> rows, H, columns, W, C
     return grid.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, channels)
@@ -380,8 +369,6 @@ def tile(pixels: np.ndarray, rows: int, columns: int) -> np.ndarray:
 
 def save_png(path: str | Path, pixels: np.ndarray) -> None:
     """Write uint8 [H, W, 3] or grey [H, W, 1] to `path`, whole or not at all."""
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, 3):
-        raise ValueError(f"must be uint8 [H, W, 1 or 3], not {pixels.dtype} {pixels.shape}")
     picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
     with atomic_write(path) as file:
         picture.save(file, format="PNG")

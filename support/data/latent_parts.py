@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -53,15 +53,26 @@ class Plan:
     part_images: int  # images of a part; a matter of form, taken over from the folder
     exif: str = "ignore"  # as of LatentInfo; plans that do not say are of before
 
+    def attributes(self) -> dict[str, Any]:
+        """What the latent file is to say of this."""
+        return {k: value for k, value in vars(self).items() if k in LatentInfo.__annotations__}
+
     @property
     def num_parts(self) -> int:
-        """Parts, the last of which may be smaller."""
-        return -(-self.num_images // self.part_images)
+        return -(-self.num_images // self.part_images)  # the last may be smaller
 
     def images_of(self, part: int) -> range:
-        """The images that a part is made from."""
         start = part * self.part_images
         return range(start, min(start + self.part_images, self.num_images))
+
+
+def list_differences(there: object, here: object, keys: Iterable[str]) -> str:
+    """What of two plans, or of a file and a plan, is not the same; nothing where all is."""
+    return "; ".join(
+        f"{key} {getattr(there, key)} there, {getattr(here, key)} now"
+        for key in keys
+        if getattr(there, key) != getattr(here, key)
+    )
 
 
 class Part(NamedTuple):
@@ -90,7 +101,6 @@ class PartsFolder:
         self.merged_path = self.folder / "merged.hdf5"
 
     def part_path(self, part: int) -> Path:
-        """Where a part is, or would be."""
         return self.folder / f"{part:06}.npz"
 
     @contextlib.contextmanager
@@ -109,15 +119,10 @@ class PartsFolder:
             return plan
         recorded = self._recorded(path, Plan)
         here = dataclasses.replace(plan, part_images=recorded.part_images)
-        differing = [
-            f"{key} {getattr(recorded, key)} there, {getattr(here, key)} now"
-            for key in vars(plan)
-            if getattr(recorded, key) != getattr(here, key)
-        ]
-        if differing:
+        if differing := list_differences(recorded, here, vars(plan)):
             raise UserError(
-                f"{self.folder}: has the parts of another command: {'; '.join(differing)}; finish "
-                "that one, delete the folder, or choose another --save-path"
+                f"{self.folder}: has the parts of another command: {differing}; finish that one, "
+                "delete the folder, or choose another --save-path"
             )
         return recorded
 

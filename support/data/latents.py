@@ -5,6 +5,7 @@ VAE's own scale; `labels` int64 [N]; int64 scalars `amount` = N and `latent_size
 say what made the file; the published code writes none.
 """
 
+import contextlib
 import io
 import itertools
 import math
@@ -17,6 +18,7 @@ from typing import IO, Any, NamedTuple
 import h5py
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from support.data.vae import LATENT_CHANNELS, LATENT_SCALE, PIXELS_PER_LATENT
@@ -52,7 +54,6 @@ class LatentInfo:
     exif: str = "ignore"  # apply: pictures were turned upright first; older files do not say
 
     def write(self, attributes: h5py.AttributeManager) -> None:
-        """Set the attributes."""
         # No more than what UTF-8 has a form for: folder names may hold any bytes.
         names = [name.encode(errors="replace").decode() for name in self.class_names]
         values = {
@@ -65,26 +66,10 @@ class LatentInfo:
 
     @classmethod
     def read(cls, attributes: Mapping[str, Any]) -> "LatentInfo":
-        """What `write` wrote; KeyError, TypeError or ValueError for anything else."""
-        values: dict[str, Any] = {}
-        for name, kind in cls.__annotations__.items():
-            if name not in attributes and hasattr(cls, name):  # has a default
-                continue
-            if kind in (int, float):
-                values[name] = kind(attributes[name])
-            elif kind is str:
-                values[name] = _text(attributes[name])
-        return cls(
-            **values,
-            class_names=tuple(_text(name) for name in attributes["class_names"]),
-            class_counts=tuple(int(count) for count in attributes["class_counts"]),
-        )
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is not a text")
-    return value
+        """What `write` wrote; ValueError for anything else."""
+        values = {name: attributes[name] for name in cls.__annotations__ if name in attributes}
+        plain = {name: np.asarray(value).tolist() for name, value in values.items()}
+        return TypeAdapter(cls).validate_python(plain)
 
 
 def write_frame(file: IO[bytes], labels: np.ndarray, info: LatentInfo) -> None:
@@ -124,12 +109,10 @@ def _create_file(target: io.RawIOBase) -> h5py.h5f.FileID:
 
 
 class _SparseFile(io.RawIOBase):
-    """A file in memory, of which only the pages that were written take room."""
-
-    PAGE_BYTES = 1 << 16
+    """A file in memory, of which only what was written takes room."""
 
     def __init__(self):
-        self._pages: dict[int, bytearray] = {}
+        self._written: list[tuple[int, bytes]] = []  # offset, content
         self._size = self._position = 0
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
@@ -141,40 +124,34 @@ class _SparseFile(io.RawIOBase):
         return self._size
 
     def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        for page, place, part in self._cut(view):
-            self._pages.setdefault(page, bytearray(self.PAGE_BYTES))[place] = part
+        content = bytes(data)
+        self._written.append((self._position, content))
+        self._position += len(content)
         self._size = max(self._size, self._position)
-        return len(view)
+        return len(content)
 
     def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        view = view[: max(0, self._size - self._position)]
-        for page, place, part in self._cut(view):
-            part[:] = self._pages.get(page, bytes(self.PAGE_BYTES))[place]
+        view, start = memoryview(buffer).cast("B"), self._position
+        view[:] = bytes(len(view))
+        for offset, content in self._written:
+            first, end = max(start, offset), min(start + len(view), offset + len(content))
+            if first < end:
+                view[first - start : end - start] = content[first - offset : end - offset]
+        self._position += len(view)
         return len(view)
 
     def copy_to(self, file: IO[bytes]) -> None:
         """Write this into an empty file, as sparsely."""
-        for page, content in self._pages.items():
-            file.seek(page * self.PAGE_BYTES)
+        for offset, content in self._written:
+            file.seek(offset)
             file.write(content)
         file.truncate(self._size)
 
-    def _cut(self, view: memoryview) -> Iterator[tuple[int, slice, memoryview]]:
-        """The pages from the position on that `view` covers, and which part goes where."""
-        while view:
-            page, start = divmod(self._position, self.PAGE_BYTES)
-            part = view[: self.PAGE_BYTES - start]
-            yield page, slice(start, start + len(part)), part
-            self._position += len(part)
-            view = view[len(part) :]
-
 
 class Location(NamedTuple):
-    """Where in a file the values of `latents` lie: in one piece, row after row."""
+    """Where in a file the values of `latents` lie, in bytes: in one piece, row after row."""
 
-    offset: int  # bytes
+    offset: int
     row_bytes: int
 
 
@@ -200,20 +177,14 @@ class LatentReader:
         self.path = Path(path)
         self._process: int | None = None
         self._file: Any = None
-        with _opened(self.path) as file:
-            try:
-                self._look_at(file)
-            except UserError:
-                raise
-            except Exception as error:  # h5py raises many kinds on damaged files
-                raise UserError(f"{self.path}: cannot be read ({one_line(error)})") from error
+        with _opened(self.path) as file, self._explained():
+            self._look_at(file)
 
     def __len__(self) -> int:
         return self.shape[0]
 
     @property
     def size(self) -> int:
-        """S, the side of a latent."""
         return self.shape[2]
 
     @property
@@ -233,18 +204,19 @@ class LatentReader:
 
         A row may be asked for more than once.
         """
-        values = self._read_plain(indices) if self.is_plain else self._read_by_h5py(indices)
-        moments = torch.from_numpy(values)
+        rows = np.asarray(indices, np.int64)
+        moments = torch.from_numpy(self._read_plain(rows) if self.is_plain else self._unpack(rows))
         # One sum instead of a look at every value: it is finite only if they all are.
         if not moments.sum(dtype=torch.float32).isfinite():
-            self._refuse_values(np.asarray(indices), moments)
+            bad = rows[~moments.isfinite().flatten(1).all(dim=1).numpy()]
+            if bad.size:
+                raise UserError(f"{self.path}: row {bad.min()} has values that are not finite")
         return moments
 
     def fetch(self, indices: Sequence[int]) -> None:
         """Have rows in the system's cache, from where `read` of any process has them at once."""
-        if self.is_plain:
-            scratch = np.empty(self.shape[1:], self.dtype)  # one for all: the cache is what matters
-            self._fill([scratch] * len(indices), np.asarray(indices, np.int64))
+        scratch = np.empty(self.shape[1:], self.dtype)  # one for all: the cache is what matters
+        self._fill([scratch] * len(indices), np.asarray(indices, np.int64))
 
     def check_values(self) -> None:
         """UserError where some of the values, spread over the file, cannot be of latents."""
@@ -281,15 +253,15 @@ class LatentReader:
             self._process = os.getpid()
         return self._file
 
-    def _read_plain(self, indices: Sequence[int]) -> np.ndarray:
-        values = np.empty((len(indices), *self.shape[1:]), self.dtype)
-        self._fill(list(values), np.asarray(indices, np.int64))
+    def _read_plain(self, rows: np.ndarray) -> np.ndarray:
+        values = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        self._fill(list(values), rows)
         return values
 
     def _fill(self, buffers: Sequence[np.ndarray], rows: np.ndarray) -> None:
         """Read each row into its buffer, neighbours by one call; UserError at the file's end."""
         row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
-        try:
+        with self._explained():
             descriptor = self._own_file().fileno()
             for places in _runs(rows):
                 row = int(rows[places[0]])
@@ -300,24 +272,23 @@ class LatentReader:
                         f"{self.path}: ends before row {row + got // row_bytes} of {len(self)} "
                         "does: it was cut short or replaced after it was opened"
                     )
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be read ({one_line(error)})") from error
 
-    def _read_by_h5py(self, indices: Sequence[int]) -> np.ndarray:
+    def _unpack(self, rows: np.ndarray) -> np.ndarray:
         # In ascending order and once each, as h5py wants them.
-        ascending, places = np.unique(np.asarray(indices, np.int64), return_inverse=True)
-        try:
+        ascending, places = np.unique(rows, return_inverse=True)
+        with self._explained():
             values = self._own_file()[ascending][places]
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be read ({one_line(error)})") from error
         return values.astype(self.dtype.newbyteorder("="))
 
-    def _refuse_values(self, rows: np.ndarray, moments: Tensor) -> None:
-        finite = moments.isfinite().flatten(1).all(dim=1).numpy()
-        if not finite.all():
-            raise UserError(
-                f"{self.path}: row {rows[~finite].min()} has values that are not finite"
-            )
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """A block in which what the system or h5py cannot read is a UserError."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:  # h5py raises many kinds on damaged files
+            raise UserError(f"{self.path}: cannot be read ({one_line(error)})") from error
 
     def _check_shapes(self, latents: h5py.Dataset, labels: h5py.Dataset, file: h5py.File) -> None:
         shape = latents.shape

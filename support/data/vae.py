@@ -42,21 +42,19 @@ def find_vae(name: str) -> FoundVae:
     The hub's own settings hold (HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT, ...). UserError where it is
     absent and cannot be fetched, has no weights, or is no VAE of 4 channels and 8 pixels a latent.
     """
-    folder = Path(os.path.expanduser(name))
-    if folder.is_dir():
-        found = FoundVae(name, folder, "")
-    elif re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
+    folder, revision = Path(os.path.expanduser(name)), ""
+    if not folder.is_dir():
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
+            raise UserError(
+                f"vae: {name}: no such folder, and not a name on the Hugging Face Hub such as "
+                f"{VAE_NAME}"
+            )
         folder = _fetch(name)
-        found = FoundVae(name, folder, folder.name)  # the hub's cache has a folder per commit
-    else:
-        raise UserError(
-            f"vae: {name}: no such folder, and not a name on the Hugging Face Hub such as "
-            f"{VAE_NAME}"
-        )
-    if not any((found.folder / file).is_file() for file in WEIGHT_FILES):
-        raise UserError(f"vae: {found.folder}: has no weights ({' or '.join(WEIGHT_FILES)})")
-    _check_kind(found.folder / CONFIG_FILE)
-    return found
+        revision = folder.name  # the hub's cache has a folder per commit
+    if not any((folder / file).is_file() for file in WEIGHT_FILES):
+        raise UserError(f"vae: {folder}: has no weights ({' or '.join(WEIGHT_FILES)})")
+    _check_kind(folder / CONFIG_FILE)
+    return FoundVae(name, folder, revision)
 
 
 @functools.cache  # one commit for the whole process, though the hub may get another meanwhile
