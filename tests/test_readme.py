@@ -334,7 +334,7 @@ def test_options_named_in_sentences_exist():
     for script in ("bench_step.py", "gpu.py"):
         known |= options_in(help_of(f"benchmarks/{script}"))
     known |= options_in(torchrun_parser().format_help())
-    known |= {"--include", "--local-dir"}  # of hf
+    known |= {"--include", "--local-dir", "--gpus-per-task", "--signal"}  # of hf and srun
     for path in documents():
         for span in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", path.read_text()):
             unknown = options_in(span) - known
