@@ -30,6 +30,7 @@ from support.data.vae import PIXELS_PER_LATENT, VAE_NAME
 from support.runs.logbook import settings_digest
 from support.runs.optimizers import OPTIMIZERS
 from support.runs.results import ResultSchedule
+from support.runs.trackers import TRACKERS
 from support.system.files import UserError, atomic_write
 from support.system.settings import (
     Choice,
@@ -40,6 +41,7 @@ from support.system.settings import (
     clip,
     either,
     key,
+    listed,
     may_change,
     parse_yaml,
     read_yaml,
@@ -215,6 +217,9 @@ class Config(BaseModel):
         200_000, "a checkpoint every so many steps, besides the first and the last", ge=0
     )
     logging_steps: Whole | None = changeable(100, "a line of metrics every so many steps", ge=0)
+    log_to: Annotated[tuple[Annotated[str, Choice(TRACKERS)], ...], BeforeValidator(listed)] = (
+        changeable((), f"trackers that are told the metrics, too: {either(TRACKERS)}")
+    )
     keep_last: Whole | None = changeable(
         None, "checkpoints and evals that are kept, the newest; null: all", ge=1
     )

@@ -40,6 +40,7 @@ def make_checkpoint(run: Run, path: Path) -> None:
             "data": run.data.record(),
             "config": config.to_dict(),
             "parts": dataclasses.asdict(learner.plan),
+            "interval": learner.state.interval.state_dict(run.processes),
         }
     )
 

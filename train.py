@@ -48,12 +48,14 @@ from support.runs.budget import count_parameters
 from support.runs.checkpoint import TrainState, find_checkpoints
 from support.runs.gpus import GPUS
 from support.runs.guard import NonFiniteGuard
-from support.runs.logbook import Interval, Logbook, device_name, duration, peak_memory_gb
+from support.runs.logbook import Logbook, device_name, duration, peak_memory_gb
+from support.runs.metrics import Interval, Metrics
 from support.runs.optimizers import build_optimizer
 from support.runs.rehearsal import within_memory
 from support.runs.results import Results, is_due
 from support.runs.resume import resume
 from support.runs.signals import Listener, Signalled, listening
+from support.runs.trackers import check_installed
 from support.system.files import UserError
 from support.system.processes import Processes, connected, exchanging_gradients
 from support.system.randomness import derive_seed
@@ -79,7 +81,6 @@ def train(run: "Run") -> None:
         config.prefetch_factor,
         pin_memory=run.processes.device.type == "cuda",
     )
-    interval = Interval()
     bar = tqdm(
         total=config.total_steps,
         initial=state.finished_steps,
@@ -89,7 +90,7 @@ def train(run: "Run") -> None:
     )
     while state.finished_steps < config.total_steps:
         run.results.jobs.check()
-        interval.add(learner.step(draw_batches(run, loader)))
+        state.interval.add(learner.step(draw_batches(run, loader)))
         bar.update()
         signalled = run.listener.signalled(run.processes)
         is_stopping = signalled is Signalled.STOP
@@ -98,8 +99,7 @@ def train(run: "Run") -> None:
         if is_logging or due:
             learner.guard.refuse()
         if is_logging:
-            log_metrics(run, interval)
-            interval = Interval()
+            log_metrics(run)
         for path in due:
             make_result(run, path)
         if is_stopping:
@@ -183,18 +183,28 @@ class Learner:
         return metrics
 
 
-def log_metrics(run: "Run", interval: Interval) -> None:
-    """One line with the means since the last, and what the schedules gave the step just done."""
-    means, seconds, steps = interval.close(run.processes)
-    config, finished = run.config, run.learner.state.finished_steps
-    total, last = config.total_steps, finished - 1
+def log_metrics(run: "Run") -> None:
+    """The means since the last line, and what the schedules gave the step just done."""
+    config, state = run.config, run.learner.state
+    means, seconds, steps = state.interval.close(run.processes)
+    state.interval = Interval()
+    finished, total = state.finished_steps, config.total_steps
+    numbers = {
+        **means,
+        "Gap_Fraction": config.gap_fraction_at(finished - 1),
+        "Learning_Rate": config.learning_rate_at(finished - 1),
+        "Memory_GB": peak_memory_gb(run.processes.device),
+        "Seconds": seconds,
+        "Images_Per_Second": steps * config.batch_size / seconds,
+    }
+    run.metrics.add(finished, numbers)
     metrics = ", ".join(f"{name}: {mean:.4f}" for name, mean in means.items())
     run.logbook.line(
         f"Step: {finished}/{total} ({100 * finished / total:.1f}%), {metrics}, "
-        f"Gap_Fraction: {config.gap_fraction_at(last):.4g}, "
-        f"Learning_Rate: {config.learning_rate_at(last):.4g}, "
-        f"Memory: {peak_memory_gb(run.processes.device):.2f} GB, Seconds: {seconds:.1f}, "
-        f"Images/s: {steps * config.batch_size / seconds:.1f}, "
+        f"Gap_Fraction: {numbers['Gap_Fraction']:.4g}, "
+        f"Learning_Rate: {numbers['Learning_Rate']:.4g}, "
+        f"Memory: {numbers['Memory_GB']:.2f} GB, Seconds: {seconds:.1f}, "
+        f"Images/s: {numbers['Images_Per_Second']:.1f}, "
         f"ETA: {duration(seconds / steps * (total - finished))}"
     )
 
@@ -212,6 +222,7 @@ class Run:
     learner: Learner
     results: Results
     logbook: Logbook
+    metrics: Metrics
     notes: list[str]  # what is to be said at the start
     listener: Listener = field(default_factory=Listener)
 
@@ -221,6 +232,7 @@ def build_run(config: Config, processes: Processes, check_data: bool = False) ->
     plan = config.batch_plan(processes.world_size)
     if config.result_schedule().has_images:
         find_decoder(config)
+    check_installed(config.log_to)
     return assemble_run(
         config, processes, plan, build_data(config.data_request(), processes, check_data)
     )
@@ -242,7 +254,9 @@ def assemble_run(config: Config, processes: Processes, plan: BatchPlan, data: Tr
         config.keep_every_steps,
     )
     logbook = Logbook(folder / "log.txt", processes.is_main)
-    return Run(config, processes, data, learner, results, logbook, [*data.notes, *notes])
+    images_per_epoch = len(data) // config.batch_size * config.batch_size
+    metrics = Metrics(folder, config.batch_size, images_per_epoch, processes.is_main, logbook.line)
+    return Run(config, processes, data, learner, results, logbook, metrics, [*data.notes, *notes])
 
 
 def build_learner(
@@ -297,6 +311,7 @@ def open_folder(run: Run) -> None:
         save_config(run.config, results.folder / "config.yaml")
     for note in run.notes:
         run.logbook.line(note)
+    run.metrics.open(run.config.log_to, run.config.to_dict(), run.learner.state.finished_steps)
     # What a run killed between a save and the deletions after it has left.
     for kind in ("ckpts", "evals"):
         results.delete_superseded(kind, run.learner.state.finished_steps)
@@ -406,7 +421,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         with run.results.claimed(), listening() as run.listener:
             continue_run(run, arguments.allow_changed)
             open_folder(run)
-            train(run)
+            with run.metrics.closing():
+                train(run)
             run.results.jobs.wait()
             run.logbook.line(f"finished: all {config.total_steps} steps are done")
 

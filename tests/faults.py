@@ -244,6 +244,8 @@ def _read(path: Path) -> object:
             }
         case ".txt":
             return logged(path.read_text())
+        case ".jsonl":
+            return numbers_in(path)
     raise AssertionError(f"{path}: what is this?")
 
 
@@ -264,6 +266,16 @@ def logged(log: str) -> dict[int, str]:
             check(int(step[1]) not in steps, f"step {step[1]} is counted twice")
             steps[int(step[1])] = step[2]
     return steps
+
+
+def numbers_in(path: Path) -> list[dict[str, object]]:
+    """The whole lines of metrics.jsonl, but for what no two runs have in common."""
+    lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]
+    varying = {"Memory_GB", "Seconds", "Images_Per_Second", "Time"}
+    return [
+        {name: value for name, value in json.loads(line).items() if name not in varying}
+        for line in lines
+    ]
 
 
 def same(one: object, other: object) -> bool:

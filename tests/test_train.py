@@ -67,6 +67,29 @@ def test_six_steps_equal_three_a_new_process_and_three(tmp_path):
     assert_equal(state_of(load(tmp_path / "whole", 6)), state_of(load(tmp_path / "parts", 6)))
 
 
+def numbers_of(folder: Path) -> list[dict]:
+    """What metrics.jsonl has, but for what no two runs have in common."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    varying = {"Memory_GB", "Seconds", "Images_Per_Second", "Time"}
+    assert all(varying < line.keys() for line in lines)
+    return [{k: v for k, v in line.items() if k not in varying} for line in lines]
+
+
+def test_metrics_of_a_run_broken_between_two_log_lines_are_those_of_an_unbroken_one(small_run):
+    settings = {"logging_steps": 4, "total_steps": 8}
+    whole = small_run(folder="whole", **settings)
+    broken = small_run(folder="broken", ckpt_saving_steps=3, **settings)
+    for step in (6, 8):
+        (broken / "ckpts" / f"{step}.pt").unlink()
+    small_run(folder="broken", ckpt_saving_steps=3, **settings)  # from 3 on
+    numbers = numbers_of(whole)
+    assert [line["step"] for line in numbers] == [4, 8]
+    assert [line["images"] for line in numbers] == [48, 96]
+    assert numbers[1]["epoch"] == pytest.approx(96 / (1197 // 12 * 12))
+    assert {"Vel_MSE", "Con_MSE", "Grad_Norm", "Gap_Fraction", "Learning_Rate"} < numbers[0].keys()
+    assert numbers_of(broken) == numbers
+
+
 def test_accumulation_in_two_runs_equals_one(small_run):
     whole = small_run(folder="whole", accumulation_steps=3)
     broken = small_run(folder="broken", accumulation_steps=3, ckpt_saving_steps=2)

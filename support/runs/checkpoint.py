@@ -4,17 +4,18 @@ import copy
 import pickle
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
 
+from support.runs.metrics import Interval
 from support.system.files import UserError, atomic_write, numbered_files, one_line
 
 REFERENCE_KEYS = ("model", "ema_model", "optimizer", "finished_steps", "finished_epochs")
-RECORDS = ("config", "data", "parts")  # what we add
+RECORDS = ("config", "data", "parts", "interval")  # what we add
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -27,6 +28,7 @@ class TrainState(Generic[Model]):
     ema_model: Model
     optimizer: torch.optim.Optimizer
     finished_steps: int = 0
+    interval: Interval = field(default_factory=Interval)  # metrics since the last log line
 
     @classmethod
     def fresh(cls, model: Model, optimizer: torch.optim.Optimizer) -> "TrainState[Model]":

@@ -7,7 +7,6 @@ import platform
 import resource
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -34,27 +33,6 @@ class Logbook:
         tqdm.write(text, file=sys.stdout)  # above a progress bar
         sys.stdout.flush()
         append_line(self.path, f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}")
-
-
-class Interval:
-    """Sums of metrics between two log lines; they stay on the device until they are wanted."""
-
-    def __init__(self):
-        self._sums: dict[str, torch.Tensor] = {}
-        self._steps = 0
-        self._started = time.monotonic()
-
-    def add(self, metrics: Mapping[str, torch.Tensor]) -> None:
-        """Add one step's metrics, by name."""
-        for name, value in metrics.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._steps += 1
-
-    def close(self, processes: Processes) -> tuple[dict[str, float], float, int]:
-        """Metrics summed over the processes and averaged over the steps, seconds, and the steps."""
-        sums = processes.sum_over_ranks(torch.stack([*self._sums.values()]))
-        means = dict(zip(self._sums, (sums / self._steps).tolist(), strict=True))
-        return means, time.monotonic() - self._started, self._steps
 
 
 def peak_memory_gb(device: torch.device) -> float:

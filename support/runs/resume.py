@@ -35,6 +35,8 @@ def resume(
     notes += compare(content, path)
     settings = state.load_state_dict(content, str(path))
     notes += compare_plans(plan, content, path)
+    if content.get("interval"):
+        state.interval.load_state_dict(content["interval"], processes)
     # Where the file has its config, the comparison with that has said it.
     notes += settings if "config" not in content else []
     return path, notes

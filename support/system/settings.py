@@ -161,6 +161,11 @@ def tuple_of(count: int) -> Callable[[Any], Any]:
     return read
 
 
+def listed(value: Any) -> tuple[Any, ...]:
+    """The values of a list of any length; one that stands alone is a list of one."""
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
 @dataclass(frozen=True, eq=False)  # hashed by pydantic, which a table is not
 class Choice:
     """A type of text: one of the names in a table. The table that implements is the list."""
