@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-SMOOTHED_SHARE = 1 / 30  # of a curve's points is averaged over
+SMOOTHED_SHARE = 1 / 40  # of a curve's points to either side are averaged over
+FEWEST_SMOOTHED = 10  # points; fewer are left as they are
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,9 @@ class Curve:
 
     def smoothed(self) -> "Curve":
         """Means over as many points before each as after it; what is not finite is left out."""
-        half = int(len(self.steps) * SMOOTHED_SHARE / 2)
+        if len(self.steps) < FEWEST_SMOOTHED:
+            return self
+        half = max(1, int(len(self.steps) * SMOOTHED_SHARE))
         # Fewer to either side at the ends, so that these are not dragged towards the middle.
         place = np.arange(len(self.steps))
         reach = np.minimum(half, np.minimum(place, place[::-1]))

@@ -4,6 +4,7 @@ A file of docs/expected/ has the bands of one experiment, named by a digest of i
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,10 @@ from support.report.curves import Curve
 from support.report.runs import RecordedRun
 from support.system.files import UserError, atomic_write
 
-NEIGHBOURS = 2  # points to either side from which a band's width is estimated
-DEVIATIONS = 4  # a band reaches so many standard deviations to either side of the mean
+NEIGHBOURS = 4  # points to either side from which a band's width is estimated
+# A band reaches so many standard deviations to either side of the mean: estimated from few runs,
+# they are often too small, and a run has a hundred values that may each be outside by chance.
+DEVIATIONS = 6
 DIGITS = 5  # of a bound in the file
 FEWEST_RUNS = 2
 
@@ -115,7 +118,12 @@ class Expected:
         }
         content = {"experiment": self.experiment, "made_from": self.made_from, "bands": bands}
         with atomic_write(path) as file:
-            file.write(json.dumps(content, indent=1).encode() + b"\n")
+            file.write(_with_lists_in_lines(json.dumps(content, indent=1)).encode() + b"\n")
+
+
+def _with_lists_in_lines(text: str) -> str:
+    """JSON whose lists of numbers take a line each, and not one for every number."""
+    return re.sub(r"\[[\d\s.,e+-]+\]", lambda found: " ".join(found[0].split()), text)
 
 
 def read_expected(folder: Path) -> dict[str, Expected]:

@@ -77,6 +77,10 @@ def draw(lines: Sequence[Line], bands: Sequence[Band] = (), num_runs: int = 1) -
         )
         if is_both:
             _add(figure, smoothed, name=f"{line.label}, smoothed", hoverinfo="skip", line=style)
+    values = np.concatenate([line.curve.values for line in lines])
+    if not bands and np.ptp(values) == 0:
+        # By itself plotly would let the axis reach from -1 to 1.
+        figure.update_yaxes(range=sorted([0, 2 * values[0]]))
     return figure.to_json()
 
 

@@ -130,15 +130,15 @@ def _cards(report: Report) -> str:
 
 def _card(report: Report, number: int, run: RecordedRun) -> str:
     facts = "".join(
-        f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>"
+        f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>"
         for name, value in _facts(run).items()
     )
-    said = [*run.warnings, *run.notes]
-    warnings = "".join(f"<li>{html.escape(line)}</li>" for line in said)
-    listed = f'<ul class="warnings">{warnings}</ul>' if said else ""
+    warnings = "".join(f"<li>{html.escape(line)}</li>" for line in run.warnings)
+    listed = f'<ul class="warnings">{warnings}</ul>' if warnings else ""
+    notes = "".join(f'<p class="quiet notes">{html.escape(note)}</p>' for note in run.notes)
     return (
         f'<article class="card"><h3>{_swatch(number)}{html.escape(run.name)}</h3>'
-        f"{_verdict(_whole_verdict(report, number))}<dl>{facts}</dl>{listed}</article>"
+        f"{_verdict(_whole_verdict(report, number))}<dl>{facts}</dl>{listed}{notes}</article>"
     )
 
 

@@ -29,7 +29,7 @@ WARNING = re.compile(
 NAMES_IN_LOG = {"Memory": "Memory_GB", "Images/s": "Images_Per_Second"}  # as metrics.jsonl has them
 POSITIONS = ("step", "epoch", "images")  # where a line stands, not how the run does
 NAMED_LINES = 3
-MADE_BY = ("code_version", "torch", "python", "device", "processes", "threads", "made_at")
+MADE_BY = ("code_version", "torch", "device")
 
 
 class Score(NamedTuple):

@@ -50,7 +50,7 @@ def text_of(value: Any) -> str:
     """A value as a reader wants it: four digits of a number with a fraction."""
     if value is None:
         return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:#.4g}".rstrip(".") if isinstance(value, float) else str(value)
 
 
 def as_html(table: Table) -> str:
