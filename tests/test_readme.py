@@ -48,6 +48,8 @@ NOT_RUN = {
     "torchrun --nnodes=4": "needs four machines",
     "sbatch": "needs SLURM",
     "python benchmarks/": "measures for minutes",
+    "python report.py --watch": "goes on until it is interrupted",
+    "python report.py --band": "needs three finished runs",
 }
 
 # What is changed of a command that has all words of the key: words added at the end, or replaced.

@@ -67,9 +67,7 @@ class Results:
         for text in _whole_lines(folder / "eval_results.txt"):
             if match := LINE.fullmatch(text.rstrip()):
                 results.lines.setdefault(match["file"], []).append(match["scores"])
-        for text in _whole_lines(folder / "eval_results.jsonl"):
-            if record := _parse_record(text):
-                results.records[record["file"]] = record
+        results.records = read_records(folder)
         for name, record in results.records.items():
             if format_scores(record["scores"]) not in results.lines.get(name, []):
                 results._add_line(name, record)
@@ -149,6 +147,12 @@ class Results:
         ]
 
 
+def read_records(folder: Path) -> dict[str, dict]:
+    """The last record of each file that a folder's eval_results.jsonl tells of."""
+    found = map(_parse_record, _whole_lines(folder / "eval_results.jsonl"))
+    return {record["file"]: record for record in found if record}
+
+
 def _cell(value: float | str | None) -> str:
     if value is None:
         return "-"
@@ -167,7 +171,7 @@ def origin_of(path: Path, num_images: int | None = None) -> dict[str, int]:
     """
     match = SAMPLES_NAME.fullmatch(path.stem)
     origin = {key: int(text) for key, text in match.groupdict().items() if text} if match else {}
-    record = _read_record(path.with_suffix(".json"))
+    record = read_record(path.with_suffix(".json"))
     if num_images not in (None, record.get("num_images")):
         return origin
     if match := CHECKPOINT_NAME.fullmatch(str(record.get("checkpoint"))):
@@ -176,8 +180,8 @@ def origin_of(path: Path, num_images: int | None = None) -> dict[str, int]:
     return origin | {key: value for key, value in told.items() if type(value) is int}
 
 
-def _read_record(path: Path) -> dict:
-    """A sample file's record; empty where there is none that can be read."""
+def read_record(path: Path) -> dict:
+    """What a .json records of a result; empty where there is none that can be read."""
     try:
         with open(path, "rb", opener=regular_only) as file:
             record = json.loads(file.read(RECORD_LIMIT_BYTES))

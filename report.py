@@ -1,0 +1,190 @@
+"""Make a page of one run or several: curves, scores, samples over training, what differs.
+
+    python report.py runs/digits
+    python report.py runs/digits runs/digits-1 --table results.md
+    python report.py runs/digits --watch
+    python report.py --band docs/expected/digits.json runs/digits runs/digits-1 runs/digits-2
+
+One HTML file that needs no network: RUN/report.html of one run, report.html of several. --band
+writes the curves that are expected of an experiment, from its runs with different seeds.
+"""
+
+from support.system.command import run_command  # isort: skip - first: it attends to the start
+
+import argparse
+import os
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from config import FIELDS, config_from_dict
+from support.report.comparison import missing_metrics
+from support.report.expected import Expected, read_expected
+from support.report.page import Meaning, Report, render
+from support.report.runs import RecordedRun, read_runs
+from support.report.tables import check_format, write_table
+from support.runs.logbook import settings_digest
+from support.system.files import UserError, atomic_write
+from support.system.settings import may_change
+
+EXPECTED = Path(__file__).resolve().parent / "docs" / "expected"
+SCHEDULES, MACHINE = "Schedules", "Machine"  # sections of the page
+
+# What each metric means; of a metric that is not here there is a curve all the same.
+MEANINGS = {
+    "Vel_MSE": Meaning(
+        "Squared error of the velocity: falls fast, then slowly, and never to 0, since noise "
+        "cannot be foreseen.",
+        better="lower",
+    ),
+    "Vel_Weight": Meaning("Mean weight 1 / (error + eps)^p of Vel_MSE: rises as the errors fall."),
+    "Con_MSE": Meaning(
+        "How far two jumps disagree, per time between them: may rise late, since the gap shrinks."
+    ),
+    "Con_Weight": Meaning("Mean weight of Con_MSE: settles."),
+    "Grad_Norm": Meaning(
+        "Length of the gradient before any clipping: settles; growth line by line is a bad sign."
+    ),
+    "Gap_Fraction": Meaning(
+        "r, where l lies between t (0) and s (1): falls by l_schedule.", section=SCHEDULES
+    ),
+    "Learning_Rate": Meaning("That of the step just done.", section=SCHEDULES),
+    "Memory_GB": Meaning("Most memory held so far.", section=MACHINE),
+    "Seconds": Meaning("Time since the line before, samples made in it included.", section=MACHINE),
+    "Images_Per_Second": Meaning(
+        "Speed: where it drops, data come too slowly or the machine is shared.", section=MACHINE
+    ),
+    "held-out velocity": Meaning(
+        "Error of the velocity on images that training does not see: a rise is overfitting.",
+        better="lower",
+    ),
+    "held-out consistency": Meaning(
+        "How far two jumps disagree on these images, always at the final gap.", better="lower"
+    ),
+    "IS": Meaning(
+        "Inception Score: clear and varied samples score high; knows no reference.",
+        better="higher",
+    ),
+    "FID": Meaning("Distance between samples and reference in Inception's features.", "lower"),
+    "sFID": Meaning("The same in features that keep where things are.", "lower"),
+    "FD": Meaning("Distance between samples and reference in the graph's features.", "lower"),
+    "sFD": Meaning("The same in features that keep where things are.", "lower"),
+    "prec": Meaning("Precision: share of samples that look real.", "higher"),
+    "recall": Meaning("Recall: share of the real variety that samples cover.", "higher"),
+}
+# A band says nothing of what a schedule or a machine decides.
+NOT_EXPECTED = {name for name, meaning in MEANINGS.items() if meaning.section}
+
+
+def experiment_of(run: RecordedRun) -> str | None:
+    """A digest of what makes a run's experiment but its seed; None where its config is unknown.
+
+    Keys at their defaults are left out, so that a key that is new does not change the digest.
+    """
+    try:
+        config = config_from_dict(run.settings, "config.yaml", pass_over=lambda line: None)
+    except UserError:
+        return None
+    return settings_digest(
+        {
+            name: value
+            for name, value in config.to_dict().items()
+            if not may_change(FIELDS[name])
+            and name != "seed"
+            and getattr(config, name) != FIELDS[name].default
+        }
+    )
+
+
+def make_report(arguments: argparse.Namespace) -> list[str]:
+    """Read the runs and write the page, and the table if one is asked for; what is to be said."""
+    runs = read_runs(arguments.runs)
+    known = read_expected(EXPECTED)
+    expected = [known.get(experiment_of(run) or "") for run in runs]
+    report = Report(runs, MEANINGS, expected, passed_over=["working_dir"])
+    page = render(report, f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}")
+    with atomic_write(arguments.output) as file:
+        file.write(page.encode(errors="replace"))
+    if arguments.table:
+        write_table(arguments.table, report.results())
+    return [*(note for run in runs for note in run.notes), *missing_metrics(runs)]
+
+
+def make_band(path: Path, folders: Sequence[Path]) -> None:
+    """Write the bands of the metrics that these runs of one experiment share."""
+    runs = read_runs(folders)
+    experiments = {experiment_of(run) for run in runs}
+    if len(experiments) > 1 or None in experiments:
+        raise UserError(
+            f"--band {path}: the runs are not of one experiment, their configs differ in more than "
+            "the seed"
+        )
+    shared = [name for name in runs[0].curves if all(name in run.curves for run in runs)]
+    names = [name for name in shared if name not in NOT_EXPECTED]
+    Expected.of(str(experiments.pop()), runs, names).write(path)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line's options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("runs", nargs="+", type=path, metavar="RUN", help="folder of a run (its working_dir)")
+    add("--output", type=path, metavar="FILE", help="the page (RUN/report.html, or report.html)")
+    add("--table", type=path, metavar="FILE", help="the results as .md, .csv or .tex too")
+    add("--watch", action="store_true", help="make the page anew until Ctrl-C")
+    add("--every", type=positive, metavar="SECONDS", help="how often, with --watch (60)")
+    add("--band", type=path, metavar="FILE", help="write the runs' expected curves, and no page")
+    arguments = parser.parse_args(argv)
+    page_options = ("output", "table", "watch", "every")
+    if arguments.band and any(getattr(arguments, name) for name in page_options):
+        parser.error("--band: makes no page, and goes with no other option")
+    if arguments.every and not arguments.watch:
+        parser.error("--every: goes with --watch")
+    if arguments.table:
+        check_format(arguments.table)
+    if arguments.output is None:
+        is_one = len(arguments.runs) == 1
+        arguments.output = (arguments.runs[0] if is_one else Path()) / "report.html"
+    return arguments
+
+
+def path(text: str) -> Path:
+    """A path of the command line; shells leave ~ as it is after an equals sign."""
+    return Path(os.path.expanduser(text))
+
+
+def positive(text: str) -> float:
+    """A number above zero, for the command line."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text}")
+    return number
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    arguments = parse_arguments(argv)
+    if arguments.band:
+        make_band(arguments.band, arguments.runs)
+        print(arguments.band)
+        return
+    said = make_report(arguments)
+    print(*said, arguments.output, *filter(None, [arguments.table]), sep="\n", flush=True)
+    while arguments.watch:
+        try:
+            time.sleep(arguments.every or 60)
+            news = [line for line in make_report(arguments) if line not in said]
+        except KeyboardInterrupt:
+            return
+        print(*news, sep="\n", end="\n" if news else "", flush=True)
+        said += news
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,398 @@
+"""The report of runs: what it reads, what it says, and the page in a real browser."""
+
+import csv
+import json
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import ROOT
+from PIL import Image
+
+import report
+from config import load_config
+from support.report.comparison import results
+from support.report.curves import Curve
+from support.report.expected import Band, read_expected
+from support.report.pictures import TOTAL_BYTES, embed
+from support.report.runs import RecordedRun, read_run
+from support.system.files import UserError
+
+LIMIT_BYTES = 6_000_000
+CHROMIUM = shutil.which("chromium")
+
+
+def write_run(folder: Path, seed: int = 0, shift: float = 0.0, lines: int = 20) -> Path:
+    """A run of digits.yaml as training leaves it: metrics, held-out losses, pictures, scores."""
+    for name in ("figs", "evals", "ckpts"):
+        (folder / name).mkdir(parents=True)
+    text = (ROOT / "configs" / "digits.yaml").read_text()
+    text = text.replace("seed: 42", f"seed: {seed}").replace("runs/digits ", f"{folder} ")
+    (folder / "config.yaml").write_text(text)
+    noise = np.random.default_rng(seed).standard_normal(lines)
+    steps = [50 * (i + 1) for i in range(lines)]
+    rows = [
+        {
+            "step": step,
+            "images": 128 * step,
+            "Vel_MSE": 0.3 - step / 1e4 + 0.01 * float(value) + shift,
+            "Learning_Rate": 2e-3,
+            "Images_Per_Second": 500.0,
+            "Time": "2026-11-25T04:26:20+00:00",
+        }
+        for step, value in zip(steps, noise, strict=True)
+    ]
+    write_lines(folder / "metrics.jsonl", rows)
+    losses = {"velocity": [0.4, 0.3, 0.2, 0.1], "consistency": [0.5, 0.4, 0.3, 0.2]}
+    held_out = [{"step": step, "weights": losses, "average": losses} for step in (250, 500)]
+    write_lines(folder / "held_out.jsonl", held_out)
+    for step in (250, 500):
+        pixels = np.full((8, 8, 3), step % 251 % 100 + 20 * seed, np.uint8)
+        Image.fromarray(pixels).save(folder / "figs" / f"{step}.png")
+    (folder / "ckpts" / "500.pt").write_bytes(bytes(3_000_000))
+    (folder / "ckpts" / "500.json").write_text(json.dumps({"device": "abacus", "torch": "2.0"}))
+    scores = [score(step, jumps, FD=9 / jumps + seed) for step in (250, 500) for jumps in (1, 2)]
+    write_lines(folder / "evals" / "eval_results.jsonl", scores)
+    (folder / "log.txt").write_text("2026-11-25 04:26:20 resumed at step 100 from ckpts/100.pt\n")
+    return folder
+
+
+def score(step: int, jumps: int, num_images: int = 600, **values: float) -> dict:
+    """The record of a sample file's scores."""
+    return {
+        "file": f"{step}_{jumps}NFE_0.npz",
+        "scores": values,
+        "step": step,
+        "NFE": jumps,
+        "num_images": num_images,
+        "reference": {"sha256": "a"},
+        "graph": {"sha256": "b"},
+    }
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+# Reading
+
+
+def test_every_number_of_metrics_jsonl_is_a_curve_but_for_its_place(tmp_path):
+    write_run(tmp_path / "run")
+    write_lines(tmp_path / "run/metrics.jsonl", [{"step": 1, "epoch": 0.1, "Odd": 3, "Time": "t"}])
+    run = read_run(tmp_path / "run", "run")
+    assert list(run.curves) == ["Odd"]
+    assert run.curves["Odd"].at(1) == 3
+
+
+def test_an_older_run_is_read_from_its_log(tmp_path):
+    (tmp_path / "log.txt").write_text(
+        "2026-11-25 03:45:12 fresh run in runs/digits\n"
+        "2026-11-25 03:45:19 Step: 50/1000 (5.0%), Vel_MSE: 0.3428, Memory: 1.00 GB, "
+        "Seconds: 7.0, Images/s: 909.8, ETA: 0:02:14\n"
+        "2026-11-25 03:45:26 Step: 100/1000 (10.0%), Vel_MSE: nan, Seconds: 7.3\n"
+        "2026-11-25 03:46:26 resumed at step 50 from runs/digits/ckpts/50.pt\n"
+        "2026-11-25 03:46:26 learning_rate changed: 0.002 -> 0.001\n"
+        "2026-11-25 03:46:36 Step: 150/1000 (15.0%), Vel_MSE: 0.2, Seco"
+    )
+    run = read_run(tmp_path, "run")
+    assert {name: dict(zip(c.steps, c.values, strict=True)) for name, c in run.curves.items()} == {
+        "Vel_MSE": {50: 0.3428, 150: 0.2},  # what was logged after step 50 is taken back
+        "Memory_GB": {50: 1.0},
+        "Seconds": {50: 7.0},
+        "Images_Per_Second": {50: 909.8},
+    }
+    assert [line.split(" ", 2)[2] for line in run.warnings] == [
+        "resumed at step 50 from runs/digits/ckpts/50.pt",
+        "learning_rate changed: 0.002 -> 0.001",
+    ]
+    assert run.notes[0] == (
+        f"{tmp_path}: no metrics.jsonl, as of an older run; curves are from log.txt"
+    )
+
+
+def test_an_unreadable_line_is_named_and_passed_over(tmp_path):
+    folder = write_run(tmp_path / "run", lines=3)
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 200, "Vel_\n17\n' + json.dumps({"step": 250, "Vel_MSE": 1}) + "\n")
+    run = read_run(folder, "run")
+    assert run.notes == [f"{folder}/metrics.jsonl: line 4, line 5 cannot be read, passed over"]
+    assert [*run.curves["Vel_MSE"].steps] == [50, 100, 150, 250]
+
+
+def test_a_broken_step_is_among_the_warnings(tmp_path):
+    write_run(tmp_path / "run")
+    (tmp_path / "run/broken_step_15.json").write_text("{}")
+    assert "step 15 was not finite" in read_run(tmp_path / "run", "run").warnings[-1]
+
+
+@pytest.mark.parametrize("damage", ["held_out.jsonl", "evals/eval_results.jsonl", "ckpts/500.json"])
+def test_lines_of_another_form_do_no_harm(tmp_path, damage):
+    folder = write_run(tmp_path / "run")
+    (folder / damage).write_text('{"step": 5, "average": {"velocity": 3}, "file": 1}\n[]\nx\n')
+    report.main([str(folder)])
+
+
+# Curves and bands
+
+
+def test_thinning_keeps_the_ends_the_extremes_and_what_is_not_finite():
+    values = np.random.default_rng(0).standard_normal(40_000)
+    values[[17_000, 23_000, 31_000]] = 100, -100, np.nan
+    thin = Curve(np.arange(40_000), values).thinned(500)
+    assert len(thin.steps) <= 503
+    assert {0, 17_000, 23_000, 31_000, 39_999} <= {*thin.steps}
+    assert (np.diff(thin.steps) > 0).all()
+
+
+def test_smoothing_follows_a_line_to_its_ends():
+    curve = Curve(np.arange(400), np.arange(400) * 2.0)
+    assert np.allclose(curve.smoothed().values, curve.values)
+
+
+def test_a_band_holds_its_runs_and_says_since_when_another_is_outside():
+    steps, rng = np.arange(50, 1001, 50), np.random.default_rng(0)
+    curves = [Curve(steps, 0.2 + 0.01 * rng.standard_normal(20)) for _ in range(4)]
+    band = Band.around(curves[:3])
+    assert [band.judge(curve) for curve in curves] == ["inside"] * 4
+    off = np.where(steps >= 600, 0.4, 0.2)
+    assert band.judge(Curve(steps, off)) == "outside since step 600"
+    off[-1] = np.nan
+    assert band.judge(Curve(steps, off)) == "outside since step 600"
+    off[steps >= 700] = 0.2
+    said = "inside, but for 2 of 20 lines (step 600 first)"
+    assert band.judge(Curve(steps, off)) == said
+    often = Curve(np.arange(10, 1001, 10), np.full(100, 0.2))
+    assert band.judge(often) == "not compared: the band is of every 50 steps"
+
+
+def test_bands_made_from_runs_are_drawn_for_runs_of_the_same_experiment(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(report, "EXPECTED", tmp_path / "expected")
+    (tmp_path / "expected").mkdir()
+    runs = [str(write_run(tmp_path / f"run-{seed}", seed)) for seed in range(4)]
+    report.main(["--band", str(tmp_path / "expected/mine.json"), *runs[:3]])
+    (expected,) = read_expected(tmp_path / "expected").values()
+    assert [*expected.bands] == ["Vel_MSE"]  # no schedule, no speed
+    report.main([runs[3]])
+    assert "As expected: inside the bands of 3 runs" in Path(runs[3], "report.html").read_text()
+    bad = str(write_run(tmp_path / "bad", seed=5, shift=0.5))
+    report.main([bad])
+    said = Path(bad, "report.html").read_text()
+    assert "Not as expected: Vel_MSE outside since step 50" in said
+
+
+def test_the_experiment_is_neither_the_seed_nor_what_may_change(tmp_path):
+    def digest(**values):
+        settings = {**load_config(ROOT / "configs/digits.yaml").to_dict(), **values}
+        return report.experiment_of(RecordedRun(tmp_path, "run", settings))
+
+    assert digest(seed=1, logging_steps=7, working_dir="elsewhere") == digest()
+    assert digest(ema_decay_rate=0.9) != digest()
+    assert digest(of_another_version=1) == digest()
+
+
+def test_the_curves_of_digits_are_known(tmp_path):
+    settings = load_config(ROOT / "configs/digits.yaml").to_dict()
+    expected = read_expected(report.EXPECTED)[
+        report.experiment_of(RecordedRun(tmp_path, "run", settings))
+    ]
+    assert len({run["seed"] for run in expected.made_from}) == 3
+    assert {"Vel_MSE", "Con_MSE", "Grad_Norm"} <= {*expected.bands}
+
+
+# Tables
+
+
+def test_the_best_of_what_can_be_compared_is_bold(tmp_path):
+    runs = [write_run(tmp_path / f"{name}_{seed}", seed) for seed, name in enumerate("ab")]
+    for ending in ("md", "csv", "tex"):
+        table = tmp_path / f"results.{ending}"
+        output = ["--output", str(tmp_path / "report.html")]
+        report.main([*map(str, runs), "--table", str(table), *output])
+    markdown = (tmp_path / "results.md").read_text().splitlines()
+    assert [cell.strip() for cell in markdown[3].split("|")[1:6]] == [
+        *("a_0", "500", "2", "600", "**4.500**"),  # of two jumps; the last scored step
+    ]
+    assert markdown[5].split("|")[5].strip() == "5.500"
+    assert r"a\_0 & 500 & 2 & 600 & \textbf{4.500}" in (tmp_path / "results.tex").read_text()
+    with open(tmp_path / "results.csv") as file:
+        assert [row["FD"] for row in csv.DictReader(file)] == ["9.0", "4.5", "10.0", "5.5"]
+
+
+def test_scores_that_cannot_be_compared_have_no_best(tmp_path):
+    folders = [write_run(tmp_path / name, seed) for seed, name in enumerate("ab")]
+    path = folders[0] / "evals/eval_results.jsonl"
+    write_lines(path, [score(500, 1, num_images=1000, FD=1.0)])
+    table = results([read_run(folder, folder.name) for folder in folders], {"FD": "lower"})
+    assert not {column for _, column in table.best if table.columns[column] == "FD"}
+
+
+# The command
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nowhere"], "nowhere: no such folder of a run"),
+        (["empty"], "empty: holds no run: neither metrics.jsonl nor log.txt is there"),
+        (["run", "--table", "t.doc"], "--table t.doc: must end in .md, .csv or .tex"),
+        (["run", "--output", "no/r.html"], "no/r.html: cannot be written (No such file"),
+        (["--band", "b.json", "run"], "a band needs 2 runs or more, each with another seed"),
+        (["--band", "b.json", "run", "run"], "runs of different seeds, not [0, 0]"),
+        (["--band", "b.json", "run", "short"], "short: at step 150 of 1000; a band needs runs"),
+        (["--band", "b.json", "run", "other"], "not of one experiment"),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_is_written(tmp_path, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    write_run(tmp_path / "run")
+    write_run(tmp_path / "short", seed=1, lines=3)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/log.txt").write_text("")
+    with pytest.raises(UserError) as error:
+        report.main(words)
+    assert said in str(error.value)
+    assert not [*tmp_path.glob("*.html"), *tmp_path.glob("*/*.html"), *tmp_path.glob("*.json")]
+
+
+def test_runs_of_different_metrics_are_shown_together_and_that_is_said(tmp_path, capsys):
+    runs = [write_run(tmp_path / name) for name in "ab"]
+    write_lines(runs[1] / "metrics.jsonl", [{"step": 50, "Other_MSE": 0.5}])
+    page = tmp_path / "page.html"
+    report.main([*map(str, runs), "--output", str(page)])
+    assert "Other_MSE: a has none\n" in capsys.readouterr().out
+    assert "Other_MSE: a has none" in page.read_text()
+
+
+def test_a_run_that_has_logged_nothing_yet_has_a_report(tmp_path):
+    (tmp_path / "log.txt").write_text("2026-11-25 03:45:12 fresh run in runs/digits\n")
+    report.main([str(tmp_path)])
+    assert "0 of" not in (tmp_path / "report.html").read_text()
+
+
+def test_the_report_alone_is_written_and_names_are_text(tmp_path):
+    folder = write_run(tmp_path / "<b>run")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    report.main([str(folder)])
+    page = (folder / "report.html").read_text()
+    assert "<b>run" not in page
+    assert "&lt;b&gt;run" in page
+    (folder / "report.html").unlink()
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_watching_makes_the_page_anew_until_it_is_interrupted(tmp_path, monkeypatch, capsys):
+    folder, seen = write_run(tmp_path / "run", lines=3), []
+
+    def sleep(seconds):
+        seen.append((seconds, "150 of 1,000" in (folder / "report.html").read_text()))
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": 200, "Vel_MSE": 0.2}) + "\n")
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    report.main([str(folder), "--watch", "--every", "5"])
+    assert seen == [(5, True), (5, False)]
+    assert capsys.readouterr().out == f"{folder}/report.html\n"
+
+
+# The page
+
+
+@pytest.mark.slow
+def test_five_long_runs_make_a_page_of_bounded_size(tmp_path):
+    runs = [write_run(tmp_path / str(seed), seed) for seed in range(5)]
+    rng, names = np.random.default_rng(0), [f"Metric_{i}" for i in range(10)]
+    Image.fromarray(rng.integers(0, 255, (256, 512, 3), np.uint8)).save(tmp_path / "noise.png")
+    for folder in runs:
+        values = rng.random((4000, 10)).tolist()
+        rows = [
+            {"step": 100 * (i + 1), **dict(zip(names, row, strict=True))}
+            for i, row in enumerate(values)
+        ]
+        write_lines(folder / "metrics.jsonl", rows)
+        for step in range(1000, 21_000, 1000):
+            (folder / "figs" / f"{step}.png").hardlink_to(tmp_path / "noise.png")
+    report.main([*map(str, runs), "--output", str(tmp_path / "page.html")])
+    assert (tmp_path / "page.html").stat().st_size < LIMIT_BYTES
+    paths = dict.fromkeys(range(100), tmp_path / "noise.png")
+    pictures = embed([paths] * 3, [])
+    assert sum(len(picture.source) for of_run in pictures for picture in of_run) < TOTAL_BYTES
+    assert [of_run[0].step for of_run in pictures] == [0] * 3
+    assert [of_run[-1].step for of_run in pictures] == [99] * 3
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A real Chromium."""
+    if CHROMIUM is None:
+        pytest.skip("chromium is not installed")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(params=[("light", 1366), ("dark", 390)], ids=["laptop, light", "phone, dark"])
+def open_page(browser, request):
+    """Opens a page; in the end, it has said nothing in the console and asked no network."""
+    theme, width = request.param
+    context = browser.new_context(
+        color_scheme=theme, viewport={"width": width, "height": 800}, offline=True
+    )
+    page, said, asked = context.new_page(), [], []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda sent: asked.append(sent.url.partition(":")[0]))
+
+    def go_to(path):
+        page.goto(path.as_uri())
+        page.wait_for_selector(".panel:last-child .scatterlayer .trace", state="attached")
+        page.wait_for_function(
+            "[...document.querySelectorAll('.plot')].every(p => p.querySelector('.trace'))"
+        )
+        return page
+
+    yield go_to
+    assert said == []
+    assert set(asked) <= {"file", "data", "blob"}
+    overhang = page.evaluate("document.documentElement.scrollWidth - innerWidth")
+    assert overhang <= 0
+    context.close()
+
+
+@pytest.mark.slow
+def test_two_runs_in_a_browser(tmp_path, open_page):
+    runs = [write_run(tmp_path / name, seed) for seed, name in enumerate("ab")]
+    report.main([*map(str, runs), "--output", str(tmp_path / "page.html")])
+    page = open_page(tmp_path / "page.html")
+
+    panel = page.locator(".panel", has=page.get_by_role("heading", name="Vel_MSE", exact=True))
+    thick = panel.locator(".scatterlayer .trace path.js-line[style*='stroke-width: 2px']")
+    assert thick.count() == 2
+    assert panel.locator("p").inner_text().startswith("Squared error of the velocity")
+
+    table = page.locator("h2:has-text('What differs') + div table tr")
+    rows = [row.split() for row in table.all_inner_texts()]
+    assert rows == [["key", "a", "b"], ["seed", "0", "1"]]
+
+    image = page.locator(".pictures img").first
+    last = image.get_attribute("src")
+    slider = page.locator("#step")
+    slider.focus()
+    slider.press("ArrowLeft")
+    assert image.get_attribute("src") != last
+    assert page.locator("#chosen").inner_text() == "step 250"
+
+    page.locator("#log").check()
+    kind = "document.querySelector('.plot')._fullLayout.yaxis.type"
+    page.wait_for_function(f"{kind} === 'log'")
+    assert page.get_by_text("resumed at step 100").count() == 2
+    assert page.get_by_text("500 (3.0 MB)").count() == 2
