@@ -217,6 +217,12 @@ class Config(BaseModel):
         200_000, "a checkpoint every so many steps, besides the first and the last", ge=0
     )
     logging_steps: Whole | None = changeable(100, "a line of metrics every so many steps", ge=0)
+    held_out: Whole = key(
+        0, "images kept out of training for a loss of their own; a test split's, if any", ge=0
+    )
+    held_out_steps: Whole | None = changeable(
+        1_000, "that loss every so many steps; 0 is never", ge=0
+    )
     log_to: Annotated[tuple[Annotated[str, Choice(TRACKERS)], ...], BeforeValidator(listed)] = (
         changeable((), f"trackers that are told the metrics, too: {either(TRACKERS)}")
     )

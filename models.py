@@ -233,6 +233,13 @@ class Method(nn.Module):
         """x_s, [B, C, H, W], of x_t; times are [B], labels [B] or None for the null class."""
         raise NotImplementedError
 
+    # What `squared_errors` gives; a method without can be trained, and has no held-out loss.
+    error_names: tuple[str, ...] = ()
+
+    def squared_errors(self, batch: Batch) -> dict[str, Tensor]:
+        """The squared error of each sample, [B], in each of the losses, unweighted."""
+        raise NotImplementedError
+
     def interpolate(self, x_0: Tensor, x_1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """x_t and v_t, [B, C, H, W] each."""
         return interpolation(x_0, x_1, self.path(t))
@@ -270,12 +277,7 @@ class SoFlow(Method):
             with gradient:  F(x_t, t, t)      F(x_t, t, s)
             without:                          F(x_l, l, s)
         """
-        flow_matching, consistency = run_together(
-            self.network,
-            self.execution,
-            self._flow_matching(batch.flow_matching, batch.flow_matching_t),
-            self._consistency(batch.consistency, batch.consistency_times),
-        )
+        flow_matching, consistency = self._both(batch)
         counts = (batch.global_flow_matching_count, batch.global_consistency_count)
         loss = (flow_matching.loss.sum() + consistency.loss.sum()) / sum(counts)
         vel, con = flow_matching.share(counts[0]), consistency.share(counts[1])
@@ -286,6 +288,21 @@ class SoFlow(Method):
             "Con_Weight": con.weight,
         }
         return StepTerms(loss, metrics)
+
+    error_names = ("velocity", "consistency")
+
+    def squared_errors(self, batch: Batch) -> dict[str, Tensor]:
+        both = (terms.squared_error for terms in self._both(batch))
+        return dict(zip(self.error_names, both, strict=True))
+
+    def _both(self, batch: Batch) -> list[LossTerms]:
+        """Both losses of each sample, in passes that they share."""
+        return run_together(
+            self.network,
+            self.execution,
+            self._flow_matching(batch.flow_matching, batch.flow_matching_t),
+            self._consistency(batch.consistency, batch.consistency_times),
+        )
 
     def _flow_matching(self, samples: Samples, t: Tensor) -> Passes[LossTerms]:
         """The flow matching loss of each sample: the velocity is to be v*."""

@@ -14,6 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from config import Config, as_yaml, load_config
+from held_out import forwards
 from models import BACKBONES, Batch, Method, Samples, backbone_of, build_model
 from passes import set_options
 from schedules import consistency_times
@@ -55,6 +56,12 @@ def describe(config: Config, gpus: int | None = None, gpu: str | None = None) ->
     plan, eval_bytes = config.batch_plan(world_size_asked_for()), config.eval_num_samples * pixels
     for line in describe_needs(model, plan, config.result_schedule(), eval_bytes):
         say(f"# {line}")
+    if config.held_out and config.held_out_steps:
+        share = forwards(config) / (FORWARDS * config.batch_size * config.held_out_steps)
+        say(
+            f"# held-out loss: {config.held_out} images every {config.held_out_steps} steps, about "
+            f"{100 * share:.2g} % of the run's computing"
+        )
     if elsewhere:
         for line in estimate_elsewhere(config, model, *elsewhere).lines():
             say(f"# estimate: {line}")

@@ -36,6 +36,7 @@ from config import (
     save_config,
 )
 from draws import draw_batch
+from held_out import FrozenBatch, draw_held_out, measure
 from models import Batch, Method, build_model
 from outputs import make_result, save_and_stop
 from passes import set_options
@@ -100,6 +101,8 @@ def train(run: "Run") -> None:
             learner.guard.refuse()
         if is_logging:
             log_metrics(run)
+        if run.held_out and is_due(state.finished_steps, config.held_out_steps):
+            log_held_out(run)
         for path in due:
             make_result(run, path)
         if is_stopping:
@@ -209,6 +212,14 @@ def log_metrics(run: "Run") -> None:
     )
 
 
+def log_held_out(run: "Run") -> None:
+    """The held-out loss of the weights and of their average."""
+    state = run.learner.state
+    models = {"weights": state.model, "average": state.ema_model}
+    errors = {name: measure(model, run.held_out, run.processes) for name, model in models.items()}
+    run.metrics.add_held_out(state.finished_steps, errors)
+
+
 # Setting up
 
 
@@ -223,6 +234,7 @@ class Run:
     results: Results
     logbook: Logbook
     metrics: Metrics
+    held_out: list[FrozenBatch]
     notes: list[str]  # what is to be said at the start
     listener: Listener = field(default_factory=Listener)
 
@@ -256,7 +268,9 @@ def assemble_run(config: Config, processes: Processes, plan: BatchPlan, data: Tr
     logbook = Logbook(folder / "log.txt", processes.is_main)
     images_per_epoch = len(data) // config.batch_size * config.batch_size
     metrics = Metrics(folder, config.batch_size, images_per_epoch, processes.is_main, logbook.line)
-    return Run(config, processes, data, learner, results, logbook, metrics, [*data.notes, *notes])
+    held_out = draw_held_out(config, data.held_out, processes) if data.held_out else []
+    notes = [*data.notes, *notes]
+    return Run(config, processes, data, learner, results, logbook, metrics, held_out, notes)
 
 
 def build_learner(

@@ -149,6 +149,8 @@ RANGES = {
     "eval_NFE": ([0, 1001], FEW),
     "eval_num_samples": ([0, 10**8 + 1], COUNT),
     "eval_demo_steps": ([-1], EVERY),
+    "held_out": ([-1], EVERY),
+    "held_out_steps": ([-1], EVERY),
     "eval_demo_shape": ([[0, 8], [4, 1001]], f"{FEW} each"),
     "ckpt_saving_steps": ([-1], EVERY),
     "logging_steps": ([-1], EVERY),

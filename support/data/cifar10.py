@@ -1,4 +1,4 @@
-"""CIFAR-10's training images: fetched once, and read by torchvision.
+"""CIFAR-10: fetched once, and read by torchvision.
 
 torchvision knows the MD5 of each published file, which tells what unpickling it does. It is
 imported when there is something to read: the evaluator does without torch otherwise.
@@ -18,7 +18,7 @@ FOLDER = "cifar-10-batches-py"
 
 
 @dataclass(frozen=True)
-class Cifar10Training:
+class Cifar10Images:
     """`pixels` uint8 [N, 32, 32, 3], `labels` int64 [N]; label k is `class_names[k]`."""
 
     pixels: np.ndarray
@@ -32,12 +32,21 @@ def find_copy(folder: Path) -> Path | None:
     return next((place for place in places if any(place.glob("data_batch_[1-5]"))), None)
 
 
-def load_training_set(folder: Path) -> Cifar10Training:
+def load_training_set(folder: Path) -> Cifar10Images:
     """The 50,000 training images of the copy in `folder`; files that are missing are fetched.
 
     Raises UserError where one is damaged, or is missing and cannot be fetched.
     """
-    published = _published(folder)
+    return _load(folder, is_training=True)
+
+
+def load_test_set(folder: Path) -> Cifar10Images:
+    """The 10,000 test images, as `load_training_set` gives the others."""
+    return _load(folder, is_training=False)
+
+
+def _load(folder: Path, is_training: bool) -> Cifar10Images:
+    published = _published(folder, is_training)
     place = find_copy(folder) or folder / FOLDER
     if _missing(place, published):
         make_folder(folder)
@@ -50,14 +59,12 @@ def load_training_set(folder: Path) -> Cifar10Training:
                 _fetch(folder, place, published)
     for name, md5 in published.md5_of.items():
         _verify(place / name, md5)
-    training = published(place)
-    return Cifar10Training(
-        training.data, np.array(training.targets, np.int64), tuple(training.classes)
-    )
+    images = published(place, train=is_training)
+    return Cifar10Images(images.data, np.array(images.targets, np.int64), tuple(images.classes))
 
 
-def _published(folder: Path) -> Any:
-    """torchvision's class of the data set, its root being the folder of the batches."""
+def _published(folder: Path, is_training: bool) -> Any:
+    """torchvision's class of one half of the data set, its root being the folder of the batches."""
     try:
         from torchvision.datasets import CIFAR10
     except ImportError as error:
@@ -66,14 +73,16 @@ def _published(folder: Path) -> Any:
             "requirements_soflow.txt has it"
         ) from error
 
-    class TrainingImages(CIFAR10):
+    class OneHalf(CIFAR10):
         base_folder = ""
-        test_list: ClassVar[list] = []  # a copy without them is whole enough
+        # A copy without the other half is whole enough.
+        train_list: ClassVar = CIFAR10.train_list if is_training else []
+        test_list: ClassVar = [] if is_training else CIFAR10.test_list
         md5_of: ClassVar = dict(
-            [*CIFAR10.train_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]
+            [*train_list, *test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]
         )
 
-    return TrainingImages
+    return OneHalf
 
 
 def _missing(place: Path, published: Any) -> list[str]:

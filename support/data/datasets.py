@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 from tqdm import tqdm
 
-from support.data.cifar10 import load_training_set
+from support.data.cifar10 import Cifar10Images, load_test_set, load_training_set
 from support.data.images import (
     MOST_NAMED,
     SKIPPED_FILE,
@@ -32,6 +32,7 @@ from support.data.vae import LATENT_CHANNELS, VAE_NAME, draw_latents, find_vae, 
 from support.runs.logbook import weights_digest
 from support.system.files import UserError
 from support.system.processes import Processes
+from support.system.randomness import generator
 from support.system.settings import shorten
 
 # N examples, B samples of a microbatch, C channels, H = W side
@@ -53,6 +54,8 @@ class DataRequest:
     batch_size: int = 1
     vae: str = VAE_NAME  # that made the latents
     skip_bad: bool = False  # leave out pictures that cannot be read
+    held_out: int = 0  # images that no step is to train on
+    seed: int = 0  # of which ones these are
 
     @property
     def folder(self) -> Path:
@@ -104,6 +107,7 @@ class TrainingData(Dataset):
 
     def __init__(self, spec: DataSpec, labels: Tensor):
         self.spec, self.labels = spec, labels
+        self.held_out: TrainingData | None = None  # images that no step trains on, if asked for
         self.notes: list[str] = []  # what is to be said of it at the start
         self.skipped: list[str] = []  # files left out because they cannot be read
 
@@ -271,6 +275,30 @@ def channels_first(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
+class Selection(TrainingData):
+    """Some of a data set's examples, under numbers of their own."""
+
+    def __init__(self, data: TrainingData, kept: Tensor):
+        super().__init__(dataclasses.replace(data.spec, num_examples=len(kept)), data.labels[kept])
+        self.data, self.kept = data, kept.numpy()
+        self.notes, self.skipped = data.notes, data.skipped
+
+    def __getitem__(self, indices: list[int]) -> RawBatch:
+        return self.data[self.kept[indices].tolist()]
+
+    def record(self) -> dict[str, Any]:
+        return {**self.data.record(), **super().record()}
+
+    def prepare(self, indices: list[int]) -> RawBatch | list[int]:
+        return self.data.prepare(self.kept[indices].tolist())
+
+    def deliver(self, prepared: RawBatch | list[int]) -> RawBatch:
+        return self.data.deliver(prepared)
+
+    def clean(self, stored: Tensor, source: torch.Generator) -> Tensor:
+        return self.data.clean(stored, source)
+
+
 class DigitsSplit(NamedTuple):
     """Pixels uint8 [N, 8, 8, 1] and labels int64 [N] of the two halves."""
 
@@ -295,15 +323,30 @@ def digits_split() -> DigitsSplit:
 
 def load_digits_data(request: DataRequest) -> TrainingData:
     split = digits_split()
+    return _digits(split.training_pixels, split.training_labels)
+
+
+def load_held_out_digits(request: DataRequest) -> TrainingData:
+    split = digits_split()
+    return _digits(split.held_out_pixels, split.held_out_labels)
+
+
+def _digits(pixels: np.ndarray, labels: np.ndarray) -> TrainingData:
     names = tuple(str(digit) for digit in range(10))
-    labels = torch.from_numpy(split.training_labels)
-    return PixelData(channels_first(split.training_pixels), labels, names)
+    return PixelData(channels_first(pixels), torch.from_numpy(labels), names)
 
 
 def load_cifar10_data(request: DataRequest) -> TrainingData:
-    training = load_training_set(request.folder)
-    labels = torch.from_numpy(training.labels)
-    return PixelData(channels_first(training.pixels), labels, training.class_names)
+    return _cifar10(load_training_set(request.folder))
+
+
+def load_cifar10_test(request: DataRequest) -> TrainingData:
+    return _cifar10(load_test_set(request.folder))
+
+
+def _cifar10(images: Cifar10Images) -> TrainingData:
+    labels = torch.from_numpy(images.labels)
+    return PixelData(channels_first(images.pixels), labels, images.class_names)
 
 
 def load_folder_data(request: DataRequest) -> TrainingData:
@@ -357,6 +400,7 @@ class DataSet:
     size: int | None = None  # side, where there is but one
     is_latent: bool = False  # made by a VAE, to be decoded by it
     has_files: bool = False  # a file for each picture, which may be damaged or mirrored
+    load_test: Callable[[DataRequest], TrainingData] | None = None  # what is not trained on anyway
     # What the config leaves open.
     optimizer: str = "AdamW"
     ema_every_steps: int = 1
@@ -380,6 +424,7 @@ DATASETS = {
         optimizer="RAdam",
         ema_every_steps=16,
         unet_augment_probability=0.12,
+        load_test=load_cifar10_test,
     ),
     "ImageFolder": DataSet(
         3,
@@ -388,7 +433,7 @@ DATASETS = {
         "a folder in which each class has a folder of pictures",
         has_files=True,
     ),
-    "Digits": DataSet(1, 10, load_digits_data, size=8),
+    "Digits": DataSet(1, 10, load_digits_data, size=8, load_test=load_held_out_digits),
 }
 
 
@@ -440,6 +485,8 @@ def build_data(
     if check_data or request.skip_bad:
         check_examples(data, processes, request.skip_bad)
     where = request.dataset_path or request.dataset_type
+    if request.held_out:
+        data = hold_out(data, request, where)
     if len(data) < request.batch_size:
         raise UserError(
             f"batch_size: {request.batch_size} is more than the {len(data)} examples of {where}; "
@@ -454,6 +501,29 @@ def build_data(
             )
     data.notes.insert(0, describe_classes(data.spec.class_names, data.class_counts))
     return data
+
+
+def hold_out(data: TrainingData, request: DataRequest, where: str) -> TrainingData:
+    """The data set without the images of its `held_out`; all of it where those are of its own.
+
+    UserError where there are not as many.
+    """
+    load_test = DATASETS[request.dataset_type].load_test
+    source = load_test(request) if load_test else data
+    if request.held_out > len(source) - (0 if load_test else request.batch_size):
+        most = len(source) if load_test else max(0, len(source) - request.batch_size)
+        whose = (
+            "test images" if load_test else f"images, of which a batch needs {request.batch_size}"
+        )
+        raise UserError(
+            f"held_out: {request.held_out} is too many: {where} has {len(source)} {whose}; "
+            f"{most} at most"
+        )
+    order = torch.randperm(len(source), generator=generator(request.seed, "held-out images"))
+    chosen, rest = order[: request.held_out].sort().values, order[request.held_out :].sort().values
+    training = data if load_test else Selection(data, rest)
+    training.held_out = Selection(source, chosen)
+    return training
 
 
 def check_examples(data: TrainingData, processes: Processes, skip_bad: bool) -> None:

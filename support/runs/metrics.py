@@ -89,6 +89,19 @@ class Metrics:
         append_numbers(self._folder / METRICS_FILE, {"step": step, **numbers, "Time": now})
         self._trackers.add(step, numbers)
 
+    def add_held_out(self, step: int, errors: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+        """One line of held_out.jsonl: for each set of weights and loss, a number for each bin."""
+        if not self._is_main:
+            return
+        append_numbers(self._folder / HELD_OUT_FILE, {"step": step, **errors})
+        named = {
+            f"held_out/{whose}/{loss}/{place}": value
+            for whose, losses in errors.items()
+            for loss, bins in losses.items()
+            for place, value in enumerate(bins)
+        }
+        self._trackers.add(step, named)
+
     @contextlib.contextmanager
     def closing(self) -> Iterator[None]:
         """A block at whose end, however it comes, trackers have what they were told."""

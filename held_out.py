@@ -1,0 +1,104 @@
+"""A held-out loss: the errors of both losses on images that no step trains on.
+
+Images, noise, labels and times are drawn once, from the seed, and stay the same for the whole run:
+a number moves only where the network does. What is given are raw squared errors, in four stretches
+of t: with p = 1 the weighted losses are near one by construction and say nothing, and those of
+training move with the gap besides. Here the gap is the last one of the schedule, l_end_ratio.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from config import Config
+from models import Batch, Method, Samples
+from schedules import ConsistencyTimes
+from support.data.datasets import TrainingData
+from support.system.processes import Processes
+from support.system.randomness import generator
+
+BINS = 4  # of t, from 0 to 1
+
+# N held-out images, B of them at a time
+
+
+class FrozenBatch(NamedTuple):
+    """Samples with everything drawn, for both losses, and the stretch of t, [B], of each."""
+
+    batch: Batch
+    bins: Tensor
+
+
+def draw_held_out(config: Config, data: TrainingData, processes: Processes) -> list[FrozenBatch]:
+    """This process's share of the held-out images; which process has one changes no draw."""
+    count = len(data)
+    order = torch.randperm(count, generator=generator(config.seed, "held-out times"))
+    mine = range(processes.rank, count, processes.world_size)
+    size = config.eval_batch_size
+    return [
+        _freeze(config, data, order, mine[start : start + size], processes.device)
+        for start in range(0, len(mine), size)
+    ]
+
+
+def _freeze(
+    config: Config, data: TrainingData, order: Tensor, images: range, device: torch.device
+) -> FrozenBatch:
+    """The draws of these images, each from a generator of its own."""
+    raw = data[list(images)]
+    x_0, x_1, t, s = [], [], [], []
+    for place, image in enumerate(images):
+        source = generator(config.seed, "held-out image", image)
+        x_0.append(data.clean(raw.stored[place : place + 1], source))
+        x_1.append(torch.randn(x_0[-1].shape, generator=source))
+        # One t in each of N equal stretches, so that the bins are equally full.
+        t.append((order[image] + torch.rand((), generator=source)) / len(data))
+        s.append(t[-1] * torch.rand((), generator=source))
+    times, ends = torch.stack(t), torch.stack(s)
+    l = times + (ends - times) * config.l_end_ratio  # noqa: E741
+    labels = raw.labels.to(device) if config.is_conditional else None
+    samples = Samples(torch.cat(x_0).to(device), torch.cat(x_1).to(device), labels)
+    on_device = ConsistencyTimes(times.to(device), l.to(device), ends.to(device))
+    batch = Batch(samples, on_device.t, samples, on_device, len(images), len(images))
+    return FrozenBatch(batch, (on_device.t * BINS).long().clamp(max=BINS - 1))
+
+
+def forwards(config: Config) -> int:
+    """Forward passes of a sample that one look takes, at the weights and at their average."""
+    guidance = 0 if config.cfg_scale == 1 else 2 + (config.mix_ratio < 1)
+    return 2 * config.held_out * (3 + guidance)  # F(x_t, t, t), F(x_t, t, s) and F(x_l, l, s)
+
+
+@torch.no_grad()
+def measure(
+    model: Method, frozen: list[FrozenBatch], processes: Processes
+) -> dict[str, list[float]]:
+    """The mean squared error of each loss in each stretch of t; all processes have to call this.
+
+    Draws nothing, and leaves the model as it was: training goes on as if nobody had looked.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        sums = dict(_sums(model, frozen, processes.device))
+    finally:
+        model.train(was_training)
+    counts = processes.sum_over_ranks(sums.pop("count"))
+    return {
+        name: (processes.sum_over_ranks(values) / counts).tolist() for name, values in sums.items()
+    }
+
+
+def _sums(
+    model: Method, frozen: list[FrozenBatch], device: torch.device
+) -> Iterator[tuple[str, Tensor]]:
+    """[BINS] sums of each loss's squared errors, and how many there are: `count`."""
+    totals = {"count": torch.zeros(BINS, device=device)}
+    totals |= {name: torch.zeros(BINS, device=device) for name in model.error_names}
+    for batch, bins in frozen:
+        errors = model.squared_errors(batch) | {"count": torch.ones(len(bins), device=device)}
+        for name, values in errors.items():
+            totals[name].index_add_(0, bins, values.float())
+    yield from totals.items()

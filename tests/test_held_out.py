@@ -1,0 +1,148 @@
+"""The held-out loss: images that no step trains on, and a look that changes nothing."""
+
+import json
+
+import pytest
+import standins
+import torch
+from commands import digits_settings
+from exact import ExactNetwork
+from test_train import assert_equal, load, numbers_of, state_of
+
+import preview
+import train
+from config import load_config
+from held_out import BINS, draw_held_out, measure
+from models import SoFlow
+from support.data.datasets import ALONE, DataRequest, build_data, digits_split
+from support.system.files import UserError
+from support.system.processes import Processes
+
+
+def digits(**settings: object):
+    return load_config("configs/digits.yaml", [f"{k}={v}" for k, v in settings.items()])
+
+
+def held_out_of(config):
+    return build_data(config.data_request()).held_out
+
+
+def test_a_test_split_is_used_and_nothing_is_taken_away():
+    with_it, without = (build_data(digits(held_out=n).data_request()) for n in (200, 0))
+    assert len(with_it) == len(without) == 1197
+    assert without.held_out is None
+    test_images = {pixels.tobytes() for pixels in digits_split().held_out_pixels}
+    chosen = with_it.held_out[list(range(200))].stored
+    assert {pixels.numpy().tobytes() for pixels in chosen} <= test_images
+
+
+def test_of_a_folder_the_held_out_images_are_in_no_batch(tmp_path):
+    standins.write_image_folder(tmp_path, per_class=6, size=16)
+    request = DataRequest("ImageFolder", 16, str(tmp_path), batch_size=4, held_out=5, seed=1)
+    data = build_data(request)
+    whole = build_data(DataRequest("ImageFolder", 16, str(tmp_path), batch_size=4))
+    assert len(data) == len(whole) - 5
+    assert data.record()["num_examples"] == len(data)
+    kept, held_out, everything = (
+        [pixels.numpy().tobytes() for pixels in part[list(range(len(part)))].stored]
+        for part in (data, data.held_out, whole)
+    )
+    assert sorted(kept + held_out) == sorted(everything)
+    other = build_data(DataRequest("ImageFolder", 16, str(tmp_path), 4, held_out=5, seed=2))
+    assert other.held_out.kept.tolist() != data.held_out.kept.tolist()
+    assert torch.equal(data.labels, whole.labels[data.kept])
+
+
+def test_more_than_there_are_is_refused_with_the_most_there_can_be(tmp_path):
+    with pytest.raises(UserError, match=r"held_out: 601 is too many: Digits .* 600 at most"):
+        build_data(digits(held_out=601).data_request())
+    standins.write_image_folder(tmp_path, per_class=3, size=16)
+    count = len(build_data(DataRequest("ImageFolder", 16, str(tmp_path))))
+    with pytest.raises(UserError, match=f"of which a batch needs 4; {count - 4} at most"):
+        build_data(DataRequest("ImageFolder", 16, str(tmp_path), 4, held_out=count - 3))
+
+
+def test_every_stretch_of_t_has_its_share_and_times_are_those_of_the_last_gap():
+    config = digits(held_out=100, l_end_ratio=0.01, eval_batch_size=30)
+    frozen = draw_held_out(config, held_out_of(config), ALONE)
+    assert [len(bins) for _, bins in frozen] == [30, 30, 30, 10]
+    bins = torch.cat([bins for _, bins in frozen])
+    assert torch.bincount(bins).tolist() == [25] * BINS
+    t, l, s = (  # noqa: E741
+        torch.cat(values)
+        for values in zip(*(batch.consistency_times for batch, _ in frozen), strict=True)
+    )
+    assert torch.equal(bins, (t * BINS).long())
+    torch.testing.assert_close((t - l) / (t - s), torch.full((100,), 0.01), atol=1e-4, rtol=1e-2)
+
+
+def test_draws_are_those_of_the_seed_however_many_processes_share_them():
+    config = digits(held_out=12, eval_batch_size=5)
+    data = held_out_of(config)
+
+    def draws(world_size: int) -> dict[int, torch.Tensor]:
+        found = {}
+        for rank in range(world_size):
+            processes = Processes(rank, rank, world_size, torch.device("cpu"))
+            frozen = draw_held_out(config, data, processes)
+            noise = torch.cat([batch.flow_matching.x_1 for batch, _ in frozen])
+            found |= dict(zip(range(rank, 12, world_size), noise, strict=True))
+        return found
+
+    one, three = draws(1), draws(3)
+    assert all(torch.equal(one[image], three[image]) for image in range(12))
+    again, other = (
+        draw_held_out(c, data, ALONE)[0].batch for c in (config, digits(held_out=12, seed=7))
+    )
+    assert torch.equal(again.flow_matching.x_1[0], one[0])
+    assert not torch.equal(other.flow_matching.x_1[0], one[0])
+
+
+def test_the_exact_network_has_no_error_and_a_wrong_one_has_it_where_it_is_wrong():
+    config = digits(held_out=40, cfg_scale=1, cfg_drop_rate=0)
+    frozen = draw_held_out(config, held_out_of(config), ALONE)
+    image = torch.zeros(1, 8, 8)
+    for batch, _ in frozen:
+        batch.flow_matching.x_0.copy_(image.expand_as(batch.flow_matching.x_0))
+    exact = SoFlow(ExactNetwork(image))
+    errors = measure(exact, frozen, ALONE)
+    assert errors.keys() == {"velocity", "consistency"}
+    # In float32 the quotient's difference is divided by a gap of 0.2 % of t - s.
+    assert max(errors["velocity"]) < 1e-8
+    assert max(errors["consistency"]) < 1e-2
+
+    class Late(torch.nn.Module):
+        """Wrong beyond t = 3/4 alone."""
+
+        def forward(self, x, t, gap, labels=None):
+            return exact.network(x, t, gap) + (t >= 0.75).float()[:, None, None, None]
+
+    assert measure(SoFlow(Late()), frozen, ALONE)["velocity"] == pytest.approx(
+        [0, 0, 0, 1], abs=1e-5
+    )
+
+
+def test_a_run_that_looks_has_the_weights_of_one_that_does_not(tmp_path):
+    runs = {"blind": [], "looking": ["--set=held_out=30", "--set=held_out_steps=2"]}
+    for name, options in runs.items():
+        train.main([*digits_settings(tmp_path / name, logging_steps=3), *options])
+    assert_equal(*(state_of(load(tmp_path / name, 6)) for name in runs))
+    assert numbers_of(tmp_path / "blind") == numbers_of(tmp_path / "looking")
+    assert not (tmp_path / "blind" / "held_out.jsonl").exists()
+    lines = (tmp_path / "looking" / "held_out.jsonl").read_text().splitlines()
+    told = [json.loads(line) for line in lines]
+    assert [line["step"] for line in told] == [2, 4, 6]
+    assert told[0]["weights"] != told[0]["average"]
+    assert [len(told[0]["average"][loss]) for loss in ("velocity", "consistency")] == [4, 4]
+
+
+def test_a_dry_run_says_what_looking_costs(capsys):
+    # 2 sets of weights x 100 images x 6 passes, against 4.4 x 128 x 50.
+    preview.describe(digits(held_out=100, held_out_steps=50))
+    assert "100 images every 50 steps, about 4.3 % of the run's computing" in capsys.readouterr().out
+
+
+def test_another_number_of_held_out_images_is_another_experiment(tmp_path):
+    train.main([*digits_settings(tmp_path, total_steps=1), "--set=held_out=30"])
+    with pytest.raises(UserError, match="another experiment: held_out 30 -> 20"):
+        train.main([*digits_settings(tmp_path, total_steps=1), "--set=held_out=20"])
