@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import doctor
 import preview
 from config import (
     FIELDS,
@@ -48,7 +49,7 @@ from support.runs.averages import Average
 from support.runs.budget import count_parameters
 from support.runs.checkpoint import TrainState, find_checkpoints
 from support.runs.gpus import GPUS
-from support.runs.guard import NonFiniteGuard
+from support.runs.guard import NonFiniteGuard, NonFiniteStep
 from support.runs.logbook import Logbook, device_name, duration, peak_memory_gb
 from support.runs.metrics import Interval, Metrics
 from support.runs.optimizers import build_optimizer
@@ -402,6 +403,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"their kind: {', '.join(GPUS)}, or the .json that benchmarks/gpu.py wrote on one",
     )
     parser.add_argument(
+        "--replay",
+        metavar="FILE",
+        help="make a step again that was not finite, of broken_step_K.json, and print its numbers",
+    )
+    parser.add_argument(
         "--save-published-config",
         metavar="FILE",
         help="write the config with the keys that the published code knows alone, then end",
@@ -431,12 +437,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     with connected(config.device, config.timeout_minutes) as processes:
         run = build_run(config, processes, arguments.check_data)
+        if arguments.replay:
+            doctor.replay(run, Path(os.path.expanduser(arguments.replay)))
+            return
         run.notes += look_beside(arguments.config, run)
         with run.results.claimed(), listening() as run.listener:
             continue_run(run, arguments.allow_changed)
             open_folder(run)
-            with run.metrics.closing():
-                train(run)
+            try:
+                with run.metrics.closing():
+                    train(run)
+            except NonFiniteStep as error:
+                raise doctor.explain(run, error) from None
             run.results.jobs.wait()
             run.logbook.line(f"finished: all {config.total_steps} steps are done")
 

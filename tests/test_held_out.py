@@ -139,7 +139,9 @@ def test_a_run_that_looks_has_the_weights_of_one_that_does_not(tmp_path):
 def test_a_dry_run_says_what_looking_costs(capsys):
     # 2 sets of weights x 100 images x 6 passes, against 4.4 x 128 x 50.
     preview.describe(digits(held_out=100, held_out_steps=50))
-    assert "100 images every 50 steps, about 4.3 % of the run's computing" in capsys.readouterr().out
+    assert (
+        "100 images every 50 steps, about 4.3 % of the run's computing" in capsys.readouterr().out
+    )
 
 
 def test_another_number_of_held_out_images_is_another_experiment(tmp_path):

@@ -9,6 +9,19 @@ from torch import Tensor
 from support.system.files import UserError
 from support.system.processes import Processes
 
+NORMS_KEPT = 5
+
+
+class NonFiniteStep(UserError):  # noqa: N818 - says what it is of
+    """A step that was not finite, and was not applied."""
+
+    def __init__(self, step: int, broken: list[str]):
+        self.step = step
+        super().__init__(
+            f"step {step}: {', '.join(broken)} not finite; the step was not applied and nothing of "
+            f"it saved; a lower learning_rate, a gradient_clip or a larger eps may help"
+        )
+
 
 class NonFiniteGuard:
     """Remembers the first step whose gradient is not finite, and keeps it from being applied."""
@@ -20,6 +33,7 @@ class NonFiniteGuard:
         self._step = torch.full((), -1, device=processes.device)
         self._names: list[str] = []
         self._values: Tensor | None = None
+        self._norms = torch.full((NORMS_KEPT,), -1.0, device=processes.device)
 
     def hold_back(
         self,
@@ -36,6 +50,9 @@ class NonFiniteGuard:
         is_first = ~norm.isfinite() & (self._step < 0)
         values = torch.stack([*metrics.values()])
         self._step = torch.where(is_first, step, self._step)
+        # Up to the first that is not finite, which is not among them.
+        newer = torch.cat([self._norms[1:], norm.reshape(1)])
+        self._norms = torch.where(self._step < 0, newer, self._norms)
         self._names = list(metrics)
         self._values = torch.where(is_first, values, 0 if self._values is None else self._values)
         if self.refuses_at_once:
@@ -51,7 +68,7 @@ class NonFiniteGuard:
                 parameter.grad.masked_fill_(is_broken, 0)
 
     def refuse(self) -> None:
-        """UserError where a step so far was not finite; to be asked before anything is saved.
+        """NonFiniteStep where one so far was not finite; to be asked before anything is saved.
 
         Waits for the device.
         """
@@ -61,7 +78,8 @@ class NonFiniteGuard:
         values = self.processes.sum_over_ranks(self._values).tolist()
         named = zip(self._names, values, strict=True)
         broken = [name for name, value in named if not math.isfinite(value)]
-        raise UserError(
-            f"step {step}: {', '.join(broken)} not finite; the step was not applied and nothing of "
-            f"it saved; a lower learning_rate, a gradient_clip or a larger eps may help"
-        )
+        raise NonFiniteStep(step, broken)
+
+    def last_norms(self) -> list[float]:
+        """The norms of the gradients before the first that is not finite, the newest last."""
+        return self._norms[self._norms >= 0].tolist()

@@ -1,0 +1,207 @@
+"""What broke in a step that was not finite: found when it happens, and replayed afterwards.
+
+A step is a function of the weights and of its draws, which belong to seed and step. So it can be
+made again: with every sample's error looked at, and with every block's numbers printed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from config import config_from_dict, refuse_another_experiment
+from draws import draw_batch
+from models import Batch
+from support.data.batches import BatchPlan, DataOrder
+from support.runs.guard import NonFiniteStep
+from support.system.files import UserError, atomic_write, one_line
+
+if TYPE_CHECKING:
+    from train import Run
+
+
+class BrokenLoss(NamedTuple):
+    """A loss, and the times of those of its samples whose error is not finite."""
+
+    name: str
+    times: list[float]
+
+
+def explain(run: Run, error: NonFiniteStep) -> UserError:
+    """The error with what can be found out; the step and its weights are left for a replay.
+
+    All processes have to call this.
+    """
+    record = run.results.folder / f"broken_step_{error.step}.json"
+    learner, indices = run.learner, batch_of(run, error.step)
+    losses = broken_losses(run, error.step, indices)
+    learner.accumulate_gradients(microbatches(run, error.step, indices))
+    gradients = {name: p.grad for name, p in learner.state.model.named_parameters()}
+    found = [f"{len(broken.times)} samples of the {in_words(broken)}" for broken in losses]
+    found = found or ["every sample's error is finite"]
+    found.append(f"largest gradient: {largest(gradients)}")
+    if norms := learner.guard.last_norms():
+        found.append(f"gradient norms before: {', '.join(f'{norm:.3g}' for norm in norms)}")
+    if run.processes.is_main:
+        save(run, record, error.step, indices, losses)
+    return UserError(
+        f"{error}; {'; '.join(found)}; to look closer, add --replay {record} to the command"
+    )
+
+
+def in_words(broken: BrokenLoss) -> str:
+    first, last = min(broken.times), max(broken.times)
+    return f"{broken.name} loss broke, t from {first:.3f} to {last:.3f}"
+
+
+def largest(gradients: Mapping[str, Tensor | None]) -> str:
+    """The name of the parameter with the largest gradient; one that is not finite is larger."""
+    norms = {name: float(g.norm()) for name, g in gradients.items() if g is not None}
+    return max(norms, key=lambda name: norms[name] if norms[name] == norms[name] else float("inf"))
+
+
+# The step, made again
+
+
+def batch_of(run: Run, step: int) -> list[int]:
+    """The examples of the whole batch of a step."""
+    order = DataOrder(len(run.data), run.config.batch_size, run.config.seed)
+    return order.global_batch(step - 1).tolist()
+
+
+def microbatches(run: Run, step: int, indices: list[int]) -> Iterator[Batch]:
+    """This process's share of the step's batch, as it was drawn."""
+    plan, device = run.learner.plan, run.processes.device
+    for microbatch in plan.microbatches_of(run.processes.rank):
+        places = [*plan.flow_matching_samples(microbatch), *plan.consistency_samples(microbatch)]
+        raw = run.data[[indices[place] for place in places]]
+        yield draw_batch(run.config, plan, run.data, raw, step - 1, microbatch, device)
+
+
+@torch.no_grad()
+def broken_losses(run: Run, step: int, indices: list[int]) -> list[BrokenLoss]:
+    """The losses that have samples whose error is not finite, in any process."""
+    model = run.learner.state.model
+    mine: dict[str, list[float]] = {}
+    for batch in microbatches(run, step, indices):
+        times = {"velocity": batch.flow_matching_t, "consistency": batch.consistency_times.t}
+        errors = model.squared_errors(batch) if model.error_names else {}
+        for name in errors.keys() & times.keys():
+            broken = times[name][~errors[name].isfinite()].tolist()
+            mine[name] = mine.get(name, []) + broken
+    shares = run.processes.gather(mine)
+    losses = [
+        BrokenLoss(name, [t for share in shares for t in share.get(name, [])])
+        for name in model.error_names
+    ]
+    return [loss for loss in losses if loss.times]
+
+
+# For a replay
+
+
+def save(run: Run, path: Path, step: int, indices: list[int], losses: list[BrokenLoss]) -> None:
+    """Leave the step's batch beside the weights that it was computed with."""
+    weights = path.with_suffix(".pt")
+    with atomic_write(weights) as file:
+        torch.save(run.learner.state.model.state_dict(), file)
+    record = {
+        "step": step,
+        "indices": indices,
+        "weights": weights.name,
+        "broken": {loss.name: loss.times for loss in losses},
+        "parts": dataclasses.asdict(run.learner.plan),
+        "config": run.config.to_dict(),
+    }
+    with atomic_write(path) as file:
+        file.write(json.dumps(record, indent=1).encode() + b"\n")
+
+
+def replay(run: Run, path: Path) -> None:
+    """Make a broken step again, in one process, and print the numbers of every block."""
+    record = read(path)
+    refuse_another_experiment(
+        config_from_dict(record["config"], str(path)), run.config, [], str(path)
+    )
+    step, indices = record["step"], record["indices"]
+    model, plan = run.learner.state.model, BatchPlan(**record["parts"])
+    if run.processes.world_size > 1 or max(indices) >= len(run.data):
+        raise UserError(f"--replay {path}: needs one process, and the data of that run")
+    # All microbatches of what may have been several processes: each has draws of its own.
+    run.learner.plan = dataclasses.replace(
+        plan, world_size=1, accumulation_steps=plan.num_microbatches
+    )
+    weights = torch.load(path.parent / record["weights"], weights_only=True, map_location="cpu")
+    model.load_state_dict(weights)
+    for broken in broken_losses(run, step, indices):
+        print(f"{len(broken.times)} samples of the {in_words(broken)}")
+    blocks = dict(blocks_of(model.network))
+    with watching(model.network, blocks) as outputs:
+        metrics = run.learner.accumulate_gradients(microbatches(run, step, indices))
+    print(f"step {step}: " + ", ".join(f"{n} {float(value):.4g}" for n, value in metrics.items()))
+    print(f"{'norms of':<28}{'weights':>12}{'outputs':>12}{'gradients':>12}")
+    for name, block in blocks.items():
+        parameters = [*block.parameters()]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norms = (norm_of(parameters), outputs[name], norm_of(gradients))
+        print(f"{name:<28}" + "".join(f"{norm:>12.4g}" for norm in norms))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The record of a broken step; UserError where it is none, or its weights are not there."""
+    try:
+        record = json.loads(path.read_bytes())
+        keys = ("step", "indices", "weights", "parts", "config")
+        record = {key: record[key] for key in keys}
+        (path.parent / record["weights"]).stat()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--replay {path}: not the record of a step ({one_line(error)})") from error
+    return record
+
+
+def blocks_of(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The parts of a network that have parameters; of a list of parts, each."""
+    for name, module in network.named_children():
+        if isinstance(module, nn.ModuleList | nn.ModuleDict):
+            for place, block in module.named_children():
+                yield f"{name}.{place}", block
+        elif any(True for _ in module.parameters()):
+            yield name, module
+
+
+@contextlib.contextmanager
+def watching(network: nn.Module, blocks: Mapping[str, nn.Module]) -> Iterator[dict[str, float]]:
+    """A block of code that notes the norm of what each part of the network gives out.
+
+    Of the first call in which one is not finite, since later calls take from that one; else of the
+    last.
+    """
+    norms: dict[str, float] = {}
+
+    def begin(module: nn.Module, inputs: object) -> None:
+        if all(map(math.isfinite, norms.values())):
+            norms.clear()
+
+    def note(module: nn.Module, inputs: object, output: Tensor) -> None:
+        norms.setdefault(names[module], float(output.detach().float().norm()))
+
+    names = {block: name for name, block in blocks.items()}
+    handles = [network.register_forward_pre_hook(begin)]
+    handles += [block.register_forward_hook(note) for block in names]
+    try:
+        yield norms
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def norm_of(tensors: Sequence[Tensor]) -> float:
+    return float(nn.utils.get_total_norm(tensors)) if tensors else float("nan")

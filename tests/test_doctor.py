@@ -1,0 +1,117 @@
+"""A step that is not finite says what broke, and can be made again."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from commands import digits_settings
+
+import doctor
+import train
+from support.data.datasets import PixelData
+from support.runs.guard import NonFiniteGuard
+from support.system.files import UserError
+from support.system.processes import Processes
+
+PLANTED = 700  # the number of an example
+
+
+@pytest.fixture
+def planted_image(monkeypatch):
+    """One of the digits is not a number, wherever it is drawn."""
+    clean = PixelData.clean
+
+    def stored(self, indices):
+        images = self.pixels[indices].float()
+        images[[index == PLANTED for index in indices]] = torch.nan
+        return images
+
+    monkeypatch.setattr(PixelData, "stored", stored)
+    monkeypatch.setattr(PixelData, "clean", lambda self, x, source: clean(self, x, source))
+
+
+def broken_run(folder: Path, *flags: str, **values: object) -> str:
+    with pytest.raises(UserError) as refused:
+        train.main([*digits_settings(folder, total_steps=100, batch_size=60, **values), *flags])
+    return str(refused.value)
+
+
+def replayed(folder: Path, record: Path, capsys, **values: object) -> str:
+    capsys.readouterr()
+    options = digits_settings(folder, total_steps=100, batch_size=60, **values)
+    train.main([*options, "--replay", str(record)])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+def test_a_planted_image_is_found_by_its_loss_its_t_and_its_batch(
+    tmp_path, planted_image, capsys, accumulation_steps
+):
+    said = broken_run(tmp_path, accumulation_steps=accumulation_steps)
+    step = int(re.match(r"step (\d+): ", said)[1])
+    kind, t = re.search(r"1 samples of the (\w+) loss broke, t from (\S+) to \2;", said).groups()
+    norms = re.search(r"gradient norms before: ([^;]*);", said)[1].split(", ")
+    assert len(norms) == min(step - 1, 5)
+    record = json.loads((tmp_path / f"broken_step_{step}.json").read_text())
+    assert PLANTED in record["indices"]
+    assert len(record["indices"]) == 60
+    assert [round(value, 3) for value in record["broken"][kind]] == [float(t)]
+    path = tmp_path / f"broken_step_{step}.json"
+    again = replayed(tmp_path, path, capsys, accumulation_steps=accumulation_steps)
+    assert f"1 samples of the {kind} loss broke, t from {t} to {t}" in again
+    assert re.search(rf"step {step}: .*Grad_Norm nan", again)
+
+
+def test_a_planted_infinite_weight_is_found_in_its_block(tmp_path, monkeypatch, capsys):
+    build = train.build_learner
+
+    def planted(*arguments):
+        learner, notes = build(*arguments)
+        learner.state.model.network.blocks[2].mlp.fc1.weight.data[0, 0] = torch.inf
+        return learner, notes
+
+    monkeypatch.setattr(train, "build_learner", planted)
+    said = broken_run(tmp_path)
+    assert "step 1: " in said
+    assert "45 samples of the velocity loss broke, t from 0." in said
+    assert "15 samples of the consistency loss broke" in said
+    assert "gradient norms before" not in said
+    monkeypatch.undo()
+    table = replayed(tmp_path, tmp_path / "broken_step_1.json", capsys)
+    rows = {line.split()[0]: line.split()[1:] for line in table.splitlines() if "blocks." in line}
+    assert rows["blocks.2"][0] == "inf"
+    assert rows["blocks.1"][0] != "inf"
+    assert rows["blocks.1"][1] != "nan"  # what goes in is still good
+    assert rows["blocks.3"][1] == "nan"
+
+
+def test_a_replay_is_of_the_same_experiment(tmp_path, planted_image, capsys):
+    said = broken_run(tmp_path)
+    record = Path(re.search(r"--replay (\S+) to the command", said)[1])
+    with pytest.raises(UserError, match=r"of another experiment: seed 42 -> 7"):
+        replayed(tmp_path, record, capsys, seed=7)
+    with pytest.raises(UserError, match=r"--replay .*none.json: not the record of a step"):
+        replayed(tmp_path, tmp_path / "none.json", capsys)
+    record.with_suffix(".pt").unlink()
+    with pytest.raises(UserError, match=r"not the record of a step .*No such file"):
+        replayed(tmp_path, record, capsys)
+
+
+def test_the_norms_before_the_first_broken_step_are_kept_and_no_others():
+    guard = NonFiniteGuard(Processes(0, 0, 1, torch.device("cpu")))
+    guard.refuses_at_once = False  # as on a GPU
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight])
+    for step, norm in enumerate([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, float("nan"), 8.0], start=1):
+        guard.hold_back(step, torch.tensor(norm), {"Grad_Norm": torch.tensor(norm)}, optimizer)
+    assert guard.last_norms() == [2, 3, 4, 5, 6]
+    with pytest.raises(UserError, match="step 7: "):
+        guard.refuse()
+
+
+def test_of_gradients_one_that_is_not_a_number_is_the_largest():
+    gradients = {"a": torch.tensor([3.0]), "b": torch.tensor([torch.nan]), "c": None}
+    assert doctor.largest(gradients) == "b"
+    assert doctor.largest({"a": torch.ones(2), "b": torch.ones(3)}) == "b"
