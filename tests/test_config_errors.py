@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from config import FIELDS, TYPES, config_from_dict, load_config
+from dit import DiT
+from models import BACKBONES
 from support.system.files import UserError
 from support.system.settings import choices_of
 
@@ -288,6 +290,22 @@ CONTRADICTIONS = [
 @pytest.mark.parametrize(("values", "line"), CONTRADICTIONS)
 def test_keys_that_contradict_each_other_are_refused_with_the_whole_line(values, line):
     assert line_of(**values) == line
+
+
+def test_networks_are_called_as_in_their_table(monkeypatch):
+    class Unlabelled(DiT):
+        is_conditional = False
+        recognises = classmethod(lambda cls, model_type: model_type == "Unlabelled")
+
+    monkeypatch.setitem(BACKBONES, "Unlabelled", Unlabelled)
+    monkeypatch.setattr(Unlabelled, "misfit", classmethod(lambda *_: None))
+    assert line_of(augment_probability=0.1) == (
+        "c.yaml: augment_probability: 0.1 needs model_type UNet or Unlabelled: a DiT takes no "
+        "augmentation"
+    )
+    assert line_of(model_type="Unlabelled", **GUIDED) == (
+        "c.yaml: cfg_scale: 2.0 needs labels, and the Unlabelled is unconditional; use 1, or a DiT"
+    )
 
 
 @pytest.mark.parametrize(
