@@ -180,7 +180,10 @@ class Session:
     def files(self) -> dict[Path, Stamp]:
         """All .npz of the folder in natural order; those that cannot be read are left out."""
         found = {}
-        names = [path.name for path in self._folder.iterdir() if path.name.endswith(".npz")]
+        try:
+            names = [path.name for path in self._folder.iterdir() if path.name.endswith(".npz")]
+        except OSError as error:
+            raise UserError(f"{self._folder}: cannot be read ({error.strerror})") from error
         for path in (self._folder / name for name in sorted(names, key=natural_key)):
             with contextlib.suppress(UserError):
                 if not path.is_dir():
@@ -206,7 +209,12 @@ class Session:
         for note in record["notes"]:
             print(f"  {note}", flush=True)
         if self._arguments.delete_evaluated and not path.samefile(self._arguments.ref_batch):
-            path.unlink()
+            try:
+                path.unlink()
+            except OSError as error:
+                raise UserError(
+                    f"{path}: scored, and cannot be deleted ({error.strerror})"
+                ) from error
 
     @functools.cached_property
     def _loaded(self) -> tuple[Reference, FeatureGraph]:
