@@ -27,9 +27,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from support.data.datasets import list_pictures
 from support.data.images import (
     LabelledFiles,
-    class_folders,
     describe_classes,
     read_image,
     to_images,
@@ -99,11 +99,7 @@ class Pictures(Dataset):
 def images_digest(files: LabelledFiles) -> str:
     """SHA-256 of the pictures' names and sizes, in order."""
     digest = hashlib.sha256()
-    for name, path in zip(files.names, files, strict=True):
-        try:
-            num_bytes = path.stat().st_size
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    for name, num_bytes in zip(files.names, files.sizes(), strict=True):
         digest.update(b"%b\0%d\0" % (name, num_bytes))
     return digest.hexdigest()
 
@@ -265,8 +261,7 @@ def run_extraction(
 
     The main process owns the folder of the parts until the end.
     """
-    data_path = Path(arguments.data_path)
-    files = class_folders(data_path)
+    files = list_pictures(Path(arguments.data_path), processes)
     if processes.is_main:
         counts = np.bincount(files.labels)
         say(describe_classes(files.class_names, counts.tolist()))
@@ -276,7 +271,7 @@ def run_extraction(
     vae = load_vae(found, processes.device)
     plan = Plan(
         num_images=len(files),
-        images_sha256=images_digest(files),
+        images_sha256=processes.done_by_main(lambda: images_digest(files)),
         image_size=arguments.image_size,
         vae_sha256=weights_digest(vae.state_dict()),
         dtype=arguments.dtype,
@@ -284,18 +279,11 @@ def run_extraction(
         part_images=max(PART_IMAGES, arguments.device_batch_size),
         exif=arguments.exif,
     )
-    if processes.agree(plan.images_sha256) != plan.images_sha256:
-        raise UserError(
-            f"{data_path}: process {processes.rank} sees other pictures there than process 0"
-        )
     parts_folder = PartsFolder(Path(arguments.save_path))
-    if processes.agree(processes.is_main and is_made(parts_folder, plan)):
+    if processes.done_by_main(lambda: is_made(parts_folder, plan)):
         return None
-    if processes.is_main:
-        until_end.enter_context(parts_folder.owned())
-    plan, missing = processes.agree(
-        begin(parts_folder, plan, arguments) if processes.is_main else None
-    )
+    processes.done_by_main(lambda: until_end.enter_context(parts_folder.owned()))
+    plan, missing = processes.done_by_main(lambda: begin(parts_folder, plan, arguments))
     if processes.is_main:
         say(f"pictures in {plan.num_parts} parts; {len(missing)} of them are to be made")
     parts = missing[processes.rank :: processes.world_size]

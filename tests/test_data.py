@@ -2,6 +2,9 @@
 
 import contextlib
 import hashlib
+import os
+import pickle
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -21,8 +24,9 @@ from support.data.datasets import (
     compare_data,
     count_classes,
     digits_split,
+    list_pictures,
 )
-from support.data.images import read_image
+from support.data.images import SIZES_COMPARED, class_folders, read_image
 from support.system.files import UserError
 from support.system.processes import Processes
 
@@ -290,8 +294,13 @@ def test_processes_check_a_share_each_and_come_to_one_list(tmp_path, monkeypatch
     standins.write_image_folder(tmp_path, per_class=3)
     damage(tmp_path / "cup" / "1.jpg", tmp_path / "cat" / "0.jpg")
     found, tried = {}, []
-    monkeypatch.setattr(Processes, "agree", lambda own, count: 12)
-    monkeypatch.setattr(Processes, "gather", lambda own, bad: found.update(bad) or [bad])
+    files = class_folders(tmp_path)
+    monkeypatch.setattr(Processes, "agree", lambda own, value: value or files)
+    monkeypatch.setattr(
+        Processes,
+        "gather",
+        lambda own, value: found.update(value) or [value] if isinstance(value, dict) else [value],
+    )
     why = support.data.datasets.why_unreadable
     monkeypatch.setattr(
         support.data.datasets, "why_unreadable", lambda path, *how: tried.append(path) or why(path)
@@ -302,9 +311,42 @@ def test_processes_check_a_share_each_and_come_to_one_list(tmp_path, monkeypatch
             data_of(config, Processes(rank, rank, 5, torch.device("cpu")), check_data=True)
     assert sorted(found) == [0, 7]
     assert len(tried) == len(set(tried)) == 12
-    (tmp_path / "cup" / "1.jpg").unlink()
-    with pytest.raises(UserError, match="process 1 sees 11 pictures, and process 0 another number"):
-        data_of(config, Processes(1, 1, 2, torch.device("cpu")), check_data=True)
+
+
+def test_the_main_process_alone_lists_and_opens_pictures(tmp_path, monkeypatch):
+    standins.write_image_folder(tmp_path, per_class=40)
+    calls = Counter()
+
+    def counted(name):
+        function = getattr(os, name)
+        monkeypatch.setattr(
+            os, name, lambda *given, **how: calls.update([name]) or function(*given, **how)
+        )
+
+    for name in ("scandir", "open", "stat"):
+        counted(name)
+    main, other = (Processes(rank, rank, 2, torch.device("cpu")) for rank in range(2))
+    sent, sizes = [], []
+    monkeypatch.setattr(
+        Processes,
+        "agree",
+        lambda own, value: (sent.append(value) or value) if own.is_main else sent.pop(0),
+    )
+    monkeypatch.setattr(Processes, "gather", lambda own, value: sizes.append(value) or sizes)
+    config = config_of("ImageFolder", tmp_path)
+    data_of(config, main)
+    assert calls["scandir"] >= 5
+    assert calls["open"] == 160
+    calls.clear()
+    sent[0] = pickle.loads(pickle.dumps(sent[0]))
+    data_of(config, other)
+    assert calls["scandir"] == calls["open"] == 0
+    assert calls["stat"] <= 2 * SIZES_COMPARED
+    sizes.clear()
+    sent.append(class_folders(tmp_path))
+    sizes.append([1])
+    with pytest.raises(UserError, match=f"{tmp_path}: process 1 sees other pictures there than"):
+        list_pictures(tmp_path, other)
 
 
 @pytest.mark.parametrize("key", ["skip_bad", "horizontal_flips"])

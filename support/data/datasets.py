@@ -67,6 +67,13 @@ class DataRequest:
 
 
 @dataclass(frozen=True)
+class SharedRequest(DataRequest):
+    """A request of processes that load the data together."""
+
+    processes: Processes = ALONE
+
+
+@dataclass(frozen=True)
 class DataSpec:
     """What a network and a sampler must know of a data set; recorded in every checkpoint."""
 
@@ -349,11 +356,21 @@ def _cifar10(images: Cifar10Images) -> TrainingData:
     return PixelData(channels_first(images.pixels), labels, images.class_names)
 
 
-def load_folder_data(request: DataRequest) -> TrainingData:
-    files = class_folders(request.folder)
+def load_folder_data(request: SharedRequest) -> TrainingData:
+    files = list_pictures(request.folder, request.processes)
     if not request.skip_bad:  # else files that are no pictures are left for `check_examples`
-        refuse_non_pictures(files)
+        request.processes.done_by_main(lambda: refuse_non_pictures(files))
     return FolderData(files, request.data_size)
+
+
+def list_pictures(folder: Path, processes: Processes) -> LabelledFiles:
+    """`class_folders`, listed by the main process; UserError where another sees other pictures."""
+    files = processes.done_by_main(lambda: class_folders(folder))
+    sizes = processes.gather(files.some_sizes())
+    for rank, seen in enumerate(sizes):
+        if seen != sizes[0]:
+            raise UserError(f"{folder}: process {rank} sees other pictures there than process 0")
+    return files
 
 
 def load_latents_data(request: DataRequest) -> TrainingData:
@@ -395,7 +412,7 @@ class DataSet:
 
     channels: int
     num_classes: int | None  # None: known only from the data themselves
-    load: Callable[[DataRequest], TrainingData]
+    load: Callable[[SharedRequest], TrainingData]
     folder: str = ""  # what dataset_path holds; nothing where there is none
     size: int | None = None  # side, where there is but one
     is_latent: bool = False  # made by a VAE, to be decoded by it
@@ -481,7 +498,8 @@ def build_data(
 
     With `check_data` or `skip_bad` every example is read, by all processes together.
     """
-    data = DATASETS[request.dataset_type].load(request)
+    shared = SharedRequest(**vars(request), processes=processes)
+    data = DATASETS[request.dataset_type].load(shared)
     if check_data or request.skip_bad:
         check_examples(data, processes, request.skip_bad)
     where = request.dataset_path or request.dataset_type
@@ -532,8 +550,6 @@ def check_examples(data: TrainingData, processes: Processes, skip_bad: bool) -> 
     Each process reads its share, and all come to the same list: none waits long for another.
     """
     rank, count = processes.rank, processes.world_size
-    if processes.agree(len(data)) != len(data):
-        raise UserError(f"process {rank} sees {len(data)} pictures, and process 0 another number")
     share = range(len(data) * rank // count, len(data) * (rank + 1) // count)
     # disable=None: a progress bar on terminals only
     quiet = None if processes.is_main else True

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError, features
+from tqdm import tqdm
 
 from support.system.files import UserError, atomic_write, one_line, regular_only
 
@@ -64,6 +65,8 @@ MOST_NAMED = 5  # files that one message names
 NO_ENDING, FOLDER_LINK = "without ending", "linked as a folder"  # such as endings are counted
 BESIDE = "beside the class folders"
 MOST_CLASSES_LISTED = 20
+SIZES_COMPARED = 16
+SECONDS_BEFORE_BAR = 5
 SKIPPED_FILE = "skipped_images.txt"  # lists pictures that are left out, as they cannot be read
 MAX_PIXELS = 89_478_485  # where Pillow begins to warn of decompression bombs: 256 MiB of RGB
 
@@ -179,6 +182,25 @@ class LabelledFiles:
     def __iter__(self) -> Iterator[Path]:
         return map(self.__getitem__, range(len(self)))
 
+    def sizes(self) -> Iterator[int]:
+        """Bytes of each file; UserError names one that is not there."""
+
+        def size(path: Path) -> int:
+            try:
+                return path.stat().st_size
+            except OSError as error:
+                raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+
+        return with_bar(in_threads(size, self, at_once=100), len(self), "looking at sizes", "file")
+
+    def some_sizes(self) -> list[int]:
+        """Bytes of a few files all over the list, by which copies can be compared; -1: not there.
+
+        A look at all of a million files takes long on a network drive.
+        """
+        few = np.unique(np.linspace(0, len(self) - 1, SIZES_COMPARED).astype(np.int64))
+        return [p.stat().st_size if p.exists() else -1 for p in map(self.__getitem__, few)]
+
     def left_out_note(self) -> str:
         """A line on the files that are not read; nothing where there are none."""
         if not self.left_out:
@@ -201,7 +223,8 @@ def class_folders(folder: str | Path) -> LabelledFiles:
     folder = Path(folder)
     classes = class_names(folder)
     beside = Counter(_ending(entry.name) for entry in _entries(folder) if not entry.is_dir())
-    found = [find_pictures(folder / name) for name in classes]
+    listed = in_threads(find_pictures, (folder / name for name in classes))
+    found = list(with_bar(listed, len(classes), "listing", "class"))
     paths = [path for pictures in found for path in pictures.paths]
     names = [os.fsencode(path.relative_to(folder).as_posix()) for path in paths]
     labels = np.repeat(np.arange(len(classes)), [len(pictures.paths) for pictures in found])
@@ -247,7 +270,7 @@ def class_names(folder: str | Path) -> list[str]:
     return names
 
 
-def refuse_non_pictures(paths: Iterable[Path]) -> None:
+def refuse_non_pictures(paths: LabelledFiles | Sequence[Path]) -> None:
     """UserError names files that are no pictures, at most five of them.
 
     Affordable for a million files: it reads the first bytes of each, and decodes only those that do
@@ -257,9 +280,16 @@ def refuse_non_pictures(paths: Iterable[Path]) -> None:
     def refusal(path: Path) -> str:
         return "" if SIGNATURE.match(_first_bytes(path)) else why_unreadable(path)
 
-    refusals = filter(None, in_threads(refusal, paths, at_once=100))
-    if named := list(itertools.islice(refusals, MOST_NAMED)):
+    refusals = with_bar(in_threads(refusal, paths, at_once=100), len(paths), "opening", "file")
+    if named := list(itertools.islice(filter(None, refusals), MOST_NAMED)):
         raise UserError("; ".join(named))
+
+
+def with_bar(results: Iterable[Result], total: int, doing: str, unit: str) -> Iterator[Result]:
+    """The same, with a progress bar on terminals where they take more than a few seconds."""
+    yield from tqdm(
+        results, desc=doing, total=total, unit=unit, delay=SECONDS_BEFORE_BAR, disable=None
+    )
 
 
 def why_unreadable(path: Path, crop_size: int | None = None) -> str:

@@ -91,6 +91,19 @@ class Processes:
             dist.broadcast_object_list(shared, device=self.device)
         return shared[0]
 
+    def done_by_main(self, work: Callable[[], Value]) -> Value:
+        """What `work` gives, done by the main process alone; its UserError is raised by all."""
+        outcome: Any = None
+        if self.is_main:
+            try:
+                outcome = work()
+            except UserError as error:
+                outcome = error
+        outcome = self.agree(outcome)
+        if isinstance(outcome, UserError):
+            raise outcome
+        return outcome
+
     def gather(self, value: Value) -> list[Value]:
         """The processes' values in rank order, on every process."""
         values: list[Any] = [value]
