@@ -92,16 +92,13 @@ def decoder_record(config: Config) -> dict[str, str | float]:
 
 @contextlib.contextmanager
 def decoding(config: Config, device: torch.device) -> Iterator[Callable[[Tensor], Tensor]]:
-    """The function from x_0 to images, float -1..1; a VAE is in memory for the block alone."""
+    """The function from x_0 to images, float -1..1; a VAE is on the device for the block alone."""
     found = find_decoder(config)
     if found is None:
         yield lambda x_0: x_0
         return
-    loaded = vae.load_vae(found, device)
-    try:
+    with vae.on_device(vae.load_on_host(found), device) as loaded:
         yield lambda x_0: vae.decode(loaded, x_0, config.vae_batch_size)
-    finally:
-        vae.release(loaded)
 
 
 def sample_pixels(

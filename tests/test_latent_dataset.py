@@ -257,6 +257,26 @@ def test_half_the_room_on_request_trains_too(made, tmp_path):
     train.main(training_options(made, tmp_path / "run", dataset_path=tmp_path / "latents"))
 
 
+def test_another_precision_says_once_how_far_it_is_off_and_is_recorded(made, tmp_path, capsys):
+    latent_dataset.main(options(made, **{"save-path": tmp_path, "precision": "bf16"}))
+    (line,) = (s for s in capsys.readouterr().out.splitlines() if s.startswith("precision bf16"))
+    mean, most = map(float, re.search(r"off by (\S+) on average and (\S+) at most", line).groups())
+    assert 0 < mean < most < 0.2
+    coarse, exact = (LatentReader(f / LATENT_FILE) for f in (tmp_path, made / "latents"))
+    assert (coarse.info.precision, exact.info.precision) == ("bf16", "fp32")
+    off = (coarse.read(range(27)) - exact.read(range(27))).abs()
+    assert off.mean() == pytest.approx(mean, rel=0.5)
+
+
+def test_a_file_that_does_not_say_its_precision_is_not_made_anew(scratch, made):
+    shutil.copytree(made / "latents", scratch / "latents")
+    with h5py.File(scratch / "latents" / LATENT_FILE, "r+") as file:
+        del file.attrs["precision"]
+    before = latents_of(scratch)
+    latent_dataset.main(options(scratch))
+    assert latents_of(scratch) == before
+
+
 @pytest.mark.slow
 def test_512_pixels_give_latents_of_side_64(made, tmp_path):
     (tmp_path / "photos").mkdir()
@@ -476,6 +496,7 @@ def test_batch_size_and_processes_may_change_on_the_way(scratch, made):
         ({"dtype": "float16"}, "dtype float32 there, float16 now"),
         ({"seed": 7}, "seed 42 there, 7 now"),
         ({"exif": "ignore"}, "exif apply there, ignore now"),
+        ({"precision": "bf16"}, "precision fp32 there, bf16 now"),
         ({"vae": "other"}, "vae_sha256 .* there, .* now"),
         ({"photos": "fewer"}, "num_images 27 there, 26 now"),
         ({"photos": "another"}, "images_sha256 .* there, .* now"),
@@ -627,7 +648,7 @@ def test_size_that_the_vae_cannot_take_is_refused(scratch, capsys, wrong):
 
 def test_vae_that_gives_no_numbers_is_refused(scratch, monkeypatch):
     monkeypatch.setattr(
-        latent_dataset, "encode", lambda vae, images: torch.full((len(images), 8, 8, 8), 1e6)
+        latent_dataset, "encode", lambda vae, images, *how: torch.full((len(images), 8, 8, 8), 1e6)
     )
     said = refusal(options(scratch, dtype="float16"))
     assert "gives values that are not finite in float16 for pictures 0 to 3" in said

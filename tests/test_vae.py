@@ -7,7 +7,15 @@ from tiny_vae import make_tiny_vae
 
 from config import Config
 from sampling import decoder_record, decoding, find_decoder
-from support.data.vae import LATENT_SCALE, decode, draw_latents, encode, find_vae, load_vae
+from support.data.vae import (
+    LATENT_SCALE,
+    decode,
+    draw_latents,
+    encode,
+    encoded_at_a_time,
+    find_vae,
+    load_vae,
+)
 from support.system.files import UserError
 
 CPU = torch.device("cpu")
@@ -29,7 +37,7 @@ def some_images(count=3):
 
 def test_moments_are_the_mean_and_then_the_deviation(vae):
     posterior = vae.encode(some_images()).latent_dist
-    moments = encode(vae, some_images())
+    moments = encode(vae, some_images(), 3)
     assert moments.shape == (3, 8, 4, 4)
     assert torch.equal(moments[:, :4], posterior.mean)
     assert torch.equal(moments[:, 4:], torch.exp(0.5 * posterior.logvar))
@@ -57,13 +65,13 @@ def test_decoding_undoes_the_scale_and_takes_some_at_a_time(vae, monkeypatch):
 
 
 def test_encoded_mean_drawn_without_spread_is_decoded_as_the_vae_decodes_it(vae):
-    mean, std = encode(vae, some_images()).chunk(2, dim=1)
+    mean, std = encode(vae, some_images(), 8).chunk(2, dim=1)
     x_0 = draw_latents(torch.cat([mean, 0 * std], dim=1), torch.Generator())
     assert torch.allclose(decode(vae, x_0, 16), vae.decode(mean).sample, atol=1e-5)
 
 
-def test_vae_is_in_memory_while_pixels_are_made_and_no_longer(folder, monkeypatch):
-    loaded = []
+def test_vae_is_read_once_and_is_on_the_device_while_pixels_are_made(folder, monkeypatch):
+    loaded, moved = [], []
     monkeypatch.setattr(
         "sampling.vae.load_vae", lambda *given: loaded.append(load_vae(*given)) or loaded[-1]
     )
@@ -71,10 +79,31 @@ def test_vae_is_in_memory_while_pixels_are_made_and_no_longer(folder, monkeypatc
     find_decoder(config)
     assert not loaded
     x_0 = torch.randn(2, 4, 4, 4)
-    with decoding(config, CPU) as function:
-        assert torch.equal(function(x_0), decode(loaded[0], x_0, 16))
-    assert {parameter.device.type for parameter in loaded[0].parameters()} == {"meta"}
+    for _ in range(2):
+        with decoding(config, CPU) as function:
+            monkeypatch.setattr(
+                loaded[0], "to", lambda place: (moved.append(str(place)), loaded[0])[1]
+            )
+            assert torch.equal(function(x_0), decode(loaded[0], x_0, 16))
+    assert len(loaded) == 1
+    assert moved == ["cpu", "cpu", "cpu"]  # back; there and back
     assert decoder_record(config)["vae"] == str(folder)
+
+
+def test_slices_are_encoded_like_the_whole_and_memory_is_bounded_by_them(vae, monkeypatch):
+    assert [encoded_at_a_time(size) for size in (256, 512, 8192)] == [32, 8, 1]
+    whole, sizes = vae.encode, []
+    monkeypatch.setattr(vae, "encode", lambda images: (sizes.append(len(images)), whole(images))[1])
+    images = some_images()
+    moments = encode(vae, images, len(images))
+    torch.testing.assert_close(encode(vae, images, 2), moments, atol=1e-5, rtol=0)
+    assert sizes == [len(images), *[2] * (len(images) // 2), *([1] if len(images) % 2 else [])]
+
+
+def test_bf16_is_near_and_not_the_same(vae):
+    exact, coarse = (encode(vae, some_images(), 8, is_bf16) for is_bf16 in (False, True))
+    assert coarse.dtype == torch.float32
+    assert 0 < (coarse - exact).abs().max() < 0.1
 
 
 def test_images_are_not_decoded():

@@ -52,6 +52,7 @@ class Plan:
     seed: int
     part_images: int  # images of a part; a matter of form, taken over from the folder
     exif: str = "ignore"  # as of LatentInfo; plans that do not say are of before
+    precision: str = ""  # likewise
 
     def attributes(self) -> dict[str, Any]:
         """What the latent file is to say of this."""
@@ -71,7 +72,7 @@ def list_differences(there: object, here: object, keys: Iterable[str]) -> str:
     return "; ".join(
         f"{key} {getattr(there, key)} there, {getattr(here, key)} now"
         for key in keys
-        if getattr(there, key) != getattr(here, key)
+        if getattr(there, key) not in ("", getattr(here, key))  # where it is said
     )
 
 

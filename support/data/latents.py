@@ -52,6 +52,7 @@ class LatentInfo:
     class_counts: tuple[int, ...]
     code_version: str
     exif: str = "ignore"  # apply: pictures were turned upright first; older files do not say
+    precision: str = ""  # fp32, tf32 or bf16, that the VAE computed in; older files do not say
 
     def write(self, attributes: h5py.AttributeManager) -> None:
         # No more than what UTF-8 has a form for: folder names may hold any bytes.
