@@ -1,4 +1,4 @@
-# make quickstart: install into .venv, train on real digits, sample with 1 and 2 steps, score
+# make quickstart: install into .venv, train on real digits, sample with 1 and 2 steps, score, report
 # make check:      lint, check types, run the quick tests: a minute or two
 # make test:       install, lint, check types, run all tests
 # make test-oldest: run what trains and samples on the oldest torch that is supported
@@ -31,7 +31,10 @@ quickstart: .venv/installed
 	done
 	@.venv/bin/python quickstart/check_digits.py $(SAMPLES)
 	@.venv/bin/python quickstart/score.py $(SAMPLES)
+	@.venv/bin/python quickstart/score.py $(DIGITS)/evals > /dev/null
+	@.venv/bin/python report.py $(DIGITS) > /dev/null
 	@echo "Look at $(DIGITS)/figs/1NFE.png: made in one step, one row per class."
+	@echo "Open $(DIGITS)/report.html: curves, samples and scores over training."
 
 lint: .venv/installed
 	.venv/bin/ruff check .

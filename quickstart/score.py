@@ -1,9 +1,11 @@
 """Score sampled digits against the 600 held-out ones: a table of FD, sFD, precision and recall.
 
     python quickstart/score.py runs/digits/evals/1000_1NFE_42.npz [MORE.npz ...]
+    python quickstart/score.py runs/digits/evals
 
 600 images a row: each archive's first ones, then the training digits (what good looks like) and
 Gaussian noise (what bad looks like). Features of quickstart/digit_classifier.pb, by evaluator.py.
+Of a folder all archives are scored whole, and the scores stay there, for report.py to draw.
 """
 
 import argparse
@@ -43,25 +45,28 @@ def first_images(path: str) -> np.ndarray:
 def score(rows: dict[str, np.ndarray], reference: np.ndarray) -> dict[str, dict[str, float]]:
     """Scores by row and column, from one run of the evaluator over all rows."""
     with tempfile.TemporaryDirectory() as place:
-        folder = Path(place, "rows")
-        folder.mkdir()
         files = {f"{number}.npz": name for number, name in enumerate(rows)}
-        archives = {Path(place, "reference.npz"): reference}
-        archives |= {folder / file: rows[name] for file, name in files.items()}
-        for path, pixels in archives.items():
-            with write_images(path, len(pixels)) as writer:
-                writer.append(pixels)
-        flags = {
-            "--ref_batch": Path(place, "reference.npz"),
-            "--sample_batch_dir": folder,
-            "--inception": GRAPH,
-        }
+        for file, name in files.items():
+            write(Path(place, file), rows[name])
         with contextlib.redirect_stdout(io.StringIO()):
-            status = evaluator.main([str(word) for pair in flags.items() for word in pair])
-        if status:
-            raise UserError("not all rows could be scored")
-        records = Results.open(folder).records
+            score_folder(Path(place), reference)
+        records = Results.open(Path(place)).records
         return {files[file]: record["scores"] for file, record in records.items()}
+
+
+def score_folder(folder: Path, reference: np.ndarray) -> None:
+    """Have evaluator.py score the archives of a folder, whose scores stay there."""
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place, "digits.npz")
+        write(path, reference)
+        flags = {"--ref_batch": path, "--sample_batch_dir": folder, "--inception": GRAPH}
+        if evaluator.main([str(word) for pair in flags.items() for word in pair]):
+            raise UserError(f"{folder}: not all archives could be scored")
+
+
+def write(path: Path, pixels: np.ndarray) -> None:
+    with write_images(path, len(pixels)) as writer:
+        writer.append(pixels)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -72,6 +77,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("samples", nargs="+", metavar="SAMPLES.npz")
     paths = parser.parse_args(argv).samples
     split = digits_split()
+    if len(paths) == 1 and Path(paths[0]).is_dir():
+        score_folder(Path(paths[0]), split.held_out_pixels)
+        return
     noise = np.random.RandomState(0).standard_normal((NUM_IMAGES, 8, 8, 1))
     rows = {path: first_images(path) for path in paths}
     rows["training digits"] = split.training_pixels[:NUM_IMAGES]
