@@ -67,10 +67,10 @@ def _(h: Tensor, probability: float, seed: Tensor) -> Tensor:
 
 
 def _dropout(h: Tensor, probability: float, seed: Tensor | None) -> Tensor:
-    """Training-time dropout of `h`, its mask drawn from `seed` or torch's global state."""
+    """Training-time dropout of `h`, in place; its mask is drawn from `seed` or torch's own state."""
     if seed is None:
-        return F.dropout(h, probability)
-    return h * _dropout_mask(h.detach(), probability, seed) / (1 - probability)
+        return F.dropout(h, probability, inplace=True)
+    return h.mul_(_dropout_mask(h.detach(), probability, seed)).div_(1 - probability)
 
 
 class _Convolution(nn.Conv2d):
@@ -130,14 +130,15 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor, dropout_seed: Tensor | None) -> Tensor:
         h = self.conv0(F.silu(self.norm0(x)))
-        h = h + self.affine(embedding)[:, :, None, None]
+        # In place where nothing needs what was there: memory is what these cost.
+        h += self.affine(embedding)[:, :, None, None]
         h = F.silu(self.norm1(h))
         if self.training and self.dropout > 0:
             h = _dropout(h, self.dropout, dropout_seed)
         # The sum of two independent terms of unit variance has variance 2.
-        y = (self.conv1(h) + self.skip(x)) * 0.5**0.5
+        y = self.conv1(h).add_(self.skip(x)).mul_(0.5**0.5)
         if self.attention:
-            y = (self.proj(self._attend(self.norm2(y))) + y) * 0.5**0.5
+            y = self.proj(self._attend(self.norm2(y))).add_(y).mul_(0.5**0.5)
         return y
 
     def _attend(self, y: Tensor) -> Tensor:
