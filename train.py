@@ -90,7 +90,8 @@ def train(run: "Run") -> None:
         run.results.jobs.check()
         interval.add(learner.step(draw_batches(run, loader)))
         bar.update()
-        signalled = run.listener.signalled(run.processes)
+        is_last = state.finished_steps == config.total_steps
+        signalled = run.listener.signalled(run.processes, may_be_late=not is_last)
         is_stopping = signalled is Signalled.STOP
         is_logging = is_due(state.finished_steps, config.logging_steps)
         due = run.results.due(state.finished_steps, signalled is Signalled.SAVE, is_stopping)

@@ -6,7 +6,7 @@ import multiprocessing.connection
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from support.system.processes import Processes
 
@@ -27,23 +27,43 @@ MEANINGS: dict[int, Signalled] = {
 
 
 class Listener:
-    """Remembers what signals told, until it is done."""
+    """Remembers what signals told, until it is done, and exchanges it with the other processes."""
 
     def __init__(self):
         self._signalled = Signalled.NOTHING
+        self._exchange: Callable[[], int] | None = None  # what is under way
+        self._is_saved = False  # since that began
 
     def hear(self, number: int, frame: object) -> None:
         """The handler. A signal that comes again says nothing new: torchrun passes it on too."""
         self._signalled = max(self._signalled, MEANINGS[number])
 
-    def signalled(self, processes: Processes) -> Signalled:
-        """What any of the processes was told, the same on all; all have to call this."""
-        return Signalled(processes.greatest_over_ranks(self._signalled))
+    def signalled(self, processes: Processes, may_be_late: bool = False) -> Signalled:
+        """What any of the processes was told, the same on all; all have to call this.
+
+        What may be late is known to several processes at the next call, so that none waits here
+        for the slowest.
+        """
+        told = self._exchanged()
+        if told is Signalled.STOP:
+            return told
+        self._exchange = processes.begin_greatest(self._signalled)
+        if may_be_late and processes.world_size > 1:
+            return told
+        return max(told, self._exchanged())
 
     def saved(self) -> None:
         """Forget what has been done."""
+        self._is_saved = True
         if self._signalled is Signalled.SAVE:
             self._signalled = Signalled.NOTHING
+
+    def _exchanged(self) -> Signalled:
+        """What the exchange under way has brought, if there is one, and is not done yet."""
+        told = Signalled(self._exchange()) if self._exchange else Signalled.NOTHING
+        is_done = told is Signalled.SAVE and self._is_saved
+        self._exchange, self._is_saved = None, False
+        return Signalled.NOTHING if is_done else told
 
 
 @contextlib.contextmanager

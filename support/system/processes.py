@@ -8,7 +8,7 @@ import re
 import socket
 import struct
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -61,13 +61,22 @@ class Processes:
         dist.gather(values, gathered if self.is_main else None)
         return gathered if self.is_main else None
 
-    def greatest_over_ranks(self, value: int) -> int:
-        """The greatest of the processes' values, on every process; no device waits for it."""
+    def begin_greatest(self, value: int) -> Callable[[], int]:
+        """Begin to exchange a value; gives what waits for the greatest of the processes' values.
+
+        No device waits for it. All processes have to call this, and then what it gives.
+        """
         if self.world_size == 1:
-            return value
+            return lambda: value
         shared = torch.tensor(value)
-        dist.all_reduce(shared, dist.ReduceOp.MAX, group=self.host_group)
-        return int(shared)
+        greatest = dist.ReduceOp.MAX
+        work = dist.all_reduce(shared, greatest, group=self.host_group, async_op=True)
+
+        def wait() -> int:
+            work.wait()
+            return int(shared)
+
+        return wait
 
     def agree(self, value: Value | None) -> Value:
         """The main process's `value`, on every process; the others' are not looked at."""
