@@ -114,6 +114,14 @@ def train(run: "Run") -> None:
     bar.close()
 
 
+def log_first_step(run: "Run", seconds: float) -> None:
+    """A line on a first step that somebody may have waited for."""
+    is_compiled = run.learner.state.model.execution.fixed_shapes
+    if is_compiled or seconds > LONG_SECONDS:
+        compiling = ", compiling included" if is_compiled else ""
+        run.logbook.line(f"first step: {seconds:.3g} s{compiling}")
+
+
 def draw_batches(run: "Run", loader: Iterator[RawBatch]) -> Iterator[Batch]:
     """This process's microbatches of the next global batch, with noise, times and masks."""
     plan, step = run.learner.plan, run.learner.state.finished_steps
@@ -188,14 +196,6 @@ class Learner:
         # The same on every process, and to be summed over them.
         metrics["Grad_Norm"] = norm / plan.world_size
         return metrics
-
-
-def log_first_step(run: "Run", seconds: float) -> None:
-    """A line on a first step that somebody may have waited for."""
-    is_compiled = run.learner.state.model.execution.fixed_shapes
-    if is_compiled or seconds > LONG_SECONDS:
-        compiling = ", compiling included" if is_compiled else ""
-        run.logbook.line(f"first step: {seconds:.3g} s{compiling}")
 
 
 def log_metrics(run: "Run", interval: Interval) -> None:
