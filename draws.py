@@ -40,7 +40,8 @@ def draw_batch(
     x_0 = data.clean(raw.stored.to(device, non_blocking=True), source("latents", device))
     if config.horizontal_flips:
         is_flipped = torch.rand(len(x_0), generator=source("horizontal flips")) < 0.5
-        x_0 = torch.where(is_flipped.to(device)[:, None, None, None], x_0.flip(-1), x_0)
+        is_flipped = is_flipped.to(device, non_blocking=True)[:, None, None, None]
+        x_0 = torch.where(is_flipped, x_0.flip(-1), x_0)
     augment_labels = None
     if config.augment_probability:
         parameters = draw_augmentation(len(x_0), config.augment_probability, source("augmentation"))

@@ -141,12 +141,17 @@ class LoadedModel(NamedTuple):
     shape: tuple[int, int, int]  # [C, H, W]
     num_classes: int
     class_names: Sequence[str]  # none where the checkpoint has none
-    weights_sha256: str
+    weights_sha256: str  # empty on all but the main process, which alone writes it down
 
 
-def load_model(config: Config, path: Path, device: torch.device) -> LoadedModel:
-    """The averaged model of a checkpoint; channels and classes come from it, not from the data."""
-    content = read_checkpoint(path)
+def load_model(
+    config: Config, path: Path, device: torch.device, is_main: bool = True
+) -> LoadedModel:
+    """The averaged model of a checkpoint; channels and classes come from it, not from the data.
+
+    The main process checks it and sums it up for all: where it refuses, nothing is sampled.
+    """
+    content = read_checkpoint(path, is_verified=not is_main)
     refuse_other_model(config, content.get("config", {}), path)
     channels, num_classes = data_of(config, content, path)
     with torch.device("meta"):
@@ -156,7 +161,8 @@ def load_model(config: Config, path: Path, device: torch.device) -> LoadedModel:
     model.load_state_dict(content["ema_model"])
     shape = (channels, config.data_size, config.data_size)
     names = content.get("data", {}).get("class_names", [])
-    return LoadedModel(model, shape, num_classes, names, weights_digest(content["ema_model"]))
+    digest = weights_digest(content["ema_model"]) if is_main else ""
+    return LoadedModel(model, shape, num_classes, names, digest)
 
 
 def refuse_other_model(config: Config, recorded: Mapping[str, Any], path: Path) -> None:
@@ -190,7 +196,7 @@ def run_inference(arguments: argparse.Namespace, sources: Sources, processes: Pr
     output = choose_output(arguments, sources)
     find_decoder(config)
     allow_tf32(processes.device, config.precision != "fp32")
-    loaded = load_model(config, sources.checkpoint, processes.device)
+    loaded = load_model(config, sources.checkpoint, processes.device, processes.is_main)
     labels = choose_labels(arguments.labels, config, loaded)
     stream = choose_stream(arguments.noise_stream, labels, config, loaded, processes)
     request = SampleRequest(

@@ -14,6 +14,7 @@ import argparse
 import itertools
 import os
 import shlex
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +64,8 @@ from support.system.processes import Processes, connected, exchanging_gradients
 from support.system.randomness import derive_seed
 from support.system.settings import suggest
 
+LONG_SECONDS = 10  # for a first step, beyond which a user wonders
+
 
 def train(run: "Run") -> None:
     """Train from where the state is to the last step, making every result that is due."""
@@ -90,6 +93,7 @@ def train(run: "Run") -> None:
         dynamic_ncols=True,
         disable=None if run.processes.is_main else True,  # None: shown on a terminal alone
     )
+    first, started = state.finished_steps + 1, time.monotonic()
     while state.finished_steps < config.total_steps:
         run.results.jobs.check()
         state.interval.add(learner.step(draw_batches(run, loader)))
@@ -99,8 +103,11 @@ def train(run: "Run") -> None:
         is_stopping = signalled is Signalled.STOP
         is_logging = is_due(state.finished_steps, config.logging_steps)
         due = run.results.due(state.finished_steps, signalled is Signalled.SAVE, is_stopping)
-        if is_logging or due:
+        is_first = state.finished_steps == first
+        if is_logging or due or is_first:
             learner.guard.refuse()
+        if is_first:
+            log_first_step(run, time.monotonic() - started)
         if is_logging:
             log_metrics(run)
         if run.held_out and is_due(state.finished_steps, config.held_out_steps):
@@ -110,6 +117,14 @@ def train(run: "Run") -> None:
         if is_stopping:
             save_and_stop(run)
     bar.close()
+
+
+def log_first_step(run: "Run", seconds: float) -> None:
+    """A line on a first step that somebody may have waited for."""
+    is_compiled = run.learner.state.model.execution.fixed_shapes
+    if is_compiled or seconds > LONG_SECONDS:
+        compiling = ", compiling included" if is_compiled else ""
+        run.logbook.line(f"first step: {seconds:.3g} s{compiling}")
 
 
 def draw_batches(run: "Run", loader: Iterator[RawBatch]) -> Iterator[Batch]:

@@ -468,7 +468,7 @@ def signals_to_one_of_two(tries: int, folder: Path) -> Tally:
     tally = Tally("SIGTERM to one of two processes")
     whole(folder / "whole", start_two)
     cases = [
-        (Fault(Moment("step", "", 3), "SIGTERM", 1), 4),
+        (Fault(Moment("step", "", 4), "SIGTERM", 1), 5),
         (Fault(Moment("sample", "", 2), "SIGINT", 1), 3),  # amid the eval of step 3
         (Fault(Moment("write", "2.pt", 9), "SIGTERM", 0), None),
         (Fault(Moment("step", "", 5), "SIGINT", 0), 6),
@@ -490,7 +490,8 @@ def requests_to_save(tries: int, folder: Path) -> Tally:
     """SIGUSR1 saves, and the run goes on as if nothing had been."""
     tally = Tally("SIGUSR1")
     whole(folder / "one")
-    whole(folder / "two", start_two)
+    rarely = {"ckpt_saving_steps": 3}  # so that two processes, which are late, show it
+    whole(folder / "two", start_two, **rarely)
     cases = [
         (start, Fault(Moment("step", "", 3), "SIGUSR1"), 3),
         (start_two, Fault(Moment("step", "", 4), "SIGUSR1", 1), 5),
@@ -500,7 +501,7 @@ def requests_to_save(tries: int, folder: Path) -> Tally:
     for number, (begin, fault, step) in enumerate(cases[:tries]):
         with tally.attempt(fault):
             place = folder / str(number)
-            run = begin(place, fault)
+            run = begin(place, fault, **(rarely if begin is start_two else {}))
             finish(run if isinstance(run, list) else [run])
             surplus = step or next((k for k in steps_saved(place) if k % 2), None)
             check(step is None or step in steps_saved(place), f"not saved: step {step}")

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from PIL import Image
 
 import inference
 import train
+from passes import Execution
 from support.scores.npz import read_archive
 from support.system.files import UserError, hold_lock, make_folder
 
@@ -198,6 +200,28 @@ def test_log_has_the_gap_and_the_learning_rate_of_the_step_just_done(small_run):
     for line, (gap, rate) in zip(lines, expected, strict=True):
         assert f", Gap_Fraction: {gap}, Learning_Rate: {rate}, Memory: " in line
         assert re.search(r"GB, Seconds: [0-9.]+, Images/s: [0-9.]+, ETA: ", line)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(9.9, []), (74.2, ["first step: 74.2 s"])], ids=["short", "long"]
+)
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_a_first_step_that_is_long_or_compiles_is_said(seconds, said, is_compiled):
+    lines: list[str] = []
+    execution = Execution(fixed_shapes=is_compiled)
+    state = SimpleNamespace(model=SimpleNamespace(execution=execution))
+    run = SimpleNamespace(
+        learner=SimpleNamespace(state=state), logbook=SimpleNamespace(line=lines.append)
+    )
+    train.log_first_step(run, seconds)
+    assert lines == ([f"first step: {seconds} s, compiling included"] if is_compiled else said)
+
+
+def test_the_first_step_of_a_run_is_timed_once(small_run, monkeypatch):
+    monkeypatch.setattr(train, "LONG_SECONDS", 0)
+    text = (small_run() / "log.txt").read_text()
+    assert len(re.findall(r"first step: [0-9.e-]+ s\n", text)) == 1
+    assert text.index("first step: ") < text.index("Step: 2/6")
 
 
 def test_recorded_config_loads_to_the_same_config_and_is_never_overwritten(small_run, capsys):

@@ -1,0 +1,72 @@
+"""A checkpoint in several processes: the main one alone checks, hashes and copies it."""
+
+import pytest
+import torch
+from commands import digits_settings
+from test_checkpoint import fresh_state, save, step
+
+import inference
+import train
+from config import load_config
+from support.data.batches import BatchPlan
+from support.runs import checkpoint, results
+from support.runs.resume import resume
+from support.system.processes import Processes
+
+MAIN, OTHER = (Processes(rank, rank, 2, torch.device("cpu")) for rank in (0, 1))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What has been called of what reads or copies all of a checkpoint."""
+    found: list[str] = []
+
+    def count(place, name: str) -> None:
+        real = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *given: found.append(name) or real(*given))
+
+    count(checkpoint, "_check_sums")
+    count(inference, "weights_digest")
+    count(results, "host_copy")
+    return found
+
+
+@pytest.mark.parametrize(("processes", "expected"), [(MAIN, ["_check_sums"]), (OTHER, [])])
+def test_continuing_checks_sums_in_the_main_process_alone(
+    tmp_path, monkeypatch, calls, processes, expected
+):
+    (tmp_path / "ckpts").mkdir()
+    saved, path = fresh_state(), tmp_path / "ckpts" / "1.pt"
+    step(saved)
+    save(saved, path)
+    monkeypatch.setattr(Processes, "agree", lambda self, value: path)
+    state = fresh_state()
+    plan = BatchPlan(16, 10, 2, 1)
+    assert resume(tmp_path, state, processes, plan, lambda content, path: []) == (path, [])
+    assert calls == expected
+    assert torch.equal(state.model[0].weight, saved.model[0].weight)
+
+
+def test_saving_copies_in_the_main_process_alone(tmp_path, calls):
+    schedule = results.ResultSchedule(1, 1, None, None)
+    for processes in (MAIN, OTHER):
+        (tmp_path / str(processes.rank) / "ckpts").mkdir(parents=True)
+        own = results.Results(tmp_path / str(processes.rank), processes, schedule, {}, 0)
+        with results.background() as own.jobs:
+            own.save(fresh_state().state_dict(1))
+    assert calls == ["host_copy"]
+    assert (tmp_path / "0" / "ckpts" / "0.pt").exists()
+    assert not list((tmp_path / "1" / "ckpts").iterdir())
+
+
+def test_sampling_checks_and_hashes_in_the_main_process_alone(tmp_path, calls):
+    train.main(digits_settings(tmp_path / "run", total_steps=1))
+    config = load_config(tmp_path / "run" / "config.yaml")
+    path = tmp_path / "run" / "ckpts" / "1.pt"
+    calls.clear()
+    models = [inference.load_model(config, path, MAIN.device, is_main=True)]
+    assert calls == ["_check_sums", "weights_digest"]
+    models.append(inference.load_model(config, path, MAIN.device, is_main=False))
+    assert calls == ["_check_sums", "weights_digest"]
+    weights = [[*loaded.model.parameters()] for loaded in models]
+    assert all(map(torch.equal, *weights))
