@@ -11,6 +11,7 @@ from torch import nn
 import dit
 import schedules
 from models import Batch, LossTerms, Objective, Samples, SoFlow, build_model, guided_velocity
+from passes import Execution
 from schedules import ConsistencyTimes, consistency_times, gap_fraction, guidance_decay
 
 OUTPUT_TOLERANCE = 1e-5
@@ -349,6 +350,14 @@ def test_a_batch_of_dropped_labels_needs_no_guidance_pass():
     null_mask = torch.tensor([True, True])
     terms_of(model, GUIDED, times.t, x_0, x_1, torch.tensor([0, 1]), null_mask)
     assert len(model.network.calls) == 1
+
+
+def test_without_guidance_no_pass_is_for_it_where_shapes_are_fixed():
+    model = toy_model()
+    model.execution = Execution(fixed_shapes=True)
+    x_0, x_1, times = draws(2)
+    terms_of(model, UNGUIDED, times, x_0, x_1, torch.tensor([0, 1]))
+    assert [has_grad for _, has_grad, *_ in model.network.calls] == [True, False]
 
 
 def test_dropped_labels_without_a_null_class_are_refused():
