@@ -1,6 +1,6 @@
 """The slot for backbones: what a network F has to be, and what DiT and UNet are."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Self
 
 from torch import nn
@@ -43,6 +43,10 @@ class Backbone(nn.Module):
     # Set from outside: compute activations again in the backward pass instead of keeping them. To
     # be obeyed where memory matters; it changes no gradient.
     activation_checkpointing: bool = False
+
+    def parts_to_compile(self) -> Iterable[nn.Module]:
+        """What is compiled one by one: blocks that are alike share a graph."""
+        return (self,)
 
     @classmethod
     def recognises(cls, model_type: str) -> bool:

@@ -6,6 +6,7 @@ network knows nothing of SoFlow: it maps (x, t, gap, labels) to an array shaped 
 
 import math
 import re
+from collections.abc import Iterable
 from typing import NamedTuple, Self
 
 import torch
@@ -217,6 +218,9 @@ class DiT(Backbone):
         assert parsed, "a name that is recognised"
         sizes = (request.data_size, request.data_channels, request.num_classes)
         return cls(*parsed, *sizes, request.null_class)
+
+    def parts_to_compile(self) -> Iterable[nn.Module]:
+        return self.blocks
 
     def _initialise(self) -> None:
         for module in self.modules():

@@ -23,6 +23,8 @@ from support.system.hardware import allow_tf32, obstacle_to_bf16, obstacle_to_co
 
 Result = TypeVar("Result")
 
+GRAPHS_AT_MOST = 128  # of the compiler; a UNet has 14 kinds of blocks and up to 4 of passes
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -174,9 +176,22 @@ def set_options(
     if compile and (obstacle := obstacle_to_compiling(device)):
         notes.append(f"compile: goes on without ({obstacle})")
         compile = False
-    if compile:
-        # In place: the names in files stay what they are. One shape each, known beforehand.
-        network.compile(dynamic=False)
     if isinstance(network, Backbone):
         network.activation_checkpointing = activation_checkpointing
+        if compile:
+            _compile_parts(network)
     return Execution(coarse_dtype, fixed_shapes=compile), notes
+
+
+def _compile_parts(network: Backbone) -> None:
+    """Compile a network part by part, in place: the names in files stay what they are.
+
+    Parts that are alike share a graph for each kind of pass, so that there is less to compile than
+    in the whole network, and between the parts gradients are exchanged as they come.
+    """
+    # A graph for each kind of part and of pass, known beforehand, is no sign of changing shapes.
+    torch._dynamo.config.recompile_limit = GRAPHS_AT_MOST
+    # Would cut each part's graph where DistributedDataParallel cuts the gradients.
+    torch._dynamo.config.optimize_ddp = False
+    for part in network.parts_to_compile():
+        part.compile(dynamic=False)

@@ -8,7 +8,7 @@ checkpoints.
 # B batch, C channels, H height, W width, N pixels of a level (H x W)
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal, Self
 
 import torch
@@ -237,6 +237,9 @@ class UNet(Backbone):
         stored_widths = [part.out_channels for part in encoder.values()]
         self.dec = _decoder(sizes, stored_widths, data_channels, dropout)
         self._draw_weights()
+
+    def parts_to_compile(self) -> Iterable[nn.Module]:
+        return (part for part in self.modules() if isinstance(part, _Block))
 
     def _draw_weights(self) -> None:
         for name, layer in self.named_modules():
