@@ -17,7 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from backbone import Backbone
-from support.system.hardware import allow_tf32, obstacle_to_bf16, obstacle_to_compiling
+from support.system.hardware import (
+    allow_tf32,
+    obstacle_to_bf16,
+    obstacle_to_compiling,
+    time_convolutions,
+)
 
 # B samples of a pass, K of them wanted, C channels, H = W side
 
@@ -178,6 +183,9 @@ def set_options(
         compile = False
     if isinstance(network, Backbone):
         network.activation_checkpointing = activation_checkpointing
+        if not network.is_conditional:
+            # No labels, no guidance, whose samples are now more, now fewer.
+            time_convolutions(device)
         if compile:
             _compile_parts(network)
     return Execution(coarse_dtype, fixed_shapes=compile), notes

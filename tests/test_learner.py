@@ -317,3 +317,15 @@ def test_tf32_is_allowed_on_cuda_unless_fp32_is_asked_for(monkeypatch, precision
     finally:
         for flag, value in zip(flags, before, strict=True):
             flag.allow_tf32 = value
+
+
+@pytest.mark.parametrize(("model_type", "is_timed"), [("UNet", True), ("DiT-Nano-4", False)])
+def test_cudnn_times_the_convolutions_of_a_network_whose_shapes_stay(
+    monkeypatch, model_type, is_timed
+):
+    for name in ("benchmark", "allow_tf32"):
+        monkeypatch.setattr(torch.backends.cudnn, name, False)
+    with torch.device("meta"):
+        model = build_model(model_type, 3, 8, 10, 0.1)
+    passes.set_options(model.network, torch.device("cuda"), "fp32", False, False)
+    assert torch.backends.cudnn.benchmark == is_timed
