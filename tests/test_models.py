@@ -393,8 +393,6 @@ def test_gap_fraction_runs_from_init_to_end():
         assert fractions[0] > fractions[1] > fractions[2]
     assert gap_fraction("Const", 7, 100, 0.1, 0.002) == 0.002
     assert gap_fraction("Exponent", 50, 100, 0.1, 0.001) == pytest.approx(0.01)
-    with pytest.raises(ValueError, match="l_schedule 'Step'"):
-        gap_fraction("Step", 0, 1, 0.1, 0.1)
 
 
 # One step on parts of a batch
