@@ -45,7 +45,7 @@ class Backbone(nn.Module):
     activation_checkpointing: bool = False
 
     def parts_to_compile(self) -> Iterable[nn.Module]:
-        """What is compiled one by one: best its blocks; those that are alike share a graph."""
+        """What is compiled one by one: blocks that are alike share a graph."""
         return (self,)
 
     @classmethod

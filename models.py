@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from backbone import Backbone, NetworkRequest
 from dit import DiT
 from passes import Execution, Pass, Passes, check_times, run_passes, run_together
-from schedules import PATHS, SOLUTION_FORMS, ConsistencyTimes, PathPoint, guidance_decay
+from schedules import PATHS, SOLUTION_FORMS, ConsistencyTimes, guidance_decay
 from unet import UNet
 
 # B batch, K of its samples are guided, C channels, H = W side; times are [B] until widened
@@ -113,16 +113,6 @@ def widen(times: Tensor, x: Tensor) -> Tensor:
 def sample_mean(x: Tensor) -> Tensor:
     """[B, C, H, W] -> [B], the mean over each sample's elements."""
     return x.flatten(1).mean(1)
-
-
-def interpolation(x_0: Tensor, x_1: Tensor, at: PathPoint) -> tuple[Tensor, Tensor]:
-    """x_t and v_t, [B, C, H, W] each, at a point of the path."""
-    alpha, beta, alpha_prime, beta_prime = (widen(value, x_0) for value in at)
-    # x_t = alpha(t) x_0 + beta(t) x_1
-    x_t = alpha * x_0 + beta * x_1
-    # v_t = alpha'(t) x_0 + beta'(t) x_1
-    v_t = alpha_prime * x_0 + beta_prime * x_1
-    return x_t, v_t
 
 
 def solution_of(x: Tensor, F: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -225,10 +215,6 @@ class Method(nn.Module):
     def configure(self, settings: Mapping[str, Any]) -> None:
         """Take from a config's keys what the loss depends on."""
 
-    def loss(self, batch: Batch) -> StepTerms:
-        """The objective on one microbatch, normalised by the global counts."""
-        return self(batch)
-
     def jump(self, x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
         """x_s, [B, C, H, W], of x_t; times are [B], labels [B] or None for the null class."""
         raise NotImplementedError
@@ -242,7 +228,12 @@ class Method(nn.Module):
 
     def interpolate(self, x_0: Tensor, x_1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """x_t and v_t, [B, C, H, W] each."""
-        return interpolation(x_0, x_1, self.path(t))
+        alpha, beta, alpha_prime, beta_prime = (widen(value, x_0) for value in self.path(t))
+        # x_t = alpha(t) x_0 + beta(t) x_1
+        x_t = alpha * x_0 + beta * x_1
+        # v_t = alpha'(t) x_0 + beta'(t) x_1
+        v_t = alpha_prime * x_0 + beta_prime * x_1
+        return x_t, v_t
 
     def drop_labels(self, samples: Samples) -> Tensor | None:
         """The labels, [B], with the null class where the mask says so."""

@@ -17,13 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from backbone import Backbone
-from support.system.hardware import allow_tf32, obstacle_to_bf16, obstacle_to_compiling
+from support.system.hardware import (
+    allow_tf32,
+    obstacle_to_bf16,
+    obstacle_to_compiling,
+    time_convolutions,
+)
 
 # B samples of a pass, K of them wanted, C channels, H = W side
 
 Result = TypeVar("Result")
 
-GRAPHS_AT_MOST = 128  # of the compiler; a UNet has 15 kinds of blocks and up to 4 of passes
+GRAPHS_AT_MOST = 128  # of the compiler; a UNet has 14 kinds of blocks and up to 4 of passes
 
 
 @dataclass(frozen=True)
@@ -178,6 +183,9 @@ def set_options(
         compile = False
     if isinstance(network, Backbone):
         network.activation_checkpointing = activation_checkpointing
+        if not network.is_conditional:
+            # No labels, no guidance, whose samples are now more, now fewer.
+            time_convolutions(device)
         if compile:
             _compile_parts(network)
     return Execution(coarse_dtype, fixed_shapes=compile), notes

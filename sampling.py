@@ -39,26 +39,17 @@ def sample(model: Method, noises: Sequence[Tensor], labels: Tensor | None = None
     return x
 
 
-class Round(NamedTuple):
-    """Images that the processes make together: rank r's come after those of the ranks below it."""
+def places_of(rank: int, num_images: int, world_size: int, batch_size: int) -> Iterator[range]:
+    """Which images process `rank` makes, at most batch_size in each round of all processes.
 
-    first_image: int
-    images_per_process: int
-
-    def images_of(self, rank: int) -> range:
-        """Places in the output of the images that process `rank` makes."""
-        start = self.first_image + rank * self.images_per_process
-        return range(start, start + self.images_per_process)
-
-
-def plan_rounds(num_images: int, world_size: int, batch_size: int) -> Iterator[Round]:
-    """Rounds of at most batch_size images per process, ceil(num_images / world_size) in all.
-
-    The last places may lie beyond num_images, by less than world_size: those are to be cut.
+    In a round rank r's come after those of the ranks below it. All make equally many: the last
+    places may lie beyond num_images, by less than world_size, and are to be cut.
     """
     per_process = -(-num_images // world_size)
     for start in range(0, per_process, batch_size):
-        yield Round(start * world_size, min(batch_size, per_process - start))
+        count = min(batch_size, per_process - start)
+        first = start * world_size + rank * count
+        yield range(first, first + count)
 
 
 class SampleRequest(NamedTuple):
@@ -111,13 +102,14 @@ def sample_pixels(
 
     All processes have to iterate to the end. `decode` turns x_0 into images.
     """
-    for work in plan_rounds(request.num_images, processes.world_size, request.batch_size):
-        draws = request.stream.draw(work.images_of(processes.rank), request.num_jumps)
+    rank, world_size = processes.rank, processes.world_size
+    for places in places_of(rank, request.num_images, world_size, request.batch_size):
+        draws = request.stream.draw(places, request.num_jumps)
         noises = [noise.to(processes.device) for noise in draws.noises]
         labels = None if draws.labels is None else draws.labels.to(processes.device)
         images = decode(sample(model, noises, labels))
         pixels = _pixels_of(images)
-        wanted = request.num_images - work.first_image
+        wanted = request.num_images - places.start  # on the main process, the first of all
         all_pixels = _gather(pixels, wanted, processes)
         all_labels = None if labels is None else _gather(labels, wanted, processes)
         if all_pixels is not None:  # on the main process

@@ -90,8 +90,6 @@ def gap_fraction(
     schedule: str, step: int, total_steps: int, init_ratio: float, end_ratio: float
 ) -> float:
     """r(k, K): where l lies between t (r = 0) and s (r = 1) after `step` finished steps."""
-    if schedule not in GAP_SCHEDULES:
-        raise ValueError(f"l_schedule {schedule!r} is not one of {', '.join(GAP_SCHEDULES)}")
     return GAP_SCHEDULES[schedule](step / total_steps, init_ratio, end_ratio)
 
 

@@ -8,7 +8,7 @@ checkpoints.
 # B batch, C channels, H height, W width, N pixels of a level (H x W)
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Literal, Self
 
 import torch
@@ -49,28 +49,34 @@ def _norm(channels: int) -> nn.GroupNorm:
 # Opaque to the compiler, which else would take each seed for a constant and compile anew for it.
 @torch.library.custom_op("soflow::dropout_mask", mutates_args=())
 def _dropout_mask(h: Tensor, probability: float, seed: Tensor) -> Tensor:
-    """bool, shaped like h: which elements stay. Equal seeds, an int64 on the CPU, draw the same."""
+    """Which elements of h stay. Equal seeds, an int64 on the CPU, draw the same.
+
+    In the type that multiplies fastest: 0 and 1 of h's own on a CPU, bool elsewhere. What is drawn
+    does not depend on the precision of h.
+    """
     generator = torch.Generator(h.device).manual_seed(int(seed))
-    # Whatever the precision of h, so that the masks do not depend on it.
-    if h.device.type == "cpu":
-        # One draw for four elements, of 16 bits each: draws are what masks cost on a CPU.
-        words = torch.empty(-(-h.numel() // 4), dtype=torch.int64)
-        bits = words.random_(-(2**63), None, generator=generator).view(torch.int16)
-        return bits[: h.numel()].view(h.shape) >= round(probability * 2**16) - 2**15
-    drawn = torch.rand(h.shape, generator=generator, device=h.device, dtype=torch.float32)
-    return drawn >= probability
+    if h.device.type != "cpu":
+        stays = torch.empty_like(h, dtype=torch.bool)
+        return stays.bernoulli_(1 - probability, generator=generator)
+    # One draw for four elements, of 16 bits each: draws are what masks cost on a CPU.
+    words = torch.empty(-(-h.numel() // 4), dtype=torch.int64)
+    bits = words.random_(-(2**63), None, generator=generator).view(torch.int16)
+    bound = round(probability * 2**16) - 2**15
+    return torch.ge(bits[: h.numel()].view(h.shape), bound, out=torch.empty_like(h))
 
 
 @_dropout_mask.register_fake
 def _(h: Tensor, probability: float, seed: Tensor) -> Tensor:
-    return h.new_empty(h.shape, dtype=torch.bool)
+    return torch.empty_like(h, dtype=h.dtype if h.device.type == "cpu" else torch.bool)
 
 
-def _dropout(h: Tensor, probability: float, seed: Tensor | None) -> Tensor:
-    """Training-time dropout of `h`, in place; its mask is drawn from `seed` or torch's own state."""
-    if seed is None:
-        return F.dropout(h, probability, inplace=True)
-    return h.mul_(_dropout_mask(h.detach(), probability, seed)).div_(1 - probability)
+def _dropout(h: Tensor, probability: float, seed: Tensor) -> Tensor:
+    """Training-time dropout of `h`, in place on the CPU; no random state but `seed` is used."""
+    mask = _dropout_mask(h.detach(), probability, seed)
+    if h.device.type == "cpu":
+        return h.mul_(mask).div_(1 - probability)
+    # One kernel on CUDA: what a dropout does to values is what it does to their gradients.
+    return torch.ops.aten.native_dropout_backward(h, mask, 1 / (1 - probability))
 
 
 class _Convolution(nn.Conv2d):
@@ -128,7 +134,7 @@ class _Block(nn.Module):
             self.qkv = _Convolution(out_channels, 3 * out_channels, 1)
             self.proj = _Convolution(out_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, embedding: Tensor, dropout_seed: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, dropout_seed: Tensor) -> Tensor:
         h = self.conv0(F.silu(self.norm0(x)))
         # In place where nothing needs what was there: memory is what these cost.
         h += self.affine(embedding)[:, :, None, None]
@@ -155,13 +161,6 @@ class _Block(nn.Module):
         # Transposed, that is a channels-last view: all convolutions after it would take over that
         # layout, and rearrange their weights for it in every pass.
         return attended.to(qkv.dtype).transpose(2, 3).reshape(B, C, H, W).contiguous()
-
-
-def _block_seeds(dropout_seed: Tensor | None) -> Iterator[Tensor | None]:
-    """A seed for each block in turn: a block that is computed twice drops the same both times."""
-    if dropout_seed is None:
-        return itertools.repeat(None)
-    return (dropout_seed + index for index in itertools.count())
 
 
 def _encoder(
@@ -263,12 +262,15 @@ class UNet(Backbone):
 
         t and gap are [B], in [0, 1]. augment_labels [B, 6]; None means not augmented. In training
         mode equal `dropout_seed`s, an int64 on the CPU, give equal dropout masks and leave every
-        other random state as it was; None draws the masks from torch's global state. In evaluation
+        other random state as it was; None draws a seed from torch's global state. In evaluation
         mode nothing is dropped.
         """
         if labels is not None:
             raise ValueError("the UNet is unconditional: it takes no labels")
-        seeds = _block_seeds(dropout_seed if self.training else None)
+        if dropout_seed is None:
+            dropout_seed = torch.randint(2**62, ()) if self.training else torch.tensor(0)
+        # One for each block in turn: a block that is computed twice drops the same both times.
+        seeds = (dropout_seed + index for index in itertools.count())
         embedding = self._embed(t, gap, augment_labels)
         stem, *blocks = self.enc.values()
         stored = [stem(x)]
@@ -282,15 +284,12 @@ class UNet(Backbone):
             h = self._pass(block, h, embedding, next(seeds))
         return conv(F.silu(norm(h)))
 
-    def _pass(self, block: nn.Module, x: Tensor, embedding: Tensor, seed: Tensor | None) -> Tensor:
+    def _pass(self, block: nn.Module, x: Tensor, embedding: Tensor, seed: Tensor) -> Tensor:
         """The block's output; with activation checkpointing nothing else is kept."""
         if not (self.activation_checkpointing and torch.is_grad_enabled()):
             return block(x, embedding, seed)
-        # Masks drawn from the global state need that state again; saving it may wait for a GPU.
-        keeps_state = seed is None and self.training
-        return checkpoint(
-            block, x, embedding, seed, use_reentrant=False, preserve_rng_state=keeps_state
-        )
+        # No random state is kept: a block draws from its seed alone.
+        return checkpoint(block, x, embedding, seed, use_reentrant=False, preserve_rng_state=False)
 
     def _embed(self, t: Tensor, gap: Tensor, augment_labels: Tensor | None) -> Tensor:
         """What the blocks are told of times and augmentation: [B, 512]."""

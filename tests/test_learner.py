@@ -9,6 +9,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.distributed import HashStore
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -287,7 +288,7 @@ def test_a_compiled_network_gives_the_same_gradients_and_is_compiled_once(
     name, backend, monkeypatch
 ):
     """A tiny DiT by the real compiler; the UNet, which takes that minutes, as far as its graphs."""
-    monkeypatch.setitem(dit.SIZES, "Nano", dit.Size(width=32, depth=1, heads=2))
+    monkeypatch.setitem(dit.SIZES, "Nano", dit.Size(width=32, depth=3, heads=2))
     monkeypatch.setattr(
         nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend=backend)
     )
@@ -311,8 +312,33 @@ def test_a_compiled_network_gives_the_same_gradients_and_is_compiled_once(
     with torch.no_grad():
         averages = [each.state.ema_model.solution(x, t, 0 * t, labels) for each in (made, plain)]
     assert torch.equal(*averages)
-    assert graphs[0] > before
-    assert graphs == graphs[:1] * 3
+    # For each kind of block, one for each kind of pass: the blocks of a DiT are all alike.
+    assert graphs == [before + {"DiT": 1 * 3, "UNet": 14 * 2}[name]] * 3
+
+
+@pytest.mark.slow
+def test_exchanging_gradients_cuts_no_compiled_graph_into_more(monkeypatch):
+    graphs = []
+
+    def counted(graph: torch.fx.GraphModule, inputs: list, **options):
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setitem(dit.SIZES, "Nano", dit.Size(width=512, depth=3, heads=2))
+    monkeypatch.setattr(
+        nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend=counted)
+    )
+    torch._dynamo.reset()
+    made, _ = make_learner(GUIDED, compile=True)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        made.parallel_model = DistributedDataParallel(made.state.model, bucket_cap_mb=1)
+        made.step(iter([draw(GUIDED)]))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(graphs) == 3  # of the kinds of pass
 
 
 def test_the_learning_rate_rises_over_the_warmup_and_stays():
@@ -375,3 +401,15 @@ def test_tf32_is_allowed_on_cuda_unless_fp32_is_asked_for(monkeypatch, precision
     finally:
         for flag, value in zip(flags, before, strict=True):
             flag.allow_tf32 = value
+
+
+@pytest.mark.parametrize(("model_type", "is_timed"), [("UNet", True), ("DiT-Nano-4", False)])
+def test_cudnn_times_the_convolutions_of_a_network_whose_shapes_stay(
+    monkeypatch, model_type, is_timed
+):
+    for name in ("benchmark", "allow_tf32"):
+        monkeypatch.setattr(torch.backends.cudnn, name, False)
+    with torch.device("meta"):
+        model = build_model(model_type, 3, 8, 10, 0.1)
+    passes.set_options(model.network, torch.device("cuda"), "fp32", False, False)
+    assert torch.backends.cudnn.benchmark == is_timed

@@ -14,7 +14,7 @@ from torch import nn
 from models import SoFlow
 from sampling import (
     SampleRequest,
-    plan_rounds,
+    places_of,
     sample,
     sample_pixels,
     write_samples,
@@ -82,17 +82,12 @@ def test_every_jump_goes_from_its_time_to_zero_and_is_noised_afresh(noising_type
 
 @pytest.mark.parametrize(("images", "world_size", "batch"), [(10, 1, 4), (10, 3, 2), (5, 4, 8)])
 def test_rounds_cover_every_image_once_and_in_order(images, world_size, batch):
-    places = [
-        place
-        for work in plan_rounds(images, world_size, batch)
-        for rank in range(world_size)
-        for place in work.images_of(rank)
-    ]
+    ranks = [list(places_of(rank, images, world_size, batch)) for rank in range(world_size)]
+    rounds = list(zip(*ranks, strict=True))
+    places = [place for together in rounds for one in together for place in one]
     assert places == list(range(len(places)))
     assert images <= len(places) < images + world_size
-    assert all(
-        0 < work.images_per_process <= batch for work in plan_rounds(images, world_size, batch)
-    )
+    assert all(0 < len(one) <= batch for together in rounds for one in together)
 
 
 def request(num_images: int, batch_size: int, num_jumps: int = 1) -> SampleRequest:

@@ -99,6 +99,16 @@ def inputs_of(network: UNet, name: str, **settings) -> torch.Tensor:
     return given[0]
 
 
+def test_the_one_kernel_of_other_devices_drops_as_the_cpu_does():
+    h = torch.randn(1000, requires_grad=True)
+    mask = unet._dropout_mask(h.detach(), 0.3, SEED)
+    dropped = torch.ops.aten.native_dropout_backward(h, mask.bool(), 1 / 0.7)
+    expected = unet._dropout(h, 0.3, SEED)
+    torch.testing.assert_close(dropped, expected)
+    gradients = (torch.autograd.grad(y.square().sum(), h)[0] for y in (dropped, expected))
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("seed", [None, SEED])
 def test_dropout_takes_three_tenths_before_conv1_and_scales_up_the_rest(network, seed):
     dropped = inputs_of(network, "enc.8x8_block0.conv1", dropout_seed=seed)

@@ -157,3 +157,9 @@ def obstacle_to_compiling(device: torch.device) -> str | None:
     except Exception as error:  # of the compiler, its compilers, or the want of them: any kind
         return one_line(error)
     return None
+
+
+def time_convolutions(device: torch.device) -> None:
+    """Let cuDNN time its convolutions on each new shape and take the fastest: for fixed shapes."""
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
