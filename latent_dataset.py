@@ -56,7 +56,7 @@ from support.data.vae import (
 )
 from support.runs.logbook import code_version, duration, weights_digest
 from support.system.files import UserError
-from support.system.hardware import allow_tf32
+from support.system.hardware import allow_tf32, time_convolutions
 from support.system.processes import Processes, connected
 
 SECONDS_BETWEEN_LINES = 10
@@ -424,6 +424,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with contextlib.ExitStack() as until_end:
         with connected(arguments.device, TIMEOUT_MINUTES) as processes:
             allow_tf32(processes.device, arguments.precision != "fp32")
+            time_convolutions(processes.device)
             extraction = run_extraction(arguments, processes, until_end)
         if processes.is_main and extraction:  # while nobody waits for it
             merge(extraction)
