@@ -1,6 +1,7 @@
 """From noise to images: the one sampler, which training and inference both call."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,21 +23,60 @@ IMAGES_AT_ONCE = 8  # turned into pixels
 # B images of a batch, C channels, H = W side; images are float -1..1, pixels uint8 [B, H, W, C]
 
 
-@torch.inference_mode()
-def sample(model: Method, noises: Sequence[Tensor], labels: Tensor | None = None) -> Tensor:
-    """x_0, [B, C, H, W], in as many jumps as there are noises, [B, C, H, W] each.
+def even_times(steps: int) -> tuple[float, ...]:
+    """t_0 = 1, ..., t_n = 0 for n jumps, evenly apart."""
+    return tuple(1 - jump / steps for jump in range(steps)) + (0.0,)
 
-    Jump i starts at t_i = 1 - i/n, from the first noise or from the last jump's x_0 brought back to
-    t_i with a fresh noise, and ends at 0. The labels are [B], or None for the null class.
+
+def renoise(
+    model: Method, noises: Sequence[Tensor], labels: Tensor | None, times: Sequence[float]
+) -> Tensor:
+    """The published sampler: every jump ends at 0, and a fresh noise brings x back to the next t.
+
+    Takes a noise for each jump.
     """
     x = noises[0]
     zeros = x.new_zeros(len(x))
-    for jump, noise in enumerate(noises):
-        t = torch.full_like(zeros, 1 - jump / len(noises))
+    for jump, (t, noise) in enumerate(zip(times[:-1], noises, strict=True)):
+        starts = torch.full_like(zeros, t)
         if jump > 0:
-            x, _ = model.interpolate(x, noise, t)
-        x = model.jump(x, t, zeros, labels)
+            x, _ = model.interpolate(x, noise, starts)
+        x = model.jump(x, starts, zeros, labels)
     return x
+
+
+def chain(
+    model: Method, noises: Sequence[Tensor], labels: Tensor | None, times: Sequence[float]
+) -> Tensor:
+    """Each jump starts where the last one ended: x_0 is a function of the one noise it takes."""
+    x = noises[0]
+    ones = x.new_ones(len(x))
+    for t, s in itertools.pairwise(times):
+        x = model.jump(x, t * ones, s * ones, labels)
+    return x
+
+
+SAMPLERS: dict[str, Callable[..., Tensor]] = {"renoise": renoise, "chain": chain}
+
+
+def noises_needed(sampler: str, jumps: int) -> int:
+    return 1 if sampler == "chain" else jumps
+
+
+@torch.inference_mode()
+def sample(
+    model: Method,
+    noises: Sequence[Tensor],
+    labels: Tensor | None = None,
+    times: Sequence[float] | None = None,
+    sampler: str = "renoise",
+) -> Tensor:
+    """x_0, [B, C, H, W], of noises, [B, C, H, W] each, by jumps from `times[0]` = 1 down to 0.
+
+    The times are evenly apart, a jump for each noise, where none are given. The labels are [B], or
+    None for the null class.
+    """
+    return SAMPLERS[sampler](model, noises, labels, times or even_times(len(noises)))
 
 
 def places_of(rank: int, num_images: int, world_size: int, batch_size: int) -> Iterator[range]:
@@ -59,6 +99,8 @@ class SampleRequest(NamedTuple):
     batch_size: int
     num_jumps: int
     stream: SamplingStream
+    times: tuple[float, ...] | None = None  # None: evenly apart
+    sampler: str = "renoise"  # of SAMPLERS
 
 
 def find_decoder(config: Config) -> vae.FoundVae | None:
@@ -104,10 +146,12 @@ def sample_pixels(
     """
     rank, world_size = processes.rank, processes.world_size
     for places in places_of(rank, request.num_images, world_size, request.batch_size):
-        draws = request.stream.draw(places, request.num_jumps)
+        num_noises = noises_needed(request.sampler, request.num_jumps)
+        draws = request.stream.draw(places, num_noises)
         noises = [noise.to(processes.device) for noise in draws.noises]
         labels = None if draws.labels is None else draws.labels.to(processes.device)
-        images = decode(sample(model, noises, labels))
+        times = request.times or even_times(request.num_jumps)
+        images = decode(sample(model, noises, labels, times, request.sampler))
         pixels = _pixels_of(images)
         wanted = request.num_images - places.start  # on the main process, the first of all
         all_pixels = _gather(pixels, wanted, processes)

@@ -218,7 +218,7 @@ def contents(folder: Path) -> dict[str, object]:
     return {
         str(path.relative_to(folder)): _read(path)
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and not path.name.startswith(".") and path.name != BALLAST
+        if path.is_file() and not path.name.startswith((".", "broken_step_", BALLAST))
     }
 
 
