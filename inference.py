@@ -26,27 +26,29 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from config import Config, add_options, config_from_dict, load_config, shorten, suggest
-from models import Method, build_model
+from config import Config, add_options, config_from_dict, load_config
 from sampling import (
+    SAMPLERS,
+    LoadedModel,
     SampleRequest,
+    assemble,
+    check_times,
     decoder_record,
     decoding,
     find_decoder,
     sample_pixels,
     write_samples,
 )
-from support.data.datasets import DATASETS
 from support.data.grids import Grid, GridImages, save_grid
 from support.data.images import ImageBatch
 from support.runs.checkpoint import (
-    check_weights,
     checkpoint_path,
     read_checkpoint,
     run_of_checkpoint,
     run_of_config,
 )
 from support.runs.logbook import record_of, weights_digest, write_record
+from support.runs.stored import StoredModel
 from support.system.files import UserError, check_writable, make_folder
 from support.system.hardware import allow_tf32
 from support.system.processes import Processes, connected
@@ -55,7 +57,7 @@ from support.system.randomness import GivenLabels, PerImageStream, ReferenceStre
 # Entries of a record, or of the config in it, that decide the images.
 DECISIVE = (
     *("weights_sha256", "noising_type", "coefficient_type", "model_type", "dataset_type"),
-    *("num_images", "NFE", "seed", "labels", "noise_stream"),
+    *("num_images", "NFE", "times", "sampler", "seed", "labels", "noise_stream"),
     *("vae", "vae_revision", "latent_scale"),
 )
 DECISIVE_IN_REFERENCE_STREAM = ("eval_batch_size", "processes", "device")
@@ -134,35 +136,17 @@ def config_of_checkpoint(
     raise UserError(f"{path}: holds no config, as published checkpoints do not; say --config FILE")
 
 
-class LoadedModel(NamedTuple):
-    """A model ready to sample from, and what it makes."""
-
-    model: Method
-    shape: tuple[int, int, int]  # [C, H, W]
-    num_classes: int
-    class_names: Sequence[str]  # none where the checkpoint has none
-    weights_sha256: str  # empty on all but the main process, which alone writes it down
-
-
 def load_model(
     config: Config, path: Path, device: torch.device, is_main: bool = True
 ) -> LoadedModel:
-    """The averaged model of a checkpoint; channels and classes come from it, not from the data.
+    """The averaged model of a checkpoint, which must be of the config's kind.
 
     The main process checks it and sums it up for all: where it refuses, nothing is sampled.
     """
     content = read_checkpoint(path, is_verified=not is_main)
     refuse_other_model(config, content.get("config", {}), path)
-    channels, num_classes = data_of(config, content, path)
-    with torch.device("meta"):
-        model = build_model(**config.model_arguments(channels, num_classes))
-    check_weights(model, content["ema_model"], str(path))
-    model.to_empty(device=device).eval().requires_grad_(False)
-    model.load_state_dict(content["ema_model"])
-    shape = (channels, config.data_size, config.data_size)
-    names = content.get("data", {}).get("class_names", [])
-    digest = weights_digest(content["ema_model"]) if is_main else ""
-    return LoadedModel(model, shape, num_classes, names, digest)
+    stored = StoredModel(path, content["ema_model"], {}, content.get("data", {}))
+    return assemble(config, stored, device, weights_digest(stored.weights) if is_main else "")
 
 
 def refuse_other_model(config: Config, recorded: Mapping[str, Any], path: Path) -> None:
@@ -180,28 +164,46 @@ def refuse_other_model(config: Config, recorded: Mapping[str, Any], path: Path) 
         raise UserError(f"{path}: trained with another config: {'; '.join(differing)}")
 
 
-def data_of(config: Config, content: Mapping[str, Any], path: Path) -> tuple[int, int]:
-    """Channels and classes that a checkpoint was trained on."""
-    if "data" in content:
-        return content["data"]["channels"], content["data"]["num_classes"]
-    source = DATASETS[config.dataset_type]
-    if source.num_classes is None:
-        raise UserError(f"{path}: does not say how many classes its {config.dataset_type} had")
-    return source.channels, source.num_classes
-
-
 def run_inference(arguments: argparse.Namespace, sources: Sources, processes: Processes) -> None:
     """Sample what the command line asks for; all processes take part."""
     config = sources.config
-    output = choose_output(arguments, sources)
     find_decoder(config)
     allow_tf32(processes.device, config.precision != "fp32")
     loaded = load_model(config, sources.checkpoint, processes.device, processes.is_main)
-    labels = choose_labels(arguments.labels, config, loaded)
+    with decoding(config, processes.device) as decode:
+        for each in jumps_asked_for(arguments, config):
+            make_file(arguments, sources._replace(config=each), loaded, processes, decode)
+
+
+def jumps_asked_for(arguments: argparse.Namespace, config: Config) -> list[Config]:
+    """The config with each number of jumps that is asked for."""
+    if arguments.times is not None:
+        return [config.model_copy(update={"eval_NFE": len(arguments.times) - 1})]
+    counts = (arguments.eval_NFE or str(config.eval_NFE)).split(",")
+    one_file = [flag for flag in ("output", "grid") if getattr(arguments, flag)]
+    if len(counts) > 1 and one_file:
+        raise UserError(
+            f"--{one_file[0]}: names one file, and --eval-NFE {arguments.eval_NFE} asks for "
+            f"{len(counts)}"
+        )
+    values = config.to_dict()
+    return [config_from_dict(values, "--eval-NFE", [f"eval_NFE={count}"]) for count in counts]
+
+
+def make_file(
+    arguments: argparse.Namespace,
+    sources: Sources,
+    loaded: LoadedModel,
+    processes: Processes,
+    decode: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    """Sample one file."""
+    config = sources.config
+    output = choose_output(arguments, sources)
+    labels = choose_labels(arguments.labels, loaded)
+    counts = (config.eval_num_samples, config.eval_batch_size, config.eval_NFE)
     stream = choose_stream(arguments.noise_stream, labels, config, loaded, processes)
-    request = SampleRequest(
-        config.eval_num_samples, config.eval_batch_size, config.eval_NFE, stream
-    )
+    request = SampleRequest(*counts, stream, arguments.times, arguments.sampler)
 
     def its_record() -> dict[str, Any]:
         return record_of(
@@ -215,6 +217,7 @@ def run_inference(arguments: argparse.Namespace, sources: Sources, processes: Pr
             noise_stream=arguments.noise_stream,
             checkpoint=str(sources.checkpoint),
             weights_sha256=loaded.weights_sha256,
+            **another_way(arguments),
             **decoder_record(config),
         )
 
@@ -230,12 +233,8 @@ def run_inference(arguments: argparse.Namespace, sources: Sources, processes: Pr
         if not arguments.overwrite:
             refuse_to_replace(output, its_record())
     shown = GridImages(config.eval_demo_shape, loaded.num_classes, labels)
-    with (
-        decoding(config, processes.device) as decode,
-        tqdm(
-            total=request.num_images, unit="image", disable=None if processes.is_main else True
-        ) as bar,
-    ):
+    quiet = None if processes.is_main else True
+    with tqdm(total=request.num_images, unit="image", disable=quiet) as bar:
 
         def report(batch: ImageBatch) -> None:
             shown.add(batch)
@@ -249,6 +248,13 @@ def run_inference(arguments: argparse.Namespace, sources: Sources, processes: Pr
         print(f"{request.num_images} images in {output}")
         if arguments.grid:
             draw(shown.arranged(), Path(arguments.grid), loaded.class_names)
+
+
+def another_way(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a record says of the jumps, where they are not the published ones."""
+    said = {"sampler": arguments.sampler if arguments.sampler != "renoise" else None}
+    said["times"] = list(arguments.times) if arguments.times else None
+    return {name: value for name, value in said.items() if value is not None}
 
 
 def draw(grid: Grid, path: Path, class_names: Sequence[str]) -> None:
@@ -271,8 +277,10 @@ def choose_output(arguments: argparse.Namespace, sources: Sources) -> Path:
     if arguments.output:
         return Path(arguments.output)
     config = sources.config
-    name = f"{sources.checkpoint.stem}_{config.eval_NFE}NFE_{config.seed}.npz"
-    return sources.results / name
+    name = f"{sources.checkpoint.stem}_{config.eval_NFE}NFE_{config.seed}"
+    for value in another_way(arguments).values():
+        name += "_" + (value if isinstance(value, str) else "-".join(f"{t:g}" for t in value))
+    return sources.results / f"{name}.npz"
 
 
 def refuse_to_replace(output: Path, record: Mapping[str, Any]) -> None:
@@ -336,48 +344,11 @@ def choose_stream(
     return GivenLabels(stream, labels) if labels else stream
 
 
-def choose_labels(text: str | None, config: Config, loaded: LoadedModel) -> list[int]:
+def choose_labels(text: str | None, loaded: LoadedModel) -> list[int]:
     """The classes of a list of names and numbers, such as cat,dog,3; none for None."""
     if text is None:
         return []
-    if not config.is_conditional:
-        raise UserError(f"--labels: {config.model_type} is unconditional and takes none")
-    names = loaded.class_names
-    meanings = meanings_of(loaded.num_classes, names)
-    spelled = [name for name in names if not name.isdecimal()]
-    labels = []
-    for word in text.split(","):
-        if word.strip() not in meanings:
-            raise UserError(
-                f"--labels: {shorten(word.strip())} is not a class; those are "
-                f"{describe_classes(meanings, loaded)}{suggest(word.strip(), spelled)}"
-            )
-        labels.append(meanings[word.strip()])
-    return labels
-
-
-def meanings_of(num_classes: int, names: Sequence[str]) -> dict[str, int]:
-    """The class that each word stands for: its name or number.
-
-    Names alone, where one of them is another class's number: of folders 1, 2, 10 the class called 1
-    is number 0, and nobody should have to guess which 1 is meant.
-    """
-    numbers = {str(label): label for label in range(num_classes)}
-    named = {name: label for label, name in enumerate(names)}
-    is_ambiguous = any(numbers.get(name, label) != label for name, label in named.items())
-    return named if is_ambiguous else numbers | named
-
-
-def describe_classes(meanings: Mapping[str, int], loaded: LoadedModel) -> str:
-    """The words that --labels takes."""
-    numbers = f"0 to {loaded.num_classes - 1}"
-    named = ", ".join(loaded.class_names)
-    named = named if len(named) <= 80 else f"{named[:60]}..."
-    if not loaded.class_names or named == ", ".join(map(str, range(loaded.num_classes))):
-        return numbers
-    if len(meanings) == len(loaded.class_names):
-        return f"{named} (by name alone, since some names are other classes' numbers)"
-    return f"{numbers}, or by name {named}"
+    return loaded.labels_of([word.strip() for word in text.split(",")], "--labels")
 
 
 # The command
@@ -398,7 +369,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--ckpt", type=expanduser, metavar="FILE", help="sample from this checkpoint instead"
     )
     add("--eval-batch-size", metavar="B", help="images at a time, per process (default 32)")
-    add("--eval-NFE", metavar="N", help="jumps per image (default 1)")
+    add("--eval-NFE", metavar="N[,N...]", help="jumps per image (default 1); a file for each")
+    times_help = "where the jumps start and end, instead of evenly apart"
+    add("--times", type=times_in, metavar="1,...,0", help=times_help)
+    add(
+        "--sampler",
+        choices=tuple(SAMPLERS),
+        default="renoise",
+        help="renoise (default): as published, every jump ends at 0 and a fresh noise brings it "
+        "back; chain: each jump starts where the last one ended",
+    )
     add("--seed", metavar="S", help="of labels and noise (default 42)")
     add("--num-samples", metavar="N", help="images (default: eval_num_samples, 50000)")
     add(
@@ -434,11 +414,20 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def times_in(text: str) -> tuple[float, ...]:
+    """The times of a list such as 1,0.6,0."""
+    try:
+        return check_times([float(word) for word in text.split(",")], "--times")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} does not fall from 1 to 0, as 1,0.6,0 does"
+        ) from error
+
+
 def settings_of(arguments: argparse.Namespace) -> list[str]:
     """The command line's values of the config's keys, the last one of a key being the one meant."""
     given = {
         "eval_batch_size": arguments.eval_batch_size,
-        "eval_NFE": arguments.eval_NFE,
         "eval_num_samples": arguments.num_samples,
         "seed": arguments.seed,
     }

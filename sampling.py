@@ -2,30 +2,42 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
-from config import Config
-from models import Method
+from config import Config, config_from_dict
+from models import Method, build_model
 from support.data import vae
+from support.data.datasets import DATASETS
 from support.data.images import ImageBatch, to_pixels
+from support.runs.budget import count_parameters
+from support.runs.checkpoint import check_weights
+from support.runs.stored import StoredModel, read_stored
 from support.scores.npz import write_images
-from support.system.processes import Processes
-from support.system.randomness import SamplingStream
+from support.system.files import UserError
+from support.system.hardware import allow_tf32
+from support.system.processes import Processes, choose_device
+from support.system.randomness import PerImageStream, SamplingStream
+from support.system.settings import listed, shorten, suggest
 
 IMAGES_AT_ONCE = 8  # turned into pixels
+SECONDS_BEFORE_BAR = 5
 
 # B images of a batch, C channels, H = W side; images are float -1..1, pixels uint8 [B, H, W, C]
 
 
 def even_times(steps: int) -> tuple[float, ...]:
     """t_0 = 1, ..., t_n = 0 for n jumps, evenly apart."""
-    return tuple(1 - jump / steps for jump in range(steps)) + (0.0,)
+    return (*(1 - jump / steps for jump in range(steps)), 0.0)
 
 
 def renoise(
@@ -152,7 +164,7 @@ def sample_pixels(
         labels = None if draws.labels is None else draws.labels.to(processes.device)
         times = request.times or even_times(request.num_jumps)
         images = decode(sample(model, noises, labels, times, request.sampler))
-        pixels = _pixels_of(images)
+        pixels = pixels_of(images)
         wanted = request.num_images - places.start  # on the main process, the first of all
         all_pixels = _gather(pixels, wanted, processes)
         all_labels = None if labels is None else _gather(labels, wanted, processes)
@@ -160,7 +172,7 @@ def sample_pixels(
             yield ImageBatch(all_pixels, all_labels)
 
 
-def _pixels_of(images: Tensor) -> Tensor:
+def pixels_of(images: Tensor) -> Tensor:
     """uint8 [B, H, W, C] of float images [B, C, H, W], a few at a time.
 
     What that takes meanwhile is small beside the images: large blocks that come and go leave gaps
@@ -207,3 +219,218 @@ def write_samples(
             done += len(batch.pixels)
             report(batch)
         write_its_record()
+
+
+# A model in three lines
+
+
+class Images(list[Image.Image]):
+    """Sampled images, as PIL knows them; `latents` is what the network made, x_0 [N, C, H, W]."""
+
+    def __init__(self, pixels: np.ndarray, latents: Tensor):
+        super().__init__(
+            Image.fromarray(one.squeeze(-1) if one.shape[-1] == 1 else one) for one in pixels
+        )
+        self._pixels, self.latents = pixels, latents
+
+    def numpy(self) -> np.ndarray:
+        """uint8 [N, H, W, C]; grey images have one channel."""
+        return self._pixels
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A trained model, ready to sample from, and what it makes."""
+
+    model: Method
+    config: Config
+    shape: tuple[int, int, int]  # of x_0, [C, H, W]
+    num_classes: int
+    class_names: Sequence[str] = ()  # none where nothing says them
+    weights_sha256: str = ""  # of the averaged weights, where it was asked for
+
+    def sample(
+        self,
+        labels: int | str | Sequence[int | str] | None = None,
+        seeds: int | Sequence[int] | None = None,
+        steps: int = 1,
+        *,
+        times: Sequence[float] | None = None,
+        sampler: str = "renoise",
+        noise: Tensor | None = None,
+        batch_size: int = 32,
+    ) -> Images:
+        """An image for each seed, the same one in any batch and by any number of processes.
+
+        Labels are classes by number or name, one for all or one for each; without, each seed draws
+        its own. `times` go from 1 down to 0 instead of `steps` that are evenly apart; `sampler` is
+        one of SAMPLERS; `noise`, [N, C, H, W], replaces what the seeds draw first. The image of a
+        seed is the first one that `inference.py --seed` makes. UserError says what cannot be.
+        """
+        times = check_times(times, "times") if times is not None else even_times(_count(steps))
+        if sampler not in SAMPLERS:
+            raise UserError(f"sampler: {shorten(sampler)} is not one of {', '.join(SAMPLERS)}")
+        given = None if labels is None else self.labels_of(listed(labels), "labels")
+        seeds = self._seeds(given, _listed(seeds), noise)
+        if given is not None and len(given) not in (1, len(seeds)):
+            raise UserError(f"labels: {len(given)} for {len(seeds)} images; give one, or as many")
+        device = next(self.model.parameters()).device
+        found = []
+        bar = tqdm(total=len(seeds), unit="image", disable=None, delay=SECONDS_BEFORE_BAR)
+        with bar, decoding(self.config, device) as decode:
+            for start in range(0, len(seeds), batch_size):
+                places = range(start, min(start + batch_size, len(seeds)))
+                noises, drawn = self._draw(seeds[start : places.stop], sampler, len(times) - 1)
+                if noise is not None:
+                    noises[0] = noise[start : places.stop].to(noises[0])
+                if given is not None:
+                    drawn = torch.tensor([given[place % len(given)] for place in places])
+                dtype = next(self.model.parameters()).dtype
+                noises = [one.to(device, dtype) for one in noises]
+                on_device = None if drawn is None else drawn.to(device)
+                x_0 = sample(self.model, noises, on_device, times, sampler).float()
+                found.append((pixels_of(decode(x_0)).cpu().numpy(), x_0.cpu()))
+                bar.update(len(places))
+        pixels, latents = zip(*found, strict=True)
+        return Images(np.concatenate(pixels), torch.cat(latents))
+
+    def _draw(
+        self, seeds: Sequence[int], sampler: str, jumps: int
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Noises, [B, C, H, W] each, and labels, [B], of images that have a seed each."""
+        num_classes = self.num_classes if self.config.is_conditional else None
+        draws = [
+            PerImageStream(seed, num_classes, self.shape).draw([0], noises_needed(sampler, jumps))
+            for seed in seeds
+        ]
+        noises = [torch.cat(together) for together in zip(*(d.noises for d in draws), strict=True)]
+        labels = [d.labels for d in draws if d.labels is not None]
+        return noises, torch.cat(labels) if labels else None
+
+    def _seeds(
+        self, labels: Sequence[int] | None, seeds: Sequence[Any] | None, noise: Tensor | None
+    ) -> list[int]:
+        """A seed for each image; UserError where counts or shapes do not fit."""
+        if noise is not None and tuple(noise.shape[1:]) != self.shape:
+            raise UserError(
+                f"noise: must be [N, {', '.join(map(str, self.shape))}], not {list(noise.shape)}"
+            )
+        if seeds is None:
+            count = len(noise) if noise is not None else len(labels or [0])
+            return list(range(count))
+        if not seeds or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
+            raise UserError(f"seeds: {shorten(seeds)} are not whole numbers of 0 or more")
+        if noise is not None and len(noise) != len(seeds):
+            raise UserError(f"noise: {len(noise)} for {len(seeds)} seeds")
+        return list(seeds)
+
+    def labels_of(self, words: Sequence[int | str], place: str) -> list[int]:
+        """The classes that words stand for, by number or name; UserError, at `place`, else."""
+        if not self.config.is_conditional:
+            raise UserError(f"{place}: {self.config.model_type} is unconditional and takes none")
+        meanings = meanings_of(self.num_classes, self.class_names)
+        spelled = [name for name in self.class_names if not name.isdecimal()]
+        for word in map(str, words):
+            if word not in meanings:
+                raise UserError(
+                    f"{place}: {shorten(word)} is not a class; those are "
+                    f"{self._described(meanings)}{suggest(word, spelled)}"
+                )
+        return [meanings[str(word)] for word in words]
+
+    def _described(self, meanings: Mapping[str, int]) -> str:
+        """The words for classes."""
+        numbers = f"0 to {self.num_classes - 1}"
+        named = ", ".join(self.class_names)
+        named = named if len(named) <= 80 else f"{named[:60]}..."
+        if not self.class_names or named == ", ".join(map(str, range(self.num_classes))):
+            return numbers
+        if len(meanings) == len(self.class_names):
+            return f"{named} (by name alone, since some names are other classes' numbers)"
+        return f"{numbers}, or by name {named}"
+
+
+def meanings_of(num_classes: int, names: Sequence[str]) -> dict[str, int]:
+    """The class that each word stands for: its name or number.
+
+    Names alone, where one of them is another class's number: of folders 1, 2, 10 the class called 1
+    is number 0, and nobody should have to guess which 1 is meant.
+    """
+    numbers = {str(label): label for label in range(num_classes)}
+    named = {name: label for label, name in enumerate(names)}
+    is_ambiguous = any(numbers.get(name, label) != label for name, label in named.items())
+    return named if is_ambiguous else numbers | named
+
+
+def load(
+    source: str | Path,
+    subfolder: str = "",
+    *,
+    device: str = "auto",
+    dtype: torch.dtype = torch.float32,
+    report: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+) -> LoadedModel:
+    """The averaged model of a run (its newest checkpoint), a checkpoint, an exported folder, or a
+    name on the Hugging Face Hub; what it is goes to `report`.
+
+    UserError where there is none, or it cannot be read.
+    """
+    stored = read_stored(source, subfolder)
+    config = config_from_dict(stored.config, str(stored.path), (), report)
+    place = choose_device(device)
+    allow_tf32(place, config.precision != "fp32")
+    loaded = assemble(config, stored, place)
+    loaded.model.to(dtype)
+    classes = f", {loaded.num_classes} classes" if config.is_conditional else ""
+    report(
+        f"{stored.path}: {config.model_type}, {count_parameters(loaded.model)}, averaged over "
+        f"{stored.finished_steps} steps{classes}, on {place}"
+    )
+    return loaded
+
+
+def assemble(
+    config: Config, stored: StoredModel, device: torch.device, weights_sha256: str = ""
+) -> LoadedModel:
+    """The config's model with stored weights; channels and classes come with these."""
+    channels, num_classes = _counts(config, stored)
+    with torch.device("meta"):
+        model = build_model(**config.model_arguments(channels, num_classes))
+    check_weights(model, stored.weights, str(stored.path))
+    model.to_empty(device=device).eval().requires_grad_(False)
+    model.load_state_dict(dict(stored.weights))
+    shape = (channels, config.data_size, config.data_size)
+    names = stored.data.get("class_names", ())
+    return LoadedModel(model, config, shape, num_classes, names, weights_sha256)
+
+
+def _counts(config: Config, stored: StoredModel) -> tuple[int, int]:
+    """Channels and classes of the data that a model was trained on."""
+    if stored.data:
+        return stored.data["channels"], stored.data["num_classes"]
+    source = DATASETS[config.dataset_type]
+    if source.num_classes is None:
+        raise UserError(
+            f"{stored.path}: does not say how many classes its {config.dataset_type} had"
+        )
+    return source.channels, source.num_classes
+
+
+def check_times(times: Sequence[float], place: str) -> tuple[float, ...]:
+    """The times of jumps, if they are some; UserError, at `place`, else."""
+    values = tuple(map(float, times))
+    falls = all(t > s for t, s in itertools.pairwise(values))
+    if len(values) < 2 or values[0] != 1 or values[-1] != 0 or not falls:
+        raise UserError(f"{place}: {shorten(list(times))} do not fall from 1 to 0, as 1,0.6,0 does")
+    return values
+
+
+def _count(steps: Any) -> int:
+    if type(steps) is not int or steps < 1:
+        raise UserError(f"steps: {shorten(steps)} is not a whole number of 1 or more")
+    return steps
+
+
+def _listed(value: Any) -> list[Any] | None:
+    """The values of a list; one that stands alone is a list of one."""
+    return value if value is None else list(listed(value))

@@ -239,8 +239,8 @@ def test_samples_go_where_output_says_and_spare_what_is_no_record_there(run, tmp
 
 
 def labels_of(text: str, names: list[str]) -> list[int]:
-    sampler = inference.LoadedModel(None, (1, 8, 8), len(names) or 4, names, "")
-    return inference.choose_labels(text, Config(), sampler)
+    loaded = inference.LoadedModel(None, Config(), (1, 8, 8), len(names) or 4, names)
+    return inference.choose_labels(text, loaded)
 
 
 @pytest.mark.parametrize(

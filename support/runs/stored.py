@@ -4,7 +4,6 @@ An exported folder has the averaged weights as model.safetensors and config.json
 `config` and `data` as in a checkpoint, `finished_steps`, and `weights_sha256`.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -17,7 +16,7 @@ import yaml
 from torch import Tensor
 
 from support.runs.checkpoint import find_checkpoints, read_checkpoint, run_of_checkpoint
-from support.system.files import UserError, one_line
+from support.system.files import UserError, one_line, sha256_of
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -104,9 +103,8 @@ def _of_export(folder: Path) -> StoredModel:
         raise UserError(
             f"{described}: not the description of an exported model ({one_line(error)})"
         ) from error
-    with open(path, "rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-            raise UserError(f"{path}: damaged: its SHA-256 is not the one in {described}")
+    if sha256_of(path) != digest:
+        raise UserError(f"{path}: damaged: its SHA-256 is not the one in {described}")
     return StoredModel(path, read_weights(path), config, data, steps)
 
 
