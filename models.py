@@ -291,32 +291,35 @@ class SoFlow(Method):
         return run_together(
             self.network,
             self.execution,
-            self._flow_matching(batch.flow_matching, batch.flow_matching_t),
-            self._consistency(batch.consistency, batch.consistency_times),
+            self._flow_matching(batch.flow_matching, batch.flow_matching_t, self.objective),
+            self._consistency(batch.consistency, batch.consistency_times, self.objective),
         )
 
-    def _flow_matching(self, samples: Samples, t: Tensor) -> Passes[LossTerms]:
+    def _flow_matching(
+        self, samples: Samples, t: Tensor, objective: Objective
+    ) -> Passes[LossTerms]:
         """The flow matching loss of each sample: the velocity is to be v*."""
         x_t, v_t = self.interpolate(samples.x_0, samples.x_1, t)
-        labels, kept = self.drop_labels(samples), kept_places(samples, self.objective)
-        (v_null,) = yield from self._velocities(x_t, t, kept, None)
+        labels, kept = self.drop_labels(samples), kept_places(samples, objective)
+        (v_null,) = yield from self._velocities(x_t, t, kept, objective, None)
 
         conditions = (labels, samples.augment_labels, samples.dropout_seed)
         (F_t,) = yield (Pass(x_t, t, t, *conditions, may_be_coarse=True),)
         form = self.solution_form(t, t)
         velocity = velocity_of(x_t, F_t, form.a_s, form.b_s)
         # v_label is what is predicted here anyway, without its gradient: it costs no pass.
-        v_star = target_velocity(v_t, t, kept, v_null, velocity.detach()[kept], self.objective)
-        return flow_matching_terms(velocity, v_star, form.b_s, self.objective)
+        v_star = target_velocity(v_t, t, kept, v_null, velocity.detach()[kept], objective)
+        return flow_matching_terms(velocity, v_star, form.b_s, objective)
 
-    def _consistency(self, samples: Samples, times: ConsistencyTimes) -> Passes[LossTerms]:
+    def _consistency(
+        self, samples: Samples, times: ConsistencyTimes, objective: Objective
+    ) -> Passes[LossTerms]:
         """The consistency loss of each sample: f at s is to be the same from x_t and from x_l."""
         t, l, s = times  # noqa: E741
-        objective = self.objective
         x_t, v_t = self.interpolate(samples.x_0, samples.x_1, t)
         labels, kept = self.drop_labels(samples), kept_places(samples, objective)
         label_sets = (None, labels) if objective.mix_ratio < 1 else (None,)
-        v_null, *v_label = yield from self._velocities(x_t, t, kept, *label_sets)
+        v_null, *v_label = yield from self._velocities(x_t, t, kept, objective, *label_sets)
         v_star = target_velocity(v_t, t, kept, v_null, v_label[0] if v_label else None, objective)
 
         # The same conditions and dropout masks at t and at l: f must not be of two networks. And
@@ -333,7 +336,12 @@ class SoFlow(Method):
         return consistency_terms(F_t, f_t, f_l, t - l, at_t.b, objective)
 
     def _velocities(
-        self, x_t: Tensor, t: Tensor, places: Tensor, *label_sets: Tensor | None
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        places: Tensor,
+        objective: Objective,
+        *label_sets: Tensor | None,
     ) -> Passes[list[Tensor]]:
         """The velocities, [K, C, H, W], at K places of x_t under each of these labels [B].
 
@@ -341,7 +349,7 @@ class SoFlow(Method):
         where that will do. No dropout seed and no augmentation labels are given: our networks with
         labels have neither.
         """
-        if self.objective.cfg_scale <= 1:
+        if objective.cfg_scale <= 1:
             return [x_t[places] for _ in label_sets]
         null_labels = self.null_labels(t)
         label_sets = tuple(null_labels if labels is None else labels for labels in label_sets)
@@ -352,7 +360,43 @@ class SoFlow(Method):
         form = self.solution_form(t[places], t[places])
         return [velocity_of(x_t[places], F, form.a_s, form.b_s) for F in outputs]
 
-    # For callers who have one velocity or one jump to compute
+    # For callers who have one loss, one velocity or one jump to compute
+
+    def flow_matching_loss(
+        self,
+        x_0: Tensor,
+        x_1: Tensor,
+        t: Tensor,
+        labels: Tensor | None,
+        null_mask: Tensor | None,
+        objective: Objective,
+        augment_labels: Tensor | None = None,
+    ) -> LossTerms:
+        """The weighted squared error of the velocity, guided where the objective says so."""
+        samples = Samples(x_0, x_1, labels, null_mask, augment_labels)
+        loss = self._flow_matching(samples, t, objective)
+        (terms,) = run_together(self.network, self.execution, loss)
+        return terms.share(len(x_0))
+
+    def consistency_loss(
+        self,
+        x_0: Tensor,
+        x_1: Tensor,
+        t: Tensor,
+        l: Tensor,  # noqa: E741
+        s: Tensor,
+        labels: Tensor | None,
+        null_mask: Tensor | None,
+        objective: Objective,
+        augment_labels: Tensor | None = None,
+    ) -> LossTerms:
+        """The surrogate of the consistency loss, which divides by no b; see `consistency_terms`."""
+        # Both passes are to drop the same.
+        seed = int(torch.randint(2**62, ())) if self.training else 0
+        samples = Samples(x_0, x_1, labels, null_mask, augment_labels, seed)
+        loss = self._consistency(samples, ConsistencyTimes(t, l, s), objective)
+        (terms,) = run_together(self.network, self.execution, loss)
+        return terms.share(len(x_0))
 
     def velocity(
         self,

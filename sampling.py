@@ -5,6 +5,7 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from support.system.files import UserError
 from support.system.hardware import allow_tf32
 from support.system.processes import Processes, choose_device
 from support.system.randomness import PerImageStream, SamplingStream
-from support.system.settings import listed, shorten, suggest
+from support.system.settings import shorten, suggest
 
 IMAGES_AT_ONCE = 8  # turned into pixels
 SECONDS_BEFORE_BAR = 5
@@ -270,8 +271,8 @@ class LoadedModel:
         times = check_times(times, "times") if times is not None else even_times(_count(steps))
         if sampler not in SAMPLERS:
             raise UserError(f"sampler: {shorten(sampler)} is not one of {', '.join(SAMPLERS)}")
-        given = None if labels is None else self.labels_of(listed(labels), "labels")
-        seeds = self._seeds(given, _listed(seeds), noise)
+        given = None if labels is None else self.labels_of(_listed(labels), "labels")
+        seeds = self._seeds(given, None if seeds is None else _listed(seeds), noise)
         if given is not None and len(given) not in (1, len(seeds)):
             raise UserError(f"labels: {len(given)} for {len(seeds)} images; give one, or as many")
         device = next(self.model.parameters()).device
@@ -318,11 +319,11 @@ class LoadedModel:
         if seeds is None:
             count = len(noise) if noise is not None else len(labels or [0])
             return list(range(count))
-        if not seeds or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
+        if not seeds or not all(isinstance(seed, Integral) and int(seed) >= 0 for seed in seeds):
             raise UserError(f"seeds: {shorten(seeds)} are not whole numbers of 0 or more")
         if noise is not None and len(noise) != len(seeds):
             raise UserError(f"noise: {len(noise)} for {len(seeds)} seeds")
-        return list(seeds)
+        return list(map(int, seeds))
 
     def labels_of(self, words: Sequence[int | str], place: str) -> list[int]:
         """The classes that words stand for, by number or name; UserError, at `place`, else."""
@@ -431,6 +432,6 @@ def _count(steps: Any) -> int:
     return steps
 
 
-def _listed(value: Any) -> list[Any] | None:
-    """The values of a list; one that stands alone is a list of one."""
-    return value if value is None else list(listed(value))
+def _listed(value: Any) -> list[Any]:
+    """The values of a sequence; one that stands alone is a list of one."""
+    return [value] if isinstance(value, str | Integral) else list(value)

@@ -76,7 +76,8 @@ def losses_of(folder: Path) -> dict[int, dict[str, float]]:
     found = {}
     for line in (folder / "held_out.jsonl").read_text().splitlines():
         record = json.loads(line)
-        found[record.pop("step")] = {
+        step = record.pop("step")
+        found[step] = {
             f"{loss} of the {whose}, {place}": value
             for whose, losses in record.items()
             for loss, bins in losses.items()

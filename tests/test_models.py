@@ -411,6 +411,25 @@ def part(x_0, x_1, times, labels, null_mask, rows, V, counts) -> Batch:
     )
 
 
+def test_each_loss_by_itself_is_what_a_batch_of_it_alone_has():
+    model = toy_model()
+    x_0, x_1, times = draws(4)
+    given = (torch.arange(4) % 3, torch.tensor([False, True, False, False]))
+    expected = terms_of(model, GUIDED, times.t, x_0, x_1, *given)
+    model.objective = Objective()  # what is asked for counts
+    for name, found in zip(
+        LossTerms._fields,
+        model.flow_matching_loss(x_0, x_1, times.t, *given, GUIDED),
+        strict=True,
+    ):
+        assert torch.equal(found, getattr(expected, name)), name
+    expected = terms_of(model, GUIDED, times, x_0, x_1, *given)
+    for name, found in zip(
+        LossTerms._fields, model.consistency_loss(x_0, x_1, *times, *given, GUIDED), strict=True
+    ):
+        assert torch.equal(found, getattr(expected, name)), name
+
+
 def test_parts_of_a_batch_add_up_to_the_whole_and_to_the_weighted_losses():
     model = toy_model()
     model.objective = GUIDED

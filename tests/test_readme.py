@@ -38,7 +38,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("several processes")]
 README = ROOT / "README.md"
 LIMIT_SECONDS = 300  # of a command: one that trains for hours has to be named below
 SHELLS = ("sh", "bash", "shell", "console")  # how a block of commands may be called
-OUR_SCRIPTS = ("train.py", "inference.py", "latent_dataset.py", "evaluator.py", "report.py")
+OUR_SCRIPTS = (
+    *("train.py", "inference.py", "latent_dataset.py", "evaluator.py", "report.py", "export.py"),
+)
 
 # What cannot run here, by its first words; its options are checked all the same.
 NOT_RUN = {

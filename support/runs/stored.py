@@ -164,3 +164,20 @@ def _wanted(name: str, files: list[str], subfolder: str) -> list[str]:
     folders |= {file.rsplit("/ckpts/", 1)[0] for file in files if "/ckpts/" in file}
     hint = f"; there are models in {', '.join(sorted(folders)[:10])}" if folders else ""
     raise UserError(f"{name}: has no model{f' in {subfolder}' if subfolder else ''}{hint}")
+
+
+def push(folder: Path, name: str, is_private: bool) -> str:
+    """Upload an exported folder to a repository of the hub, made if need be; gives its address."""
+    if not HUB_NAME.fullmatch(name):
+        raise UserError(f"--push {name}: not a name on the hub, such as owner/digits")
+    try:
+        from huggingface_hub import create_repo, upload_folder
+
+        url = create_repo(name, private=is_private, exist_ok=True)
+        upload_folder(repo_id=name, folder_path=folder)
+    except Exception as error:  # the hub's client raises many kinds
+        raise UserError(
+            f"--push {name}: not uploaded ({one_line(error)}); `hf auth login` may help, or "
+            f"`hf upload {name} {folder}`"
+        ) from error
+    return str(url)
