@@ -119,7 +119,13 @@ def model_card(stored: StoredModel, loaded: LoadedModel, has_onnx: bool) -> str:
     network = f"{config.model_type}, {count_parameters(loaded.model)}"
     label = "labels=[0], " if config.is_conditional else ""
     lines = [
-        *("---", "license: FILL_IN", "tags: [image-generation, one-step, soflow]", "---", ""),
+        *(
+            "---",
+            "license: other  # fill in, before others are to use it",
+            "tags: [image-generation, one-step, soflow]",
+            "---",
+            "",
+        ),
         f"# {config.model_type} on {config.dataset_type}, trained by {config.method}",
         picture,
         "Makes an image in one step (Solution Flow Models, arXiv 2512.15657).",

@@ -49,7 +49,7 @@ def test_the_card_says_what_the_records_say_and_nothing_of_this_machine(run, tmp
     export.main([str(run), str(tmp_path / "out")])
     card = (tmp_path / "out" / "README.md").read_text()
     for said in ("DiT-Nano-2, 1,323,780 parameters; 8 pixels a side, 10 classes", "1,197 images",
-                 "3 of 3 steps of 12 images", "license: FILL_IN", "samples.png"):  # fmt: skip
+                 "3 of 3 steps of 12 images", "license: other  # fill", "samples.png"):  # fmt: skip
         assert said in card
     assert "FD 12.35, prec 0.5" in card
     text = card + (tmp_path / "out" / "config.json").read_text()

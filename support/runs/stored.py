@@ -135,7 +135,8 @@ def fetch(name: str, subfolder: str = "") -> Path:
         raise UserError(f"{name}: {one_line(error)}; pip install huggingface_hub") from error
     try:
         if constants.HF_HUB_OFFLINE:
-            return Path(snapshot_download(name, local_files_only=True))
+            # What was fetched is a part of the repository: ask for no file that was not.
+            return Path(snapshot_download(name, local_files_only=True, allow_patterns=["*/"]))
         files = list_repo_files(name)
         return Path(snapshot_download(name, allow_patterns=_wanted(name, files, subfolder)))
     except UserError:
