@@ -147,7 +147,7 @@ def vae_rate(bench: Bench, direction: Any, size_and_batch: tuple[int, int]) -> I
     allow_tf32(bench.device, False)
     if direction is encode:
         images = torch.rand(batch, 3, size, size, device=bench.device)
-        work = functools.partial(encode, vae, images)
+        work = functools.partial(encode, vae, images, batch)
     else:
         latents = torch.randn(batch, 4, size // 8, size // 8, device=bench.device)
         work = functools.partial(decode, vae, latents, batch)
