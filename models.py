@@ -215,6 +215,10 @@ class Method(nn.Module):
     def configure(self, settings: Mapping[str, Any]) -> None:
         """Take from a config's keys what the loss depends on."""
 
+    def loss(self, batch: Batch) -> StepTerms:
+        """The objective on one microbatch: `forward`, which DistributedDataParallel calls."""
+        return self(batch)
+
     def jump(self, x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
         """x_s, [B, C, H, W], of x_t; times are [B], labels [B] or None for the null class."""
         raise NotImplementedError

@@ -416,6 +416,9 @@ def test_each_loss_by_itself_is_what_a_batch_of_it_alone_has():
     x_0, x_1, times = draws(4)
     given = (torch.arange(4) % 3, torch.tensor([False, True, False, False]))
     expected = terms_of(model, GUIDED, times.t, x_0, x_1, *given)
+    samples = Samples(x_0, x_1, *given)
+    batch = Batch(samples, times.t, samples, times, 4, 4)
+    assert torch.equal(model.loss(batch).loss, model(batch).loss)
     model.objective = Objective()  # what is asked for counts
     for name, found in zip(
         LossTerms._fields,
