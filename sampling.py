@@ -268,7 +268,10 @@ class LoadedModel:
         one of SAMPLERS; `noise`, [N, C, H, W], replaces what the seeds draw first. The image of a
         seed is the first one that `inference.py --seed` makes. UserError says what cannot be.
         """
-        times = check_times(times, "times") if times is not None else even_times(_count(steps))
+        steps, batch_size = _count(steps, "steps"), _count(batch_size, "batch_size")
+        if times is not None and steps != 1:
+            raise UserError("steps: goes without times, which say how many there are")
+        times = check_times(times, "times") if times is not None else even_times(steps)
         if sampler not in SAMPLERS:
             raise UserError(f"sampler: {shorten(sampler)} is not one of {', '.join(SAMPLERS)}")
         given = None if labels is None else self.labels_of(_listed(labels), "labels")
@@ -419,17 +422,20 @@ def _counts(config: Config, stored: StoredModel) -> tuple[int, int]:
 
 def check_times(times: Sequence[float], place: str) -> tuple[float, ...]:
     """The times of jumps, if they are some; UserError, at `place`, else."""
-    values = tuple(map(float, times))
+    try:
+        values = tuple(map(float, times))
+    except (TypeError, ValueError):
+        raise UserError(f"{place}: {shorten(times)} is not a list of numbers") from None
     falls = all(t > s for t, s in itertools.pairwise(values))
     if len(values) < 2 or values[0] != 1 or values[-1] != 0 or not falls:
         raise UserError(f"{place}: {shorten(list(times))} do not fall from 1 to 0, as 1,0.6,0 does")
     return values
 
 
-def _count(steps: Any) -> int:
-    if type(steps) is not int or steps < 1:
-        raise UserError(f"steps: {shorten(steps)} is not a whole number of 1 or more")
-    return steps
+def _count(value: Any, place: str) -> int:
+    if type(value) is not int or value < 1:
+        raise UserError(f"{place}: {shorten(value)} is not a whole number of 1 or more")
+    return value
 
 
 def _listed(value: Any) -> list[Any]:
