@@ -1,24 +1,22 @@
 """Make of a trained model a folder that travels: weights, what they are of, and a model card.
 
     python export.py runs/digits exported/digits
-    python export.py runs/digits/ckpts/1000.pt exported/digits --onnx
-    python export.py runs/digits exported/digits --push owner/digits --private
+    python export.py runs/digits/ckpts/1000.pt exported/digits-1000 --onnx
+    python export.py exported/digits --push owner/digits --private
 
 The folder has model.safetensors (the averaged weights, bit for bit), config.json (network, path,
 solution form, decoder, class names), README.md (a model card made from the run's records) and a
-picture of samples; `sampling.load` reads it, and export.py sends it to the Hugging Face Hub.
+picture of samples; `sampling.load` reads it. --push sends a folder that is there to the Hugging
+Face Hub, as it is, with a licence that you have filled in.
 """
 
 from support.system.command import run_command  # isort: skip - first: it attends to the start
 
 import argparse
-import contextlib
-import importlib.util
-import json
-import logging
+import dataclasses
+import os
 import shutil
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from os.path import expanduser
 from pathlib import Path
 
@@ -27,148 +25,106 @@ import torch
 from torch import Tensor, nn
 
 from config import config_from_dict
+from model_card import lacks_licence, model_card
 from models import SoFlow, solution_of
-from sampling import LoadedModel, assemble
+from sampling import LoadedModel, assemble, find_decoder
+from support.data import vae
 from support.data.grids import save_grid
-from support.runs.budget import count_parameters
+from support.runs import hub
 from support.runs.checkpoint import run_of_checkpoint
-from support.runs.stored import CONFIG_FILE, WEIGHTS_FILE, StoredModel, push, read_stored
-from support.scores.table import COLUMNS, origin_of, read_records
-from support.system.files import UserError, sha256_of, sync_folder, temporary_path
+from support.runs.graphs import missing_packages, write_graph
+from support.runs.logbook import weights_digest
+from support.runs.stored import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    StoredModel,
+    read_stored,
+    write_stored,
+)
+from support.system.files import UserError, atomic_folder
 
-ONNX_FILE, CARD_FILE, GRID_FILE = "model.onnx", "README.md", "samples.png"
-ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-ONNX_TOLERANCE = 1e-4
+CARD_FILE, GRID_FILE = "README.md", "samples.png"
+ONNX_FILE, DECODER_FILE = "model.onnx", "decoder.onnx"
+# All that an export writes, and what it may replace; graphs above 2 GB have their weights beside.
+FILES = {
+    WEIGHTS_FILE: "the averaged weights",
+    CONFIG_FILE: "the network, path, solution form, decoder and class names",
+    CARD_FILE: "this card",
+    GRID_FILE: "samples",
+    ONNX_FILE: "f(noise, t, s), and of label where there are classes, for onnxruntime: x_s, of any "
+    "batch size; an image is that of t = 1, s = 0",
+    DECODER_FILE: "the decoder for onnxruntime: image, -1..1, of latents, of any batch size",
+    f"{ONNX_FILE}.data": "its weights",
+    f"{DECODER_FILE}.data": "its weights",
+}
 GRID_ROWS, GRID_COLUMNS = 4, 8
 
 CPU = torch.device("cpu")
 
 
-def export(source: Path, folder: Path, has_onnx: bool) -> None:
+def export(arguments: argparse.Namespace) -> None:
     """Make the folder, whole or not at all."""
-    stored = read_stored(source)
+    folder = Path(arguments.folder)
+    stored, loaded = read_model(arguments.source, arguments.subfolder, arguments.vae)
+    if arguments.vae_onnx and not loaded.config.is_latent:
+        raise UserError(f"--vae-onnx: {stored.path} makes pixels, which nothing has to decode")
+    with atomic_folder(folder) as place:
+        write_stored(stored, place)
+        write_grid(stored, loaded, place / GRID_FILE)
+        if arguments.onnx:
+            write_solution(loaded, place / ONNX_FILE)
+        if arguments.vae_onnx:
+            write_decoder(loaded, place / DECODER_FILE)
+        made = [CARD_FILE, *(path.name for path in place.iterdir())]
+        files = {name: text for name, text in FILES.items() if name in made}
+        title = arguments.push or folder.resolve().name
+        (place / CARD_FILE).write_text(model_card(title, stored, loaded, files))
+    print(f"{stored.path} exported to {folder}: {', '.join(sorted(made))}")
+
+
+def read_model(
+    source: str, subfolder: str, vae_name: str | None
+) -> tuple[StoredModel, LoadedModel]:
+    """The model at `source`, with nothing of this machine in its config, ready to sample from."""
+    stored = read_stored(source, subfolder)
     config = config_from_dict(stored.config, str(stored.path), (), print)
+    if vae_name is None and config.is_latent and os.path.exists(expanduser(config.vae)):
+        raise UserError(
+            f"{stored.path}: its decoder is {config.vae}, a folder of this machine; "
+            "say --vae NAME: where others find it, on the Hugging Face Hub or in a folder"
+        )
     loaded = assemble(config, stored, CPU)
-    with replacing(folder) as place:
-        write_weights(stored, place)
-        write_grid(loaded, place / GRID_FILE)
-        (place / CARD_FILE).write_text(model_card(stored, loaded, has_onnx))
-        if has_onnx:
-            write_onnx(loaded, place / ONNX_FILE)
-    print(
-        f"{stored.path} exported to {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}"
-    )
+    # By the model's order of the weights, as records have it; files have others.
+    digest = weights_digest(loaded.model.state_dict())
+    elsewhere = {"working_dir": "exported", "dataset_path": None, "vae": vae_name or config.vae}
+    described = dataclasses.replace(stored, config=config.to_dict() | elsewhere)
+    return described, dataclasses.replace(loaded, weights_sha256=digest)
 
 
-@contextlib.contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """A place that gets the folder's name when the block ends, and is gone where it fails."""
-    place = temporary_path(folder)
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(parents=True)
-    try:
-        yield place
-        if folder.exists():  # asked for: an export before
-            shutil.rmtree(folder)
-        place.rename(folder)
-        sync_folder(folder.parent)
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
+def write_grid(stored: StoredModel, loaded: LoadedModel, path: Path) -> None:
+    """A picture of samples: the run's own of this step, or else one made now.
 
-
-def write_weights(stored: StoredModel, place: Path) -> None:
-    """The averaged weights and what they are of."""
-    from safetensors.torch import save_file
-
-    # Each tensor by itself: those of a checkpoint are views of its file.
-    save_file({n: t.clone().contiguous() for n, t in stored.weights.items()}, place / WEIGHTS_FILE)
-    (place / WEIGHTS_FILE).chmod(0o644)  # the library's are its owner's alone
-    # Where a run lay on another machine is nobody's business.
-    config = {k: v for k, v in stored.config.items() if k not in ("working_dir", "dataset_path")}
-    record = {
-        "config": {"working_dir": "exported", **config},
-        "data": dict(stored.data),
-        "finished_steps": stored.finished_steps,
-        "weights_sha256": sha256_of(place / WEIGHTS_FILE),
-    }
-    (place / CONFIG_FILE).write_text(json.dumps(record, indent=2) + "\n")
-
-
-def write_grid(loaded: LoadedModel, path: Path) -> None:
-    """A picture of samples, classes row by row; none of latents, whose VAE need not be here."""
-    if loaded.config.is_latent:
+    Of latents that nothing here can decode there is none.
+    """
+    run = run_of_checkpoint(stored.path)
+    drawn = run / "figs" / f"{stored.finished_steps}.png" if run else None
+    if drawn and drawn.exists():
+        shutil.copyfile(drawn, path)
         return
-    count = GRID_ROWS * GRID_COLUMNS
+    try:
+        find_decoder(loaded.config)
+    except UserError as error:
+        print(f"no picture of samples: {error}")
+        return
     labels = None
     if loaded.config.is_conditional:
         rows = np.linspace(0, loaded.num_classes - 1, GRID_ROWS).round().astype(int)
-        labels = rows.repeat(GRID_COLUMNS).tolist()
-    save_grid(path, loaded.sample(labels, range(count)).numpy(), GRID_COLUMNS)
+        labels = [loaded.word_of(label) for label in rows.repeat(GRID_COLUMNS)]
+    images = loaded.sample(labels, range(GRID_ROWS * GRID_COLUMNS))
+    save_grid(path, images.numpy(), GRID_COLUMNS)
 
 
-# The model card
-
-
-def model_card(stored: StoredModel, loaded: LoadedModel, has_onnx: bool) -> str:
-    """What a reader of the folder wants to know, from the run's records."""
-    config, data = loaded.config, stored.data
-    size = f"{config.data_size * (8 if config.is_latent else 1)} pixels a side"
-    classes = f"{loaded.num_classes} classes" if config.is_conditional else "no classes"
-    examples = f"{data['num_examples']:,} images, " if "num_examples" in data else ""
-    picture = "" if config.is_latent else f"\n![Samples made in one step]({GRID_FILE})\n"
-    network = f"{config.model_type}, {count_parameters(loaded.model)}"
-    label = "labels=[0], " if config.is_conditional else ""
-    lines = [
-        *(
-            "---",
-            "license: other  # fill in, before others are to use it",
-            "tags: [image-generation, one-step, soflow]",
-            "---",
-            "",
-        ),
-        f"# {config.model_type} on {config.dataset_type}, trained by {config.method}",
-        picture,
-        "Makes an image in one step (Solution Flow Models, arXiv 2512.15657).",
-        "",
-        f"- Network: {network}; {size}, {classes}.",
-        f"- Data: {examples}dataset_type {config.dataset_type}.",
-        f"- Training: {stored.finished_steps:,} of {config.total_steps:,} steps of "
-        f"{config.batch_size} images, {config.optimizer}, learning rate {config.learning_rate:g}; "
-        f"averaged weights, decay {config.ema_decay_rate:g}; guidance {config.cfg_scale:g}, "
-        "trained in.",
-        *([f"- Decoder: {config.vae}."] if config.is_latent else []),
-        *(["- `model.onnx`: x at time s of noise, t, s (and label), any batch size."] * has_onnx),
-        *("", "## Use", "", "```python", "from sampling import load", ""),
-        'model = load("THIS FOLDER, OR ITS NAME ON THE HUB")',
-        f"images = model.sample({label}seeds=[0], steps=1)",
-        *("```", "", "## Scores", ""),
-        *scores_of(stored),
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def scores_of(stored: StoredModel) -> list[str]:
-    """A table of the run's scores of this step, with what they were measured by."""
-    run = run_of_checkpoint(stored.path)
-    rows = []
-    for name, record in (read_records(run / "evals") if run else {}).items():
-        origin = origin_of(run / "evals" / name, record.get("num_images")) if run else {}
-        if record.get("step", origin.get("step")) == stored.finished_steps:
-            scores = record["scores"]
-            columns = [c for c in COLUMNS if c in scores]
-            named = ", ".join(f"{c} {scores[c]:.4g}" for c in columns)
-            reference = str(record.get("reference", {}).get("sha256", "unknown"))[:12]
-            rows.append(
-                f"| {record.get('NFE', origin.get('NFE', '?'))} | {record.get('num_images')} | "
-                f"{named} | reference {reference}, {record.get('distances', 'exact')} distances |"
-            )
-    if not rows:
-        return ["None was measured."]
-    return ["| steps | images | scores | measured by |", "| --- | --- | --- | --- |", *rows]
-
-
-# ONNX
+# Graphs
 
 
 class Solution(nn.Module):
@@ -184,66 +140,60 @@ class Solution(nn.Module):
         return solution_of(noise, self.model.network(noise, t, t - s, **given), form.a, form.b)
 
 
-def write_onnx(loaded: LoadedModel, path: Path) -> None:
-    """The graph, once onnxruntime gives with it what torch gives."""
-    solution = Solution(loaded.model).eval()  # type: ignore[arg-type]
-    names = ["noise", "t", "s", *(["label"] if loaded.config.is_conditional else [])]
-    batch = torch.export.Dim("batch", min=1)
-    inputs = some_inputs(loaded, 2)
-    with quiet():
-        program = torch.onnx.export(
-            solution,
-            inputs,
-            dynamo=True,
-            input_names=names,
-            output_names=["x_s"],
-            dynamic_shapes=tuple({0: batch} for _ in inputs),
-        )
-        assert program is not None
-        program.save(path)
-    check_onnx(loaded, solution, path, names)
+def write_solution(loaded: LoadedModel, path: Path) -> None:
+    """The graph of the model."""
+    if not isinstance(loaded.model, SoFlow):
+        raise UserError(f"--onnx: for the method SoFlow, not for {loaded.config.method}")
+
+    def inputs(count: int) -> dict[str, Tensor]:
+        source = torch.Generator().manual_seed(count)
+        noise = torch.randn(count, *loaded.shape, generator=source)
+        t = 0.5 + 0.5 * torch.rand(count, generator=source)
+        found = {"noise": noise, "t": t, "s": t * torch.rand(count, generator=source)}
+        if loaded.config.is_conditional:
+            found["label"] = torch.arange(count) % loaded.num_classes
+        return found
+
+    write_graph(path, Solution(loaded.model), "x_s", inputs)
 
 
-def check_onnx(loaded: LoadedModel, solution: nn.Module, path: Path, names: list[str]) -> None:
-    """UserError where the graph gives other images than torch, in any of some batch sizes."""
-    import onnxruntime
+class Decoder(nn.Module):
+    """Images, about -1..1, of latents x_0, as one graph."""
 
-    session = onnxruntime.InferenceSession(str(path))
-    for count in (1, 3, 8):
-        inputs = some_inputs(loaded, count)
-        with torch.no_grad():
-            expected = solution(*inputs)
-        fed = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
-        off = (torch.from_numpy(session.run(None, fed)[0]) - expected).abs().max()
-        if off > ONNX_TOLERANCE:
-            raise UserError(f"--onnx: the graph's images are off by {off:.2g}; nothing is exported")
+    def __init__(self, decoder: nn.Module):
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.decoder.decode(latents / vae.LATENT_SCALE).sample  # type: ignore[operator]
 
 
-def some_inputs(loaded: LoadedModel, count: int) -> tuple[Tensor, ...]:
-    """Noise, t, s and labels for a try."""
-    source = torch.Generator().manual_seed(count)
-    noise = torch.randn(count, *loaded.shape, generator=source)
-    t = 0.5 + 0.5 * torch.rand(count, generator=source)
-    inputs: tuple[Tensor, ...] = (noise, t, 0.5 * t)
-    if loaded.config.is_conditional:
-        inputs += (torch.arange(count) % loaded.num_classes,)
-    return inputs
+def write_decoder(loaded: LoadedModel, path: Path) -> None:
+    """The graph of what decodes the model's latents."""
 
+    def inputs(count: int) -> dict[str, Tensor]:
+        source = torch.Generator().manual_seed(count)
+        return {"latents": torch.randn(count, *loaded.shape, generator=source)}
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """A block in which the exporter's talk of its own work does not reach the user."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(None):
-        warnings.simplefilter("ignore")
-        before = logging.root.manager.disable
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(before)
+    found = find_decoder(loaded.config)
+    assert found is not None  # the caller has seen to that
+    write_graph(path, Decoder(vae.load_vae(found, CPU)), "image", inputs)
 
 
 # The command
+
+
+def refuse_to_replace(folder: Path, may_replace: bool) -> None:
+    """UserError where something is at `folder` that is not to be replaced, or not an export."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; name a folder")
+    there = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    if foreign := [name for name in there if name not in FILES]:
+        raise UserError(
+            f"{folder}: holds what an export does not write ({foreign[0]}); name another folder"
+        )
+    if there and not may_replace:
+        raise UserError(f"{folder}: exists; say --overwrite to replace it, or name another folder")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -252,29 +202,52 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("source", type=expanduser, metavar="RUN_OR_CKPT", help="a run's folder, or a checkpoint")
-    add("folder", type=expanduser, metavar="FOLDER", help="what is to be made")
+    add(
+        "source",
+        type=expanduser,
+        metavar="RUN_OR_CKPT",
+        help="a run's folder, of which it is the newest checkpoint, a checkpoint, an exported "
+        "folder, or a name on the hub",
+    )
+    folder_help = "what is to be made; left out, --push sends the exported folder RUN_OR_CKPT"
+    add("folder", type=expanduser, nargs="?", metavar="FOLDER", help=folder_help)
+    add("--subfolder", default="", metavar="DIR", help="where in RUN_OR_CKPT the model is")
     add("--onnx", action="store_true", help="also one graph for onnxruntime, checked against torch")
-    add("--overwrite", action="store_true", help="replace a folder that is there")
-    add("--push", metavar="OWNER/NAME", help="then upload it to this repository of the hub")
-    add("--private", action="store_true", help="with --push: which is made a private one")
-    return parser.parse_args(argv)
+    add("--vae-onnx", action="store_true", help="also one of the decoder of latents")
+    vae_help = "what to record as the decoder of latents, instead of a folder of this machine"
+    add("--vae", metavar="NAME", help=vae_help)
+    add("--overwrite", action="store_true", help="replace an export that is there")
+    add("--push", metavar="OWNER/NAME", help="upload it to this repository of the hub")
+    add("--private", action="store_true", help="with --push: which has to be a private one")
+    arguments = parser.parse_args(argv)
+    if not (arguments.folder or arguments.push):
+        parser.error("give a FOLDER to export to, or --push OWNER/NAME to upload one")
+    if arguments.private and not arguments.push:
+        parser.error("--private: goes with --push")
+    making = ("subfolder", "onnx", "vae_onnx", "vae", "overwrite")
+    if not arguments.folder and (given := [name for name in making if getattr(arguments, name)]):
+        parser.error(f"--{given[0].replace('_', '-')}: needs a FOLDER to export to")
+    return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     arguments = parse_arguments(argv)
-    folder = Path(arguments.folder)
-    if arguments.private and not arguments.push:
-        raise UserError("--private: goes with --push")
-    if folder.exists() and not arguments.overwrite:
-        raise UserError(f"{folder}: exists; say --overwrite to replace it")
-    missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
-    if arguments.onnx and missing:
+    if (arguments.onnx or arguments.vae_onnx) and (missing := missing_packages()):
         raise UserError(f"--onnx: not installed: pip install {' '.join(missing)}")
-    export(Path(arguments.source), folder, arguments.onnx)
     if arguments.push:
-        print(push(folder, arguments.push, arguments.private))
+        hub.check_push(arguments.push)
+    if arguments.folder:
+        refuse_to_replace(Path(arguments.folder), arguments.overwrite)
+        export(arguments)
+    if arguments.push:
+        folder = Path(arguments.folder or arguments.source)
+        if not (folder / WEIGHTS_FILE).is_file():
+            raise UserError(f"{folder}: not an exported folder; name a FOLDER to export it to")
+        read_stored(folder)  # UserError where it is damaged
+        print(hub.push(folder, arguments.push, arguments.private))
+        if lacks_licence(folder / CARD_FILE):
+            print(f"{folder / CARD_FILE}: its licence is still to be filled in, and pushed again")
 
 
 if __name__ == "__main__":

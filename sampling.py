@@ -342,6 +342,11 @@ class LoadedModel:
                 )
         return [meanings[str(word)] for word in words]
 
+    def word_of(self, label: int) -> int | str:
+        """What `labels` takes for a class: its name where it has one other than its number."""
+        name = self.class_names[label] if self.class_names else str(label)
+        return int(label) if name == str(label) else name
+
     def _described(self, meanings: Mapping[str, int]) -> str:
         """The words for classes."""
         numbers = f"0 to {self.num_classes - 1}"

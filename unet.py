@@ -295,7 +295,7 @@ class UNet(Backbone):
         """What the blocks are told of times and augmentation: [B, 512]."""
         if augment_labels is None:
             # Adds nothing, yet gives every parameter a gradient, which DDP insists on.
-            augment_labels = t.new_zeros(len(t), AUGMENT_LABELS)
+            augment_labels = t.new_zeros(t.shape[0], AUGMENT_LABELS)  # len() is fixed in a graph
         embedding = torch.cat([_time_features(t), _time_features(gap)], dim=1)
         embedding = embedding + self.map_augment(augment_labels)
         embedding = F.silu(self.map_layer0(embedding))

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+LARGE = (".safetensors", ".pt", ".png", ".onnx")  # goes up by itself, before the commit
 
 
 class Hub:
@@ -18,13 +19,22 @@ class Hub:
 
     def __init__(self, folder: Path):
         self.folder, self.asked = folder, []
-        self.made: list[dict] = []  # what was asked for of new repositories
-        self.cut_after: int | None = None  # bytes, of the next file's content
+        self.private: dict[str, bool] = {}  # of the repositories that were made here
+        self.uploads: dict[str, bytes] = {}  # large files, by their SHA-256
+        self.cut_after: int | None = None  # bytes, of the next large file's content
+        self.ranges: list[str] = []  # which parts of files were asked for
+        self.lost: str | None = None  # a file that is listed and not there
         self.token: str | None = None  # which uploads need
+        self.refused: int | None = None  # with this status are all commits
 
     def files(self, name: str) -> list[str]:
         place = self.folder / name
         return sorted(str(p.relative_to(place)) for p in place.rglob("*") if p.is_file())
+
+    def fetched(self) -> set[str]:
+        """The names of the files whose content was asked for."""
+        paths = [path for method, path in self.asked if method == "GET" and "/resolve/" in path]
+        return {path.split("?")[0].rsplit("/", 1)[1] for path in paths}
 
     def tree(self, name: str) -> list[dict]:
         """Files and folders of a repository, as the hub lists them."""
@@ -35,6 +45,18 @@ class Hub:
             entries.append({**entry, "size": path.stat().st_size if path.is_file() else 0})
         return entries
 
+    def commit(self, name: str, lines: list[str]) -> None:
+        """Take over the files of a commit, those sent before it too."""
+        for entry in map(json.loads, lines):
+            value = entry["value"]
+            if entry["key"] == "header":
+                continue
+            is_large = entry["key"] == "lfsFile"
+            content = self.uploads[value["oid"]] if is_large else base64.b64decode(value["content"])
+            path = self.folder / name / value["path"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+
 
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -42,6 +64,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *given):
         pass
+
+    @property
+    def address(self) -> str:
+        return f"http://{self.headers['Host']}"
 
     def answer(self, content: object, status: int = 200, **headers: str) -> None:
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -78,10 +104,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if "/tree/" in self.path:
                 return self.answer(self.hub.tree(match[1]))
             siblings = [{"rfilename": file} for file in self.hub.files(match[1])]
-            return self.answer({"id": match[1], "sha": COMMIT, "siblings": siblings})
+            told = {"private": self.hub.private.get(match[1], False), "siblings": siblings}
+            return self.answer({"id": match[1], "sha": COMMIT, **told})
         match = re.match(r"/([^/]+/[^/]+)/resolve/[^/]+/([^?]+)", self.path)
         path = self.hub.folder / match[1] / match[2] if match else None
-        if path is None or not path.is_file():
+        if path is None or not path.is_file() or path.name == self.hub.lost:
             return self.refuse(404, "EntryNotFound")
         return self.file(path)
 
@@ -92,7 +119,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if given := self.headers.get("Range"):
             start = int(re.match(r"bytes=(\d+)-", given)[1])
             headers["Content_Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        if self.command == "GET" and self.hub.cut_after and path.suffix == ".safetensors":
+            self.hub.ranges.append(given)
+        if self.command == "GET" and self.hub.cut_after and path.suffix in LARGE:
             end, self.hub.cut_after = start + self.hub.cut_after, None
             self.send_response(200)
             self.send_header("Content-Length", str(len(content) - start))
@@ -109,28 +137,44 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if wanted and self.headers.get("Authorization") != wanted:
             return self.refuse(401, "Unauthorized")
         if self.path == "/api/repos/create":
-            asked = json.loads(body)
-            name = f"{asked.get('organization')}/{asked['name']}"
-            (self.hub.folder / name).mkdir(parents=True, exist_ok=True)
-            self.hub.made.append(asked)
-            return self.answer({"url": f"http://{self.headers['Host']}/{name}"})
+            return self.create(json.loads(body))
         if self.path == "/api/validate-yaml":
             return self.answer({"errors": [], "warnings": []})
+        if self.path.endswith(".git/info/lfs/objects/batch"):
+            return self.large_files(json.loads(body)["objects"])
         name = re.match(r"/api/models/([^/]+/[^/]+)/", self.path)[1]
         if "/preupload/" in self.path:
-            files = json.loads(body)["files"]
-            told = [
-                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files
-            ]
-            return self.answer({"files": told})
-        for line in body.decode().splitlines():
-            entry = json.loads(line)
-            if entry["key"] == "file":
-                path = self.hub.folder / name / entry["value"]["path"]
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(base64.b64decode(entry["value"]["content"]))
-        url = f"http://{self.headers['Host']}/{name}/commit/{COMMIT}"
+            return self.ways_up(json.loads(body)["files"])
+        if self.hub.refused:
+            return self.refuse(self.hub.refused, "Forbidden")
+        self.hub.commit(name, body.decode().splitlines())
+        url = f"{self.address}/{name}/commit/{COMMIT}"
         return self.answer({"commitUrl": url, "commitOid": COMMIT, "pullRequestUrl": None})
+
+    def do_PUT(self):
+        content = self.body()
+        self.hub.uploads[hashlib.sha256(content).hexdigest()] = content
+        self.answer({})
+
+    def create(self, asked: dict) -> None:
+        name = f"{asked.get('organization')}/{asked['name']}"
+        if (self.hub.folder / name).is_dir():
+            return self.answer({"error": "exists", "url": f"{self.address}/{name}"}, 409)
+        (self.hub.folder / name).mkdir(parents=True)
+        self.hub.private[name] = asked.get("visibility") == "private"
+        return self.answer({"url": f"{self.address}/{name}"})
+
+    def ways_up(self, files: list[dict]) -> None:
+        """Which files go up within the commit, and which before it."""
+        ways = {True: "lfs", False: "regular"}
+        paths = [file["path"] for file in files]
+        told = [{"path": p, "uploadMode": ways[p.endswith(LARGE)]} for p in paths]
+        self.answer({"files": [{**one, "shouldIgnore": False} for one in told]})
+
+    def large_files(self, objects: list[dict]) -> None:
+        actions = {"upload": {"href": f"{self.address}/upload"}}
+        told = [{"oid": one["oid"], "size": one["size"], "actions": actions} for one in objects]
+        self.answer({"transfer": "basic", "objects": told})
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ MISTAKES = {
     "train.py": ["--config=nowhere.yaml"],
     "inference.py": ["--config=nowhere.yaml", "--ckpt-steps=1"],
     "latent_dataset.py": ["--data-path=nowhere", "--save-path=s", "--image-size=256"],
+    "export.py": ["nowhere", "exported"],
     "evaluator.py": ["--ref_batch=nowhere.npz", "--sample_batch_dir=nowhere"],
     "report.py": ["nowhere"],
     "quickstart/check_digits.py": ["nowhere.npz"],
@@ -42,6 +43,7 @@ def test_a_mistake_ends_in_one_line_and_a_status(command):
     ("command", "words"),
     [
         ("inference", "--ckpt=~/f --output=~/f --grid=~/f"),
+        ("export", "~/f ~/f"),
         ("latent_dataset", "--data-path=~/f --save-path=~/f --image-size=256"),
         ("evaluator", "--ref_batch=~/f --sample_batch_dir=~/f --inception=~/f"),
         ("evaluator", "--write_ref=~/f --images=~/f"),

@@ -11,12 +11,14 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from support.system.files import (
     UserError,
     append_line,
+    atomic_folder,
     atomic_write,
     download,
     hold_lock,
@@ -280,3 +282,26 @@ def test_lock_in_a_folder_that_is_gone_is_one_line_and_makes_none(tmp_path, lock
     ):
         pass
     assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_appears_whole_and_the_one_before_stays_where_it_does_not(tmp_path, monkeypatch):
+    folder = tmp_path / "folder"
+    with atomic_folder(folder) as place:
+        (place / "file").write_text("first")
+        assert not folder.exists()
+    rename = Path.rename
+
+    def failing(path, target):
+        if path.name == ".folder.tmp":
+            raise OSError(errno.EIO, "broken")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(UserError, match="folder: not written"), atomic_folder(folder) as place:
+        (place / "file").write_text("second")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert (folder / "file").read_text() == "first"
+    monkeypatch.undo()
+    with atomic_folder(folder) as place:
+        (place / "other").touch()
+    assert [path.name for path in folder.iterdir()] == ["other"]

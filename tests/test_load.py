@@ -80,7 +80,7 @@ def test_every_place_of_a_model_gives_the_same_images(run, model, tmp_path):
     save_file(weights, folder / "model.safetensors")
     digest = sha256_of(folder / "model.safetensors")
     record = {"config": stored.config, "data": stored.data, "finished_steps": 3}
-    (folder / "config.json").write_text(json.dumps({**record, "weights_sha256": digest}))
+    (folder / "config.json").write_text(json.dumps({**record, "file_sha256": digest}))
     expected = model.sample(seeds=[1, 2])
     for place in (run / "ckpts" / "3.pt", run / "ckpts", folder, folder / "model.safetensors"):
         loaded = load(place, device="cpu", report=lambda line: None)

@@ -1,7 +1,7 @@
 """A trained model as it is stored: in a run's folder, a checkpoint, an exported folder, on the hub.
 
 An exported folder has the averaged weights as model.safetensors and config.json beside them:
-`config` and `data` as in a checkpoint, `finished_steps`, and `weights_sha256`.
+`config` and `data` as in a checkpoint, `finished_steps`, and `file_sha256`, of the weights' file.
 """
 
 import json
@@ -9,18 +9,19 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 from torch import Tensor
 
+from support.runs import hub
 from support.runs.checkpoint import find_checkpoints, read_checkpoint, run_of_checkpoint
 from support.system.files import UserError, one_line, sha256_of
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,11 @@ def read_stored(source: str | Path, subfolder: str = "") -> StoredModel:
     """
     place = Path(os.path.expanduser(source))
     if not place.exists():
-        if not HUB_NAME.fullmatch(str(source)):
+        if not hub.NAME.fullmatch(str(source)):
             raise UserError(
                 f"{source}: no such file or folder, and not a name on the Hugging Face Hub"
             )
-        place = fetch(str(source), subfolder)
+        place = hub.fetch(str(source), partial(_wanted, str(source), subfolder))
     place = place / subfolder
     if place.is_file():
         return _of_export(place.parent) if place.name == WEIGHTS_FILE else _of_checkpoint(place)
@@ -96,7 +97,7 @@ def _of_export(folder: Path) -> StoredModel:
     try:
         record = json.loads(described.read_bytes())
         config, data = record["config"], record["data"]
-        steps, digest = int(record["finished_steps"]), record["weights_sha256"]
+        steps, digest = int(record["finished_steps"]), record["file_sha256"]
         if not (isinstance(config, dict) and isinstance(data, dict)):
             raise TypeError("config and data are mappings")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -104,8 +105,32 @@ def _of_export(folder: Path) -> StoredModel:
             f"{described}: not the description of an exported model ({one_line(error)})"
         ) from error
     if sha256_of(path) != digest:
-        raise UserError(f"{path}: damaged: its SHA-256 is not the one in {described}")
+        raise UserError(
+            f"{path}: damaged: its SHA-256 is not the one in {described}; export it again, or, if "
+            "it came from the hub, fetch it again after `hf cache rm model/OWNER/NAME`"
+        )
     return StoredModel(path, read_weights(path), config, data, steps)
+
+
+def write_stored(stored: StoredModel, folder: Path) -> None:
+    """Write an exported folder's weights, bit for bit, and the description beside them."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path = folder / WEIGHTS_FILE
+    try:
+        # Each tensor by itself: the library takes none that share memory.
+        save_file({name: one.clone().contiguous() for name, one in stored.weights.items()}, path)
+        path.chmod(0o644)  # the library's are their owner's alone
+    except SafetensorError as error:
+        raise UserError(f"{path}: not written ({one_line(error)})") from error
+    record = {
+        "config": dict(stored.config),
+        "data": dict(stored.data),
+        "finished_steps": stored.finished_steps,
+        "file_sha256": sha256_of(path),
+    }
+    (folder / CONFIG_FILE).write_text(json.dumps(record, indent=2) + "\n")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -119,66 +144,31 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: not a readable safetensors file ({one_line(error)})") from error
 
 
-# The hub
+# Of a repository of the hub
 
 
-def fetch(name: str, subfolder: str = "") -> Path:
-    """The folder of a repository of the hub in the hub's cache, the model in `subfolder` in it.
-
-    The hub's own settings hold (HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN, ...); off-line, it
-    is what the cache has.
-    """
-    try:
-        from huggingface_hub import constants, list_repo_files, snapshot_download
-        from huggingface_hub.utils import RepositoryNotFoundError
-    except ImportError as error:
-        raise UserError(f"{name}: {one_line(error)}; pip install huggingface_hub") from error
-    try:
-        if constants.HF_HUB_OFFLINE:
-            # What was fetched is a part of the repository: ask for no file that was not.
-            return Path(snapshot_download(name, local_files_only=True, allow_patterns=["*/"]))
-        files = list_repo_files(name)
-        return Path(snapshot_download(name, allow_patterns=_wanted(name, files, subfolder)))
-    except UserError:
-        raise
-    except RepositoryNotFoundError as error:
-        raise UserError(
-            f"{name}: no such repository on the hub, or a private one, which needs `hf auth login`"
-        ) from error
-    except Exception as error:  # the hub's client raises many kinds
-        raise UserError(
-            f"{name}: not on this machine, and not fetched ({one_line(error)}); where there is a "
-            f"network, run `hf download {name} --local-dir FOLDER`, and name that folder"
-        ) from error
-
-
-def _wanted(name: str, files: list[str], subfolder: str) -> list[str]:
-    """The files of a repository that make up one model."""
+def _wanted(name: str, subfolder: str, files: list[str]) -> list[str]:
+    """Of a repository's files those that make up one model, its weights in one file only."""
     start = f"{subfolder}/" if subfolder else ""
     if start + WEIGHTS_FILE in files:
-        return [start + WEIGHTS_FILE, start + CONFIG_FILE]
-    steps = [re.fullmatch(re.escape(start) + r"ckpts/(\d+)\.pt", file) for file in files]
-    newest = max((int(match[1]) for match in steps if match), default=None)
-    if newest is not None:
-        return [f"{start}config.yaml", f"{start}ckpts/{newest}.pt"]
+        needed = [start + WEIGHTS_FILE, start + CONFIG_FILE]
+    else:
+        steps = [re.fullmatch(re.escape(start) + r"ckpts/([0-9]+)\.pt", file) for file in files]
+        newest = max((match for match in steps if match), key=lambda m: int(m[1]), default=None)
+        if newest is None:
+            raise UserError(f"{name}: has no model{_where(subfolder)}{_elsewhere(files)}")
+        needed = [newest[0], start + "config.yaml"]
+    if missing := [file for file in needed if file not in files]:
+        raise UserError(f"{name}: has {needed[0]}, but no {missing[0]}, which says what it is of")
+    return needed
+
+
+def _where(subfolder: str) -> str:
+    return f" in {subfolder}" if subfolder else ""
+
+
+def _elsewhere(files: list[str]) -> str:
+    """In which folders of a repository there are models, to be said; nothing where in none."""
     folders = {file.rsplit("/", 1)[0] for file in files if file.endswith(f"/{WEIGHTS_FILE}")}
     folders |= {file.rsplit("/ckpts/", 1)[0] for file in files if "/ckpts/" in file}
-    hint = f"; there are models in {', '.join(sorted(folders)[:10])}" if folders else ""
-    raise UserError(f"{name}: has no model{f' in {subfolder}' if subfolder else ''}{hint}")
-
-
-def push(folder: Path, name: str, is_private: bool) -> str:
-    """Upload an exported folder to a repository of the hub, made if need be; gives its address."""
-    if not HUB_NAME.fullmatch(name):
-        raise UserError(f"--push {name}: not a name on the hub, such as owner/digits")
-    try:
-        from huggingface_hub import create_repo, upload_folder
-
-        url = create_repo(name, private=is_private, exist_ok=True)
-        upload_folder(repo_id=name, folder_path=folder)
-    except Exception as error:  # the hub's client raises many kinds
-        raise UserError(
-            f"--push {name}: not uploaded ({one_line(error)}); `hf auth login` may help, or "
-            f"`hf upload {name} {folder}`"
-        ) from error
-    return str(url)
+    return f"; there are models in {', '.join(sorted(folders)[:10])}" if folders else ""

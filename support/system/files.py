@@ -11,6 +11,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import socket
 import stat
 import sys
@@ -187,6 +188,49 @@ def one_at_a_time(path: str | Path) -> Iterator[bool]:
         yield has_waited
 
 
+@contextlib.contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """A folder to be filled that appears as `path` only when the block ends without an error.
+
+    What stood there before stays until then, and for good when the block raises. UserError where
+    the place cannot be written or another process is making the same folder.
+    """
+    path = Path(path).resolve()  # a link stays one
+    partial, before = temporary_path(path), path.with_name(f".{path.name}.old")
+    make_folder(path.parent)
+    with hold_lock(path.with_name(f".{path.name}.lock"), f"{path}: another process is making it"):
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            yield partial
+            for made in [*filter(Path.is_file, partial.rglob("*")), partial]:
+                _sync(made)
+            if path.exists():
+                shutil.rmtree(before, ignore_errors=True)
+                path.rename(before)
+            partial.rename(path)
+            sync_folder(path.parent)
+        except BaseException as error:
+            if before.exists() and not path.exists():
+                before.rename(path)
+            if isinstance(error, OSError):
+                raise UserError(f"{path}: not written ({error.strerror or error})") from error
+            raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            if path.exists():  # else it is all that is left
+                shutil.rmtree(before, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Bring what is at `path` to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def regular_only(path: str | os.PathLike[str], flags: int) -> int:
     """An `opener` for `open`: OSError for what is no file, without waiting for a pipe's writer."""
     descriptor = os.open(path, flags | os.O_NONBLOCK)
@@ -202,11 +246,7 @@ def regular_only(path: str | os.PathLike[str], flags: int) -> int:
 def sync_folder(folder: Path) -> None:
     """Make a rename in `folder` durable, where the system lets a folder be synced."""
     with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync(folder)
 
 
 def make_folder(folder: str | Path) -> Path:
