@@ -125,7 +125,8 @@ class PartsFolder:
                 f"{self.folder}: has the parts of another command: {differing}; finish that one, "
                 "delete the folder, or choose another --save-path"
             )
-        return recorded
+        # One that does not say its precision goes on in the one that is asked for now.
+        return dataclasses.replace(recorded, precision=plan.precision)
 
     def _recorded(self, path: Path, kind: Callable[..., Record]) -> Record:
         try:
