@@ -94,6 +94,7 @@ def train(run: "Run") -> None:
         disable=None if run.processes.is_main else True,  # None: shown on a terminal alone
     )
     first, started = state.finished_steps + 1, time.monotonic()
+    state.interval.start_clock()
     while state.finished_steps < config.total_steps:
         run.results.jobs.check()
         state.interval.add(learner.step(draw_batches(run, loader)))
@@ -110,7 +111,8 @@ def train(run: "Run") -> None:
             log_first_step(run, time.monotonic() - started)
         if is_logging:
             log_metrics(run)
-        if run.held_out and is_due(state.finished_steps, config.held_out_steps):
+        # By the config: a process may have none of the images, and has to take part all the same.
+        if config.held_out and is_due(state.finished_steps, config.held_out_steps):
             log_held_out(run)
         for path in due:
             make_result(run, path)

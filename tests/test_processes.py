@@ -122,12 +122,17 @@ def test_reference_stream_of_two_processes_is_drawn_and_joined_as_the_reference_
 
 def test_two_processes_train_stop_and_continue_exactly_and_one_goes_on_from_there(tmp_path):
     def settings(name: str) -> list[str]:
-        return digits_settings(tmp_path / name, ckpt_saving_steps=3, accumulation_steps=2)
+        # Of one held-out image a process has none, and has to look along all the same.
+        looking = {"held_out": 1, "held_out_steps": 2}
+        return digits_settings(
+            tmp_path / name, ckpt_saving_steps=3, accumulation_steps=2, **looking
+        )
 
     said = succeed(*TORCHRUN, "train.py", *settings("whole"), "--set=eval_steps=6")
     assert "12 = 2 processes x 3 x 2 accumulation" in said
     assert said.count("fresh run") == 1
     assert (tmp_path / "whole" / "evals" / "6.npz").exists()
+    assert len((tmp_path / "whole" / "held_out.jsonl").read_text().splitlines()) == 3
     for name in ("two", "one"):
         shutil.copytree(tmp_path / "whole", tmp_path / name)
         (tmp_path / name / "ckpts" / "6.pt").unlink()

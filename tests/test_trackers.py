@@ -21,9 +21,12 @@ def steps_in(path: Path) -> list[int]:
 
 
 def test_numbers_come_back_by_name(tmp_path):
-    append_numbers(tmp_path / "m.jsonl", {"step": 1, "Vel_MSE": 0.1, "Grad_Norm": float("nan")})
+    nan, inf = float("nan"), float("inf")
+    numbers = {"step": 1, "Vel_MSE": 0.1, "Grad_Norm": nan, "weights": {"velocity": [inf, 2.0]}}
+    append_numbers(tmp_path / "m.jsonl", numbers)
     (line,) = (tmp_path / "m.jsonl").read_text().splitlines()
-    assert json.loads(line) == {"step": 1, "Vel_MSE": 0.1, "Grad_Norm": None}
+    told = {"step": 1, "Vel_MSE": 0.1, "Grad_Norm": None, "weights": {"velocity": [None, 2.0]}}
+    assert json.loads(line) == told
 
 
 @pytest.mark.parametrize("step, left", [(0, []), (2, [1, 2]), (3, [1, 2, 3]), (9, [1, 2, 3, 4])])

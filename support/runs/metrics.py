@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -24,6 +25,10 @@ class Interval:
     def __init__(self):
         self._sums: dict[str, torch.Tensor] = {}  # this process's share
         self._steps = 0
+        self.start_clock()
+
+    def start_clock(self) -> None:
+        """Let the seconds count from here: setting up is not training."""
         self._started = time.monotonic()
 
     def add(self, metrics: Mapping[str, torch.Tensor]) -> None:
@@ -113,9 +118,16 @@ class Metrics:
 
 def append_numbers(path: Path, numbers: Mapping[str, Any]) -> None:
     """Add a line; `numbers` has the `step` that it is of. A number that is not finite is null."""
-    # JSON has no word for NaN; a run ends at one, so that none is lost by this.
-    finite = {name: None if value != value else value for name, value in numbers.items()}
-    append_line(path, json.dumps(finite, allow_nan=False))
+    append_line(path, json.dumps(_finite(numbers), allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for what JSON has no word for, however deep in lists and mappings."""
+    if isinstance(value, Mapping):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def cut_after(path: Path, step: int) -> None:
