@@ -12,15 +12,16 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from config import config_from_dict, refuse_another_experiment
+from config import Config, config_from_dict, refuse_another_experiment
 from draws import draw_batch
 from models import Batch
 from support.data.batches import BatchPlan, DataOrder
+from support.runs.checkpoint import check_weights
 from support.runs.guard import NonFiniteStep
 from support.system.files import UserError, atomic_write, one_line
 
@@ -38,8 +39,16 @@ class BrokenLoss(NamedTuple):
 def explain(run: Run, error: NonFiniteStep) -> UserError:
     """The error with what can be found out; the step and its weights are left for a replay.
 
-    All processes have to call this.
+    All processes have to call this. What fails meanwhile is said beside the error, not instead.
     """
+    try:
+        return UserError(f"{error}; {'; '.join(find_out(run, error))}")
+    except (UserError, RuntimeError) as failure:  # a full disk, too little memory
+        return UserError(f"{error}; what broke could not be found out ({one_line(failure)})")
+
+
+def find_out(run: Run, error: NonFiniteStep) -> list[str]:
+    """What is to be said of a broken step."""
     record = run.results.folder / f"broken_step_{error.step}.json"
     learner, indices = run.learner, batch_of(run, error.step)
     losses = broken_losses(run, error.step, indices)
@@ -52,9 +61,7 @@ def explain(run: Run, error: NonFiniteStep) -> UserError:
         found.append(f"gradient norms before: {', '.join(f'{norm:.3g}' for norm in norms)}")
     if run.processes.is_main:
         save(run, record, error.step, indices, losses)
-    return UserError(
-        f"{error}; {'; '.join(found)}; to look closer, add --replay {record} to the command"
-    )
+    return [*found, f"to look closer, add --replay {record} to the command"]
 
 
 def in_words(broken: BrokenLoss) -> str:
@@ -128,19 +135,17 @@ def save(run: Run, path: Path, step: int, indices: list[int], losses: list[Broke
 def replay(run: Run, path: Path) -> None:
     """Make a broken step again, in one process, and print the numbers of every block."""
     record = read(path)
-    refuse_another_experiment(
-        config_from_dict(record["config"], str(path)), run.config, [], str(path)
-    )
-    step, indices = record["step"], record["indices"]
-    model, plan = run.learner.state.model, BatchPlan(**record["parts"])
+    refuse_another_experiment(record.config, run.config, [], str(path))
+    step, indices, plan = record.step, record.indices, record.plan
+    model = run.learner.state.model
     if run.processes.world_size > 1 or max(indices) >= len(run.data):
         raise UserError(f"--replay {path}: needs one process, and the data of that run")
     # All microbatches of what may have been several processes: each has draws of its own.
     run.learner.plan = dataclasses.replace(
         plan, world_size=1, accumulation_steps=plan.num_microbatches
     )
-    weights = torch.load(path.parent / record["weights"], weights_only=True, map_location="cpu")
-    model.load_state_dict(weights)
+    check_weights(model, record.weights, str(path))
+    model.load_state_dict(record.weights)
     for broken in broken_losses(run, step, indices):
         print(f"{len(broken.times)} samples of the {in_words(broken)}")
     blocks = dict(blocks_of(model.network))
@@ -155,16 +160,32 @@ def replay(run: Run, path: Path) -> None:
         print(f"{name:<28}" + "".join(f"{norm:>12.4g}" for norm in norms))
 
 
-def read(path: Path) -> dict[str, Any]:
-    """The record of a broken step; UserError where it is none, or its weights are not there."""
+class BrokenStep(NamedTuple):
+    """What a replay needs."""
+
+    step: int
+    indices: list[int]
+    plan: BatchPlan
+    config: Config
+    weights: dict[str, Tensor]
+
+
+def read(path: Path) -> BrokenStep:
+    """The record of a broken step; UserError where it is none, or its weights are damaged."""
     try:
         record = json.loads(path.read_bytes())
-        keys = ("step", "indices", "weights", "parts", "config")
-        record = {key: record[key] for key in keys}
-        (path.parent / record["weights"]).stat()
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        weights = path.parent / record["weights"]
+        return BrokenStep(
+            int(record["step"]),
+            list(map(int, record["indices"])),
+            BatchPlan(**record["parts"]),
+            config_from_dict(record["config"], str(path)),
+            torch.load(weights, weights_only=True, map_location="cpu"),
+        )
+    except UserError:
+        raise
+    except Exception as error:  # torch raises many kinds for damaged files
         raise UserError(f"--replay {path}: not the record of a step ({one_line(error)})") from error
-    return record
 
 
 def blocks_of(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -96,9 +96,25 @@ def test_a_replay_is_of_the_same_experiment(tmp_path, planted_image, capsys):
         replayed(tmp_path, record, capsys, seed=7)
     with pytest.raises(UserError, match=r"--replay .*none.json: not the record of a step"):
         replayed(tmp_path, tmp_path / "none.json", capsys)
-    record.with_suffix(".pt").unlink()
+    weights = record.with_suffix(".pt")
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(UserError, match=r"not the record of a step"):
+        replayed(tmp_path, record, capsys)
+    weights.unlink()
     with pytest.raises(UserError, match=r"not the record of a step .*No such file"):
         replayed(tmp_path, record, capsys)
+
+
+def test_what_fails_while_looking_does_not_hide_what_broke(tmp_path, planted_image, monkeypatch):
+    def full(*given):
+        raise UserError("broken_step.pt: not written (No space left on device)")
+
+    monkeypatch.setattr(doctor, "save", full)
+    said = broken_run(tmp_path)
+    assert re.match(r"step \d+: .*Grad_Norm not finite; the step was not applied", said)
+    assert said.endswith(
+        "could not be found out (broken_step.pt: not written (No space left on device))"
+    )
 
 
 def test_the_norms_before_the_first_broken_step_are_kept_and_no_others():
