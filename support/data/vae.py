@@ -161,7 +161,9 @@ def encode(vae: Any, images: Tensor, batch_size: int, is_bf16: bool = False) -> 
     for some in images.split(batch_size):
         with torch.autocast(images.device.type, torch.bfloat16, enabled=is_bf16):
             posterior = vae.encode(some).latent_dist
-        moments.append(torch.cat([posterior.mean, posterior.std], dim=1).float())
+        # Not the posterior's own std: autocast may have rounded that.
+        std = torch.exp(0.5 * posterior.logvar.float())
+        moments.append(torch.cat([posterior.mean.float(), std], dim=1))
     return torch.cat(moments)
 
 
