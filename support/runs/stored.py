@@ -13,12 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor
 
 from support.runs import hub
 from support.runs.checkpoint import find_checkpoints, read_checkpoint, run_of_checkpoint
 from support.system.files import UserError, one_line, sha256_of
+from support.system.settings import read_yaml
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -85,11 +85,7 @@ def _recorded_beside(path: Path) -> dict[str, Any] | None:
     folder = run_of_checkpoint(path)
     if folder is None or not (folder / "config.yaml").exists():
         return None
-    try:
-        values = yaml.safe_load((folder / "config.yaml").read_bytes())
-    except (OSError, yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{folder / 'config.yaml'}: not readable ({one_line(error)})") from error
-    return values if isinstance(values, dict) else None
+    return read_yaml(folder / "config.yaml")
 
 
 def _of_export(folder: Path) -> StoredModel:
