@@ -69,11 +69,17 @@ def chain(
     return x
 
 
-SAMPLERS: dict[str, Callable[..., Tensor]] = {"renoise": renoise, "chain": chain}
+class Sampler(NamedTuple):
+    """A way through the times, and whether it takes a fresh noise for each jump, or one in all."""
+
+    run: Callable[[Method, Sequence[Tensor], Tensor | None, Sequence[float]], Tensor]
+    takes_fresh_noise: bool
+
+    def num_noises(self, jumps: int) -> int:
+        return jumps if self.takes_fresh_noise else 1
 
 
-def noises_needed(sampler: str, jumps: int) -> int:
-    return 1 if sampler == "chain" else jumps
+SAMPLERS = {"renoise": Sampler(renoise, True), "chain": Sampler(chain, False)}
 
 
 @torch.inference_mode()
@@ -89,7 +95,7 @@ def sample(
     The times are evenly apart, a jump for each noise, where none are given. The labels are [B], or
     None for the null class.
     """
-    return SAMPLERS[sampler](model, noises, labels, times or even_times(len(noises)))
+    return SAMPLERS[sampler].run(model, noises, labels, times or even_times(len(noises)))
 
 
 def places_of(rank: int, num_images: int, world_size: int, batch_size: int) -> Iterator[range]:
@@ -159,7 +165,7 @@ def sample_pixels(
     """
     rank, world_size = processes.rank, processes.world_size
     for places in places_of(rank, request.num_images, world_size, request.batch_size):
-        num_noises = noises_needed(request.sampler, request.num_jumps)
+        num_noises = SAMPLERS[request.sampler].num_noises(request.num_jumps)
         draws = request.stream.draw(places, num_noises)
         noises = [noise.to(processes.device) for noise in draws.noises]
         labels = None if draws.labels is None else draws.labels.to(processes.device)
@@ -272,40 +278,37 @@ class LoadedModel:
         if times is not None and steps != 1:
             raise UserError("steps: goes without times, which say how many there are")
         times = check_times(times, "times") if times is not None else even_times(steps)
-        if sampler not in SAMPLERS:
+        if sampler not in list(SAMPLERS):
             raise UserError(f"sampler: {shorten(sampler)} is not one of {', '.join(SAMPLERS)}")
         given = None if labels is None else self.labels_of(_listed(labels), "labels")
         seeds = self._seeds(given, None if seeds is None else _listed(seeds), noise)
         if given is not None and len(given) not in (1, len(seeds)):
             raise UserError(f"labels: {len(given)} for {len(seeds)} images; give one, or as many")
-        device = next(self.model.parameters()).device
+        weights = next(self.model.parameters())
+        num_noises = SAMPLERS[sampler].num_noises(len(times) - 1)
         found = []
         bar = tqdm(total=len(seeds), unit="image", disable=None, delay=SECONDS_BEFORE_BAR)
-        with bar, decoding(self.config, device) as decode:
+        with bar, decoding(self.config, weights.device) as decode:
             for start in range(0, len(seeds), batch_size):
                 places = range(start, min(start + batch_size, len(seeds)))
-                noises, drawn = self._draw(seeds[start : places.stop], sampler, len(times) - 1)
+                noises, drawn = self._draw(seeds[start : places.stop], num_noises)
                 if noise is not None:
-                    noises[0] = noise[start : places.stop].to(noises[0])
+                    noises[0] = noise[start : places.stop]
                 if given is not None:
                     drawn = torch.tensor([given[place % len(given)] for place in places])
-                dtype = next(self.model.parameters()).dtype
-                noises = [one.to(device, dtype) for one in noises]
-                on_device = None if drawn is None else drawn.to(device)
-                x_0 = sample(self.model, noises, on_device, times, sampler).float()
+                noises = [one.to(weights) for one in noises]
+                given_labels = None if drawn is None else drawn.to(weights.device)
+                x_0 = sample(self.model, noises, given_labels, times, sampler).float()
                 found.append((pixels_of(decode(x_0)).cpu().numpy(), x_0.cpu()))
                 bar.update(len(places))
         pixels, latents = zip(*found, strict=True)
         return Images(np.concatenate(pixels), torch.cat(latents))
 
-    def _draw(
-        self, seeds: Sequence[int], sampler: str, jumps: int
-    ) -> tuple[list[Tensor], Tensor | None]:
+    def _draw(self, seeds: Sequence[int], num_noises: int) -> tuple[list[Tensor], Tensor | None]:
         """Noises, [B, C, H, W] each, and labels, [B], of images that have a seed each."""
         num_classes = self.num_classes if self.config.is_conditional else None
         draws = [
-            PerImageStream(seed, num_classes, self.shape).draw([0], noises_needed(sampler, jumps))
-            for seed in seeds
+            PerImageStream(seed, num_classes, self.shape).draw([0], num_noises) for seed in seeds
         ]
         noises = [torch.cat(together) for together in zip(*(d.noises for d in draws), strict=True)]
         labels = [d.labels for d in draws if d.labels is not None]
@@ -315,10 +318,11 @@ class LoadedModel:
         self, labels: Sequence[int] | None, seeds: Sequence[Any] | None, noise: Tensor | None
     ) -> list[int]:
         """A seed for each image; UserError where counts or shapes do not fit."""
-        if noise is not None and tuple(noise.shape[1:]) != self.shape:
-            raise UserError(
-                f"noise: must be [N, {', '.join(map(str, self.shape))}], not {list(noise.shape)}"
-            )
+        if noise is not None and not (
+            isinstance(noise, Tensor) and len(noise) and noise.shape[1:] == self.shape
+        ):
+            wanted = f"a tensor [N, {', '.join(map(str, self.shape))}]"
+            raise UserError(f"noise: must be {wanted}, not {_shape_of(noise)}")
         if seeds is None:
             count = len(noise) if noise is not None else len(labels or [0])
             return list(range(count))
@@ -384,9 +388,11 @@ def load(
 
     UserError where there is none, or it cannot be read.
     """
+    place = choose_device(device)
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise UserError(f"dtype: {shorten(dtype)} is not one for weights, such as torch.bfloat16")
     stored = read_stored(source, subfolder)
     config = config_from_dict(stored.config, str(stored.path), (), report)
-    place = choose_device(device)
     allow_tf32(place, config.precision != "fp32")
     loaded = assemble(config, stored, place)
     loaded.model.to(dtype)
@@ -438,11 +444,18 @@ def check_times(times: Sequence[float], place: str) -> tuple[float, ...]:
 
 
 def _count(value: Any, place: str) -> int:
-    if type(value) is not int or value < 1:
+    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 1:
         raise UserError(f"{place}: {shorten(value)} is not a whole number of 1 or more")
-    return value
+    return int(value)
 
 
 def _listed(value: Any) -> list[Any]:
     """The values of a sequence; one that stands alone is a list of one."""
-    return [value] if isinstance(value, str | Integral) else list(value)
+    if isinstance(value, Tensor | np.ndarray):
+        value = value.tolist()
+    return list(value) if isinstance(value, Sequence | range) and value != str(value) else [value]
+
+
+def _shape_of(value: Any) -> str:
+    shape = getattr(value, "shape", None)
+    return f"a {type(value).__name__}" + (f" {list(shape)}" if shape is not None else "")

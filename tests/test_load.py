@@ -108,9 +108,14 @@ def test_every_place_of_a_model_gives_the_same_images(run, model, tmp_path):
         ({"times": [1, "half", 0]}, "times: .* is not a list of numbers"),
         ({"times": [1, 0], "steps": 5}, "steps: goes without times"),
         ({"batch_size": 0}, "batch_size: 0 is not a whole number of 1 or more"),
+        ({"steps": True}, "steps: true is not a whole number of 1 or more"),
+        ({"labels": 1.5}, "labels: '1.5' is not a class"),
+        ({"sampler": ["chain"]}, r"sampler: \['chain'\] is not one of renoise, chain"),
+        ({"noise": "noise"}, r"noise: must be a tensor \[N, 1, 8, 8\], not a str"),
+        ({"noise": torch.zeros(0, 1, 8, 8)}, r"must be a tensor .*, not a Tensor \[0, 1, 8, 8\]"),
         ({"times": [1]}, "do not fall from 1 to 0"),
         ({"sampler": "euler"}, "sampler: 'euler' is not one of renoise, chain"),
-        ({"noise": torch.zeros(2, 3, 8, 8)}, r"noise: must be \[N, 1, 8, 8\], not"),
+        ({"noise": torch.zeros(2, 3, 8, 8)}, r"noise: must be a tensor \[N, 1, 8, 8\], not"),
         ({"noise": torch.zeros(2, 1, 8, 8), "seeds": [1]}, "noise: 2 for 1 seeds"),
     ],
 )
@@ -118,6 +123,25 @@ def test_what_cannot_be_sampled_is_a_line(model, asked, said):
     with pytest.raises(UserError, match=said) as refused:
         model.sample(**asked)
     assert isinstance(refused.value, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"device": "gpu"}, "device: 'gpu' is not available on this machine; there is .*cpu"),
+        ({"dtype": "bfloat16"}, "dtype: 'bfloat16' is not one for weights, such as torch.bfl"),
+        ({"dtype": torch.int8}, "dtype: torch.int8 is not one for weights"),
+    ],
+)
+def test_a_way_of_loading_that_there_is_not_is_a_line(run, how, said):
+    with pytest.raises(UserError, match=said):
+        load(run, **how)
+
+
+def test_arrays_of_labels_and_seeds_are_taken_like_lists(model):
+    lists = model.sample(labels=[1, 2], seeds=[3, 4], steps=2)
+    arrays = model.sample(torch.tensor([1, 2]), np.array([3, 4]), np.int64(2))
+    assert torch.equal(arrays.latents, lists.latents)
 
 
 def test_a_place_without_a_model_says_what_is_looked_for(tmp_path, run):

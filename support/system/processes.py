@@ -163,7 +163,7 @@ def choose_device(name: str, local_rank: int = 0, world_size: int = 1) -> torch.
             name = "cpu"
     if name == "mps" and world_size > 1:
         raise UserError("device: 'mps' takes one process: gloo cannot connect several there")
-    if not available[name]:
+    if not available.get(name):
         there = ", ".join(kind for kind, is_there in available.items() if is_there)
         raise UserError(f"device: {name!r} is not available on this machine; there is {there}")
     if name != "cuda":
