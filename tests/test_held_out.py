@@ -31,6 +31,7 @@ def test_a_test_split_is_used_and_nothing_is_taken_away():
     with_it, without = (build_data(digits(held_out=n).data_request()) for n in (200, 0))
     assert len(with_it) == len(without) == 1197
     assert without.held_out is None
+    assert with_it.notes[-1] == "held out: 200 test images"
     test_images = {pixels.tobytes() for pixels in digits_split().held_out_pixels}
     chosen = with_it.held_out[list(range(200))].stored
     assert {pixels.numpy().tobytes() for pixels in chosen} <= test_images
@@ -42,6 +43,7 @@ def test_of_a_folder_the_held_out_images_are_in_no_batch(tmp_path):
     data = build_data(request)
     whole = build_data(DataRequest("ImageFolder", 16, str(tmp_path), batch_size=4))
     assert len(data) == len(whole) - 5
+    assert data.notes[-1] == "held out: 5 images, on which no step trains"
     assert data.record()["num_examples"] == len(data)
     kept, held_out, everything = (
         [pixels.numpy().tobytes() for pixels in part[list(range(len(part)))].stored]

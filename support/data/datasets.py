@@ -541,6 +541,8 @@ def hold_out(data: TrainingData, request: DataRequest, where: str) -> TrainingDa
     chosen, rest = order[: request.held_out].sort().values, order[request.held_out :].sort().values
     training = data if load_test else Selection(data, rest)
     training.held_out = Selection(source, chosen)
+    whose = "test images" if load_test else "images, on which no step trains"
+    training.notes.append(f"held out: {request.held_out} {whose}")
     return training
 
 
@@ -594,8 +596,8 @@ def compare_data(
     if may_go_on and is_allowed:
         return [
             *notes,
-            f"data changed: {listed}; from here on their order is another, and epochs are counted "
-            "as if these had been the data from the start",
+            f"data changed: {listed}; from here on their order is another, and so are images that "
+            "are held out; epochs are counted as if these had been the data from the start",
         ]
     way_out = "these need a run of their own: say another working_dir"
     if may_go_on:
