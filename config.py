@@ -27,6 +27,7 @@ from schedules import GAP_SCHEDULES, PATHS, SOLUTION_FORMS, gap_fraction, warmed
 from support.data.batches import BatchPlan
 from support.data.datasets import DATASETS, DataRequest
 from support.data.vae import PIXELS_PER_LATENT, VAE_NAME
+from support.runs.averages import LARGEST_STD, Exponential, PowerFunction, Rule
 from support.runs.logbook import settings_digest
 from support.runs.optimizers import OPTIMIZERS
 from support.runs.results import ResultSchedule
@@ -80,6 +81,7 @@ def _network(model_type: str) -> str:
 Logit = Annotated[Decimal, Field(ge=-100, le=100)]
 Spread = Annotated[Decimal, Field(ge=0, le=100)]
 Beta = Annotated[Decimal, Field(ge=0, lt=1)]
+RelativeStd = Annotated[Decimal, Field(gt=0, le=LARGEST_STD)]
 Cells = Annotated[Whole, Field(ge=1, le=1000)]
 Three, Two = BeforeValidator(tuple_of(3)), BeforeValidator(tuple_of(2))
 
@@ -168,8 +170,17 @@ class Config(BaseModel):
     ema_decay_rate: Decimal = key(
         0.9999, "decay per step of the averaged weights, from which images are made", ge=0, lt=1
     )
+    ema_decay_rates: Annotated[tuple[Beta, ...], BeforeValidator(listed)] = key(
+        (), "decay rates of further averages, kept beside that one"
+    )
+    ema_power: Annotated[tuple[RelativeStd, ...], BeforeValidator(listed)] = key(
+        (), "relative standard deviations of power function averages, kept besides"
+    )
+    ema_snapshot_steps: Whole | None = changeable(
+        None, "those go to averages/ every so many steps, for posthoc_ema.py; 0 is never", ge=0
+    )
     ema_every_steps: Whole | None = key(
-        None, "the average moves after steps 1, 1 + this, ...; null: 16 on CIFAR10, else 1", ge=1
+        None, "the averages move after steps 1, 1 + this, ...; null: 16 on CIFAR10, else 1", ge=1
     )
     optimizer: Annotated[str, Choice(OPTIMIZERS)] | None = key(
         None, f"{either(OPTIMIZERS)}; null: RAdam on CIFAR10, else AdamW"
@@ -284,6 +295,15 @@ class Config(BaseModel):
         """The learning rate of the step that follows."""
         return warmed_up(self.learning_rate, self.warmup_steps, finished_steps)
 
+    def further_averages(self) -> list[Rule]:
+        """How the averages beside `ema_decay_rate`'s follow."""
+        return [*map(Exponential, self.ema_decay_rates), *map(PowerFunction, self.ema_power)]
+
+    @property
+    def num_averages(self) -> int:
+        """How many averages are kept in all."""
+        return 1 + len(self.further_averages())
+
     def batch_plan(self, world_size: int) -> BatchPlan:
         """How the batch is cut over so many processes."""
         return BatchPlan(
@@ -293,7 +313,11 @@ class Config(BaseModel):
     def result_schedule(self) -> ResultSchedule:
         """When results are due."""
         return ResultSchedule(
-            self.total_steps, self.ckpt_saving_steps, self.eval_demo_steps, self.eval_steps
+            self.total_steps,
+            self.ckpt_saving_steps,
+            self.eval_demo_steps,
+            self.eval_steps,
+            self.ema_snapshot_steps,
         )
 
     def data_request(self) -> DataRequest:
@@ -435,6 +459,7 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
         yield "working_dir", "must name the folder of the run"
     yield from _of_network(config)
     yield from _of_data(config)
+    yield from _of_averages(config)
     if config.keep_every_steps and not config.keep_last:
         yield "keep_every_steps", "has no meaning where keep_last is null: then all are kept"
     if config.cfg_scale > 1 and config.cfg_drop_rate == 0:
@@ -458,6 +483,18 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
     if height * width > LARGEST_PICTURE_PIXELS:
         most = f"{LARGEST_PICTURE_PIXELS:,} pixels are the most"
         yield "eval_demo_shape", f"makes pictures of {width} x {height} pixels; {most}"
+
+
+def _of_averages(config: Config) -> Iterator[tuple[str, str]]:
+    """What contradicts the averages."""
+    for name in ("ema_decay_rates", "ema_power"):
+        if len(set(values := getattr(config, name))) < len(values):
+            yield name, "names an average twice"
+    if config.ema_decay_rate in config.ema_decay_rates:
+        reason = f"names the one of ema_decay_rate {config.ema_decay_rate}, which is kept anyhow"
+        yield "ema_decay_rates", reason
+    if config.ema_snapshot_steps and not config.ema_power:
+        yield "ema_snapshot_steps", "needs ema_power, whose averages are what it keeps"
 
 
 def _of_network(config: Config) -> Iterator[tuple[str, str]]:

@@ -16,7 +16,7 @@ import argparse
 import dataclasses
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os.path import expanduser
 from pathlib import Path
 
@@ -65,28 +65,41 @@ CPU = torch.device("cpu")
 def export(arguments: argparse.Namespace) -> None:
     """Make the folder, whole or not at all."""
     folder = Path(arguments.folder)
-    stored, loaded = read_model(arguments.source, arguments.subfolder, arguments.vae)
+    stored = read_stored(arguments.source, arguments.subfolder, arguments.ema)
+    stored, loaded = fit_to_travel(stored, arguments.vae)
     if arguments.vae_onnx and not loaded.config.is_latent:
         raise UserError(f"--vae-onnx: {stored.path} makes pixels, which nothing has to decode")
+    graphs = {}
+    if arguments.onnx:
+        graphs[ONNX_FILE] = write_solution
+    if arguments.vae_onnx:
+        graphs[DECODER_FILE] = write_decoder
+    made = write_folder(folder, stored, loaded, arguments.push, graphs)
+    print(f"{stored.path} exported to {folder}: {', '.join(made)}")
+
+
+def write_folder(
+    folder: Path,
+    stored: StoredModel,
+    loaded: LoadedModel,
+    title: str | None = None,
+    graphs: Mapping[str, Callable[[LoadedModel, Path], None]] | None = None,
+) -> list[str]:
+    """Make an exported folder, whole or not at all; gives the names of its files."""
     with atomic_folder(folder) as place:
         write_stored(stored, place)
         write_grid(stored, loaded, place / GRID_FILE)
-        if arguments.onnx:
-            write_solution(loaded, place / ONNX_FILE)
-        if arguments.vae_onnx:
-            write_decoder(loaded, place / DECODER_FILE)
+        for name, write in (graphs or {}).items():
+            write(loaded, place / name)
         made = [CARD_FILE, *(path.name for path in place.iterdir())]
         files = {name: text for name, text in FILES.items() if name in made}
-        title = arguments.push or folder.resolve().name
-        (place / CARD_FILE).write_text(model_card(title, stored, loaded, files))
-    print(f"{stored.path} exported to {folder}: {', '.join(sorted(made))}")
+        card = model_card(title or folder.resolve().name, stored, loaded, files)
+        (place / CARD_FILE).write_text(card)
+    return sorted(made)
 
 
-def read_model(
-    source: str, subfolder: str, vae_name: str | None
-) -> tuple[StoredModel, LoadedModel]:
-    """The model at `source`, with nothing of this machine in its config, ready to sample from."""
-    stored = read_stored(source, subfolder)
+def fit_to_travel(stored: StoredModel, vae_name: str | None) -> tuple[StoredModel, LoadedModel]:
+    """The model with nothing of this machine in its config, and ready to sample from."""
     config = config_from_dict(stored.config, str(stored.path), (), print)
     if vae_name is None and config.is_latent and os.path.exists(expanduser(config.vae)):
         raise UserError(
@@ -108,7 +121,7 @@ def write_grid(stored: StoredModel, loaded: LoadedModel, path: Path) -> None:
     """
     run = run_of_checkpoint(stored.path)
     drawn = run / "figs" / f"{stored.finished_steps}.png" if run else None
-    if drawn and drawn.exists():
+    if drawn and not stored.average and drawn.exists():
         shutil.copyfile(drawn, path)
         return
     try:
@@ -212,6 +225,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     folder_help = "what is to be made; left out, --push sends the exported folder RUN_OR_CKPT"
     add("folder", type=expanduser, nargs="?", metavar="FOLDER", help=folder_help)
     add("--subfolder", default="", metavar="DIR", help="where in RUN_OR_CKPT the model is")
+    add("--ema", default="", metavar="NAME", help="of several averages this one, such as 0.999")
     add("--onnx", action="store_true", help="also one graph for onnxruntime, checked against torch")
     add("--vae-onnx", action="store_true", help="also one of the decoder of latents")
     vae_help = "what to record as the decoder of latents, instead of a folder of this machine"
@@ -224,7 +238,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("give a FOLDER to export to, or --push OWNER/NAME to upload one")
     if arguments.private and not arguments.push:
         parser.error("--private: goes with --push")
-    making = ("subfolder", "onnx", "vae_onnx", "vae", "overwrite")
+    making = ("subfolder", "ema", "onnx", "vae_onnx", "vae", "overwrite")
     if not arguments.folder and (given := [name for name in making if getattr(arguments, name)]):
         parser.error(f"--{given[0].replace('_', '-')}: needs a FOLDER to export to")
     return arguments

@@ -43,12 +43,11 @@ from support.data.grids import Grid, GridImages, save_grid
 from support.data.images import ImageBatch
 from support.runs.checkpoint import (
     checkpoint_path,
-    read_checkpoint,
     run_of_checkpoint,
     run_of_config,
 )
 from support.runs.logbook import record_of, weights_digest, write_record
-from support.runs.stored import StoredModel
+from support.runs.stored import WEIGHTS_FILE, read_file
 from support.system.files import UserError, check_writable, make_folder
 from support.system.hardware import allow_tf32
 from support.system.processes import Processes, connected
@@ -89,12 +88,16 @@ def find_sources(arguments: argparse.Namespace, report: Callable[[str], None]) -
         checkpoint = checkpoint_path(folder / "ckpts", arguments.ckpt_steps)
         return Sources(config, checkpoint, folder / "evals")
     checkpoint = Path(arguments.ckpt)
+    if (checkpoint / WEIGHTS_FILE).is_file():
+        checkpoint /= WEIGHTS_FILE
     config = (
         load_config(arguments.config, settings, report)
         if arguments.config
         else config_of_checkpoint(checkpoint, settings, report)
     )
     run = Path(config.working_dir) if chosen else run_of_checkpoint(checkpoint)
+    if run is None and checkpoint.name == WEIGHTS_FILE:
+        return Sources(config, checkpoint, checkpoint.absolute().parent.parent)
     return Sources(config, checkpoint, run / "evals" if run else checkpoint.parent)
 
 
@@ -126,10 +129,10 @@ def config_of_checkpoint(
 ) -> Config:
     """The config that a checkpoint holds; of one that holds none, the one of its run."""
     folder = run_of_checkpoint(path)
-    content = read_checkpoint(path, is_verified=True)  # that is left to whoever reads its weights
-    if "config" in content:
+    stored = read_file(path, is_verified=True)  # that is left to whoever reads its weights
+    if stored.config:
         # Its own working_dir may be a place on another machine.
-        values = {**content["config"], "working_dir": str(folder or path.parent)}
+        values = {**stored.config, "working_dir": str(folder or path.parent)}
         return config_from_dict(values, str(path), settings, report)
     if folder and (folder / "config.yaml").exists():
         return load_config(folder / "config.yaml", settings, report)
@@ -137,15 +140,14 @@ def config_of_checkpoint(
 
 
 def load_model(
-    config: Config, path: Path, device: torch.device, is_main: bool = True
+    config: Config, path: Path, device: torch.device, is_main: bool = True, ema: str = ""
 ) -> LoadedModel:
-    """The averaged model of a checkpoint, which must be of the config's kind.
+    """An averaged model of a checkpoint, which must be of the config's kind.
 
     The main process checks it and sums it up for all: where it refuses, nothing is sampled.
     """
-    content = read_checkpoint(path, is_verified=not is_main)
-    refuse_other_model(config, content.get("config", {}), path)
-    stored = StoredModel(path, content["ema_model"], {}, content.get("data", {}))
+    stored = read_file(path, ema, is_verified=not is_main)
+    refuse_other_model(config, stored.config, path)
     return assemble(config, stored, device, weights_digest(stored.weights) if is_main else "")
 
 
@@ -169,7 +171,9 @@ def run_inference(arguments: argparse.Namespace, sources: Sources, processes: Pr
     config = sources.config
     find_decoder(config)
     allow_tf32(processes.device, config.precision != "fp32")
-    loaded = load_model(config, sources.checkpoint, processes.device, processes.is_main)
+    loaded = load_model(
+        config, sources.checkpoint, processes.device, processes.is_main, arguments.ema
+    )
     with decoding(config, processes.device) as decode:
         for each in jumps_asked_for(arguments, config):
             make_file(arguments, sources._replace(config=each), loaded, processes, decode)
@@ -199,7 +203,7 @@ def make_file(
 ) -> None:
     """Sample one file."""
     config = sources.config
-    output = choose_output(arguments, sources)
+    output = choose_output(arguments, sources, loaded)
     labels = choose_labels(arguments.labels, loaded)
     counts = (config.eval_num_samples, config.eval_batch_size, config.eval_NFE)
     stream = choose_stream(arguments.noise_stream, labels, config, loaded, processes)
@@ -217,7 +221,7 @@ def make_file(
             noise_stream=arguments.noise_stream,
             checkpoint=str(sources.checkpoint),
             weights_sha256=loaded.weights_sha256,
-            **another_way(arguments),
+            **another_way(arguments, loaded),
             **decoder_record(config),
         )
 
@@ -250,10 +254,13 @@ def make_file(
             draw(shown.arranged(), Path(arguments.grid), loaded.class_names)
 
 
-def another_way(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What a record says of the jumps, where they are not the published ones."""
-    said = {"sampler": arguments.sampler if arguments.sampler != "renoise" else None}
-    said["times"] = list(arguments.times) if arguments.times else None
+def another_way(arguments: argparse.Namespace, loaded: LoadedModel) -> dict[str, Any]:
+    """What a record says of average and jumps, where they are not the published ones."""
+    said = {
+        "ema": loaded.average or None,
+        "sampler": arguments.sampler if arguments.sampler != "renoise" else None,
+        "times": list(arguments.times) if arguments.times else None,
+    }
     return {name: value for name, value in said.items() if value is not None}
 
 
@@ -268,7 +275,7 @@ def draw(grid: Grid, path: Path, class_names: Sequence[str]) -> None:
 # What is there already
 
 
-def choose_output(arguments: argparse.Namespace, sources: Sources) -> Path:
+def choose_output(arguments: argparse.Namespace, sources: Sources, loaded: LoadedModel) -> Path:
     """Where the samples go."""
     for flag, suffix in (("output", ".npz"), ("grid", ".png")):
         name = getattr(arguments, flag)
@@ -277,8 +284,10 @@ def choose_output(arguments: argparse.Namespace, sources: Sources) -> Path:
     if arguments.output:
         return Path(arguments.output)
     config = sources.config
-    name = f"{sources.checkpoint.stem}_{config.eval_NFE}NFE_{config.seed}"
-    for value in another_way(arguments).values():
+    of_export = sources.checkpoint.name == WEIGHTS_FILE
+    stem = sources.checkpoint.absolute().parent.name if of_export else sources.checkpoint.stem
+    name = f"{stem}_{config.eval_NFE}NFE_{config.seed}"
+    for value in another_way(arguments, loaded).values():
         name += "_" + (value if isinstance(value, str) else "-".join(f"{t:g}" for t in value))
     return sources.results / f"{name}.npz"
 
@@ -366,7 +375,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--ckpt-steps", type=int, metavar="K", help="sample from ckpts/K.pt of the working_dir"
     )
     which.add_argument(
-        "--ckpt", type=expanduser, metavar="FILE", help="sample from this checkpoint instead"
+        "--ckpt",
+        type=expanduser,
+        metavar="FILE",
+        help="sample from this checkpoint, or exported folder, instead",
     )
     add("--eval-batch-size", metavar="B", help="images at a time, per process (default 32)")
     add("--eval-NFE", metavar="N[,N...]", help="jumps per image (default 1); a file for each")
@@ -379,6 +391,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="renoise (default): as published, every jump ends at 0 and a fresh noise brings it "
         "back; chain: each jump starts where the last one ended",
     )
+    add("--ema", default="", metavar="NAME", help="of several averages this one, such as 0.999")
     add("--seed", metavar="S", help="of labels and noise (default 42)")
     add("--num-samples", metavar="N", help="images (default: eval_num_samples, 50000)")
     add(
@@ -393,12 +406,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="cat,dog,3",
         help="classes by name or number, in turn, repeated to fill; without, all are as likely",
     )
-    add(
-        "--output",
-        type=expanduser,
-        metavar="FILE.npz",
-        help="where the images go, instead of evals/",
-    )
+    output_help = "where the images go, instead of evals/"
+    add("--output", type=expanduser, metavar="FILE.npz", help=output_help)
     add(
         "--overwrite",
         action="store_true",

@@ -107,7 +107,7 @@ def _facts_of_training(stored: StoredModel, config: Config) -> dict[str, object]
         f"{config.batch_size:,} samples each",
         "optimizer": f"{config.optimizer}, learning rate {config.learning_rate:g}, betas "
         f"{config.betas[0]:g} and {config.betas[1]:g}, weight decay {config.weight_decay:g}",
-        "weights": f"averaged, decay {config.ema_decay_rate:g}"
+        "weights": f"averaged, {stored.average or f'decay {config.ema_decay_rate:g}'}"
         + (f" every {config.ema_every_steps} steps" if config.ema_every_steps != 1 else ""),
         "guidance": f"scale {config.cfg_scale:g}, mix {config.mix_ratio:g}, labels dropped "
         f"{config.cfg_drop_rate:g}; trained in, there is none to choose"

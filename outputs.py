@@ -14,6 +14,7 @@ from sampling import SampleRequest, decoder_record, decoding, sample_pixels, wri
 from support.data.batches import DataOrder
 from support.data.grids import labels_by_row, save_grid
 from support.data.images import ImageBatch
+from support.runs.averages import PowerFunction
 from support.runs.logbook import weights_digest, write_record
 from support.runs.signals import Signalled
 from support.system.files import Stopped
@@ -24,8 +25,13 @@ if TYPE_CHECKING:
 
 
 def make_result(run: Run, path: Path) -> None:
-    """Write what belongs at `path`: a checkpoint, a picture of samples, or samples to score."""
-    make = {"ckpts": make_checkpoint, "figs": make_demo, "evals": make_eval}
+    """Write what belongs at `path`: weights, a picture of samples, or samples to score."""
+    make = {
+        "ckpts": make_checkpoint,
+        "averages": make_snapshot,
+        "figs": make_demo,
+        "evals": make_eval,
+    }
     make[path.parent.name](run, path)
 
 
@@ -35,13 +41,29 @@ def make_checkpoint(run: Run, path: Path) -> None:
     config, learner = run.config, run.learner
     order = DataOrder(len(run.data), config.batch_size, config.seed)
     run.results.save(
+        "ckpts",
         {
             **learner.state.state_dict(order.steps_per_epoch),
             "data": run.data.record(),
             "config": config.to_dict(),
             "parts": dataclasses.asdict(learner.plan),
             "interval": learner.state.interval.state_dict(run.processes),
-        }
+        },
+    )
+
+
+def make_snapshot(run: Run, path: Path) -> None:
+    """Have the power function averages written, for posthoc_ema.py."""
+    config, state = run.config, run.learner.state
+    names = [PowerFunction(std).name for std in config.ema_power]
+    run.results.save(
+        "averages",
+        {
+            "averages": {name: state.averages[name].state_dict() for name in names},
+            "finished_steps": state.finished_steps,
+            "data": run.data.record(),
+            "config": config.to_dict(),
+        },
     )
 
 

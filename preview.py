@@ -54,7 +54,8 @@ def describe(config: Config, gpus: int | None = None, gpu: str | None = None) ->
     say(as_yaml(config).rstrip())
     say(f"# model: {config.model_type}, {count_parameters(model)}")
     plan, eval_bytes = config.batch_plan(world_size_asked_for()), config.eval_num_samples * pixels
-    for line in describe_needs(model, plan, config.result_schedule(), eval_bytes):
+    averages = (config.num_averages, len(config.ema_power))
+    for line in describe_needs(model, plan, config.result_schedule(), eval_bytes, *averages):
         say(f"# {line}")
     if config.held_out and config.held_out_steps:
         share = forwards(config) / (FORWARDS * config.batch_size * config.held_out_steps)
@@ -76,7 +77,7 @@ def time_steps(run: Run, step: Callable[[], object]) -> None:
         run.processes.device,
         config.total_steps,
         config.batch_size,
-        state_bytes(learner.state.model),
+        state_bytes(learner.state.model, config.num_averages),
     )
     for line in itertools.chain(run.notes, rehearsal.run()):
         say(f"# {line}")
@@ -147,8 +148,8 @@ def estimate_elsewhere(
         is_checkpointing=config.activation_checkpointing,
         weight_bytes=weight_bytes(model),
         gradient_bytes=gradient_bytes(model),
-        state_bytes=state_bytes(model),
-        checkpoint_bytes=checkpoint_bytes(model),
+        state_bytes=state_bytes(model, config.num_averages),
+        checkpoint_bytes=checkpoint_bytes(model, config.num_averages),
         saves=len(config.result_schedule().steps("ckpts")),
         total_steps=config.total_steps,
     )

@@ -255,6 +255,7 @@ class LoadedModel:
     num_classes: int
     class_names: Sequence[str] = ()  # none where nothing says them
     weights_sha256: str = ""  # of the averaged weights, where it was asked for
+    average: str = ""  # their name, where they are not the average that the reference keeps
 
     def sample(
         self,
@@ -381,25 +382,29 @@ def load(
     *,
     device: str = "auto",
     dtype: torch.dtype = torch.float32,
-    report: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+    ema: float | str = "",
+    report: Callable[[str], None] | None = lambda line: print(line, file=sys.stderr),
 ) -> LoadedModel:
     """The averaged model of a run (its newest checkpoint), a checkpoint, an exported folder, or a
     name on the Hugging Face Hub; what it is goes to `report`.
 
-    UserError where there is none, or it cannot be read.
+    `ema` names one of several averages: 0.999, or power-0.05. UserError where there is none, or it
+    cannot be read.
     """
+    report = report or (lambda line: None)
     place = choose_device(device)
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise UserError(f"dtype: {shorten(dtype)} is not one for weights, such as torch.bfloat16")
-    stored = read_stored(source, subfolder)
+    stored = read_stored(source, subfolder, str(ema))
     config = config_from_dict(stored.config, str(stored.path), (), report)
     allow_tf32(place, config.precision != "fp32")
     loaded = assemble(config, stored, place)
     loaded.model.to(dtype)
     classes = f", {loaded.num_classes} classes" if config.is_conditional else ""
+    which = f"({stored.average}) " if stored.average else ""
     report(
-        f"{stored.path}: {config.model_type}, {count_parameters(loaded.model)}, averaged over "
-        f"{stored.finished_steps} steps{classes}, on {place}"
+        f"{stored.path}: {config.model_type}, {count_parameters(loaded.model)}, averaged "
+        f"{which}over {stored.finished_steps} steps{classes}, on {place}"
     )
     return loaded
 
@@ -416,7 +421,7 @@ def assemble(
     model.load_state_dict(dict(stored.weights))
     shape = (channels, config.data_size, config.data_size)
     names = stored.data.get("class_names", ())
-    return LoadedModel(model, config, shape, num_classes, names, weights_sha256)
+    return LoadedModel(model, config, shape, num_classes, names, weights_sha256, stored.average)
 
 
 def _counts(config: Config, stored: StoredModel) -> tuple[int, int]:

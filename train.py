@@ -46,7 +46,7 @@ from published import save_published_config
 from sampling import find_decoder
 from support.data.batches import BatchPlan, build_loader
 from support.data.datasets import MadeUpData, RawBatch, TrainingData, build_data, compare_data
-from support.runs.averages import Average
+from support.runs.averages import Average, Exponential
 from support.runs.budget import count_parameters
 from support.runs.checkpoint import TrainState, find_checkpoints
 from support.runs.gpus import GPUS
@@ -155,10 +155,13 @@ class Learner:
             config.weight_decay,
         )
         # After DistributedDataParallel has made the weights equal, so that the average is of them.
-        self.state = TrainState.fresh(model, optimizer)
-        self.average = Average(
-            self.state.ema_model, model, config.ema_decay_rate, config.ema_every_steps or 1
-        )
+        rules = {rule.name: rule for rule in config.further_averages()}
+        self.state = TrainState.fresh(model, optimizer, rules)
+        every = config.ema_every_steps or 1
+        self.averages = [
+            Average(self.state.ema_model, model, Exponential(config.ema_decay_rate), every),
+            *(Average(self.state.averages[name], model, rules[name], every) for name in rules),
+        ]
         self.guard = NonFiniteGuard(processes)
         self._trained = [p for p in model.parameters() if p.requires_grad]
 
@@ -177,7 +180,8 @@ class Learner:
         state.optimizer.step()
         state.optimizer.zero_grad()
         state.finished_steps += 1
-        self.average.follow(state.finished_steps)
+        for average in self.averages:
+            average.follow(state.finished_steps)
         return metrics
 
     def accumulate_gradients(self, batches: Iterator[Batch]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ MISTAKES = {
     "inference.py": ["--config=nowhere.yaml", "--ckpt-steps=1"],
     "latent_dataset.py": ["--data-path=nowhere", "--save-path=s", "--image-size=256"],
     "export.py": ["nowhere", "exported"],
+    "posthoc_ema.py": ["nowhere", "exported", "--std", "0.1"],
     "evaluator.py": ["--ref_batch=nowhere.npz", "--sample_batch_dir=nowhere"],
     "report.py": ["nowhere"],
     "quickstart/check_digits.py": ["nowhere.npz"],

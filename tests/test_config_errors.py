@@ -85,6 +85,8 @@ def wrong_types(key: str) -> list[tuple[object, str]]:
     elif kind is str:
         wanted = f"is not a text{or_null}"
         rows = [(3, f"3 {wanted}"), (["a"], f"['a'] {wanted}"), (False, f"false {wanted}")]
+    elif typing.get_origin(kind) is tuple and typing.get_args(kind)[-1] is Ellipsis:
+        rows = [("much", "'much' is not a number"), ([0.1, "a"], "'a' is not a number")]
     elif typing.get_origin(kind) is tuple:
         parts = typing.get_args(kind)
         name = "numbers" if parts[0] is float else "whole numbers"
@@ -133,6 +135,9 @@ RANGES = {
     "l_end_ratio": ([0.0, 1.1], RATIO),
     "total_steps": ([0, 10**9 + 1], "must be between 1 and 1,000,000,000"),
     "ema_decay_rate": ([-0.1, 1.0], BELOW_ONE),
+    "ema_decay_rates": ([[0.9, 1.0], -0.1], f"{BELOW_ONE} each"),
+    "ema_power": ([[0.0], [0.1, 0.29]], "must be above 0 and at most 0.28 each"),
+    "ema_snapshot_steps": ([-1], EVERY),
     "ema_every_steps": ([0], POSITIVE),
     "learning_rate": ([-0.1], EVERY),
     "betas": ([[-0.1, 0.9], [0.9, 1.0]], f"{BELOW_ONE} each"),
@@ -190,6 +195,19 @@ def test_the_ends_of_a_range_belong_to_it(key, value):
 # Keys that contradict each other
 
 CONTRADICTIONS = [
+    (
+        {"ema_decay_rates": [0.9, 0.9]},
+        "c.yaml: ema_decay_rates: [0.9, 0.9] names an average twice",
+    ),
+    (
+        {"ema_decay_rates": 0.9999},
+        "c.yaml: ema_decay_rates: [0.9999] names the one of ema_decay_rate 0.9999, which is kept "
+        "anyhow",
+    ),
+    (
+        {"ema_snapshot_steps": 10},
+        "c.yaml: ema_snapshot_steps: 10 needs ema_power, whose averages are what it keeps",
+    ),
     (
         {"working_dir": " "},
         "c.yaml: working_dir: ' ' must name the folder of the run",

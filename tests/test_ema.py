@@ -1,14 +1,24 @@
-"""The averaged weights against a plain loop."""
+"""The averaged weights against plain loops; several of them kept, continued, sampled, combined."""
 
 import copy
 import math
 
+import numpy as np
+import pytest
 import torch
+from commands import digits_settings
+from safetensors.torch import load_file
 from torch import nn
 
+import export
+import inference
+import posthoc_ema
+import train
 from config import Config, resolve
-from support.runs.averages import Average
+from sampling import load
+from support.runs.averages import Average, Exponential, PowerFunction, Profile, combine, gamma_of
 from support.runs.optimizers import build_optimizer
+from support.system.files import UserError
 
 
 def small_model() -> nn.Module:
@@ -22,7 +32,7 @@ def test_the_average_equals_a_plain_loop_and_buffers_are_copied():
         average = copy.deepcopy(model)
         expected = [p.detach().double() for p in average.parameters()]
         decay, moved = 0.99, []
-        ema = Average(average, model, decay, every)
+        ema = Average(average, model, Exponential(decay), every)
         source = torch.Generator().manual_seed(1)
         for step in range(1, steps + 1):
             with torch.no_grad():
@@ -53,7 +63,7 @@ def test_radam_and_a_sixteen_step_average_equal_a_plain_loop_over_forty_steps():
     optimizer = build_optimizer(
         config.optimizer, model, config.learning_rate, config.betas, config.weight_decay
     )
-    ema = Average(average, model, config.ema_decay_rate, config.ema_every_steps)
+    ema = Average(average, model, Exponential(config.ema_decay_rate), config.ema_every_steps)
     parameters = [p.detach().double() for p in model.parameters()]
     averages = [p.clone() for p in parameters]
     first = [torch.zeros_like(p) for p in parameters]
@@ -89,3 +99,135 @@ def test_radam_and_a_sixteen_step_average_equal_a_plain_loop_over_forty_steps():
             assert torch.allclose(tensor.double(), expected, rtol=1e-6, atol=1e-7)
     moved = [(new - old).abs().max() for new, old in zip(parameters, averages, strict=True)]
     assert min(moved) > 1e-4
+
+
+@pytest.mark.parametrize("every", [1, 16])
+def test_in_a_power_function_average_weights_count_by_the_power_of_their_time(every):
+    model, steps = small_model(), 40
+    average = copy.deepcopy(model)
+    rule = PowerFunction(0.1)
+    ema = Average(average, model, rule, every)
+    moves = [*range(1, steps + 1, every)]
+    expected, before, power = torch.zeros(4, 3).double(), 0, gamma_of(0.1) + 1
+    source = torch.Generator().manual_seed(1)
+    for step in range(1, steps + 1):
+        with torch.no_grad():
+            model[0].weight.add_(torch.randn(4, 3, generator=source))
+        ema.follow(step)
+        if step in moves:
+            # The share of (before, step] in the integral of k^gamma from 0 to the last move.
+            share = (step**power - before**power) / moves[-1] ** power
+            expected += share * model[0].weight.detach().double()
+            before = step
+    assert torch.allclose(average[0].weight.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("std", [0.01, 0.05, 0.1, 0.28])
+def test_a_power_function_average_has_the_standard_deviation_that_is_asked_for(std):
+    gamma = gamma_of(std)
+    mean = (gamma + 1) / (gamma + 2)
+    mean_square = (gamma + 1) / (gamma + 3)
+    assert (mean_square - mean**2) ** 0.5 == pytest.approx(std, rel=1e-9)
+
+
+def test_profiles_overlap_by_the_integral_of_their_product():
+    one, other = Profile(3.5, 40.0), Profile(7.0, 100.0)
+    k = (np.arange(400_000) + 0.5) * (40.0 / 400_000)
+    product = (4.5 * k**3.5 / 40**4.5) * (8.0 * k**7.0 / 100**8.0)
+    assert one.overlap(other) == pytest.approx(product.sum() * 40.0 / 400_000, rel=1e-6)
+    assert one.overlap(other) == other.overlap(one)
+
+
+def test_kept_averages_combine_to_one_that_was_not_kept_and_say_how_nearly():
+    kept = [Profile(gamma_of(std), step) for step in range(10, 101, 10) for std in (0.05, 0.1)]
+    shares, error = combine(kept, Profile(gamma_of(0.15), 100))
+    assert error < 0.03
+    assert shares.sum() == pytest.approx(1, abs=1e-9)
+    assert combine(kept, kept[-1]).error < 1e-6
+    assert combine(kept[-2:], Profile(gamma_of(0.25), 100)).error > 0.1
+
+
+AVERAGES = {
+    "ema_decay_rates": "[0.5,0.9]",
+    "ema_power": "[0.05,0.1,0.15]",
+    "ema_snapshot_steps": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("averages") / "run"
+    train.main(digits_settings(folder, total_steps=12, **AVERAGES))
+    return folder
+
+
+def test_several_averages_are_continued_bit_for_bit(run, tmp_path):
+    path = tmp_path / "ckpts"
+    path.mkdir()
+    train.main(digits_settings(tmp_path, total_steps=12, ckpt_saving_steps=5, **AVERAGES))
+    for step in (10, 12):
+        (path / f"{step}.pt").unlink()
+    (tmp_path / "averages" / "12.pt").unlink()
+    train.main(digits_settings(tmp_path, total_steps=12, ckpt_saving_steps=5, **AVERAGES))
+    first, second = (torch.load(p / "ckpts/12.pt", weights_only=True) for p in (run, tmp_path))
+    names = ["0.5", "0.9", "power-0.05", "power-0.1", "power-0.15"]
+    assert list(first["averages"]) == list(second["averages"]) == names
+    for name in names:
+        for key, tensor in first["averages"][name].items():
+            assert torch.equal(tensor, second["averages"][name][key]), (name, key)
+    assert (tmp_path / "averages" / "12.pt").exists()
+    weights = {
+        name: average["network.x_embedder.proj.weight"]
+        for name, average in {**first["averages"], "main": first["ema_model"]}.items()
+    }
+    assert len({tuple(tensor.flatten().tolist()) for tensor in weights.values()}) == 6
+
+
+def test_each_average_is_loaded_sampled_and_exported_by_its_name(run, tmp_path):
+    images = {
+        ema: load(run, device="cpu", ema=ema, report=None).sample(seeds=[1]).latents
+        for ema in ("", 0.5, "0.50", "power-0.1")
+    }
+    assert torch.equal(images[0.5], images["0.50"])
+    assert not torch.equal(images[0.5], images[""])
+    assert not torch.equal(images["power-0.1"], images[""])
+    flags = [f"--ckpt={run / 'ckpts' / '12.pt'}", "--num-samples=1", "--seed=1", "--set=device=cpu"]
+    inference.main([*flags, "--ema=0.50"])
+    with np.load(run / "evals" / "12_1NFE_1_0.5.npz") as archive:
+        half = load(run, device="cpu", ema=0.5).sample(seeds=[1])
+        np.testing.assert_array_equal(archive["arr_0"], half.numpy())
+    with pytest.raises(UserError, match=r"12.pt: has no average '0.7'; there is 0.995, 0.5, 0.9, "):
+        load(run, ema=0.7)
+    export.main([str(run), str(tmp_path / "out"), "--ema", "0.5"])
+    assert "| weights | averaged, 0.5 |" in (tmp_path / "out" / "README.md").read_text()
+    for ema in ("", "0.5"):
+        loaded = load(tmp_path / "out", device="cpu", ema=ema)
+        assert torch.equal(loaded.sample(seeds=[1]).latents, images[0.5])
+    inference.main([f"--ckpt={tmp_path / 'out'}", "--num-samples=1", "--set=device=cpu"])
+    assert (tmp_path / "out_1NFE_42_0.5.npz").exists()  # beside the folder, which stays an export
+    with pytest.raises(UserError, match=r"is the average 0\.5 alone"):
+        load(tmp_path / "out", ema=0.9)
+
+
+def test_an_average_is_made_of_snapshots_that_is_the_one_a_run_kept(run, tmp_path, capsys):
+    two = tmp_path / "run"
+    (two / "averages").mkdir(parents=True)
+    kept = torch.load(run / "averages" / "12.pt", weights_only=True)["averages"]["power-0.15"]
+    for path in (run / "averages").glob("*.pt"):
+        content = torch.load(path, weights_only=True)
+        del content["averages"]["power-0.15"]
+        torch.save(content, two / "averages" / path.name)
+    posthoc_ema.main([str(two), str(tmp_path / "out"), "--std", "0.15"])
+    assert "average power-0.15 after 12 steps, of 12 kept ones in 6" in capsys.readouterr().out
+    made = load_file(tmp_path / "out" / "model.safetensors")
+    last = torch.load(run / "ckpts" / "12.pt", weights_only=True)["model"]
+    for name, tensor in kept.items():
+        # Of 12 steps the sum is not yet the integral; the weights themselves are farther by far.
+        assert (made[name] - tensor).norm() <= 0.1 * (last[name] - tensor).norm() + 1e-6, name
+    with pytest.raises(UserError, match="averages: no snapshots; a run keeps them with ema_power"):
+        posthoc_ema.main([str(tmp_path), str(tmp_path / "x"), "--std", "0.1"])
+    with pytest.raises(
+        UserError, match=r"--step 5: no snapshot in .* which has 2, 4, 6, 8, 10, 12"
+    ):
+        posthoc_ema.main([str(two), str(tmp_path / "x"), "--std", "0.1", "--step", "5"])
+    assert not (tmp_path / "x").exists()

@@ -446,6 +446,6 @@ def test_latents_are_decoded_to_rgb_and_the_record_says_by_what(released, tmp_pa
 
 
 def test_absent_vae_is_noticed_before_the_checkpoint_is_read(released, monkeypatch):
-    monkeypatch.setattr("inference.read_checkpoint", lambda path: pytest.fail("read it"))
+    monkeypatch.setattr("inference.read_file", lambda path: pytest.fail("read it"))
     with pytest.raises(UserError, match="vae: /nowhere: no such folder"):
         inference.main([*released, "--set=vae=/nowhere"])

@@ -53,7 +53,7 @@ def test_saving_copies_in_the_main_process_alone(tmp_path, calls):
         (tmp_path / str(processes.rank) / "ckpts").mkdir(parents=True)
         own = results.Results(tmp_path / str(processes.rank), processes, schedule, {}, 0)
         with results.background() as own.jobs:
-            own.save(fresh_state().state_dict(1))
+            own.save("ckpts", fresh_state().state_dict(1))
     assert calls == ["host_copy"]
     assert (tmp_path / "0" / "ckpts" / "0.pt").exists()
     assert not list((tmp_path / "1" / "ckpts").iterdir())

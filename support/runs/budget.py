@@ -13,33 +13,43 @@ def count_parameters(model: nn.Module) -> str:
 
 
 def describe_needs(
-    model: nn.Module, plan: BatchPlan, schedule: ResultSchedule, eval_bytes: int
+    model: nn.Module,
+    plan: BatchPlan,
+    schedule: ResultSchedule,
+    eval_bytes: int,
+    num_averages: int = 1,
+    snapshot_averages: int = 0,
 ) -> list[str]:
     """Lines on the batch, memory per process and disk for the whole run; eval_bytes are of one.
 
     The model may be on the meta device. Two moments are counted for the optimizer.
     """
     weights, gradients = weight_bytes(model), gradient_bytes(model)
-    checkpoint = checkpoint_bytes(model)
-    saves, evals = len(schedule.steps("ckpts")), len(schedule.steps("evals"))
+    average = "their average" if num_averages == 1 else f"their {num_averages} averages"
+    kept = {
+        "checkpoints": (len(schedule.steps("ckpts")), checkpoint_bytes(model, num_averages)),
+        "evals": (len(schedule.steps("evals")), eval_bytes),
+    }
+    if snapshots := len(schedule.steps("averages")):
+        kept["snapshots"] = (snapshots, snapshot_averages * weights)
     return [
         f"batch: {plan}",
-        f"memory: weights {size(weights)}, their average {size(weights)}, gradients "
+        f"memory: weights {size(weights)}, {average} {size(num_averages * weights)}, gradients "
         f"{size(gradients)}, optimizer state {size(2 * gradients)}, together "
-        f"{size(state_bytes(model))}; activations come on top",
-        f"disk: {saves} checkpoints of {size(checkpoint)}, {evals} evals of {size(eval_bytes)}, "
-        f"together {size(saves * checkpoint + evals * eval_bytes)}",
+        f"{size(state_bytes(model, num_averages))}; activations come on top",
+        f"disk: {', '.join(f'{n} {kind} of {size(each)}' for kind, (n, each) in kept.items())}, "
+        f"together {size(sum(n * each for n, each in kept.values()))}",
     ]
 
 
-def state_bytes(model: nn.Module) -> int:
-    """Bytes of weights, their average, gradients and an optimizer's two moments."""
-    return 2 * weight_bytes(model) + 3 * gradient_bytes(model)
+def state_bytes(model: nn.Module, num_averages: int = 1) -> int:
+    """Bytes of weights, their averages, gradients and an optimizer's two moments."""
+    return (1 + num_averages) * weight_bytes(model) + 3 * gradient_bytes(model)
 
 
-def checkpoint_bytes(model: nn.Module) -> int:
+def checkpoint_bytes(model: nn.Module, num_averages: int = 1) -> int:
     """Bytes of a checkpoint: all of these but the gradients."""
-    return state_bytes(model) - gradient_bytes(model)
+    return state_bytes(model, num_averages) - gradient_bytes(model)
 
 
 def weight_bytes(model: nn.Module) -> int:

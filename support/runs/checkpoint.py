@@ -3,7 +3,7 @@
 import copy
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -15,43 +15,52 @@ from support.runs.metrics import Interval
 from support.system.files import UserError, atomic_write, numbered_files, one_line
 
 REFERENCE_KEYS = ("model", "ema_model", "optimizer", "finished_steps", "finished_epochs")
-RECORDS = ("config", "data", "parts", "interval")  # what we add
+RECORDS = ("config", "data", "parts", "interval", "averages", "started_from")  # what we add
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass
 class TrainState(Generic[Model]):
-    """All that training changes: the model, its average, the optimizer and the steps done."""
+    """All that training changes: the model, its averages, the optimizer and the steps done."""
 
     model: Model
     ema_model: Model
     optimizer: torch.optim.Optimizer
     finished_steps: int = 0
     interval: Interval = field(default_factory=Interval)  # metrics since the last log line
+    averages: dict[str, Model] = field(default_factory=dict)  # besides ema_model, by name
 
     @classmethod
-    def fresh(cls, model: Model, optimizer: torch.optim.Optimizer) -> "TrainState[Model]":
-        """The state before the first step: the average is a copy of the model."""
-        ema_model = copy.deepcopy(model).eval().requires_grad_(False)
-        return cls(model, ema_model, optimizer)
+    def fresh(
+        cls, model: Model, optimizer: torch.optim.Optimizer, names: Iterable[str] = ()
+    ) -> "TrainState[Model]":
+        """The state before the first step: the averages, further ones by name, copy the model."""
+
+        def copied() -> Model:
+            return copy.deepcopy(model).eval().requires_grad_(False)
+
+        return cls(model, copied(), optimizer, averages={name: copied() for name in names})
 
     def state_dict(self, steps_per_epoch: int) -> dict[str, Any]:
-        """The five entries of the reference's checkpoints."""
+        """The five entries of the reference's checkpoints, and further averages, if any."""
+        further = {name: averaged.state_dict() for name, averaged in self.averages.items()}
         return {
             "model": self.model.state_dict(),
             "ema_model": self.ema_model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "finished_steps": self.finished_steps,
             "finished_epochs": self.finished_steps // steps_per_epoch,
+            **({"averages": further} if further else {}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], source: str) -> list[str]:
-        """Take over a checkpoint's state; returns a line for each optimizer setting that differs.
+        """Take over a checkpoint's state; returns a line for each thing that is not as it was.
 
-        Settings (learning rate, betas, weight decay, implementation flags) stay as they are here;
-        only what the optimizer has accumulated comes from the file. UserError where it does not
-        fit; then nothing has been changed.
+        An average that the file lacks starts as its ema_model. Settings (learning rate, betas,
+        weight decay, implementation flags) stay as they are here; only what the optimizer has
+        accumulated comes from the file. UserError where it does not fit; then nothing has been
+        changed.
         """
         self.check(state, source)
         settings = self.optimizer.state_dict()["param_groups"]
@@ -61,7 +70,13 @@ class TrainState(Generic[Model]):
         self.optimizer.load_state_dict({"state": saved["state"], "param_groups": settings})
         self.finished_steps = state["finished_steps"]
         before, now = saved["param_groups"][0], settings[0]
-        return [
+        notes = []
+        for name, averaged in self.averages.items():
+            kept = state.get("averages", {}).get(name)
+            averaged.load_state_dict(state["ema_model"] if kept is None else kept)
+            if kept is None:
+                notes.append(f"average {name} is not in {source}: it starts as its ema_model")
+        return notes + [
             f"{key} is {_in_yaml(now[key])} now; it was {_in_yaml(before[key])} in {source}"
             for key in ("lr", "betas", "weight_decay")
             if key in before and _in_yaml(before[key]) != _in_yaml(now[key])
@@ -71,6 +86,8 @@ class TrainState(Generic[Model]):
         """UserError where a checkpoint's state is not one of this model and optimizer."""
         check_weights(self.model, state["model"], source)
         check_weights(self.ema_model, state["ema_model"], source)
+        for name in self.averages.keys() & state.get("averages", {}).keys():
+            check_weights(self.ema_model, state["averages"][name], f"{source}: average {name}")
         self._check_optimizer(state["optimizer"], source)
 
     def _check_optimizer(self, saved: Any, source: str) -> None:
@@ -144,8 +161,9 @@ def host_copy(content: Any) -> Any:
 
 def refuse_non_finite(content: Mapping[str, Any]) -> None:
     """UserError where weights that are to be saved are not finite, whatever the gradients were."""
-    for part in ("model", "ema_model"):
-        broken = [name for name, value in content[part].items() if not value.isfinite().all()]
+    parts = {name: content[name] for name in ("model", "ema_model") if name in content}
+    for part, weights in (parts | content.get("averages", {})).items():
+        broken = [name for name, value in weights.items() if not value.isfinite().all()]
         if broken:
             raise UserError(
                 f"step {content['finished_steps']}: {len(broken)} of the weights in {part} not "
@@ -166,11 +184,13 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
             raise
 
 
-def read_checkpoint(path: Path, is_verified: bool = False) -> dict[str, Any]:
+def read_checkpoint(
+    path: Path, is_verified: bool = False, needed: Sequence[str] = REFERENCE_KEYS
+) -> dict[str, Any]:
     """A checkpoint's entries, on the CPU, unpickling nothing but tensors and plain types.
 
     Reads all of the file to compare its checksums, unless somebody has just verified it. UserError
-    where the file is absent, damaged, or not a checkpoint of training.
+    where the file is absent, damaged, or lacks an entry that is needed.
     """
     if not path.is_file():
         raise UserError(f"{path}: {_absence(path)}")
@@ -189,11 +209,11 @@ def read_checkpoint(path: Path, is_verified: bool = False) -> dict[str, Any]:
         raise UserError(
             f"{path}: not a readable checkpoint ({type(error).__name__}: {one_line(error)})"
         ) from error
-    missing = [key for key in REFERENCE_KEYS if not isinstance(state, dict) or key not in state]
+    missing = [key for key in needed if not isinstance(state, dict) or key not in state]
     if missing:
         raise UserError(f"{path}: not a training checkpoint, it lacks {', '.join(missing)}")
     for key in ("finished_steps", "finished_epochs"):
-        if not isinstance(state[key], int):
+        if not isinstance(state.get(key, 0), int):
             raise UserError(f"{path}: {key} is {type(state[key]).__name__}, not a whole number")
     for key in RECORDS:
         if not isinstance(state.get(key, {}), dict):

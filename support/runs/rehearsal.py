@@ -26,7 +26,7 @@ class Rehearsal:
     device: torch.device
     total_steps: int
     batch_size: int  # over all processes
-    state_bytes: int  # of weights, average, gradients and optimizer
+    state_bytes: int  # of weights, averages, gradients and optimizer
 
     def run(self) -> Iterator[str]:
         """Take a few steps; gives each line on them as soon as it is known."""
@@ -57,7 +57,7 @@ class Rehearsal:
         )
         yield (
             f"memory: {peak_memory_gb(self.device):.3g} GB at most in this process; weights, "
-            f"their average, gradients and optimizer state are {size(self.state_bytes)} of it"
+            f"their averages, gradients and optimizer state are {size(self.state_bytes)} of it"
         )
 
     def _seconds(self) -> float:

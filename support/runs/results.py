@@ -1,4 +1,4 @@
-"""What a run writes as it goes: checkpoints, demos and evals. When, where, and what is kept."""
+"""What a run writes as it goes: weights, demos and evals. When, where, and what is kept."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,7 @@ from support.runs.logbook import record_of, write_record
 from support.system.files import atomic_write, delete_superseded, hold_lock, make_folder
 from support.system.processes import Processes
 
-SUFFIXES = {"ckpts": ".pt", "figs": ".png", "evals": ".npz"}  # by folder
+SUFFIXES = {"ckpts": ".pt", "averages": ".pt", "figs": ".png", "evals": ".npz"}  # by folder
 
 
 def is_due(finished_steps: int, every: int | None) -> bool:
@@ -32,6 +32,7 @@ class ResultSchedule:
     ckpts: int | None
     figs: int | None
     evals: int | None
+    averages: int | None = None
 
     def steps(self, kind: str) -> list[int]:
         """The steps after which a kind of result is due, in ascending order."""
@@ -82,7 +83,8 @@ class Results:
     def open(self, skipped: list[str] | None) -> None:
         """Make the places of results, and list the pictures that are left out, if any may be."""
         for kind in SUFFIXES:
-            make_folder(self.folder / kind)
+            if kind != "averages" or self.schedule.averages:
+                make_folder(self.folder / kind)
         if skipped is not None:
             with atomic_write(self.folder / SKIPPED_FILE) as file:
                 file.write("".join(f"{path}\n" for path in skipped).encode(errors="replace"))
@@ -103,20 +105,21 @@ class Results:
         due["ckpts"] |= is_saving
         return [self.path(kind, step) for kind in SUFFIXES if due[kind]]
 
-    def save(self, content: Mapping[str, Any]) -> None:
-        """Have a checkpoint and its record written, beside the training that goes on."""
+    def save(self, kind: str, content: Mapping[str, Any]) -> None:
+        """Have weights and their record written, beside the training that goes on."""
         self.jobs.wait()  # for the last one: two would take the memory of two
         if not self.processes.is_main:
             return
         step = content["finished_steps"]
-        path, copied = self.path("ckpts", step), host_copy(content)
+        path, copied = self.path(kind, step), host_copy(content)
         record = self.record(path, finished_steps=step)
 
         def write() -> None:
             refuse_non_finite(copied)
             write_record(path, record)  # first, so that a kill leaves no checkpoint without one
             save_checkpoint(path, copied)
-            self.delete_superseded("ckpts", step)
+            if kind == "ckpts":
+                self.delete_superseded(kind, step)
 
         self.jobs.start(write)
 

@@ -1,14 +1,15 @@
 """A trained model as it is stored: in a run's folder, a checkpoint, an exported folder, on the hub.
 
-An exported folder has the averaged weights as model.safetensors and config.json beside them:
-`config` and `data` as in a checkpoint, `finished_steps`, and `file_sha256`, of the weights' file.
+An exported folder has averaged weights as model.safetensors and config.json beside them: `config`
+and `data` as in a checkpoint, `finished_steps`, `average`, which says of several averages the one
+it is, and `file_sha256`, of the weights' file.
 """
 
 import json
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from typing import Any
 from torch import Tensor
 
 from support.runs import hub
+from support.runs.averages import find_average
 from support.runs.checkpoint import find_checkpoints, read_checkpoint, run_of_checkpoint
 from support.system.files import UserError, one_line, sha256_of
-from support.system.settings import read_yaml
+from support.system.settings import read_yaml, shorten
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -30,17 +32,32 @@ class StoredModel:
 
     path: Path  # the file that they are in
     weights: Mapping[str, Tensor]
-    config: Mapping[str, Any]  # recorded values of the config's keys
+    config: Mapping[str, Any]  # recorded values of the config's keys; none where nothing says them
     data: Mapping[str, Any] = field(default_factory=dict)  # the data set's record
     finished_steps: int = 0
+    average: str = ""  # its name, where it is not the one that the reference keeps
 
 
-def read_stored(source: str | Path, subfolder: str = "") -> StoredModel:
+def read_stored(source: str | Path, subfolder: str = "", ema: str = "") -> StoredModel:
     """The model at `source`: a run's folder, of which it is the newest, or any other place of one.
 
-    A name on the Hugging Face Hub is fetched into the hub's cache, its weights and config alone.
-    UserError where there is no model, or it is damaged.
+    `ema` names one of several averages, such as 0.999. A name on the Hugging Face Hub is fetched
+    into the hub's cache, its weights and config alone. UserError where there is no model, or it is
+    damaged.
     """
+    path = find_file(source, subfolder)
+    stored = read_file(path, ema)
+    if stored.config:
+        return stored
+    # As released models have it.
+    run = run_of_checkpoint(path)
+    if run is None or not (run / "config.yaml").exists():
+        raise UserError(f"{path}: holds no config, and no config.yaml lies beside its folder")
+    return replace(stored, config=read_yaml(run / "config.yaml"))
+
+
+def find_file(source: str | Path, subfolder: str = "") -> Path:
+    """The file with the weights of the model at `source`; as `read_stored`."""
     place = Path(os.path.expanduser(source))
     if not place.exists():
         if not hub.NAME.fullmatch(str(source)):
@@ -50,12 +67,12 @@ def read_stored(source: str | Path, subfolder: str = "") -> StoredModel:
         place = hub.fetch(str(source), partial(_wanted, str(source), subfolder))
     place = place / subfolder
     if place.is_file():
-        return _of_export(place.parent) if place.name == WEIGHTS_FILE else _of_checkpoint(place)
+        return place
     if (place / WEIGHTS_FILE).is_file():
-        return _of_export(place)
+        return place / WEIGHTS_FILE
     for folder in (place / "ckpts", place):
         if found := find_checkpoints(folder):
-            return _of_checkpoint(found[max(found)])
+            return found[max(found)]
     raise UserError(
         f"{place}: has no model: neither {WEIGHTS_FILE} with {CONFIG_FILE}, nor ckpts/STEP.pt"
         f"{_models_below(place)}"
@@ -71,41 +88,55 @@ def _models_below(place: Path) -> str:
     return f"; there are some in {', '.join(names[:10])}" if names else ""
 
 
-def _of_checkpoint(path: Path) -> StoredModel:
-    content = read_checkpoint(path)
-    config = content.get("config") or _recorded_beside(path)
-    if config is None:
-        raise UserError(f"{path}: holds no config, and no config.yaml lies beside its folder")
-    data, steps = content.get("data", {}), content["finished_steps"]
-    return StoredModel(path, content["ema_model"], config, data, steps)
+def read_file(path: Path, ema: str = "", is_verified: bool = False) -> StoredModel:
+    """The model in one file: a checkpoint, or the weights of an exported folder.
+
+    All of the file is read to compare its checksums, unless somebody has just verified it.
+    """
+    read = _of_export if path.name == WEIGHTS_FILE else _of_checkpoint
+    return read(path, ema, is_verified)
 
 
-def _recorded_beside(path: Path) -> dict[str, Any] | None:
-    """The config.yaml of a checkpoint's run, as released models have one."""
-    folder = run_of_checkpoint(path)
-    if folder is None or not (folder / "config.yaml").exists():
-        return None
-    return read_yaml(folder / "config.yaml")
+def _of_checkpoint(path: Path, ema: str, is_verified: bool) -> StoredModel:
+    content = read_checkpoint(path, is_verified)
+    config, further = content.get("config", {}), content.get("averages", {})
+    name = _choose_average(path, ema, str(config.get("ema_decay_rate", "unnamed")), further)
+    weights = further[name] if name else content["ema_model"]
+    return StoredModel(
+        path, weights, config, content.get("data", {}), content["finished_steps"], name
+    )
 
 
-def _of_export(folder: Path) -> StoredModel:
-    path, described = folder / WEIGHTS_FILE, folder / CONFIG_FILE
+def _choose_average(path: Path, ema: str, main: str, further: Collection[str]) -> str:
+    """The one of the further averages that is meant, or nothing for the reference's."""
+    name = find_average(ema, [main, *further]) if ema else main
+    if name is None:
+        there = ", ".join([main, *further])
+        raise UserError(f"{path}: has no average {shorten(ema)}; there is {there}")
+    return "" if name == main else name
+
+
+def _of_export(path: Path, ema: str, is_verified: bool) -> StoredModel:
+    described = path.with_name(CONFIG_FILE)
     try:
         record = json.loads(described.read_bytes())
         config, data = record["config"], record["data"]
         steps, digest = int(record["finished_steps"]), record["file_sha256"]
+        average = str(record.get("average", ""))
         if not (isinstance(config, dict) and isinstance(data, dict)):
             raise TypeError("config and data are mappings")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{described}: not the description of an exported model ({one_line(error)})"
         ) from error
-    if sha256_of(path) != digest:
+    if ema and not find_average(ema, [average or str(config.get("ema_decay_rate"))]):
+        raise UserError(f"{path}: is the average {average or config.get('ema_decay_rate')} alone")
+    if not is_verified and sha256_of(path) != digest:
         raise UserError(
             f"{path}: damaged: its SHA-256 is not the one in {described}; export it again, or, if "
             "it came from the hub, fetch it again after `hf cache rm model/OWNER/NAME`"
         )
-    return StoredModel(path, read_weights(path), config, data, steps)
+    return StoredModel(path, read_weights(path), config, data, steps, average)
 
 
 def write_stored(stored: StoredModel, folder: Path) -> None:
@@ -124,6 +155,7 @@ def write_stored(stored: StoredModel, folder: Path) -> None:
         "config": dict(stored.config),
         "data": dict(stored.data),
         "finished_steps": stored.finished_steps,
+        "average": stored.average,
         "file_sha256": sha256_of(path),
     }
     (folder / CONFIG_FILE).write_text(json.dumps(record, indent=2) + "\n")

@@ -277,4 +277,5 @@ def wanted(kind: Any, is_element: bool = False) -> str:
         return KINDS[kind]
     if is_element:
         return KINDS[parts[0]]
-    return f"a list of {len(parts)} {'numbers' if parts[0] is float else 'whole numbers'}"
+    kinds = {float: "numbers", int: "whole numbers", str: "texts"}[parts[0]]
+    return f"a list of {kinds}" if parts[-1] is Ellipsis else f"a list of {len(parts)} {kinds}"
