@@ -35,6 +35,8 @@ class Backbone(nn.Module):
     examples: Sequence[str]
     # Whether it takes labels.
     is_conditional: bool = True
+    # The name of the parameter that has a row for each class, where there is one.
+    label_table: str = ""
     # The label of the null class, which labels=None stands for; None where there is none.
     null_label: int | None = None
     # Whether dropout takes its masks from dropout_seed while training: equal seeds, equal masks,

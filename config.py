@@ -111,6 +111,9 @@ class Config(BaseModel):
     unet_dropout: Decimal = key(
         0.30, "probability of dropout in the UNet; the DiT has none", ge=0, lt=1
     )
+    init_from: Name | None = key(
+        None, "model whose weights a fresh run starts from: a run, a file, or a name on the hub"
+    )
     # Data
     dataset_type: Annotated[str, Choice(DATASETS)] = key(
         "Imagenet", f"{either(DATASETS)}; Imagenet is latents"

@@ -172,6 +172,7 @@ class DiT(Backbone):
 
     written = f"DiT-SIZE-PATCH with SIZE one of {', '.join(SIZES)}"
     examples = tuple(f"DiT-{size}-2" for size in SIZES)
+    label_table = "y_embedder.embedding_table.weight"
 
     @classmethod
     def recognises(cls, model_type: str) -> bool:

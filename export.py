@@ -110,7 +110,13 @@ def fit_to_travel(stored: StoredModel, vae_name: str | None) -> tuple[StoredMode
     # By the model's order of the weights, as records have it; files have others.
     digest = weights_digest(loaded.model.state_dict())
     elsewhere = {"working_dir": "exported", "dataset_path": None, "vae": vae_name or config.vae}
-    described = dataclasses.replace(stored, config=config.to_dict() | elsewhere)
+    started_from = dict(stored.started_from)
+    if config.init_from and os.path.exists(expanduser(config.init_from)):
+        elsewhere["init_from"] = Path(config.init_from).name
+        started_from["source"] = elsewhere["init_from"]
+    described = dataclasses.replace(
+        stored, config=config.to_dict() | elsewhere, started_from=started_from
+    )
     return described, dataclasses.replace(loaded, weights_sha256=digest)
 
 

@@ -115,6 +115,11 @@ def _facts_of_training(stored: StoredModel, config: Config) -> dict[str, object]
         else "none",
         "seed": config.seed,
     }
+    if origin := stored.started_from:
+        facts["started from"] = (
+            f"{origin['source']} after {origin['finished_steps']:,} steps, file's SHA-256 "
+            f"{origin['file_sha256']}; {origin['copied']} tensors copied, {len(origin['new'])} new"
+        )
     made = read_record(stored.path.with_suffix(".json")) if stored.path.suffix == ".pt" else {}
     known = {"code": "code_version", "torch": "torch", "device": "device", "processes": "processes"}
     return facts | {name: made[key] for name, key in known.items() if key in made}

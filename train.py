@@ -58,6 +58,7 @@ from support.runs.rehearsal import within_memory
 from support.runs.results import Results, is_due
 from support.runs.resume import resume
 from support.runs.signals import Listener, Signalled, listening
+from support.runs.starting import start_from
 from support.runs.trackers import check_installed
 from support.system.files import UserError
 from support.system.processes import Processes, connected, exchanging_gradients
@@ -331,11 +332,29 @@ def continue_run(run: Run, allowed: Sequence[str]) -> None:
 
     path, notes = resume(folder, learner.state, run.processes, learner.plan, compare)
     started = f"fresh run in {folder}"
+    if path is None and run.config.init_from:
+        notes += start_from_another(run)
     if path:
         started = f"resumed at step {learner.state.finished_steps} from {path}"
     size = f"{run.config.model_type}, {count_parameters(learner.state.model)}"
     works_on = f"{size} on {device_name(run.processes.device)}; batch {learner.plan}"
     run.notes = [started, *run.notes, *notes, works_on]
+
+
+def start_from_another(run: Run) -> list[str]:
+    """Take the weights that `init_from` names, as far as they fit; gives lines that say it."""
+    source, state = run.config.init_from, run.learner.state
+    assert source is not None
+    network = state.model.network
+    names, null_label = run.data.spec.class_names, state.model.null_label
+    label_table = getattr(network, "label_table", "")
+    record, notes = run.processes.done_by_main(
+        lambda: start_from(source, network, label_table, null_label, names)
+    )
+    run.processes.spread(state.model.state_dict().values())
+    state.restart_averages()
+    state.started_from = record
+    return notes
 
 
 def open_folder(run: Run) -> None:

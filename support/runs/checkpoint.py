@@ -30,6 +30,7 @@ class TrainState(Generic[Model]):
     finished_steps: int = 0
     interval: Interval = field(default_factory=Interval)  # metrics since the last log line
     averages: dict[str, Model] = field(default_factory=dict)  # besides ema_model, by name
+    started_from: dict[str, Any] = field(default_factory=dict)  # another model, if any
 
     @classmethod
     def fresh(
@@ -42,8 +43,13 @@ class TrainState(Generic[Model]):
 
         return cls(model, copied(), optimizer, averages={name: copied() for name in names})
 
+    def restart_averages(self) -> None:
+        """Make the averages copies of the model, as they are before the first step."""
+        for averaged in (self.ema_model, *self.averages.values()):
+            averaged.load_state_dict(self.model.state_dict())
+
     def state_dict(self, steps_per_epoch: int) -> dict[str, Any]:
-        """The five entries of the reference's checkpoints, and further averages, if any."""
+        """The five entries of the reference's checkpoints, and what there is besides."""
         further = {name: averaged.state_dict() for name, averaged in self.averages.items()}
         return {
             "model": self.model.state_dict(),
@@ -52,6 +58,7 @@ class TrainState(Generic[Model]):
             "finished_steps": self.finished_steps,
             "finished_epochs": self.finished_steps // steps_per_epoch,
             **({"averages": further} if further else {}),
+            **({"started_from": self.started_from} if self.started_from else {}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], source: str) -> list[str]:
@@ -69,6 +76,7 @@ class TrainState(Generic[Model]):
         self.ema_model.load_state_dict(state["ema_model"])
         self.optimizer.load_state_dict({"state": saved["state"], "param_groups": settings})
         self.finished_steps = state["finished_steps"]
+        self.started_from = state.get("started_from", {})
         before, now = saved["param_groups"][0], settings[0]
         notes = []
         for name, averaged in self.averages.items():
@@ -209,8 +217,9 @@ def read_checkpoint(
         raise UserError(
             f"{path}: not a readable checkpoint ({type(error).__name__}: {one_line(error)})"
         ) from error
-    missing = [key for key in needed if not isinstance(state, dict) or key not in state]
-    if missing:
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: not a training checkpoint, but a {type(state).__name__}")
+    if missing := [key for key in needed if key not in state]:
         raise UserError(f"{path}: not a training checkpoint, it lacks {', '.join(missing)}")
     for key in ("finished_steps", "finished_epochs"):
         if not isinstance(state.get(key, 0), int):

@@ -2,7 +2,8 @@
 
 An exported folder has averaged weights as model.safetensors and config.json beside them: `config`
 and `data` as in a checkpoint, `finished_steps`, `average`, which says of several averages the one
-it is, and `file_sha256`, of the weights' file.
+it is, `started_from`, of a run that began with another model's weights, and `file_sha256`, of the
+weights' file.
 """
 
 import json
@@ -36,6 +37,7 @@ class StoredModel:
     data: Mapping[str, Any] = field(default_factory=dict)  # the data set's record
     finished_steps: int = 0
     average: str = ""  # its name, where it is not the one that the reference keeps
+    started_from: Mapping[str, Any] = field(default_factory=dict)  # the model it began as, if any
 
 
 def read_stored(source: str | Path, subfolder: str = "", ema: str = "") -> StoredModel:
@@ -102,9 +104,8 @@ def _of_checkpoint(path: Path, ema: str, is_verified: bool) -> StoredModel:
     config, further = content.get("config", {}), content.get("averages", {})
     name = _choose_average(path, ema, str(config.get("ema_decay_rate", "unnamed")), further)
     weights = further[name] if name else content["ema_model"]
-    return StoredModel(
-        path, weights, config, content.get("data", {}), content["finished_steps"], name
-    )
+    data, started_from = content.get("data", {}), content.get("started_from", {})
+    return StoredModel(path, weights, config, data, content["finished_steps"], name, started_from)
 
 
 def _choose_average(path: Path, ema: str, main: str, further: Collection[str]) -> str:
@@ -122,7 +123,7 @@ def _of_export(path: Path, ema: str, is_verified: bool) -> StoredModel:
         record = json.loads(described.read_bytes())
         config, data = record["config"], record["data"]
         steps, digest = int(record["finished_steps"]), record["file_sha256"]
-        average = str(record.get("average", ""))
+        average, started_from = str(record.get("average", "")), record.get("started_from", {})
         if not (isinstance(config, dict) and isinstance(data, dict)):
             raise TypeError("config and data are mappings")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -136,7 +137,7 @@ def _of_export(path: Path, ema: str, is_verified: bool) -> StoredModel:
             f"{path}: damaged: its SHA-256 is not the one in {described}; export it again, or, if "
             "it came from the hub, fetch it again after `hf cache rm model/OWNER/NAME`"
         )
-    return StoredModel(path, read_weights(path), config, data, steps, average)
+    return StoredModel(path, read_weights(path), config, data, steps, average, started_from)
 
 
 def write_stored(stored: StoredModel, folder: Path) -> None:
@@ -156,6 +157,7 @@ def write_stored(stored: StoredModel, folder: Path) -> None:
         "data": dict(stored.data),
         "finished_steps": stored.finished_steps,
         "average": stored.average,
+        "started_from": dict(stored.started_from),
         "file_sha256": sha256_of(path),
     }
     (folder / CONFIG_FILE).write_text(json.dumps(record, indent=2) + "\n")

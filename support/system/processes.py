@@ -9,7 +9,7 @@ import socket
 import struct
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -56,6 +56,12 @@ class Processes:
             values = values.clone()
             dist.all_reduce(values)
         return values
+
+    def spread(self, tensors: Iterable[Tensor]) -> None:
+        """Give every process the main one's values of these tensors, in place."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
 
     def gather_on_main(self, values: Tensor) -> list[Tensor] | None:
         """The processes' `values` (one shape) in rank order; None on all but the main process."""

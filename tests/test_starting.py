@@ -1,0 +1,174 @@
+"""A run that starts from another model: what is copied, what is new, what is refused."""
+
+import json
+
+import pytest
+import torch
+from commands import ROOT, digits_settings, succeed
+from safetensors.torch import save_file
+from torch import Tensor
+
+import train
+from models import build_model
+from support.runs.starting import match, start_from
+from support.runs.stored import StoredModel
+from support.system.files import UserError, sha256_of
+
+TABLE = "y_embedder.embedding_table.weight"
+
+
+def network(names=("a", "b"), channels=1, size=8, model_type="DiT-Nano-2", null=True):
+    """A fresh network, whose weights are all other than those of the one before."""
+    drop_rate = 0.1 if null else 0.0
+    built = build_model(model_type, channels, size, len(names), drop_rate).network
+    for parameter in built.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter)
+    return built
+
+
+def stored(weights: dict[str, Tensor], names=()) -> StoredModel:
+    return StoredModel(ROOT / "none.pt", weights, {}, {"class_names": list(names)})
+
+
+def matched(source, target, names=("a", "b"), target_names=("a", "b")):
+    null_label = target.null_label
+    return match(stored(source.state_dict(), names), target, TABLE, null_label, target_names)
+
+
+def test_of_the_same_network_and_classes_all_is_copied():
+    source, target = network(), network()
+    found = matched(source, target)
+    assert (found.new, found.left) == ([], [])
+    target.load_state_dict(found.copied, strict=False)
+    for name, tensor in source.state_dict().items():
+        assert torch.equal(target.state_dict()[name], tensor), name
+
+
+def test_rows_of_the_label_table_are_those_of_the_same_name():
+    source, target = network("abc"), network("xcad")
+    found = matched(source, target, "abc", "xcad")
+    table = found.copied[TABLE]
+    old, new = source.state_dict()[TABLE], target.state_dict()[TABLE]
+    for row, expected in enumerate((new[0], old[2], old[0], new[3], old[3])):
+        assert torch.equal(table[row], expected), row
+    assert found.notes == ["label table: 2 of 4 classes by name and the null class"]
+
+
+def test_as_many_classes_without_names_are_matched_by_number_and_others_not_at_all():
+    source, target = network("abc"), network("xyz")
+    assert torch.equal(matched(source, target, (), "xyz").copied[TABLE], source.state_dict()[TABLE])
+    found = matched(network("abcd"), target, (), "xyz")
+    assert TABLE in found.new and TABLE not in found.copied
+
+
+def test_of_images_of_another_size_all_but_the_positions_is_copied():
+    source, target = network(size=16), network(size=8)
+    positions = target.pos_embed.clone()
+    found = matched(source, target)
+    assert (found.new, found.left) == ([], [])
+    target.load_state_dict(found.copied, strict=False)
+    assert torch.equal(target.pos_embed, positions)
+
+
+def test_of_images_with_other_channels_what_touches_them_is_new():
+    found = matched(network(channels=1), network(channels=3))
+    assert [name.split()[0] for name in found.new] == [
+        "x_embedder.proj.weight", "final_layer.linear.weight", "final_layer.linear.bias",
+    ]  # fmt: skip
+
+
+def test_of_a_network_without_the_gap_its_embedding_is_new(tmp_path):
+    source, target = network(), network()
+    weights = {n: t for n, t in source.state_dict().items() if not n.startswith("s_embedder")}
+    gap = {n: t.clone() for n, t in target.state_dict().items() if n.startswith("s_embedder")}
+    path = tmp_path / "published.pt"
+    torch.save({"ema": {f"module.{n}": t for n, t in weights.items()}}, path)
+    record, _ = start_from(str(path), target, TABLE, target.null_label, ("a", "b"))
+    assert record["new"] == [*gap]
+    assert record["file_sha256"] == sha256_of(path)
+    for name, tensor in target.state_dict().items():
+        assert torch.equal(tensor, gap.get(name, weights.get(name))), name
+    save_file(weights, tmp_path / "published.safetensors")
+    again = network()
+    start_from(str(tmp_path / "published.safetensors"), again, TABLE, again.null_label, "ab")
+    assert torch.equal(again.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight)
+
+
+@pytest.mark.parametrize("model_type", ["UNet", "DiT-Ti-2"])
+def test_what_fits_nowhere_is_refused(tmp_path, model_type):
+    channels, size = (3, 32) if model_type == "UNet" else (1, 8)
+    torch.save(network(model_type=model_type, channels=channels, size=size).state_dict(),
+               tmp_path / "m.pt")  # fmt: skip
+    target = network()
+    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    with pytest.raises(UserError, match=r"m.pt: nothing fits: .* numbers have the names"):
+        start_from(str(tmp_path / "m.pt"), target, TABLE, target.null_label, ("a", "b"))
+    assert all(torch.equal(before[name], t) for name, t in target.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"a": 1}, "init_from: .*m.pt: holds no weights by name"),
+        ([1], "m.pt: not a training checkpoint, but a list"),
+        (None, "init_from: .*m.pt: no such file or folder"),
+    ],
+)
+def test_what_holds_no_weights_is_refused(tmp_path, content, said):
+    if content is not None:
+        torch.save(content, tmp_path / "m.pt")
+    with pytest.raises(UserError, match=said):
+        start_from(str(tmp_path / "m.pt"), network(), TABLE, 2, ("a", "b"))
+
+
+def checkpoint(folder, step: int) -> dict:
+    return torch.load(folder / "ckpts" / f"{step}.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source") / "run"
+    train.main(digits_settings(folder, total_steps=2, ema_decay_rate=0.5))
+    return folder
+
+
+def test_a_run_starts_from_the_average_and_never_looks_again(source, tmp_path, capsys):
+    folder = tmp_path / "run"
+    words = digits_settings(folder, total_steps=2, init_from=source, ema_decay_rates="[0.5]")
+    train.main([*words, "--set=ckpt_saving_steps=1"])
+    said = capsys.readouterr().out
+    assert f"starts from {source / 'ckpts' / '2.pt'} (SHA-256 " in said
+    assert "label table: 10 of 10 classes by name and the null class" in said
+    start, origin = checkpoint(folder, 0), checkpoint(source, 2)["ema_model"]
+    for part in (start["model"], start["ema_model"], start["averages"]["0.5"]):
+        assert all(torch.equal(part[name], tensor) for name, tensor in origin.items())
+    record = start["started_from"]
+    assert record["file_sha256"] == sha256_of(source / "ckpts" / "2.pt")
+    assert (record["finished_steps"], record["new"], record["left"]) == (2, [], [])
+    whole = checkpoint(folder, 2)
+    (folder / "ckpts" / "2.pt").unlink()
+    source.rename(source.with_name("moved"))
+    try:
+        train.main([*words, "--set=ckpt_saving_steps=1"])
+    finally:
+        source.with_name("moved").rename(source)
+    assert checkpoint(folder, 2)["started_from"] == record
+    for name, tensor in whole["model"].items():
+        assert torch.equal(checkpoint(folder, 2)["model"][name], tensor)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("several processes")
+def test_every_process_starts_from_the_same_weights(source, tmp_path):
+    folder = tmp_path / "run"
+    values = {"total_steps": 1, "init_from": source, "logging_steps": 1}
+    words = digits_settings(folder, **values)
+    succeed("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py", *words)
+    alone = tmp_path / "alone"
+    # Cut alike, the batch has the same noise.
+    train.main(digits_settings(alone, accumulation_steps=2, **values))
+    norms = [
+        json.loads((place / "metrics.jsonl").read_text())["Grad_Norm"] for place in (folder, alone)
+    ]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
