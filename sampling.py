@@ -22,6 +22,7 @@ from support.data.datasets import DATASETS
 from support.data.images import ImageBatch, to_pixels
 from support.runs.budget import count_parameters
 from support.runs.checkpoint import check_weights
+from support.runs.counting import most_bytes
 from support.runs.stored import StoredModel, read_stored
 from support.scores.npz import write_images
 from support.system.files import UserError
@@ -32,6 +33,7 @@ from support.system.settings import shorten, suggest
 
 IMAGES_AT_ONCE = 8  # turned into pixels
 SECONDS_BEFORE_BAR = 5
+MOST_AT_ONCE = 64  # images of one batch, where nobody says how many
 
 # B images of a batch, C channels, H = W side; images are float -1..1, pixels uint8 [B, H, W, C]
 
@@ -266,16 +268,21 @@ class LoadedModel:
         times: Sequence[float] | None = None,
         sampler: str = "renoise",
         noise: Tensor | None = None,
-        batch_size: int = 32,
+        batch_size: int | None = None,
+        memory_gb: float = 1.0,
     ) -> Images:
         """An image for each seed, the same one in any batch and by any number of processes.
 
         Labels are classes by number or name, one for all or one for each; without, each seed draws
         its own. `times` go from 1 down to 0 instead of `steps` that are evenly apart; `sampler` is
         one of SAMPLERS; `noise`, [N, C, H, W], replaces what the seeds draw first. The image of a
-        seed is the first one that `inference.py --seed` makes. UserError says what cannot be.
+        seed is the first one that `inference.py --seed` makes. Without a batch_size the network
+        gets as many images at a time as fit into `memory_gb`, its weights not counted; a decoder
+        has the config's vae_batch_size. UserError says what cannot be.
         """
-        steps, batch_size = _count(steps, "steps"), _count(batch_size, "batch_size")
+        steps = _count(steps, "steps")
+        batch_size = self.images_within(memory_gb) if batch_size is None else batch_size
+        batch_size = _count(batch_size, "batch_size")
         if times is not None and steps != 1:
             raise UserError("steps: goes without times, which say how many there are")
         times = check_times(times, "times") if times is not None else even_times(steps)
@@ -304,6 +311,26 @@ class LoadedModel:
                 bar.update(len(places))
         pixels, latents = zip(*found, strict=True)
         return Images(np.concatenate(pixels), torch.cat(latents))
+
+    def images_within(self, memory_gb: float) -> int:
+        """How many images the network makes at a time within so much memory, at most MOST_AT_ONCE.
+
+        UserError where one takes more.
+        """
+        if not (isinstance(memory_gb, int | float) and memory_gb > 0):
+            raise UserError(f"memory_gb: {shorten(memory_gb)} is not a number above 0")
+        weights = next(self.model.parameters())
+
+        def jump() -> None:
+            x = torch.empty(1, *self.shape, dtype=weights.dtype, device=weights.device)
+            t = torch.ones(1, dtype=weights.dtype, device=weights.device)
+            labels = torch.zeros(1, dtype=torch.int64, device=weights.device)
+            self.model.jump(x, t, 0 * t, labels if self.config.is_conditional else None)
+
+        each = most_bytes(jump) / 1e9
+        if each > memory_gb:
+            raise UserError(f"memory_gb: an image of {self.config.model_type} takes {each:.2g} GB")
+        return min(int(memory_gb / each), MOST_AT_ONCE)
 
     def _draw(self, seeds: Sequence[int], num_noises: int) -> tuple[list[Tensor], Tensor | None]:
         """Noises, [B, C, H, W] each, and labels, [B], of images that have a seed each."""

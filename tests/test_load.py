@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 import inference
 import train
 from sampling import chain, check_times, even_times, load, renoise, sample
+from support.runs.counting import most_bytes
 from support.runs.stored import read_stored
 from support.system.files import UserError, sha256_of
 
@@ -65,6 +66,32 @@ def test_the_image_of_a_seed_is_the_first_that_inference_makes_of_it(run, model,
     np.testing.assert_array_equal(model.sample([int(label[0])], 11, steps).numpy(), first)
 
 
+def test_what_a_network_holds_at_most_is_counted_without_its_weights():
+    layers = torch.nn.Sequential(torch.nn.Linear(1000, 2000), torch.nn.Linear(2000, 10))
+    # The input was made inside, too, and lives as long as what is made of it.
+    assert most_bytes(lambda: layers(torch.empty(100, 1000))) == 4 * 100 * (1000 + 2000 + 10)
+
+
+def test_batches_fit_into_the_memory_that_is_given(model):
+    sizes = []  # of the batches, after one image for counting
+    hook = model.model.network.register_forward_pre_hook(lambda _, x: sizes.append(len(x[0])))
+    try:
+        each = next(gb for gb in (1e-5 * k for k in range(1, 1000)) if can_hold(model, gb))
+        whole = model.sample(labels=1, seeds=range(5))
+        cut = model.sample(labels=1, seeds=range(5), memory_gb=2.5 * each)
+    finally:
+        hook.remove()
+    assert sizes[-6:] == [1, 5, 1, 2, 2, 1]
+    torch.testing.assert_close(cut.latents, whole.latents, atol=1e-5, rtol=0)
+
+
+def can_hold(model, memory_gb: float) -> bool:
+    try:
+        return model.images_within(memory_gb) > 0
+    except UserError:
+        return False
+
+
 def test_noise_may_be_passed_in(model):
     noise = torch.randn(2, 1, 8, 8)
     images = model.sample(labels=4, noise=noise)
@@ -106,6 +133,8 @@ def test_every_place_of_a_model_gives_the_same_images(run, model, tmp_path):
         ({"times": [0.9, 0]}, "do not fall from 1 to 0"),
         ({"times": 3}, "times: 3 is not a list of numbers"),
         ({"times": [1, "half", 0]}, "times: .* is not a list of numbers"),
+        ({"memory_gb": 0}, "memory_gb: 0 is not a number above 0"),
+        ({"memory_gb": 1e-6}, "memory_gb: an image of DiT-Nano-2 takes 0.0001 GB"),
         ({"times": [1, 0], "steps": 5}, "steps: goes without times"),
         ({"batch_size": 0}, "batch_size: 0 is not a whole number of 1 or more"),
         ({"steps": True}, "steps: true is not a whole number of 1 or more"),

@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
@@ -39,6 +42,35 @@ class Counting(TorchDispatchMode):
             dtype = next(arg.dtype for arg in args if isinstance(arg, Tensor))
             self.flops[dtype] += formula(*args, **(kwargs or {}), out_val=result)
         return result
+
+
+class Holding(TorchDispatchMode):
+    """A block of which it is known how many bytes its tensors took at most, at the same time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most_bytes = 0
+        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        live = {key: held for key, held in self._live.items() if not held[0].expired()}
+        for tensor in tree_leaves(result):
+            # A view has the storage of what it is of, perhaps of a weight.
+            if isinstance(tensor, Tensor) and not operation.is_view:
+                storage = tensor.untyped_storage()
+                live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self._live = live
+        self.most_bytes = max(self.most_bytes, sum(count for _, count in live.values()))
+        return result
+
+
+def most_bytes(work: Callable[[], object]) -> int:
+    """The most bytes that the tensors made by `work` take at the same time; none is filled."""
+    # What is given from outside, such as weights, counts nothing.
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), Holding() as holding:
+        work()
+    return holding.most_bytes
 
 
 @dataclass(frozen=True)
