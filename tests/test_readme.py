@@ -61,6 +61,10 @@ SMALL = (
 )
 ADDED = {
     "train.py configs/digits.yaml seed=1": SMALL,
+    "train.py working_dir=runs/averages": f"{SMALL} --set total_steps=10 --set ema_snapshot_steps=2",
+    "train.py working_dir=runs/tuned": SMALL,
+    "inference.py runs/averages/ckpts/10.pt": "--num-samples 6",
+    "inference.py exported/average-0.15": "--num-samples 6",
     "train.py configs/cifar.yaml": f"{SMALL} --set model_type=DiT-Nano-8",
     "train.py configs/small_folder.yaml": f"{SMALL} --set model_type=DiT-Nano-8",
     "train.py configs/image_folder.yaml": f"{SMALL} --set model_type=DiT-Nano-8",
@@ -74,6 +78,7 @@ ADDED = {
 REPLACED = {
     "--nproc-per-node=8": "--nproc-per-node=2",
     "runs/image-latents/ckpts/100000.pt": "runs/image-latents/ckpts/1.pt",
+    "runs/averages/ckpts/1000.pt": "runs/averages/ckpts/10.pt",
     "10000": "10",  # pictures that a reference keeps
 }
 # These need no stand-in: they end before any work.
