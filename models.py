@@ -213,7 +213,7 @@ class Method(nn.Module):
         self.execution = Execution()
 
     def configure(self, settings: Mapping[str, Any]) -> None:
-        """Take from a config's keys what the loss depends on."""
+        """Take from a config's keys what the loss depends on, or the jumps."""
 
     def loss(self, batch: Batch) -> StepTerms:
         """The objective on one microbatch: `forward`, which DistributedDataParallel calls."""

@@ -443,6 +443,7 @@ def assemble(
     channels, num_classes = _counts(config, stored)
     with torch.device("meta"):
         model = build_model(**config.model_arguments(channels, num_classes))
+    model.configure(config.to_dict())
     check_weights(model, stored.weights, str(stored.path))
     model.to_empty(device=device).eval().requires_grad_(False)
     model.load_state_dict(dict(stored.weights))

@@ -45,9 +45,20 @@ def judge(
     neighbours: KNeighborsClassifier, pixels: np.ndarray, labels: np.ndarray
 ) -> tuple[float, float]:
     """The share classified as labelled, and the median distance to the nearest training digit."""
-    features = flatten(pixels)
-    distances, _ = neighbours.kneighbors(features, n_neighbors=1)
-    return float(np.mean(neighbours.predict(features) == labels)), float(np.median(distances))
+    distances, _ = neighbours.kneighbors(flatten(pixels), n_neighbors=1)
+    return share_right(neighbours, pixels, labels), float(np.median(distances))
+
+
+def neighbours_of_digits() -> KNeighborsClassifier:
+    """What knows the training digits."""
+    split = digits_split()
+    neighbours = KNeighborsClassifier(NUM_NEIGHBOURS)
+    return neighbours.fit(flatten(split.training_pixels), split.training_labels)
+
+
+def share_right(neighbours: KNeighborsClassifier, pixels: np.ndarray, labels: np.ndarray) -> float:
+    """The share of digits that are classified as labelled."""
+    return float(np.mean(neighbours.predict(flatten(pixels)) == labels))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -57,9 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("samples", nargs="+", metavar="SAMPLES.npz")
     paths = parser.parse_args(argv).samples
-    split = digits_split()
-    neighbours = KNeighborsClassifier(NUM_NEIGHBOURS)
-    neighbours.fit(flatten(split.training_pixels), split.training_labels)
+    split, neighbours = digits_split(), neighbours_of_digits()
     rows = {"600 held-out digits": (split.held_out_pixels, split.held_out_labels)}
     for path in paths:
         pixels, labels = read_samples(path)

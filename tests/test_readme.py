@@ -40,6 +40,7 @@ LIMIT_SECONDS = 300  # of a command: one that trains for hours has to be named b
 SHELLS = ("sh", "bash", "shell", "console")  # how a block of commands may be called
 OUR_SCRIPTS = (
     *("train.py", "inference.py", "latent_dataset.py", "evaluator.py", "report.py", "export.py"),
+    *("posthoc_ema.py", "arena/run.py", "arena/tables.py"),
 )
 
 # What cannot run here, by its first words; its options are checked all the same.
@@ -49,6 +50,7 @@ NOT_RUN = {
     "hf download": "needs a network; the stand-ins of what it fetches are made beforehand",
     "torchrun --nnodes=4": "needs four machines",
     "sbatch": "needs SLURM",
+    "python arena/": "trains for an hour, or reads what that has left",
     "python benchmarks/": "measures for minutes",
     "python report.py --watch": "goes on until it is interrupted",
     "python report.py --band": "needs three finished runs",
@@ -61,9 +63,9 @@ SMALL = (
 )
 ADDED = {
     "train.py configs/digits.yaml seed=1": SMALL,
-    "train.py working_dir=runs/averages": f"{SMALL} --set total_steps=10 --set ema_snapshot_steps=2",
+    "train.py working_dir=runs/averages": SMALL + " --set total_steps=9 --set ema_snapshot_steps=3",
     "train.py working_dir=runs/tuned": SMALL,
-    "inference.py runs/averages/ckpts/10.pt": "--num-samples 6",
+    "inference.py runs/averages/ckpts/9.pt": "--num-samples 6",
     "inference.py exported/average-0.15": "--num-samples 6",
     "train.py configs/cifar.yaml": f"{SMALL} --set model_type=DiT-Nano-8",
     "train.py configs/small_folder.yaml": f"{SMALL} --set model_type=DiT-Nano-8",
@@ -78,7 +80,7 @@ ADDED = {
 REPLACED = {
     "--nproc-per-node=8": "--nproc-per-node=2",
     "runs/image-latents/ckpts/100000.pt": "runs/image-latents/ckpts/1.pt",
-    "runs/averages/ckpts/1000.pt": "runs/averages/ckpts/10.pt",
+    "runs/averages/ckpts/1000.pt": "runs/averages/ckpts/9.pt",
     "10000": "10",  # pictures that a reference keeps
 }
 # These need no stand-in: they end before any work.
@@ -296,7 +298,7 @@ def checkout(tmp_path, monkeypatch):
     for pattern in ("*.py", "*.txt", "Makefile"):
         for path in ROOT.glob(pattern):
             shutil.copy(path, tmp_path)
-    for name in ("configs", "support", "quickstart", "examples", "benchmarks"):
+    for name in ("configs", "support", "quickstart", "examples", "benchmarks", "arena"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
     monkeypatch.chdir(tmp_path)
@@ -374,9 +376,11 @@ def test_tree_of_files_names_every_module_on_top_and_every_folder_of_support():
 
 
 def examples_of_extending() -> Iterator[tuple[str, str]]:
-    """The file and the code of each example in docs/extending.md."""
+    """The file and the code of each example in docs/extending.md, and of the one in objective.md."""
     text = (ROOT / "docs" / "extending.md").read_text()
-    return iter(re.findall(r"^In `(\S+)\.py`:\n\n```python\n(.*?)```", text, re.M | re.S))
+    yield from re.findall(r"^In `(\S+)\.py`:\n\n```python\n(.*?)```", text, re.M | re.S)
+    text = (ROOT / "docs" / "objective.md").read_text()
+    yield "models", "\n".join(re.findall(r"^```python\n(.*?)```", text, re.M | re.S))
 
 
 @pytest.fixture
@@ -396,7 +400,7 @@ EXTENDED = (
     "dataset_type=Greys cfg_drop_rate=0.1 cfg_scale=2",
     "dataset_type=Digits model_type=ConvNet cfg_drop_rate=0.1 cfg_scale=2",
     "dataset_type=Digits l_schedule=Root",
-    "dataset_type=Digits method=FlowMatching velocity_loss_ratio=1.0",
+    "dataset_type=Digits method=MyFlowMatching velocity_loss_ratio=1.0",
     "dataset_type=Digits method=Watched",
 )
 

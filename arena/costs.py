@@ -1,0 +1,116 @@
+"""What a step of each objective costs: seconds in turns, memory, arithmetic; started by run.py."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from measuring import in_turns, machine, memory_mb  # isort: skip - before torch
+
+import itertools
+import json
+import subprocess
+from collections.abc import Callable
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import arena.objectives
+from arena.plan import Job, Plan, read_plan
+from config import load_config
+from support.data.batches import build_loader
+from support.system.files import atomic_write
+from support.system.processes import Processes
+from train import build_run, draw_batches
+
+ALONE = Processes(0, 0, 1, torch.device("cpu"))
+TURNS, STEPS_OF_MEMORY = 15, 5
+SCALE = 2.0  # of guidance: what a step costs is the same for any
+
+
+def first_jobs(plan: Plan) -> list[Job]:
+    """A job of each objective, with and without guidance."""
+    guided = Plan(plan.data, plan.values, dict.fromkeys(plan.values["guided"], SCALE))
+    jobs = itertools.takewhile(lambda job: job.seed == plan.seeds[0], guided.jobs("objectives"))
+    return list(jobs)
+
+
+def build(job: Job, plan: Plan) -> tuple[Callable[[], None], Callable[[], None]]:
+    """What makes the next step of a run, and what makes a forward of as many samples."""
+    settings = {**job.settings, "method": job.objective, "working_dir": "unused", "device": "cpu"}
+    config = load_config(plan.config, [f"{key}={value}" for key, value in settings.items()])
+    run = build_run(config, ALONE)
+    loader = build_loader(
+        run.data, run.learner.plan, 0, range(config.total_steps), 1, 0, None, pin_memory=False
+    )
+
+    def step() -> None:
+        run.learner.step(draw_batches(run, loader))
+
+    x, t = torch.randn(config.batch_size, *run.data.spec.shape), torch.ones(config.batch_size)
+    labels = torch.arange(config.batch_size) % run.data.spec.num_classes
+
+    def forward() -> None:
+        with torch.inference_mode():
+            run.learner.state.ema_model.network(x, t, t, labels=labels)
+
+    return step, forward
+
+
+def count_forwards(step: Callable[[], None], forward: Callable[[], None]) -> float:
+    """The FLOPs of a step's products, in forwards; attention in its plain form, which counts."""
+    counted = []
+    for work in (step, forward):
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            work()
+        counted.append(counter.get_total_flops())
+    return counted[0] / counted[1]
+
+
+def memory_of(index: int, plan: Plan) -> float:
+    """Growth of the process by a job's steps, in MB."""
+    step, _ = build(first_jobs(plan)[index], plan)
+    before = memory_mb("VmRSS")
+    for _ in range(STEPS_OF_MEMORY):
+        step()
+    return memory_mb("VmHWM") - before
+
+
+def measure(plan: Plan, data: str, methods: list[str]) -> list[dict]:
+    """A row for each objective with and without guidance."""
+    jobs = first_jobs(plan)
+    steps, forwards = zip(*(build(job, plan) for job in jobs), strict=True)
+    arithmetic = [count_forwards(*pair) for pair in zip(steps, forwards, strict=True)]
+    works = {str(index): step for index, step in enumerate(steps)}
+    seconds = in_turns({"forward": forwards[0], **works}, TURNS)
+    rows = []
+    for index, job in enumerate(jobs):
+        command = [sys.executable, __file__, data, str(index), *methods]
+        rows.append(
+            {
+                "name": job.name,
+                "guided": job.guided,
+                "forwards": round(arithmetic[index], 3),
+                "seconds": [round(taken, 5) for taken in seconds[str(index)]],
+                "forward_seconds": [round(taken, 5) for taken in seconds["forward"]],
+                "memory_mb": round(float(subprocess.check_output(command, text=True))),
+                "machine": machine(),
+            }
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    data, target, *methods = sys.argv[1:]
+    plan = read_plan(data)
+    for text in methods:
+        arena.objectives.add_objective(text)
+        plan = plan.with_objective(text)
+    if target.isdecimal():
+        print(memory_of(int(target), plan))
+    else:
+        with atomic_write(Path(target)) as file:
+            found = measure(plan, data, methods)
+            file.write("".join(json.dumps(row) + "\n" for row in found).encode())

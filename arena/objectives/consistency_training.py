@@ -1,0 +1,64 @@
+"""Consistency training as easy consistency tuning has it (Geng et al. 2025, arXiv 2406.14548).
+
+f(x, t) = f(x, t, 0) leads to the data at once. From x_t, and from the point with the same data and
+noise at an earlier l, it is to lead to the same place:
+
+    loss = |f(x_t, t) - stopgrad f(x_l, l)|^2 / (t - l) / (|f_t - f_l|^2 + c^2)^(1/2)
+
+The share of the way, (t - l) / t, falls over training from 1, where this is regression to the data,
+to near 0 (their mapping function, by our l_schedule). With q = (f_t - f_l) / (t - l) and c
+proportional to t - l the loss is q^2 / (q^2 + eps)^(1/2): our weight with p = 1/2. The paper trains
+in no guidance, and starts from a diffusion model; here it starts from scratch.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models import Batch, Method, StepTerms, sample_mean, solution_of, widen
+from passes import Pass, run_passes
+
+# B batch, C channels, H = W side
+
+
+class ConsistencyTraining(Method):
+    """Trained on the batch's consistency part, whose s is not used; samples by `renoise`."""
+
+    p, eps = 0.5, 0.01
+
+    def configure(self, settings: Mapping[str, Any]) -> None:
+        self.p, self.eps = settings["p"], settings["eps"]
+
+    def forward(self, batch: Batch) -> StepTerms:
+        samples, times = batch.consistency, batch.consistency_times
+        t, share = times.t, (times.t - times.l) / (times.t - times.s)
+        l = t * (1 - share)  # noqa: E741
+        # The same data and noise at both times.
+        x_t, _ = self.interpolate(samples.x_0, samples.x_1, t)
+        x_l, _ = self.interpolate(samples.x_0, samples.x_1, l)
+        labels = self.drop_labels(samples)
+        f_t = self.f(x_t, t, labels)
+        with torch.no_grad():
+            f_l = self.f(x_l, l, labels)
+        q = (f_t - f_l) / widen(t - l, x_t)
+        error = sample_mean(q.square())
+        weight = 1 / (error.detach() + self.eps) ** self.p
+        count = batch.global_consistency_count
+        metrics = {"Con_MSE": error.detach().sum() / count}
+        return StepTerms((weight * error).sum() / count, metrics)
+
+    def f(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        """f(x, t, 0), [B, C, H, W]."""
+        zero = torch.zeros_like(t)
+        (F,) = run_passes(self.network, self.execution, [Pass(x, t, zero, labels)])
+        form = self.solution_form(t, zero)
+        return solution_of(x, F, form.a, form.b)
+
+    def jump(self, x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
+        """x_s, with the data of f(x_t, t) and the noise that x_t then has."""
+        x_0 = self.f(x_t, t, labels)
+        alpha, beta, *_ = (widen(value, x_t) for value in self.path(t))
+        x_1 = (x_t - alpha * x_0) / beta
+        return self.interpolate(x_0, x_1, s)[0]

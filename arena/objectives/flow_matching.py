@@ -1,0 +1,49 @@
+"""Flow matching (Lipman et al. 2023, arXiv 2210.02747, eq. 9): the velocity alone, many steps.
+
+    loss = |v(x_t, t) - v_t|^2
+
+The network is told no gap. Guidance (Ho & Salimans, arXiv 2207.12598) acts when sampling:
+
+    v_w(x, t) = v(x, t | none) + w (v(x, t | label) - v(x, t | none))
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models import Batch, Method, StepTerms, sample_mean, widen
+from passes import Pass, run_passes
+
+# B batch, C channels, H = W side
+
+
+class FlowMatching(Method):
+    """Trained on the batch's flow matching part; a jump is a step of Euler's method."""
+
+    cfg_scale = 1.0
+
+    def configure(self, settings: Mapping[str, Any]) -> None:
+        self.cfg_scale = settings["cfg_scale"]
+
+    def forward(self, batch: Batch) -> StepTerms:
+        samples, t = batch.flow_matching, batch.flow_matching_t
+        x_t, v_t = self.interpolate(samples.x_0, samples.x_1, t)
+        velocity = self.velocity(x_t, t, self.drop_labels(samples))
+        error = sample_mean((velocity - v_t).square())
+        loss = error.sum() / batch.global_flow_matching_count
+        return StepTerms(loss, {"Vel_MSE": loss.detach()})
+
+    def velocity(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        (velocity,) = run_passes(self.network, self.execution, [Pass(x_t, t, t, labels)])
+        return velocity
+
+    def jump(self, x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
+        if self.cfg_scale == 1 or labels is None:
+            velocity = self.velocity(x_t, t, labels)
+        else:
+            both = torch.cat([labels, self.null_labels(labels)])
+            label, null = self.velocity(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+            velocity = null + self.cfg_scale * (label - null)
+        return x_t + widen(s - t, x_t) * velocity

@@ -1,0 +1,100 @@
+"""MeanFlow (Geng et al. 2025, arXiv 2505.13447): the average velocity, by forward derivatives.
+
+u(x, s, t) is the average velocity from t to s (their r): x_s = x_t - (t - s) u(x_t, s, t). It is
+the network's F of SoFlow with the Euler form. Their identity (eq. 6) and loss (eq. 9 to 11):
+
+    u = v - (t - s) du/dt,    du/dt = v d_x u + d_t u
+    loss = |u - stopgrad(v~ - (t - s) du/dt)|^2,    weight 1 / (error + c)^p    (section 4.3)
+
+v~ is v_t, or with guidance (eq. 20 and 21; omega = m w and kappa = 1 - m of our keys)
+
+    v~ = omega v_t + kappa u(x_t, t, t | label) + (1 - omega - kappa) u(x_t, t, t | none)
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from models import Batch, Method, Samples, StepTerms, sample_mean, widen
+from passes import Pass, run_passes
+
+# B batch, C channels, H = W side
+
+
+class MeanFlow(Method):
+    """The flow matching part of the batch has s = t, its consistency part s < t.
+
+    Where s = t the derivative is multiplied by 0, and is not computed: that makes no difference to
+    the gradient and saves time, so that the comparison is not to our advantage.
+    """
+
+    cfg_scale, mix_ratio, p, eps = 1.0, 1.0, 1.0, 0.01
+
+    def configure(self, settings: Mapping[str, Any]) -> None:
+        self.cfg_scale, self.mix_ratio = settings["cfg_scale"], settings["mix_ratio"]
+        self.p, self.eps = settings["p"], settings["eps"]
+
+    def forward(self, batch: Batch) -> StepTerms:
+        times = batch.consistency_times
+        instant = self._errors(batch.flow_matching, batch.flow_matching_t, None)
+        average = self._errors(batch.consistency, times.t, times.s)
+        total = batch.global_flow_matching_count + batch.global_consistency_count
+        errors = torch.cat([instant, average])
+        weight = 1 / (errors.detach() + self.eps) ** self.p
+        metrics = {
+            "Vel_MSE": instant.detach().sum() / max(batch.global_flow_matching_count, 1),
+            "Avg_MSE": average.detach().sum() / max(batch.global_consistency_count, 1),
+        }
+        return StepTerms((weight * errors).sum() / total, metrics)
+
+    def _errors(self, samples: Samples, t: Tensor, s: Tensor | None) -> Tensor:
+        """The squared error of each sample, [B]; s None stands for s = t."""
+        if len(t) == 0:
+            return t
+        x_t, v_t = self.interpolate(samples.x_0, samples.x_1, t)
+        labels = self.drop_labels(samples)
+        v = self.guided_velocity(samples, x_t, t, v_t)
+        if s is None:
+            (u,) = run_passes(self.network, self.execution, [Pass(x_t, t, t, labels)])
+            return sample_mean((u - v).square())
+        u, du_dt = self.with_derivative(x_t, s, t, v, labels)
+        return sample_mean((u - (v - widen(t - s, x_t) * du_dt).detach()).square())
+
+    def with_derivative(
+        self, x_t: Tensor, s: Tensor, t: Tensor, v: Tensor, labels: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """u and du/dt along v, [B, C, H, W] each, by one forward-mode derivative."""
+        conditions = {} if labels is None else {"labels": labels}
+
+        def u(x: Tensor, s: Tensor, t: Tensor) -> Tensor:
+            return self.network(x, t, t - s, **conditions)
+
+        tangents = (v, torch.zeros_like(s), torch.ones_like(t))
+        # The fused kernels have no forward-mode derivative.
+        with sdpa_kernel(SDPBackend.MATH):
+            return torch.func.jvp(u, (x_t, s, t), tangents)
+
+    @torch.no_grad()
+    def guided_velocity(self, samples: Samples, x_t: Tensor, t: Tensor, v_t: Tensor) -> Tensor:
+        """v~, [B, C, H, W]; v_t where the label is dropped."""
+        if self.cfg_scale <= 1 or samples.labels is None:
+            return v_t
+        omega, kappa = self.mix_ratio * self.cfg_scale, 1 - self.mix_ratio
+        label, null = run_passes(
+            self.network,
+            self.execution,
+            [Pass(x_t, t, t, samples.labels, needs_gradient=False),
+             Pass(x_t, t, t, self.null_labels(samples.labels), needs_gradient=False)],
+        )  # fmt: skip
+        guided = omega * v_t + kappa * label + (1 - omega - kappa) * null
+        if samples.null_mask is None:
+            return guided
+        return torch.where(widen(samples.null_mask.to(t.device), x_t), v_t, guided)
+
+    def jump(self, x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
+        (u,) = run_passes(self.network, self.execution, [Pass(x_t, t, s, labels)])
+        # x_s = x_t - (t - s) u(x_t, s, t)
+        return x_t - widen(t - s, x_t) * u

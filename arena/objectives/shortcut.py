@@ -1,0 +1,90 @@
+"""Shortcut models (Frans et al. 2025, arXiv 2410.12557): a step is to equal two half steps.
+
+F(x, t, s) is their s(x, t, d), the velocity that leads over the step d = t - s; with d = 0 it is
+the instantaneous one. On most of the batch flow matching, on the rest self-consistency (eq. 4 and
+5), in our direction of time:
+
+    |F(x_t, t, t) - v_t|^2
+    |F(x_t, t, t - 2d) - stopgrad(F_1 + F_2) / 2|^2
+        F_1 = F(x_t, t, t - d),  x' = x_t - d F_1,  F_2 = F(x', t - d, t - 2d)
+
+2d is one of 1, 1/2, ..., 1/64, all as likely, and t a multiple of it. The smallest d = 1/128 is
+asked for as d = 0. Guidance acts there alone, since larger steps learn from it:
+
+    F_w = F(. | none) + w (F(. | label) - F(. | none))
+
+In the paper an average of the weights makes the targets; here, where a loss sees no average, the
+weights themselves do.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models import Batch, Method, Samples, StepTerms, sample_mean, widen
+from passes import Pass, run_passes
+
+# B batch, C channels, H = W side
+
+SMALLEST = 128  # steps of the finest grid
+
+
+class Shortcut(Method):
+    """The batch's consistency part is for self-consistency, with times of its own."""
+
+    cfg_scale = 1.0
+
+    def configure(self, settings: Mapping[str, Any]) -> None:
+        self.cfg_scale = settings["cfg_scale"]
+
+    def forward(self, batch: Batch) -> StepTerms:
+        samples, t = batch.flow_matching, batch.flow_matching_t
+        x_t, v_t = self.interpolate(samples.x_0, samples.x_1, t)
+        F = self.ask(x_t, t, torch.zeros_like(t), self.drop_labels(samples))
+        velocity = sample_mean((F - v_t).square())
+        consistency = self.self_consistency(batch.consistency, *draw_steps(batch.consistency))
+        counts = (batch.global_flow_matching_count, batch.global_consistency_count)
+        metrics = {
+            "Vel_MSE": velocity.detach().sum() / max(counts[0], 1),
+            "Self_MSE": consistency.detach().sum() / max(counts[1], 1),
+        }
+        return StepTerms((velocity.sum() + consistency.sum()) / sum(counts), metrics)
+
+    def self_consistency(self, samples: Samples, t: Tensor, d: Tensor) -> Tensor:
+        """The squared error of each sample, [B], over a step of 2d from t."""
+        x_t, _ = self.interpolate(samples.x_0, samples.x_1, t)
+        labels = self.drop_labels(samples)
+        with torch.no_grad():
+            F_1 = self.guided(x_t, t, d, labels)
+            F_2 = self.guided(x_t - widen(d, x_t) * F_1, t - d, d, labels)
+        return sample_mean((self.ask(x_t, t, 2 * d, labels) - (F_1 + F_2) / 2).square())
+
+    def guided(self, x: Tensor, t: Tensor, d: Tensor, labels: Tensor | None) -> Tensor:
+        """F over the step d: of the finest grid at d = 0, and guided there."""
+        is_finest = d <= 1 / SMALLEST
+        asked = torch.where(is_finest, torch.zeros_like(d), d)
+        if self.cfg_scale == 1 or labels is None:
+            return self.ask(x, t, asked, labels)
+        both = torch.cat([labels, self.null_labels(labels)])
+        label, null = self.ask(*(torch.cat([one, one]) for one in (x, t, asked)), both).chunk(2)
+        return torch.where(widen(is_finest, x), null + self.cfg_scale * (label - null), label)
+
+    def ask(self, x: Tensor, t: Tensor, d: Tensor, labels: Tensor | None) -> Tensor:
+        (F,) = run_passes(self.network, self.execution, [Pass(x, t, t - d, labels)])
+        return F
+
+    def jump(self, x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
+        # x_s = x_t - d F(x_t, t, s)
+        return x_t - widen(t - s, x_t) * self.ask(x_t, t, t - s, labels)
+
+
+def draw_steps(samples: Samples) -> tuple[Tensor, Tensor]:
+    """t and d, [B] each: of the microbatch's own seed, as its dropout masks would be."""
+    source = torch.Generator().manual_seed(samples.dropout_seed)
+    count = len(samples.x_0)
+    levels = SMALLEST.bit_length() - 1  # 2d = 1, 1/2, ..., 2 / SMALLEST
+    step = 0.5 ** torch.randint(levels, (count,), generator=source)
+    t = step * (1 + (torch.rand(count, generator=source) / step).floor())
+    return t.to(samples.x_0), (step / 2).to(samples.x_0)

@@ -1,0 +1,270 @@
+"""Tables and a plot of the arena's results, in docs/arena.md between its marks.
+
+    python arena/tables.py [--folder runs/arena-digits]
+
+With --folder the results of those runs are kept first, in docs/arena/. Without, what is kept there
+is read again: a test does so, and compares.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from support.system.command import run_command  # isort: skip - first: it attends to the start
+
+import argparse
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from support.system.files import UserError, atomic_write
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENT = ROOT / "docs" / "arena.md"
+KEPT = ROOT / "docs" / "arena"
+PLOT = KEPT / "digits.svg"
+FILES = ("results.jsonl", "costs.jsonl")
+
+Row = dict[str, Any]
+Curve = dict[int, list[float]]  # step -> a value of each seed
+
+
+class Entry(NamedTuple):
+    """What is compared: an objective, guided or not."""
+
+    name: str
+    guided: bool
+
+    def __str__(self) -> str:
+        return f"{self.name}, guided" if self.guided else self.name
+
+
+def read_rows(folder: Path, name: str) -> list[Row]:
+    """The rows of a file of results; none where it is not there."""
+    path = folder / name
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def entries_of(rows: Iterable[Row]) -> list[Entry]:
+    return list(dict.fromkeys(Entry(row["name"], row["guided"]) for row in rows))
+
+
+def curves(rows: Sequence[Row], entry: Entry, jumps: int, key: str = "FD") -> Curve:
+    """A value by step, of one entry and number of jumps."""
+    found: Curve = {}
+    for row in rows:
+        if (row["name"], row["guided"], row["jumps"]) == (*entry, jumps):
+            found.setdefault(row["step"], []).append(row[key])
+    return dict(sorted(found.items()))
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """The mean of the seeds, the least and the most."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    mean = statistics.mean(values)
+    return f"{mean:.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+# The tables
+
+
+def scales_table(rows: Sequence[Row]) -> str:
+    """One-step FD by the scale of guidance; of flow matching that of eight steps."""
+    tried = [row for row in rows if row["part"] == "scales"]
+    scales = sorted({row["scale"] for row in tried})
+    lines = []
+    for name in dict.fromkeys(row["name"] for row in tried):
+        jumps = 8 if name == "FlowMatching" else 1
+        last = max(row["step"] for row in tried)
+        fd = {
+            row["scale"]: row["FD"]
+            for row in tried
+            if (row["name"], row["step"], row["jumps"]) == (name, last, jumps)
+        }
+        lines.append([name, str(jumps), *(f"{fd[scale]:.1f}" for scale in scales)])
+    return table(["objective", "jumps", *(f"scale {scale}" for scale in scales)], lines)
+
+
+def steps_table(rows: Sequence[Row]) -> str:
+    """FD after the last step by each number of jumps."""
+    compared = [row for row in rows if row["part"] == "objectives"]
+    jumps = sorted({row["jumps"] for row in compared})
+    last = max(row["step"] for row in compared)
+    lines = [
+        [
+            str(entry),
+            *(spread(curves(compared, entry, count)[last]) for count in jumps),
+            spread(curves(compared, entry, 1, "right")[last], 3),
+        ]
+        for entry in entries_of(compared)
+    ]
+    head = [f"FD, {count} jump{'s' * (count > 1)}" for count in jumps]
+    return table([f"after {last} steps", *head, "right class, 1 jump"], lines)
+
+
+def cost_of(costs: Sequence[Row], entry: Entry) -> Row:
+    return next(row for row in costs if (row["name"], row["guided"]) == tuple(entry))
+
+
+def step_in_forwards(row: Row) -> float:
+    """The median over turns of a step's time in forwards of the same turn."""
+    pairs = zip(row["seconds"], row["forward_seconds"], strict=True)
+    return statistics.median(step / forward for step, forward in pairs)
+
+
+def costs_table(costs: Sequence[Row]) -> str:
+    """What a step takes."""
+    lines = [
+        [
+            str(Entry(row["name"], row["guided"])),
+            f"{statistics.median(row['seconds']):.3f}",
+            f"{step_in_forwards(row):.2f}",
+            f"{row['forwards']:.2f}",
+            f"{row['memory_mb']} MB",
+        ]
+        for row in costs
+    ]
+    head = ["a step", "seconds", "in forwards", "counted", "memory"]
+    return table(head, lines)
+
+
+def at_budget(curve: Curve, steps: float) -> list[float]:
+    """The FD of each seed after so many steps, between the checkpoints around."""
+    at = list(curve)
+    return [float(np.interp(steps, at, values)) for values in zip(*curve.values(), strict=True)]
+
+
+def budget_table(rows: Sequence[Row], costs: Sequence[Row]) -> str:
+    """FD at equal wall-clock and at equal forwards: as much as the cheapest takes for all steps."""
+    compared = [row for row in rows if row["part"] == "objectives"]
+    entries = entries_of(compared)
+    last = max(row["step"] for row in compared)
+    seconds = {entry: step_in_forwards(cost_of(costs, entry)) for entry in entries}
+    forwards = {entry: cost_of(costs, entry)["forwards"] for entry in entries}
+    # Of those that sample in one jump: flow matching is here to be beaten by.
+    able = [entry for entry in entries if entry.name != "FlowMatching"]
+    lines = []
+    for entry in able:
+        cells = []
+        for cost in (seconds, forwards):
+            steps = last * min(cost[one] for one in able) / cost[entry]
+            found = at_budget(curves(compared, entry, 1), steps)
+            cells += [f"{steps:.0f}", spread(found)]
+        lines.append([str(entry), *cells])
+    head = ["one jump", "steps in equal time", "FD", "steps in equal forwards", "FD"]
+    return table(head, lines)
+
+
+def ablations_table(rows: Sequence[Row]) -> str:
+    """One-step FD with one key changed."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if row["part"] == "ablations":
+            found.setdefault(row["name"], []).append(row["FD"])
+    if not found:
+        return "Not run yet."
+    return table(["changed", "FD, 1 jump"], [[name, spread(fd)] for name, fd in found.items()])
+
+
+# The plot
+
+
+def draw(rows: Sequence[Row], costs: Sequence[Row], path: Path) -> None:
+    """One-step FD against steps, time, forwards, and memory."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "arena"
+    from matplotlib import pyplot
+
+    compared = [row for row in rows if row["part"] == "objectives"]
+    figure, axes = pyplot.subplots(1, 4, figsize=(15, 4), sharey=True, layout="constrained")
+    names = list(dict.fromkeys(entry.name for entry in entries_of(compared)))
+    for entry in entries_of(compared):
+        cost, curve = cost_of(costs, entry), curves(compared, entry, 1)
+        steps = np.array(list(curve))
+        low, mean, high = (
+            [of(values) for values in curve.values()] for of in (min, statistics.mean, max)
+        )
+        style = {"color": f"C{names.index(entry.name)}", "linestyle": "-" if entry.guided else "--"}
+        scales = (steps, steps * step_in_forwards(cost), steps * cost["forwards"])
+        for axis, x in zip(axes, scales, strict=False):
+            axis.plot(x, mean, label=str(entry), **style)
+            axis.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        marker = "o" if entry.guided else "s"
+        axes[3].plot(cost["memory_mb"], mean[-1], marker=marker, color=style["color"])
+    titles = ("steps", "time, in forwards", "forwards, counted", "memory of a step, MB")
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set(xlabel=title, yscale="log")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("FD of samples in one jump")
+    axes[0].legend(fontsize=7)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    pyplot.close(figure)
+
+
+# The document
+
+
+TABLES: dict[str, Callable[[list[Row], list[Row]], str]] = {
+    "scales": lambda rows, costs: scales_table(rows),
+    "steps": lambda rows, costs: steps_table(rows),
+    "costs": lambda rows, costs: costs_table(costs),
+    "budgets": budget_table,
+    "ablations": lambda rows, costs: ablations_table(rows),
+}
+
+
+def with_tables(text: str, rows: list[Row], costs: list[Row]) -> str:
+    """The document with each table between its marks made anew."""
+    for name, make in TABLES.items():
+        mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        if not mark.search(text):
+            raise UserError(f"{DOCUMENT}: has no <!-- {name} --> ... <!-- end -->")
+        made = make(rows, costs)
+        text = mark.sub(lambda found, made=made: f"{found[1]}{made}\n{found[2]}", text)
+    return text
+
+
+def keep(folder: Path) -> Iterator[Path]:
+    """Copy the results of a folder's runs; what another call has found of other parts stays."""
+    for name in FILES:
+        new = read_rows(folder, name)
+        parts = {row.get("part") for row in new}
+        old = [row for row in read_rows(KEPT, name) if row.get("part") not in parts]
+        if new:
+            with atomic_write(KEPT / name) as file:
+                file.write("".join(json.dumps(row) + "\n" for row in [*old, *new]).encode())
+            yield KEPT / name
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, help="of the runs of arena/run.py")
+    arguments = parser.parse_args(argv)
+    KEPT.mkdir(exist_ok=True)
+    if arguments.folder and not list(keep(arguments.folder)):
+        raise UserError(f"{arguments.folder}: no results; python arena/run.py makes them")
+    rows, costs = (read_rows(KEPT, name) for name in FILES)
+    DOCUMENT.write_text(with_tables(DOCUMENT.read_text(), rows, costs))
+    draw(rows, costs, PLOT)
+    print(f"{len(rows)} results in {DOCUMENT} and {PLOT}")
+
+
+if __name__ == "__main__":
+    run_command(main)

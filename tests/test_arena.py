@@ -1,0 +1,234 @@
+"""The arena's objectives: each has the true map as its optimum; and what runs and compares them."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from commands import ROOT, run
+from exact import ExactNetwork
+from torch import Tensor, nn
+
+from arena.objectives import OBJECTIVES
+from arena.plan import read_plan
+from config import Config
+from models import METHODS, Batch, Samples, build_model
+from schedules import ConsistencyTimes
+
+# B batch; points of the plane are images [B, 2, 1, 1]
+
+OTHERS = [name for name in OBJECTIVES if name != "SoFlow"]
+SETTINGS = {**Config().to_dict(), "cfg_scale": 1.0, "p": 0.0}  # all samples weigh alike
+
+
+def batch_of(x_0: Tensor, x_1: Tensor, t: Tensor, l: Tensor, s: Tensor) -> Batch:  # noqa: E741
+    """The same samples and t for both parts."""
+    samples = Samples(x_0, x_1, dropout_seed=1)
+    return Batch(samples, t, samples, ConsistencyTimes(t, l, s), len(t), len(t))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_on_one_image_the_exact_network_has_no_loss_and_jumps_to_it(name):
+    source = torch.Generator().manual_seed(0)
+    c = torch.randn(1, 2, 4, 4, generator=source, dtype=torch.float64)
+    x_1 = torch.randn(64, 2, 4, 4, generator=source, dtype=torch.float64)
+    t = 0.1 + 0.9 * torch.rand(64, generator=source, dtype=torch.float64)
+    method = OBJECTIVES[name](ExactNetwork(c))
+    method.configure(SETTINGS)
+    terms = method(batch_of(c.expand_as(x_1), x_1, t, 0.9 * t, 0.5 * t))
+    assert all(value < 1e-20 for value in terms.metrics.values()), terms.metrics
+    ones = torch.ones(64, dtype=torch.float64)
+    torch.testing.assert_close(method.jump(x_1, ones, 0 * ones, None), c.expand_as(x_1))
+    half = method.jump(x_1, ones, 0.5 * ones, None)
+    torch.testing.assert_close(half, (c + x_1) / 2)
+
+
+# A mixture of two Gaussians in the plane, whose velocity is known in closed form
+
+MEANS = torch.tensor([[-1.0, 0.5], [1.5, -0.5]], dtype=torch.float64)
+WEIGHTS = torch.tensor([0.3, 0.7], dtype=torch.float64)
+STD = 0.4
+
+
+def posterior(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of x_0 given x [B, 2] at t [B]: components' weights [B, K], means [B, K, 2], std [B, 1]."""
+    variance = ((1 - t) * STD) ** 2 + t**2
+    offsets = x[:, None] - (1 - t)[:, None, None] * MEANS
+    logits = WEIGHTS.log() - offsets.square().sum(2) / (2 * variance[:, None])
+    gain = (1 - t) * STD**2 / variance
+    means = MEANS + gain[:, None, None] * offsets
+    return logits.softmax(1), means, STD * (t / variance.sqrt())[:, None]
+
+
+def velocity(x: Tensor, t: Tensor) -> Tensor:
+    """v(x, t) = E[x_1 - x_0 | x_t = x], [B, 2]."""
+    weights, means, _ = posterior(x, t)
+    variance = ((1 - t) * STD) ** 2 + t**2
+    offsets = x[:, None] - (1 - t)[:, None, None] * MEANS
+    # E[x_1 | x_t, component] = t (x_t - (1 - t) mean) / variance
+    x_1 = (t / variance)[:, None, None] * offsets
+    return (weights[:, :, None] * (x_1 - means)).sum(1)
+
+
+def flow(x: Tensor, t: Tensor, s: Tensor, steps: int = 60) -> Tensor:
+    """Where the path through x at t is at s: Runge and Kutta's fourth-order method."""
+    h = (s - t) / steps
+    for k in range(steps):
+        now = t + k * h
+        k_1 = velocity(x, now)
+        k_2 = velocity(x + h[:, None] / 2 * k_1, now + h / 2)
+        k_3 = velocity(x + h[:, None] / 2 * k_2, now + h / 2)
+        k_4 = velocity(x + h[:, None] * k_3, now + h)
+        x = x + h[:, None] / 6 * (k_1 + 2 * k_2 + 2 * k_3 + k_4)
+    return x
+
+
+class TrueMap(nn.Module):
+    """F(x, t, s), the mean velocity of the true path from t to s, and an offset whose best is 0."""
+
+    null_label = None
+
+    def __init__(self, is_true: bool):
+        super().__init__()
+        self.is_true = is_true
+        self.offset = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+
+    def forward(self, x: Tensor, t: Tensor, gap: Tensor) -> Tensor:
+        flat = x.flatten(1)
+        instant = velocity(flat, t)
+        # At a gap of 0 it is the velocity; there must be no 0 / 0 in the derivative either.
+        safe = torch.where(gap > 1e-9, gap, torch.full_like(gap, 1e-4))
+        mean = (flat - flow(flat, t, t - safe)) / safe[:, None]
+        found = torch.where((gap > 1e-9)[:, None], mean, instant) if self.is_true else instant
+        return (found + self.offset)[:, :, None, None]
+
+
+def gradient(name: str, is_true: bool, gap: float) -> float:
+    """The norm of the expected gradient of the offset, over all that may have led to one x_t."""
+    source = torch.Generator().manual_seed(3)
+    count = 4000
+    t = torch.full((count,), 0.75, dtype=torch.float64)
+    x = torch.tensor([[0.2, 0.1]], dtype=torch.float64).expand(count, 2)
+    weights, means, std = posterior(x[:1], t[:1])
+    # As many of each component as its weight says, and each deviation with its opposite.
+    of_first = round(float(weights[0, 0]) * count / 2) * 2
+    means = torch.cat([means[0, :1].expand(of_first, 2), means[0, 1:].expand(count - of_first, 2)])
+    noise = torch.randn(count // 2, 2, generator=source, dtype=torch.float64)
+    x_0 = means + std * torch.stack([noise, -noise], 1).flatten(0, 1)
+    x_1 = (x - (1 - t)[:, None] * x_0) / t[:, None]
+    network = TrueMap(is_true)
+    method = OBJECTIVES[name](network)
+    method.configure(SETTINGS)
+    images = [one[:, :, None, None] for one in (x_0, x_1)]
+    s = torch.full_like(t, 0.25)
+    method(batch_of(*images, t, t - gap * (t - s), s)).loss.backward()
+    return float(network.offset.grad.norm())
+
+
+@pytest.mark.parametrize("name", ["MeanFlow", "ConsistencyTraining"])
+def test_on_a_gaussian_mixture_the_true_map_is_where_the_gradient_vanishes(name):
+    at_true, elsewhere = (gradient(name, is_true, gap=0.01) for is_true in (True, False))
+    assert at_true < 0.05 * elsewhere, (at_true, elsewhere)
+
+
+def test_on_a_gaussian_mixture_flow_matching_learns_the_velocity():
+    # `False` is the velocity itself, which is all that flow matching asks for.
+    assert gradient("FlowMatching", False, gap=0.01) < 0.01
+
+
+def test_on_a_gaussian_mixture_two_true_half_steps_are_a_true_step():
+    x = torch.randn(32, 2, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    d = torch.tensor([0.5, 0.25, 0.125, 0.0625], dtype=torch.float64).repeat(8)
+    t = torch.where(d == 0.5, 1.0, 0.875)
+    errors = {}
+    for is_true in (True, False):
+        method = OBJECTIVES["Shortcut"](TrueMap(is_true))
+        method.interpolate = lambda x_0, x_1, t: (x_1, x_1)  # x_t as it is given
+        errors[is_true] = method.self_consistency(Samples(x, x), t, d)
+    assert errors[True].max() < 1e-9
+    assert errors[False].mean() > 1e-3
+
+
+def test_mean_flows_derivative_is_that_of_finite_differences():
+    torch.manual_seed(0)
+    network = build_model("DiT-Nano-2", 1, 8, 3, 0.1).network.double()
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    method = OBJECTIVES["MeanFlow"](network)
+    x, v = torch.randn(2, 5, 1, 8, 8, dtype=torch.float64)
+    t, s = torch.linspace(0.5, 1, 5).double(), torch.linspace(0, 0.4, 5).double()
+    labels = torch.tensor([0, 1, 2, 3, 0])
+    u, du_dt = method.with_derivative(x, s, t, v, labels)
+    h = 1e-5
+    with torch.no_grad():
+        ahead = network(x + h * v, t + h, t + h - s, labels=labels)
+        behind = network(x - h * v, t - h, t - h - s, labels=labels)
+        torch.testing.assert_close(u, network(x, t, t - s, labels=labels))
+    torch.testing.assert_close(du_dt, (ahead - behind) / (2 * h), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["MeanFlow", "ConsistencyTraining", "FlowMatching"])
+def test_a_batch_in_two_parts_gives_the_gradient_of_the_whole_one(name):
+    torch.manual_seed(0)
+    method = OBJECTIVES[name](build_model("DiT-Nano-2", 1, 8, 3, 0.1).network.double())
+    for parameter in method.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    method.configure({**SETTINGS, "cfg_scale": 2.0, "mix_ratio": 0.25, "p": 1.0})
+    x_0, x_1 = torch.randn(2, 6, 1, 8, 8, dtype=torch.float64)
+    t = torch.linspace(0.5, 1, 6).double()
+    labels, null_mask = torch.arange(6) % 3, torch.arange(6) % 4 == 1
+
+    def gradients(*parts: slice) -> list[Tensor]:
+        method.zero_grad()
+        for rows in parts:
+            samples = Samples(x_0[rows], x_1[rows], labels[rows], null_mask[rows])
+            times = ConsistencyTimes(t[rows], 0.9 * t[rows], 0.5 * t[rows])
+            method(Batch(samples, t[rows], samples, times, 6, 6)).loss.backward()
+        return [p.grad.clone() for p in method.parameters() if p.grad is not None]
+
+    whole, halves = gradients(slice(None)), gradients(slice(4), slice(4, None))
+    assert len(whole) > 10
+    for one, other in zip(whole, halves, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+TOY = """
+from arena.objectives.flow_matching import FlowMatching
+
+class Toy(FlowMatching):
+    def forward(self, batch):
+        terms = super().forward(batch)
+        return terms._replace(metrics={"Toy": 2 * terms.loss.detach()})
+"""
+
+
+def test_a_users_objective_goes_through_the_same_slot(tmp_path, monkeypatch):
+    file = tmp_path / "mine.py"
+    file.write_text(TOY)
+    monkeypatch.delitem(METHODS, "Toy", raising=False)
+    plan = read_plan("digits").with_objective(f"{file}:Toy")
+    plan = dataclasses.replace(plan, best=dict.fromkeys(plan.values["guided"], 2.0))
+    job = next(job for job in plan.jobs("objectives") if job.name == "Toy")
+    settings = {**job.settings, "total_steps": 2, "logging_steps": 1, "batch_size": 8}
+    job = dataclasses.replace(job, settings=settings, checkpoints=1, images=10, jumps=(1, 2))
+    given = {"folder": str(tmp_path / "run"), "config": plan.config, "methods": [f"{file}:Toy"]}
+    done = run(ROOT / "arena" / "job.py", json.dumps({**given, "job": dataclasses.asdict(job)}))
+    assert done.returncode == 0, done.stderr
+    assert "Toy" in json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert sorted(p.name for p in (tmp_path / "run" / "samples").iterdir()) == [
+        "2_1.npz", "2_2.npz",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--data", "cats"], "--data cats: there is digits"),
+        (["--parts", "all"], "--parts all: there are scales, objectives, ablations and costs"),
+        (["--objective", "mine.py"], "--objective mine.py: must be FILE.py:NAME"),
+    ],
+)
+def test_mistakes_are_a_line(flags, said, tmp_path):
+    done = run("arena/run.py", "--folder", tmp_path, *flags)
+    assert done.returncode == 1
+    assert said in done.stderr and done.stderr.count("\n") == 1
