@@ -12,7 +12,7 @@ MISTAKES = {
     "export.py": ["nowhere", "exported"],
     "evaluator.py": ["--ref_batch=nowhere.npz", "--sample_batch_dir=nowhere"],
     "report.py": ["nowhere"],
-    "quickstart/check_digits.py": ["nowhere.npz"],
+    "quickstart/check_samples.py": ["nowhere.npz"],
     "quickstart/score.py": ["nowhere.npz"],
 }
 

@@ -1,8 +1,10 @@
 """Fashion-MNIST: fetched once, verified, and padded from 28 to 32 pixels a side.
 
-Names, places and classes are torchvision's; its reader is not used: that takes only what it has
-unpacked itself, without a look at it. A copy elsewhere, Debian's for one, is packed with another
-header: so digests are those of the unpacked files. The published ones unpack to these.
+The files are torchvision's, where it puts them and from where it fetches them. Its reader is not
+used: that takes only what it has unpacked itself, without a look at it. A copy elsewhere, Debian's
+for one, is packed with another header: so digests are those of the unpacked files. The published
+ones unpack to these. And torchvision is imported only to fetch them: together with TensorFlow, when
+that comes first, it ends the process.
 """
 
 import gzip
@@ -11,7 +13,7 @@ import math
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,6 +23,10 @@ FOLDER = Path("FashionMNIST", "raw")
 SIDE = 32
 BACKGROUND = 0  # of the pictures, and of the two pixels that are added on each side
 CLASSIFIER_COUNT = 10_000  # the last training images: a classifier's that scores the others
+CLASS_NAMES = (
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag"),
+    "Ankle boot",
+)
 
 
 class Published(NamedTuple):
@@ -62,10 +68,10 @@ class FashionImages:
 
     pixels: np.ndarray
     labels: np.ndarray
-    class_names: tuple[str, ...]
+    class_names: tuple[str, ...] = CLASS_NAMES
 
     def part(self, chosen: slice) -> "FashionImages":
-        return FashionImages(self.pixels[chosen], self.labels[chosen], self.class_names)
+        return FashionImages(self.pixels[chosen], self.labels[chosen])
 
 
 def find_copy(folder: Path) -> Path | None:
@@ -94,23 +100,21 @@ def load_test_set(folder: Path) -> FashionImages:
 
 
 def _load(folder: Path, files: dict[str, Published]) -> FashionImages:
-    torchvision_class = _torchvision_class(folder)
     place = find_copy(folder) or folder / FOLDER
-    url = torchvision_class.mirrors[0]
 
     def missing() -> list[str]:
         return [f"{name}.gz" for name in files if _find(place, name) is None]
 
     def not_fetched(reason: str) -> UserError:
         return UserError(
-            f"{place}: lacks {', '.join(missing())}; {reason}; put them from {url} there yourself, "
-            "or those of Debian's package dataset-fashion-mnist"
+            f"{place}: lacks {', '.join(missing())}; {reason}; put them there yourself, or name "
+            "the folder of Debian's package dataset-fashion-mnist"
         )
 
     def fetch() -> None:
         try:
             for name in missing():
-                download(f"{url}{name}", place / name)
+                download(f"{_url()}{name}", place / name)
         except UserError as error:
             raise not_fetched(str(error)) from error
 
@@ -126,18 +130,19 @@ def _load(folder: Path, files: dict[str, Published]) -> FashionImages:
     margin = (SIDE - pixels.shape[1]) // 2
     widths = ((0, 0), (margin, margin), (margin, margin))
     padded = np.pad(pixels, widths, constant_values=BACKGROUND)[..., None]
-    return FashionImages(padded, labels.astype(np.int64), tuple(torchvision_class.classes))
+    return FashionImages(padded, labels.astype(np.int64))
 
 
-def _torchvision_class(folder: Path) -> Any:
+def _url() -> str:
+    """Where the files are published."""
     try:
         from torchvision.datasets import FashionMNIST
     except ImportError as error:
         raise UserError(
-            f"{folder}: reading Fashion-MNIST needs torchvision, which is not installed here; "
+            "fetching them needs torchvision, which is not installed here; "
             "requirements_soflow.txt has it"
         ) from error
-    return FashionMNIST
+    return FashionMNIST.mirrors[0]
 
 
 def _find(place: Path, name: str) -> Path | None:
