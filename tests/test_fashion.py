@@ -11,6 +11,7 @@ from torchvision.datasets import FashionMNIST
 
 from support.data import fashion
 from support.data.datasets import DataRequest, build_data
+from support.scores.references import find_images
 from support.system.files import UserError
 
 TRAINING_COUNT, OWN_COUNT, TEST_COUNT = 50, 20, 30  # of all training images, of the classifier's
@@ -79,6 +80,13 @@ def test_runs_train_on_what_neither_classifier_nor_test_sees(made, tmp_path):
     np.testing.assert_array_equal(
         held_out.stored[:, 0, 2:-2, 2:-2], made["t10k-images-idx3-ubyte"][:2]
     )
+
+
+def test_reference_holds_the_test_images_as_training_pads_them(made, tmp_path):
+    images = find_images(tmp_path)
+    assert (images.num_images, images.image_shape) == (TEST_COUNT, (32, 32, 1))
+    pixels = np.concatenate(list(images.batches()))
+    np.testing.assert_array_equal(pixels, fashion.load_test_set(tmp_path).pixels)
 
 
 def test_copy_may_lie_in_the_folder_itself_unpacked_and_only_to_be_read(made, tmp_path):
