@@ -53,7 +53,7 @@ RECIPES = {
     "Digits": Recipe((Layer(16, 1), Layer(24, 2, SPATIAL), Layer(48, 1)), epochs=100),
     "FashionMNIST": Recipe(
         (Layer(32, 1), Layer(32, 2), Layer(64, 1), Layer(64, 2, SPATIAL), Layer(64, 1)),
-        epochs=20,
+        epochs=40,
         largest_shift=2,  # what was added to the pictures on each side: nothing gets lost
     ),
 }
