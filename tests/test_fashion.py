@@ -135,6 +135,14 @@ def test_what_is_no_file_is_refused_without_waiting_for_it(made, tmp_path):
     assert refusal(tmp_path) == f"{path}: cannot be read (not a regular file)"
 
 
+def test_missing_files_are_fetched_and_nothing_else(made, tmp_path, monkeypatch):
+    published = tmp_path / fashion.FOLDER
+    monkeypatch.setattr(FashionMNIST, "mirrors", [f"{published.as_uri()}/"])
+    new = tmp_path / "new"
+    assert len(build_data(request(new))) == 30
+    assert sorted(os.listdir(new / fashion.FOLDER)) == [f"{name}.gz" for name in fashion.TRAINING]
+
+
 def test_missing_file_offline_says_what_to_fetch_and_where_to_put_it(made, tmp_path):
     place = tmp_path / fashion.FOLDER
     (place / "train-labels-idx1-ubyte.gz").unlink()
