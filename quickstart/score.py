@@ -89,10 +89,12 @@ def print_table(paths: list[Path], small: SmallSet, folder: Path) -> None:
     rows[f"training {small.noun}"] = split.training.first(count)
     rows["Gaussian noise"] = noise_like(split.held_out.first(count))
     scores = score(rows, split.held_out.pixels, small.graph)
-    width = max(map(len, rows))
-    print(f"{f'{count} images a row':{width}}" + "".join(f"{name:>10}" for name in COLUMNS))
-    for name in rows:
-        print(f"{name:{width}}" + "".join(f"{scores[name][column]:10.3f}" for column in COLUMNS))
+    lines = {f"{count} images a row": COLUMNS}
+    lines |= {name: tuple(f"{scores[name][column]:.3f}" for column in COLUMNS) for name in rows}
+    width = max(map(len, lines))
+    cell_width = 2 + max(len(cell) for cells in lines.values() for cell in cells)
+    for name, cells in lines.items():
+        print(f"{name:{width}}" + "".join(f"{cell:>{cell_width}}" for cell in cells))
     print(f"({count} images bias FD and sFD upwards; prec and recall by exact distances)")
 
 
