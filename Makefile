@@ -1,4 +1,5 @@
 # make quickstart: install into .venv, train on real digits, sample with 1 and 2 steps, score, report
+# make fashion:    the same on Fashion-MNIST, which is fetched or lies in data/fashion: half an hour
 # make check:      lint, check types, run the quick tests: a minute or two
 # make test:       install, lint, check types, run all tests
 # make test-oldest: run what trains and samples on the oldest torch that is supported
@@ -11,8 +12,11 @@ WORKERS ?= 2
 PYTEST = .venv/bin/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 OLDEST_TESTS = models unet train learner ema sampling checkpoint processes
 SAMPLES = $(DIGITS)/evals/1000_1NFE_42.npz $(DIGITS)/evals/1000_2NFE_42.npz
+FASHION = runs/fashion
+FASHION_STEPS = $(shell sed -n 's/^total_steps: *\([0-9]*\).*/\1/p' configs/fashion.yaml)
+FASHION_SAMPLES = $(foreach nfe,1 2,$(FASHION)/evals/$(FASHION_STEPS)_$(nfe)NFE_42.npz)
 
-.PHONY: quickstart lint check test test-oldest faults clean
+.PHONY: quickstart fashion lint check test test-oldest faults clean
 
 .venv/installed: requirements_soflow.txt requirements_soflow_eval.txt requirements_soflow_dev.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is \
@@ -29,12 +33,26 @@ quickstart: .venv/installed
 			--eval-NFE $$nfe --eval-batch-size 250 --num-samples 1000 --seed 42 \
 			--labels 0,1,2,3,4,5,6,7,8,9 --grid $(DIGITS)/figs/$${nfe}NFE.png || exit 1; \
 	done
-	@.venv/bin/python quickstart/check_digits.py $(SAMPLES)
+	@.venv/bin/python quickstart/check_samples.py $(SAMPLES)
 	@.venv/bin/python quickstart/score.py $(SAMPLES)
 	@.venv/bin/python quickstart/score.py $(DIGITS)/evals > /dev/null
 	@.venv/bin/python report.py $(DIGITS) > /dev/null
 	@echo "Look at $(DIGITS)/figs/1NFE.png: made in one step, one row per class."
 	@echo "Open $(DIGITS)/report.html: curves, samples and scores over training."
+
+fashion: .venv/installed
+	.venv/bin/python train.py --config configs/fashion.yaml
+	@for nfe in 1 2; do \
+		.venv/bin/python inference.py --config configs/fashion.yaml --ckpt-steps $(FASHION_STEPS) \
+			--eval-NFE $$nfe --eval-batch-size 250 --num-samples 5000 --seed 42 \
+			--labels 0,1,2,3,4,5,6,7,8,9 --grid $(FASHION)/figs/$${nfe}NFE.png || exit 1; \
+	done
+	@.venv/bin/python quickstart/check_samples.py $(FASHION_SAMPLES)
+	@.venv/bin/python quickstart/score.py $(FASHION_SAMPLES)
+	@.venv/bin/python quickstart/score.py $(FASHION)/evals > /dev/null
+	@.venv/bin/python report.py $(FASHION) > /dev/null
+	@echo "Look at $(FASHION)/figs/1NFE.png: made in one step, one row per class."
+	@echo "Open $(FASHION)/report.html: curves, samples and scores over training."
 
 lint: .venv/installed
 	.venv/bin/ruff check .

@@ -295,7 +295,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--watch", type=positive, nargs="?", const=60, metavar="SECONDS", help=watch_help)
     add("--delete_evaluated", action="store_true", help="delete each file once it is scored")
     add("--no_cache", action="store_true", help="neither read nor write the reference's cache")
-    source_help = "folder of pictures, an .npz, or CIFAR-10's batches"
+    source_help = "folder of pictures, of CIFAR-10 or of Fashion-MNIST, or an .npz"
     making_help = "make a reference file from --images"
     add("--write_ref", type=expanduser, metavar="OUT.npz", help=making_help)
     add("--images", type=expanduser, metavar="SOURCE", help=source_help)

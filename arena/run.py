@@ -28,7 +28,6 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from os.path import expanduser
 
-import numpy as np
 from tqdm import tqdm
 
 from arena.plan import PARTS, Job, Plan, read_plan
@@ -36,7 +35,7 @@ from support.system.files import UserError, atomic_write
 from support.system.processes import usable_cores
 
 HERE = Path(__file__).resolve().parent
-SCORES = ("FD", "prec", "recall")
+SCORES = ("FD", "prec", "recall", "class")
 SAMPLES, SCORED = "samples", "scores.json"
 
 
@@ -93,35 +92,29 @@ def train_one(job: Job, plan: Plan, folder: Path, methods: Sequence[str]) -> Non
         file.write(json.dumps(recorded_of(job), indent=1).encode())
 
 
-def score_all(jobs: Iterable[Job], folder: Path) -> None:
+def score_all(jobs: Iterable[Job], plan: Plan, folder: Path) -> None:
     """Score the samples of jobs that have no scores yet, by one run of the evaluator."""
     waiting = [job for job in jobs if not (folder / job.file_name / SCORED).exists()]
     places = list(dict.fromkeys(folder / job.file_name for job in waiting))
     if not places:
         return
     # Together with TensorFlow, and after the trainings, which do without.
-    sys.path.insert(0, str(HERE.parent / "quickstart"))
-    from check_digits import neighbours_of_digits, share_right
-    from score import score
-
-    from support.data.datasets import digits_split
+    from quickstart.score import score
+    from quickstart.small_sets import DEFAULT_FOLDER, SMALL_SETS, read_samples
 
     archives = {str(path): path for place in places for path in sorted(place.glob("samples/*.npz"))}
-    pixels, labels = {}, {}
-    for name, path in archives.items():
-        with np.load(path) as archive:
-            pixels[name], labels[name] = archive["arr_0"], archive["arr_1"]
+    small = SMALL_SETS[plan.values["scored_as"]]
+    images = {name: read_samples(path) for name, path in archives.items()}
     print(f"scoring {len(archives)} archives", file=sys.stderr)
-    scores = score(pixels, digits_split().held_out_pixels)
-    neighbours = neighbours_of_digits()
+    held_out = small.load(DEFAULT_FOLDER).held_out
+    scores = score(images, held_out.pixels, small.graph)
     for place in places:
         rows = []
         for name, path in archives.items():
             if path.parent.parent == place:
                 step, jumps = map(int, path.stem.split("_"))
-                right = share_right(neighbours, pixels[name], labels[name])
                 found = {key: round(scores[name][key], 4) for key in SCORES}
-                rows.append({"step": step, "jumps": jumps, **found, "right": round(right, 4)})
+                rows.append({"step": step, "jumps": jumps, **found})
         with atomic_write(place / SCORED) as file:
             file.write(
                 json.dumps(sorted(rows, key=lambda row: (row["step"], row["jumps"]))).encode()
@@ -161,7 +154,7 @@ def run_part(part: str, plan: Plan, folder: Path, methods: Sequence[str]) -> lis
     """Do what a part still lacks; gives its results."""
     jobs = list(plan.jobs(part))
     train_all(jobs, plan, folder, methods)
-    score_all(jobs, folder)
+    score_all(jobs, plan, folder)
     return [row for job in jobs for row in rows_of(job, folder)]
 
 

@@ -105,7 +105,7 @@ def steps_table(rows: Sequence[Row]) -> str:
         [
             str(entry),
             *(spread(curves(compared, entry, count)[last]) for count in jumps),
-            spread(curves(compared, entry, 1, "right")[last], 3),
+            spread(curves(compared, entry, 1, "class")[last], 3),
         ]
         for entry in entries_of(compared)
     ]

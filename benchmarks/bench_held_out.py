@@ -21,13 +21,14 @@ import numpy as np
 from scipy.stats import spearmanr
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "quickstart")]
+sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from score import first_images, score  # noqa: E402
 
 import train  # noqa: E402
 from config import load_config  # noqa: E402
+from quickstart.score import score  # noqa: E402
+from quickstart.small_sets import SMALL_SETS, read_samples  # noqa: E402
 from support.data.batches import DataOrder  # noqa: E402
 from support.data.datasets import Selection, digits_split  # noqa: E402
 from support.runs.signals import listening  # noqa: E402
@@ -118,8 +119,9 @@ def compare(losses: dict[str, dict[int, dict[str, float]]], folders: dict[str, P
         for name, steps in losses.items()
         for step in steps
     }
-    rows = {path: first_images(path) for path in archives.values()}
-    scores = score(rows, digits_split().held_out_pixels)
+    digits = SMALL_SETS["Digits"]
+    rows = {path: read_samples(Path(path), digits.scored_count) for path in archives.values()}
+    scores = score(rows, digits_split().held_out_pixels, digits.graph)
     fd = {key: scores[path]["FD"] for key, path in archives.items()}
     for name, steps in losses.items():
         print(f"{name}: FD " + ", ".join(f"{step}: {fd[name, step]:.1f}" for step in steps))

@@ -20,10 +20,10 @@ import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "quickstart")]
+sys.path.insert(0, str(ROOT))
 
-from score import score  # noqa: E402
-
+from quickstart.score import score  # noqa: E402
+from quickstart.small_sets import SMALL_SETS, Images  # noqa: E402
 from support.data.datasets import digits_split  # noqa: E402
 from support.scores.npz import read_archive  # noqa: E402
 
@@ -63,11 +63,11 @@ def train(folder: Path, pictures: Path, **settings: object) -> None:
     subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
 
 
-def grey(path: Path) -> np.ndarray:
-    """The samples of an archive, uint8 [N, 8, 8, 1]; the network makes them in three channels."""
+def grey(path: Path) -> Images:
+    """The samples of an archive in one channel; the network makes them in three."""
     with read_archive(str(path)) as archive:
-        pixels = next(archive.batches(SAMPLES))
-    return pixels.mean(axis=3, keepdims=True).round().astype(np.uint8)
+        pixels, labels = next(archive.batches(SAMPLES)), archive.labels(SAMPLES)
+    return Images(pixels.mean(axis=3, keepdims=True).round().astype(np.uint8), labels)
 
 
 def main() -> None:
@@ -101,7 +101,7 @@ def report(place: Path) -> None:
         for seed in SEEDS
         for step in steps
     }
-    scores = score(rows, reference)
+    scores = score(rows, reference, SMALL_SETS["Digits"].graph)
     print(f"FD of {SAMPLES} samples against {len(reference)} held-out digits, 3 seeds")
     for start in STARTS:
         for step in steps:

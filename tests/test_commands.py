@@ -13,7 +13,7 @@ MISTAKES = {
     "posthoc_ema.py": ["nowhere", "exported", "--std", "0.1"],
     "evaluator.py": ["--ref_batch=nowhere.npz", "--sample_batch_dir=nowhere"],
     "report.py": ["nowhere"],
-    "quickstart/check_digits.py": ["nowhere.npz"],
+    "quickstart/check_samples.py": ["nowhere.npz"],
     "quickstart/score.py": ["nowhere.npz"],
 }
 

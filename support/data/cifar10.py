@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from support.system.files import UserError, atomic_write, download, make_folder, one_at_a_time
+from support.system.files import UserError, atomic_write, done_by_one, download, make_folder
 
 FOLDER = "cifar-10-batches-py"
 
@@ -48,15 +48,13 @@ def load_test_set(folder: Path) -> Cifar10Images:
 def _load(folder: Path, is_training: bool) -> Cifar10Images:
     published = _published(folder, is_training)
     place = find_copy(folder) or folder / FOLDER
-    if _missing(place, published):
-        make_folder(folder)
-        with one_at_a_time(folder / f".{published.filename}.lock") as has_waited:
-            if _missing(place, published):
-                # Whoever waited does not try in turn: without a network, that would add up.
-                if has_waited:
-                    reason = f"another process failed to fetch {published.filename}"
-                    raise _not_fetched(folder, place, published, reason)
-                _fetch(folder, place, published)
+    reason = f"another process failed to fetch {published.filename}"
+    done_by_one(
+        folder / f".{published.filename}.lock",
+        lambda: _fetch(folder, place, published),
+        is_due=lambda: bool(_missing(place, published)),
+        refusal=lambda: _not_fetched(folder, place, published, reason),
+    )
     for name, md5 in published.md5_of.items():
         _verify(place / name, md5)
     images = published(place, train=is_training)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 from tqdm import tqdm
 
-from support.data.cifar10 import Cifar10Images, load_test_set, load_training_set
+from support.data import cifar10, fashion
 from support.data.images import (
     MOST_NAMED,
     SKIPPED_FILE,
@@ -344,14 +344,22 @@ def _digits(pixels: np.ndarray, labels: np.ndarray) -> TrainingData:
 
 
 def load_cifar10_data(request: DataRequest) -> TrainingData:
-    return _cifar10(load_training_set(request.folder))
+    return _whole_set(cifar10.load_training_set(request.folder))
 
 
 def load_cifar10_test(request: DataRequest) -> TrainingData:
-    return _cifar10(load_test_set(request.folder))
+    return _whole_set(cifar10.load_test_set(request.folder))
 
 
-def _cifar10(images: Cifar10Images) -> TrainingData:
+def load_fashion_data(request: DataRequest) -> TrainingData:
+    return _whole_set(fashion.load_training_set(request.folder))
+
+
+def load_fashion_test(request: DataRequest) -> TrainingData:
+    return _whole_set(fashion.load_test_set(request.folder))
+
+
+def _whole_set(images: cifar10.Cifar10Images | fashion.FashionImages) -> TrainingData:
     labels = torch.from_numpy(images.labels)
     return PixelData(channels_first(images.pixels), labels, images.class_names)
 
@@ -442,6 +450,14 @@ DATASETS = {
         ema_every_steps=16,
         unet_augment_probability=0.12,
         load_test=load_cifar10_test,
+    ),
+    "FashionMNIST": DataSet(
+        1,
+        10,
+        load_fashion_data,
+        "a folder for torchvision's Fashion-MNIST, which is fetched if need be",
+        size=fashion.SIDE,
+        load_test=load_fashion_test,
     ),
     "ImageFolder": DataSet(
         3,

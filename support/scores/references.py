@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from support.data import cifar10
+from support.data import cifar10, fashion
 from support.data.images import EXTENSIONS, find_pictures, read_image
 from support.scores.graph import FeatureGraph
 from support.scores.measures import DISTANCES, NEIGHBOUR, Manifold, Moments, Statistics
@@ -98,32 +98,40 @@ def folder_images(
     return ImageSet(str(folder), len(paths), image_shape, batches, exif, note)
 
 
-def cifar10_images(folder: Path) -> ImageSet:
-    """CIFAR-10's training images."""
-    pixels = cifar10.load_training_set(folder).pixels
+# Data sets of files: where a copy lies, and what samples are held against. CIFAR-10's training
+# images are customary; on Fashion-MNIST's test images neither a run nor our classifier trains.
+DATA_SETS = (
+    (cifar10.find_copy, cifar10.load_training_set),
+    (fashion.find_copy, fashion.load_test_set),
+)
+
+
+def array_images(name: str, pixels: np.ndarray) -> ImageSet:
+    """Images in memory, uint8 [N, H, W, C]."""
 
     def batches() -> Iterator[np.ndarray]:
         for start in range(0, len(pixels), READ_IMAGES):
             yield pixels[start : start + READ_IMAGES]
 
-    return ImageSet(str(folder), len(pixels), pixels.shape[1:], batches)
+    return ImageSet(name, len(pixels), pixels.shape[1:], batches)
 
 
 def find_images(
     source: str | Path, image_size: int | None = None, exif: str | None = None
 ) -> ImageSet:
-    """The images of `source`: an .npz, a folder with CIFAR-10's batches, or one of pictures."""
+    """The images of `source`: an .npz, a folder with a data set of files, or one of pictures."""
     source = Path(source)
     if not source.exists():
         raise UserError(f"{source}: no such file or folder (--images)")
-    if source.is_dir() and cifar10.find_copy(source) is None:
+    load = next((load for find, load in DATA_SETS if source.is_dir() and find(source)), None)
+    if source.is_dir() and load is None:
         return folder_images(source, image_size, exif or "apply")
     if source.is_file() and source.name.lower().endswith(EXTENSIONS):
         raise UserError(f"{source}: --images takes a folder of pictures, not a single one")
     for flag, value in (("image_size", image_size), ("exif", exif)):
         if value is not None:
             raise UserError(f"{source}: --{flag} is for folders of pictures")
-    return cifar10_images(source) if source.is_dir() else archive_images(source)
+    return array_images(str(source), load(source).pixels) if load else archive_images(source)
 
 
 @dataclass(frozen=True)

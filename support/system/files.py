@@ -188,6 +188,27 @@ def one_at_a_time(path: str | Path) -> Iterator[bool]:
         yield has_waited
 
 
+def done_by_one(
+    lock: Path,
+    work: Callable[[], None],
+    is_due: Callable[[], bool],
+    refusal: Callable[[], UserError],
+) -> None:
+    """Let one of the processes do `work` where it is due; the others wait for it.
+
+    Whoever waited does not try in turn, for what failed once would fail again, and without a
+    network that adds up: `refusal()` is raised. Where nothing is due, nothing is written.
+    """
+    if not is_due():
+        return
+    make_folder(lock.parent)
+    with one_at_a_time(lock) as has_waited:
+        if is_due():
+            if has_waited:
+                raise refusal()
+            work()
+
+
 @contextlib.contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """A folder to be filled that appears as `path` only when the block ends without an error.

@@ -1,0 +1,133 @@
+"""The kept classifiers know their sets, and scores by them tell good images from bad ones."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from quickstart import check_samples, score
+from quickstart.small_sets import SMALL_SETS, Images, Split
+from support.data.datasets import DATASETS, digits_split
+from support.scores.graph import FeatureGraph
+from support.scores.npz import write_images
+from support.system.files import UserError
+
+DIGITS, CLOTHES = SMALL_SETS["Digits"], SMALL_SETS["FashionMNIST"]
+
+
+@pytest.mark.parametrize("name", SMALL_SETS)
+def test_set_is_one_that_runs_train_on(name):
+    small, dataset = SMALL_SETS[name], DATASETS[name]
+    assert small.shape == (dataset.size, dataset.size, dataset.channels)
+
+
+def test_kept_graph_recognises_digits_that_it_never_saw():
+    split = digits_split()
+    graph = FeatureGraph(DIGITS.graph, DIGITS.shape)
+    assert graph.widths == (48, 4 * 4 * 7, 10)
+    assert not graph.is_inception
+    held_out = Images(split.held_out_pixels, split.held_out_labels)
+    assert score.right_class(held_out, graph) > 0.97
+
+
+def test_kept_graph_of_the_clothes_is_small_and_tells_shapes_apart():
+    assert CLOTHES.graph.stat().st_size < 1_000_000
+    graph = FeatureGraph(CLOTHES.graph, CLOTHES.shape)
+    assert graph.widths == (64, 8 * 8 * 7, 10)
+    trousers = np.zeros((1, *CLOTHES.shape), np.uint8)
+    trousers[:, 3:29, 10:15] = trousers[:, 3:29, 17:22] = trousers[:, 3:8, 10:22] = 200
+    assert score.right_class(Images(trousers, np.array([1])), graph) == 1
+
+
+def save(path, images):
+    with write_images(path, len(images.labels)) as writer:
+        writer.append(images.pixels)
+        writer.further_arrays["arr_1"] = images.labels
+    return str(path)
+
+
+def test_table_puts_training_digits_near_blurred_ones_between_and_noise_far(tmp_path, capsys):
+    split = digits_split()
+    pixels, labels = split.training_pixels[-1000:], split.training_labels[-1000:]
+    blurred = (pixels // 2 + np.roll(pixels // 2, 1, axis=2)).astype(np.uint8)
+    score.main([save(tmp_path / "blurred.npz", Images(blurred, labels))])
+    header, *rows, remark = capsys.readouterr().out.splitlines()
+    assert remark == "(600 images bias FD and sFD upwards; prec and recall by exact distances)"
+    assert header.split() == ["600", "images", "a", "row", *score.COLUMNS]
+    blurred, training, noise = np.array([row.split()[-5:] for row in rows], float)
+    assert (training[:2] < blurred[:2]).all()
+    assert (blurred[:2] < noise[:2]).all()
+    assert (training[2:] > 0.85).all()
+    assert (noise[2:4] < 0.05).all()
+    assert noise[4] < 0.2
+    assert noise[4] < blurred[4] <= training[4] == 1
+
+
+def test_clothes_are_known_by_their_shape_and_held_against_clothes(tmp_path, capsys, monkeypatch):
+    draws = np.random.RandomState(0)
+
+    def some(count):
+        pixels = draws.randint(0, 256, (count, *CLOTHES.shape)).astype(np.uint8)
+        return Images(pixels, np.arange(count) % 10)
+
+    split = Split(some(8), some(8), some(8))
+    stand_in = dataclasses.replace(CLOTHES, scored_count=6, load=lambda folder: split)
+    monkeypatch.setitem(SMALL_SETS, "FashionMNIST", stand_in)
+    path = save(tmp_path / "a.npz", split.training)
+    score.main([path])
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[:2] for row in rows[1:4]] == [
+        [path, rows[1].split()[1]], ["training", "clothes"], ["Gaussian", "noise"]
+    ]  # fmt: skip
+    assert rows[1].split()[1:] == rows[2].split()[2:], "the same images"
+    check_samples.main([path])
+    assert capsys.readouterr().out.splitlines()[-1].split()[-1] == "0.000"
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 3), (16, 16, 1)])
+def test_archives_of_another_set_are_named(tmp_path, shape):
+    np.savez(tmp_path / "a.npz", np.zeros((600, *shape), np.uint8))
+    with pytest.raises(UserError, match=r"a\.npz: holds images of .*, neither digits \[8, 8, 1\]"):
+        score.main([str(tmp_path / "a.npz")])
+
+
+def test_archives_of_both_sets_are_not_mixed(tmp_path):
+    for name, small in (("a.npz", DIGITS), ("b.npz", CLOTHES)):
+        np.savez(tmp_path / name, np.zeros((5, *small.shape), np.uint8))
+    with pytest.raises(UserError, match=r"b\.npz: holds clothes, and .*a\.npz digits"):
+        check_samples.main([str(tmp_path / "a.npz"), str(tmp_path / "b.npz")])
+
+
+def test_archives_of_too_few_digits_are_named(tmp_path):
+    np.savez(tmp_path / "a.npz", np.zeros((599, 8, 8, 1), np.uint8), np.zeros(599, np.int64))
+    with pytest.raises(UserError, match=r"a\.npz: must hold 600 images, not \[599, 8, 8, 1\]"):
+        score.main([str(tmp_path / "a.npz")])
+
+
+def test_folder_without_archives_is_named(tmp_path):
+    with pytest.raises(UserError, match=f"{tmp_path}: holds no archives"):
+        score.main([str(tmp_path)])
+
+
+def test_digits_are_judged_by_the_labels_in_their_archive(tmp_path, capsys):
+    split = digits_split()
+    pixels, labels = split.training_pixels[:200], split.training_labels[:200]
+    np.savez(tmp_path / "right.npz", pixels, labels)
+    np.savez(tmp_path / "wrong.npz", pixels, (labels + 1) % 10)
+    check_samples.main([str(tmp_path / name) for name in ("right.npz", "wrong.npz")])
+    shares = [line.split()[-2] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert float(shares[0]) > 0.97
+    assert float(shares[1]) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("labels", "line"),
+    [
+        ([], r"a\.npz: holds no labels \(arr_1\), as samples do now; sample it again"),
+        ([np.zeros(4)], r"arr_1: must be 5 labels, not float64 \[4\]"),
+    ],
+)
+def test_digits_without_their_labels_are_refused(tmp_path, labels, line):
+    np.savez(tmp_path / "a.npz", np.zeros((5, 8, 8, 1), np.uint8), *labels)
+    with pytest.raises(UserError, match=line):
+        check_samples.main([str(tmp_path / "a.npz")])
