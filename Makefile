@@ -1,5 +1,6 @@
 # make quickstart: install into .venv, train on real digits, sample with 1 and 2 steps, score, report
 # make fashion:    the same on Fashion-MNIST, which is fetched or lies in data/fashion: half an hour
+# make arena:      SoFlow beside other objectives on digits: about an hour, then tables in docs/
 # make check:      lint, check types, run the quick tests: a minute or two
 # make test:       install, lint, check types, run all tests
 # make test-oldest: run what trains and samples on the oldest torch that is supported
@@ -16,7 +17,7 @@ FASHION = runs/fashion
 FASHION_STEPS = $(shell sed -n 's/^total_steps: *\([0-9]*\).*/\1/p' configs/fashion.yaml)
 FASHION_SAMPLES = $(foreach nfe,1 2,$(FASHION)/evals/$(FASHION_STEPS)_$(nfe)NFE_42.npz)
 
-.PHONY: quickstart fashion lint check test test-oldest faults clean
+.PHONY: quickstart fashion arena lint check test test-oldest faults clean
 
 .venv/installed: requirements_soflow.txt requirements_soflow_eval.txt requirements_soflow_dev.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is \
@@ -53,6 +54,10 @@ fashion: .venv/installed
 	@.venv/bin/python report.py $(FASHION) > /dev/null
 	@echo "Look at $(FASHION)/figs/1NFE.png: made in one step, one row per class."
 	@echo "Open $(FASHION)/report.html: curves, samples and scores over training."
+
+arena: .venv/installed
+	.venv/bin/python arena/run.py
+	.venv/bin/python arena/tables.py --folder runs/arena-digits
 
 lint: .venv/installed
 	.venv/bin/ruff check .

@@ -376,7 +376,7 @@ def test_tree_of_files_names_every_module_on_top_and_every_folder_of_support():
 
 
 def examples_of_extending() -> Iterator[tuple[str, str]]:
-    """The file and the code of each example in docs/extending.md, and of the one in objective.md."""
+    """The file and the code of each example in docs/extending.md and docs/objective.md."""
     text = (ROOT / "docs" / "extending.md").read_text()
     yield from re.findall(r"^In `(\S+)\.py`:\n\n```python\n(.*?)```", text, re.M | re.S)
     text = (ROOT / "docs" / "objective.md").read_text()

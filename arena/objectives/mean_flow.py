@@ -75,7 +75,8 @@ class MeanFlow(Method):
         tangents = (v, torch.zeros_like(s), torch.ones_like(t))
         # The fused kernels have no forward-mode derivative.
         with sdpa_kernel(SDPBackend.MATH):
-            return torch.func.jvp(u, (x_t, s, t), tangents)
+            value, derivative, *_ = torch.func.jvp(u, (x_t, s, t), tangents)
+        return value, derivative
 
     @torch.no_grad()
     def guided_velocity(self, samples: Samples, x_t: Tensor, t: Tensor, v_t: Tensor) -> Tensor:

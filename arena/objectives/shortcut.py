@@ -68,7 +68,8 @@ class Shortcut(Method):
         if self.cfg_scale == 1 or labels is None:
             return self.ask(x, t, asked, labels)
         both = torch.cat([labels, self.null_labels(labels)])
-        label, null = self.ask(*(torch.cat([one, one]) for one in (x, t, asked)), both).chunk(2)
+        x_2, t_2, asked_2 = (torch.cat([one, one]) for one in (x, t, asked))
+        label, null = self.ask(x_2, t_2, asked_2, both).chunk(2)
         return torch.where(widen(is_finest, x), null + self.cfg_scale * (label - null), label)
 
     def ask(self, x: Tensor, t: Tensor, d: Tensor, labels: Tensor | None) -> Tensor:
