@@ -230,11 +230,10 @@ TABLES: dict[str, Callable[[list[Row], list[Row]], str]] = {
 def with_tables(text: str, rows: list[Row], costs: list[Row]) -> str:
     """The document with each table between its marks made anew."""
     for name, make in TABLES.items():
-        mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        if not mark.search(text):
+        found = re.search(rf"<!-- {name} -->\n(.*?)<!-- end -->", text, re.DOTALL)
+        if not found:
             raise UserError(f"{DOCUMENT}: has no <!-- {name} --> ... <!-- end -->")
-        made = make(rows, costs)
-        text = mark.sub(lambda found, made=made: f"{found[1]}{made}\n{found[2]}", text)
+        text = text[: found.start(1)] + make(rows, costs) + "\n" + text[found.end(1) :]
     return text
 
 
