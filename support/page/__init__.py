@@ -1,0 +1,1 @@
+"""What the page of page.py is made of."""
