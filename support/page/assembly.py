@@ -15,6 +15,8 @@ from support.page.runtime import PACKAGE, VERSION, Runtime
 
 HERE = Path(__file__).parent
 WORKER = ("stream.js", "engine.js", "worker.js")  # together one module, and so is a test's in Node
+# Where onnxruntime's script believes to come from; it fetches nothing, as it is given all it needs.
+NOWHERE = "http://localhost/"
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,20 @@ def assemble_page(model: PagedModel, graph: bytes, runtime: Runtime) -> str:
         worker=worker_source(),
         page=(HERE / "page.js").read_text(),
         graph=_packed(graph),
-        ort=_packed(runtime.script),
+        ort=_packed(as_expression(runtime.script.decode()).encode()),
         wasm=_packed(runtime.wasm),
     )
+
+
+def as_expression(module: str) -> str:
+    """An ES module as an expression, the object of what it exports.
+
+    A worker of a page that is a file cannot be a module, nor import one.
+    """
+    body, exports = module.replace("import.meta.url", f'"{NOWHERE}"').rsplit("export{", 1)
+    names = exports[: exports.index("}")].split(",")
+    pairs = (name.split(" as ") for name in names)
+    return f"(() => {{{body}\nreturn {{{', '.join(f'{pair[-1]}: {pair[0]}' for pair in pairs)}}};}})()"
 
 
 def worker_source() -> str:

@@ -36,14 +36,14 @@ async function unpack(id) {
   return new Uint8Array(await new Response(stream).arrayBuffer());
 }
 
-const urlOf = (...parts) => URL.createObjectURL(new Blob(parts, {type: "text/javascript"}));
 const waiting = new Map();
 let worker = null, asked = 0;
 
 async function startWorker() {
   const [ort, wasm, graph] = await Promise.all(["ort", "wasm", "graph"].map(unpack));
-  const start = `import * as ort from "${urlOf(ort)}";\n`;
-  worker = new Worker(urlOf(start, byId("worker").textContent), {type: "module"});
+  const script = new Blob(["const ort = ", ort, ";\n", byId("worker").textContent],
+                          {type: "text/javascript"});
+  worker = new Worker(URL.createObjectURL(script));
   worker.onerror = event => trouble(event.message ?? "the worker did not start");
   worker.onmessage = ({data: {id, found, error}}) => {
     const {resolve, reject} = waiting.get(id);
@@ -189,7 +189,7 @@ function inPython() {
   const given = [`seeds=[${chosenSeed()}]`, `steps=${state.steps}`];
   if (state.class !== null) given.unshift(`labels=[${model.labels[state.class]}]`);
   if (state.steps > 1) given.push(`sampler="${state.sampler}"`);
-  return `load("${model.title}").sample(${given.join(", ")})`;
+  return `model.sample(${given.join(", ")})`;
 }
 
 // The state, and all that follows from it
