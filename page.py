@@ -34,7 +34,7 @@ from support.system.files import UserError, atomic_write, check_writable
 
 MOST_PIXELS, MOST_MEGABYTES = 64, 40
 STEPS = (1, 2, 4)
-SAMPLERS = {"renoise": "fresh noise, a new start", "chain": "on from where it is"}
+SAMPLERS = {"renoise": "fresh noise between", "chain": "no new noise"}
 COMPARED_IMAGES = 64  # of fp16 and fp32
 
 
@@ -73,7 +73,9 @@ def check_fits(loaded: LoadedModel, arguments: argparse.Namespace) -> None:
     elif not isinstance(loaded.model, SoFlow):
         reason = f"is of the method {loaded.config.method}, of which no graph can be made"
     elif megabytes > MOST_MEGABYTES:
-        instead = "" if arguments.fp16 or megabytes > 2 * MOST_MEGABYTES else ", or half with --fp16"
+        instead = (
+            "" if arguments.fp16 or megabytes > 2 * MOST_MEGABYTES else ", or half with --fp16"
+        )
         reason = f"has {megabytes:.0f} MB of weights{instead}; a page takes up to {MOST_MEGABYTES}"
     if reason:
         where = ["--subfolder", arguments.subfolder] if arguments.subfolder else []
@@ -85,7 +87,11 @@ def some_inputs(loaded: LoadedModel) -> dict[str, np.ndarray]:
     """Inputs of the graph: noise for some images in one jump."""
     source, count = np.random.default_rng(0), COMPARED_IMAGES
     noise = source.standard_normal((count, *loaded.shape), np.float32)
-    found = {"noise": noise, "t": np.ones(count, np.float32), "s": np.zeros(count, np.float32)}
+    found: dict[str, np.ndarray] = {
+        "noise": noise,
+        "t": np.ones(count, np.float32),
+        "s": np.zeros(count, np.float32),
+    }
     if loaded.config.is_conditional:
         found["label"] = np.arange(count) % loaded.num_classes
     return found

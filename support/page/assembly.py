@@ -72,7 +72,9 @@ def as_expression(module: str) -> str:
     body, exports = module.replace("import.meta.url", f'"{NOWHERE}"').rsplit("export{", 1)
     names = exports[: exports.index("}")].split(",")
     pairs = (name.split(" as ") for name in names)
-    return f"(() => {{{body}\nreturn {{{', '.join(f'{pair[-1]}: {pair[0]}' for pair in pairs)}}};}})()"
+    return (
+        f"(() => {{{body}\nreturn {{{', '.join(f'{pair[-1]}: {pair[0]}' for pair in pairs)}}};}})()"
+    )
 
 
 def worker_source() -> str:

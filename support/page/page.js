@@ -6,7 +6,7 @@ const model = JSON.parse(byId("model").textContent);
 const [, height, width] = model.shape;
 const COUNT = 16, COLUMNS = 4;
 const LARGEST_SEED = 10 ** 12;  // far below where JavaScript's whole numbers end
-const PATH = [1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125, 0];  // s
+const PATH = [1, 0.8, 0.6, 0.4, 0.2, 0];  // s
 const CALL_MS = 80;  // the most that a call should take, so that others get their turn
 const FIRST_CALL = 4;  // images, while nobody knows how long one takes
 const SQUARES_UP_TO = 32;  // pixels: smaller images are shown as the squares that they are
@@ -99,7 +99,8 @@ function newCanvas(canvas = document.createElement("canvas")) {
 function show(canvas, pixels, index = 0) {
   const size = 4 * width * height;
   const data = pixels.subarray(index * size, (index + 1) * size);
-  canvas.getContext("2d").putImageData(new ImageData(data, width, height), 0, 0);
+  // Small pictures that change all the time are best kept out of the graphics card.
+  canvas.getContext("2d", {willReadFrequently: true}).putImageData(new ImageData(data, width, height), 0, 0);
 }
 
 // Shows images in a row, with a caption each.
@@ -150,7 +151,7 @@ const drawGrid = newest(async isOutdated => {
     done += count;
   }
   showSpeed(milliseconds / COUNT);
-  byId("grid").dataset.drawn = JSON.stringify([first, state.class, state.steps, state.sampler]);
+  byId("grid").dataset.drawn = JSON.stringify({seed: first, ...settings()});
   if (isPlaying) requestAnimationFrame(() => isPlaying && change({seed: nextSeed()}));
 });
 
@@ -178,10 +179,10 @@ const drawFollowed = newest(async () => {
   showStrip(byId("jumps"), jumps, captions);
   const size = 4 * width * height;
   const along = PATH.map((_, i) => path.subarray(i * size, (i + 1) * size));
-  showStrip(byId("path"), along, PATH.map(s => `s = ${s}`));
+  showStrip(byId("path"), along, PATH.map(s => `s\u2009=\u2009${s}`));
   byId("chosen").textContent = `chosen: seed ${chosenSeed()}${classOf(label)}`;
   byId("follow-text").textContent = `The chosen image, seed ${chosenSeed()}, after each jump`
-    + (state.steps > 1 ? `; between them: ${model.samplers[state.sampler]}.` : ".");
+    + (state.steps > 1 ? `, with ${model.samplers[state.sampler]}.` : ".");
   byId("python").textContent = inPython();
 });
 
@@ -226,7 +227,7 @@ function showControls() {
   for (const [id, value] of Object.entries(fields)) {
     if (byId(id) !== document.activeElement || byId(id).validity.valid) byId(id).value = value;
   }
-  byId("from-seed").textContent = `seed ${chosenSeed()}`;
+  byId("from-seed").textContent = chosenSeed();
   byId("play").setAttribute("aria-pressed", isPlaying);
   byId("play").firstChild.textContent = isPlaying ? "Stop " : "Play ";
   tiles.forEach((tile, place) => {

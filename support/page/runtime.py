@@ -14,8 +14,8 @@ from support.system.files import UserError, atomic_write, make_folder, one_line,
 
 PACKAGE, VERSION = "onnxruntime-web", "1.30.0"
 # As the npm registry has it; the digests of the two files are those within.
-INTEGRITY = (
-    "sha512-q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
+INTEGRITY_SHA512 = (
+    "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
 )
 SCRIPT, WASM = "ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm"
 SHA256 = {
@@ -48,7 +48,9 @@ def read_runtime(folder: Path | None = None) -> Runtime:
         if not (folder / name).is_file():
             raise UserError(f"{folder}: has no {name} of {PACKAGE} {VERSION}")
         if sha256_of(folder / name) != digest:
-            raise UserError(f"{folder / name}: is not the one of {PACKAGE} {VERSION}, by its SHA-256")
+            raise UserError(
+                f"{folder / name}: is not the one of {PACKAGE} {VERSION}, by its SHA-256"
+            )
     return Runtime(*((folder / name).read_bytes() for name in SHA256))
 
 
@@ -63,7 +65,9 @@ def _fetch(folder: Path) -> None:
     npm = shutil.which("npm")
     instead = f"give --ort FOLDER, with the files of {PACKAGE} {VERSION}"
     if npm is None:
-        raise UserError(f"npm, which fetches {PACKAGE}, is not installed; install Node.js, or {instead}")
+        raise UserError(
+            f"npm, which fetches {PACKAGE}, is not installed; install Node.js, or {instead}"
+        )
     with tempfile.TemporaryDirectory() as place:
         command = [npm, "pack", f"{PACKAGE}@{VERSION}", "--silent", "--pack-destination", place]
         try:
@@ -71,15 +75,19 @@ def _fetch(folder: Path) -> None:
                 command, cwd=place, capture_output=True, text=True, timeout=TIMEOUT_SECONDS
             )
         except (OSError, subprocess.TimeoutExpired) as error:
-            raise UserError(f"{PACKAGE}: not fetched by npm ({one_line(error)}); {instead}") from error
+            raise UserError(
+                f"{PACKAGE}: not fetched by npm ({one_line(error)}); {instead}"
+            ) from error
         archives = list(Path(place).glob("*.tgz"))
         if done.returncode or not archives:
             said = (done.stderr.strip() or f"status {done.returncode}").splitlines()[0]
             raise UserError(f"{PACKAGE}: not fetched by npm ({said}); {instead}")
         content = archives[0].read_bytes()
-        found = "sha512-" + base64.b64encode(hashlib.sha512(content).digest()).decode()
-        if found != INTEGRITY:
-            raise UserError(f"{PACKAGE} {VERSION}: what npm fetched is another ({found}); {instead}")
+        found = base64.b64encode(hashlib.sha512(content).digest()).decode()
+        if found != INTEGRITY_SHA512:
+            raise UserError(
+                f"{PACKAGE} {VERSION}: what npm fetched is another, of SHA-512 {found}; {instead}"
+            )
         make_folder(folder)
         with tarfile.open(archives[0]) as archive:
             for name in SHA256:

@@ -4,6 +4,7 @@ The ziggurat (Marsaglia and Tsang, 2000) covers the half bell exp(-x^2 / 2) by L
 area. A draw of 23 bits is a place in one of them, which nearly always lies below the curve.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -27,7 +28,7 @@ def tables() -> Mapping[str, float | Sequence[float]]:
     ends.reverse()
     lowest = area / start_height  # as wide as a rectangle of its area would be
     shares = [TAIL_START / lowest, 0.0]
-    shares += [above / end for above, end in zip(ends[:-1], ends[1:], strict=True)]
+    shares += [above / end for above, end in itertools.pairwise(ends)]
     return {
         "tailStart": float(np.float32(TAIL_START)),
         "width": [float(np.float32(end / DRAWS)) for end in [lowest, *ends]],
