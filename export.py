@@ -2,6 +2,7 @@
 
     python export.py runs/digits exported/digits
     python export.py runs/digits/ckpts/1000.pt exported/digits-1000 --onnx
+    python export.py runs/digits exported/digits --space
     python export.py exported/digits --push owner/digits --private
 
 The folder has model.safetensors (the averaged weights, bit for bit), config.json (network, path,
@@ -30,6 +31,7 @@ from models import SoFlow, solution_of
 from sampling import LoadedModel, assemble, find_decoder
 from support.data import vae
 from support.data.grids import save_grid
+from support.demo.space import APP_FILE, CODE_FOLDER, REQUIREMENTS_FILE, card_lines, write_space
 from support.runs import hub
 from support.runs.checkpoint import run_of_checkpoint
 from support.runs.graphs import missing_packages, write_graph
@@ -56,6 +58,9 @@ FILES = {
     DECODER_FILE: "the decoder for onnxruntime: image, -1..1, of latents, of any batch size",
     f"{ONNX_FILE}.data": "its weights",
     f"{DECODER_FILE}.data": "its weights",
+    APP_FILE: "serves the model to a browser; as a Hugging Face Space too",
+    REQUIREMENTS_FILE: "what that needs",
+    CODE_FOLDER: "the code that it runs",
 }
 GRID_ROWS, GRID_COLUMNS = 4, 8
 
@@ -75,10 +80,15 @@ def export(arguments: argparse.Namespace) -> None:
             write_solution(loaded, place / ONNX_FILE)
         if arguments.vae_onnx:
             write_decoder(loaded, place / DECODER_FILE)
+        if arguments.space:
+            write_space(place)
         made = [CARD_FILE, *(path.name for path in place.iterdir())]
         files = {name: text for name, text in FILES.items() if name in made}
         title = arguments.push or folder.resolve().name
-        (place / CARD_FILE).write_text(model_card(title, stored, loaded, files))
+        card = model_card(title, stored, loaded, files)
+        if arguments.space:
+            card = card.replace("---\n", f"---\n{card_lines()}", 1)
+        (place / CARD_FILE).write_text(card)
     print(f"{stored.path} exported to {folder}: {', '.join(sorted(made))}")
 
 
@@ -216,6 +226,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--vae-onnx", action="store_true", help="also one of the decoder of latents")
     vae_help = "what to record as the decoder of latents, instead of a folder of this machine"
     add("--vae", metavar="NAME", help=vae_help)
+    add("--space", action="store_true", help="also app.py, which serves it, and the code it needs")
     add("--overwrite", action="store_true", help="replace an export that is there")
     add("--push", metavar="OWNER/NAME", help="upload it to this repository of the hub")
     add("--private", action="store_true", help="with --push: which has to be a private one")
@@ -224,7 +235,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("give a FOLDER to export to, or --push OWNER/NAME to upload one")
     if arguments.private and not arguments.push:
         parser.error("--private: goes with --push")
-    making = ("subfolder", "onnx", "vae_onnx", "vae", "overwrite")
+    making = ("subfolder", "onnx", "vae_onnx", "vae", "space", "overwrite")
     if not arguments.folder and (given := [name for name in making if getattr(arguments, name)]):
         parser.error(f"--{given[0].replace('_', '-')}: needs a FOLDER to export to")
     return arguments

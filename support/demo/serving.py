@@ -25,7 +25,10 @@ ONE_MODEL: dict[str, Any] = {
     "concurrency_id": "model",
     "preprocess": False,
 }
-CSS = "footer { display: none !important; } .gradio-container { max-width: 1080px !important; margin: 0 auto !important; }"
+CSS = """
+footer { display: none !important; }
+.gradio-container { max-width: 1080px !important; margin: 0 auto !important; }
+"""
 
 
 class Shown(NamedTuple):
