@@ -1,4 +1,5 @@
 # make quickstart: install into .venv, train on real digits, sample with 1 and 2 steps, score, report
+# make page:       the trained digits model in one HTML file that draws in a browser
 # make check:      lint, check types, run the quick tests: a minute or two
 # make test:       install, lint, check types, run all tests
 # make test-oldest: run what trains and samples on the oldest torch that is supported
@@ -6,15 +7,17 @@
 
 PYTHON ?= python3
 DIGITS = runs/digits
+PAGE = $(DIGITS)/digits.html
 WORKERS ?= 2
 # Tests run side by side; tests/conftest.py says which follow each other.
 PYTEST = .venv/bin/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 OLDEST_TESTS = models unet train learner ema sampling checkpoint processes
 SAMPLES = $(DIGITS)/evals/1000_1NFE_42.npz $(DIGITS)/evals/1000_2NFE_42.npz
 
-.PHONY: quickstart lint check test test-oldest faults clean
+.PHONY: quickstart page lint check test test-oldest faults clean
 
-.venv/installed: requirements_soflow.txt requirements_soflow_eval.txt requirements_soflow_dev.txt
+.venv/installed: requirements_soflow.txt requirements_soflow_eval.txt \
+		requirements_soflow_demo.txt requirements_soflow_dev.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is \
 	needed; say which: make PYTHON=python3.12 $(MAKECMDGOALS)")'
 	@echo "Installing into .venv: a few minutes, 8 GB"
@@ -35,6 +38,14 @@ quickstart: .venv/installed
 	@.venv/bin/python report.py $(DIGITS) > /dev/null
 	@echo "Look at $(DIGITS)/figs/1NFE.png: made in one step, one row per class."
 	@echo "Open $(DIGITS)/report.html: curves, samples and scores over training."
+	@if .venv/bin/python page.py $(DIGITS) $(PAGE) > $(DIGITS)/page.txt 2>&1; then \
+		echo "Open $(PAGE): the model itself, which draws digits in your browser."; \
+	else \
+		echo "No page that draws digits in your browser: $$(tail -n 1 $(DIGITS)/page.txt)"; \
+	fi
+
+page: .venv/installed
+	.venv/bin/python page.py $(DIGITS) $(PAGE)
 
 lint: .venv/installed
 	.venv/bin/ruff check .

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from models import Method
 from sampling import SAMPLERS, Images, LoadedModel, decoding, even_times, load, pixels_of
-from support.demo.serving import Choices, Shown, build, serve
+from support.page.serving import Choices, Shown, build, serve
 from support.system.files import UserError
 from support.system.randomness import PerImageStream
 from support.system.settings import shorten

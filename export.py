@@ -31,7 +31,7 @@ from models import SoFlow, solution_of
 from sampling import LoadedModel, assemble, find_decoder
 from support.data import vae
 from support.data.grids import save_grid
-from support.demo.space import APP_FILE, CODE_FOLDER, REQUIREMENTS_FILE, card_lines, write_space
+from support.page.space import APP_FILE, CODE_FOLDER, REQUIREMENTS_FILE, card_lines, write_space
 from support.runs import hub
 from support.runs.checkpoint import run_of_checkpoint
 from support.runs.graphs import missing_packages, write_graph

@@ -12,6 +12,8 @@ MISTAKES = {
     "export.py": ["nowhere", "exported"],
     "evaluator.py": ["--ref_batch=nowhere.npz", "--sample_batch_dir=nowhere"],
     "report.py": ["nowhere"],
+    "page.py": ["nowhere", "page.html"],
+    "demo.py": ["nowhere"],
     "quickstart/check_digits.py": ["nowhere.npz"],
     "quickstart/score.py": ["nowhere.npz"],
 }

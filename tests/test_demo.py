@@ -26,7 +26,7 @@ from support.system.randomness import PerImageStream
 pytest.importorskip("gradio", reason="gradio is not installed")
 
 import demo
-from support.demo.serving import check_port
+from support.page.serving import check_port
 
 CHROMIUM = shutil.which("chromium")
 SCALE = 16  # of digits, so that they are 128 pixels wide

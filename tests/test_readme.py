@@ -40,6 +40,7 @@ LIMIT_SECONDS = 300  # of a command: one that trains for hours has to be named b
 SHELLS = ("sh", "bash", "shell", "console")  # how a block of commands may be called
 OUR_SCRIPTS = (
     *("train.py", "inference.py", "latent_dataset.py", "evaluator.py", "report.py", "export.py"),
+    *("page.py", "demo.py"),
 )
 
 # What cannot run here, by its first words; its options are checked all the same.
@@ -51,6 +52,8 @@ NOT_RUN = {
     "sbatch": "needs SLURM",
     "python benchmarks/": "measures for minutes",
     "python report.py --watch": "goes on until it is interrupted",
+    "python page.py": "needs npm's registry",
+    "python demo.py": "goes on until it is interrupted",
     "python report.py --band": "needs three finished runs",
 }
 

@@ -1,1 +1,1 @@
-"""What the page of page.py is made of."""
+"""What shows a model in a browser: the page of page.py, the server of demo.py."""

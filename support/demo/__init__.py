@@ -1,1 +1,0 @@
-"""What serves a model to browsers."""
