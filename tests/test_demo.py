@@ -16,16 +16,21 @@ import pytest
 import torch
 from commands import ROOT, digits_settings
 from PIL import Image
+from tiny_vae import make_tiny_vae
 
 import export
 import train
 from sampling import load
+from support.runs.stored import StoredModel
 from support.system.files import UserError
 from support.system.randomness import PerImageStream
 
 pytest.importorskip("gradio", reason="gradio is not installed")
 
 import demo
+from config import config_from_dict
+from models import build_model
+from sampling import assemble
 from support.page.serving import check_port
 
 CHROMIUM = shutil.which("chromium")
@@ -75,6 +80,21 @@ def test_an_image_is_followed_over_its_jumps_and_along_s(model):
     assert np.array_equal(named["jump 1"], named["s = 0"])
     noise = PerImageStream(7, None, (1, 8, 8)).draw([0], 1).noises[0]
     assert np.array_equal(named["noise"], demo.pixels_of(noise)[0, ..., 0].numpy())
+
+
+def test_latents_are_decoded(tmp_path):
+    vae = make_tiny_vae(tmp_path / "vae")
+    settings = {"working_dir": "w", "dataset_type": "Imagenet", "data_size": 4, "vae": str(vae)}
+    config = config_from_dict({**settings, "model_type": "DiT-Nano-2"}, "here")
+    torch.manual_seed(0)
+    weights = build_model(**config.model_arguments(4, 1000)).state_dict()
+    stored = StoredModel(tmp_path, weights, config.to_dict(), {"channels": 4, "num_classes": 1000})
+    latent = assemble(config, stored, torch.device("cpu"))
+    shown = demo.Demo(latent).follow("999", 7, 1, "renoise")
+    expected = np.array(latent.sample(999, [7])[0])
+    jump = np.array(shown.pictures[1][0])
+    scale = len(jump) // len(expected)
+    assert np.abs(jump[::scale, ::scale].astype(int) - expected).max() <= 1
 
 
 FAIR = {"word": "3", "seed": 7, "count": 2, "steps": 1, "sampler": "chain"}

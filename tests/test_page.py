@@ -19,6 +19,7 @@ from torch import nn
 import page
 import train
 from sampling import load
+from support.data.images import to_pixels
 from support.page import runtime
 from support.page.assembly import as_expression, worker_source
 from support.page.halves import compare, store_halves
@@ -36,7 +37,7 @@ def in_node(script: str) -> object:
     if shutil.which("node") is None:
         pytest.skip("node is not installed")
     text = f"const ort = null; {worker_source()}\nconst ziggurat = {json.dumps(tables())};\n"
-    text += f"console.log(JSON.stringify((() => {{ {script} }})()));"
+    text += f"(async () => {{ {script} }})().then(found => console.log(JSON.stringify(found)));"
     done = subprocess.run(["node", "-"], input=text, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -85,6 +86,23 @@ def test_the_way_between_two_noises_follows_the_sphere():
     )
     for share, values in zip([0, 0.3, 1], found, strict=True):
         assert np.allclose(values, slerp(a, b, share).ravel(), atol=1e-6)
+
+
+def test_a_model_without_classes_is_asked_for_no_label():
+    found = in_node(
+        "const asked = []; class Tensor { constructor(type, data) { this.data = data; } };"
+        "const session = {run: async given => { asked.push(Object.keys(given));"
+        "  return {x_s: {data: given.noise.data}}; }};"
+        "const model = {shape: [3, 2, 2], isConditional: false, ziggurat,"
+        "  steps: {1: {times: [1, 0], alpha: [0, 1], beta: [1, 0]}}};"
+        "const given = {images: [{seed: 1}, {seed: 2}], label: null, steps: 1, sampler: 'chain'};"
+        "return new Engine({Tensor}, session, model).draw(given).then("
+        "  ({pixels, labels}) => ({asked, labels, pixels: [...pixels]}));"
+    )
+    assert found["asked"] == [["noise", "t", "s"]] and found["labels"] == [None, None]
+    noises = [PerImageStream(seed, None, (3, 2, 2)).draw([0], 1).noises[0] for seed in (1, 2)]
+    expected = to_pixels(torch.cat(noises).numpy()).transpose(0, 2, 3, 1)
+    assert np.array_equal(np.array(found["pixels"]).reshape(2, 2, 2, 4)[..., :3], expected)
 
 
 # What is made
