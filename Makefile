@@ -1,4 +1,5 @@
 # make quickstart: install into .venv, train on real digits, sample with 1 and 2 steps, score, report
+# make page:       the trained digits model in one HTML file that draws in a browser
 # make fashion:    the same on Fashion-MNIST, which is fetched or lies in data/fashion: half an hour
 # make arena:      SoFlow beside other objectives on digits: about an hour, then tables in docs/
 # make check:      lint, check types, run the quick tests: a minute or two
@@ -8,6 +9,7 @@
 
 PYTHON ?= python3
 DIGITS = runs/digits
+PAGE = $(DIGITS)/digits.html
 WORKERS ?= 2
 # Tests run side by side; tests/conftest.py says which follow each other.
 PYTEST = .venv/bin/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
@@ -17,9 +19,10 @@ FASHION = runs/fashion
 FASHION_STEPS = $(shell sed -n 's/^total_steps: *\([0-9]*\).*/\1/p' configs/fashion.yaml)
 FASHION_SAMPLES = $(foreach nfe,1 2,$(FASHION)/evals/$(FASHION_STEPS)_$(nfe)NFE_42.npz)
 
-.PHONY: quickstart fashion arena lint check test test-oldest faults clean
+.PHONY: quickstart page fashion arena lint check test test-oldest faults clean
 
-.venv/installed: requirements_soflow.txt requirements_soflow_eval.txt requirements_soflow_dev.txt
+.venv/installed: requirements_soflow.txt requirements_soflow_eval.txt \
+		requirements_soflow_demo.txt requirements_soflow_dev.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is \
 	needed; say which: make PYTHON=python3.12 $(MAKECMDGOALS)")'
 	@echo "Installing into .venv: a few minutes, 8 GB"
@@ -40,6 +43,14 @@ quickstart: .venv/installed
 	@.venv/bin/python report.py $(DIGITS) > /dev/null
 	@echo "Look at $(DIGITS)/figs/1NFE.png: made in one step, one row per class."
 	@echo "Open $(DIGITS)/report.html: curves, samples and scores over training."
+	@if .venv/bin/python page.py $(DIGITS) $(PAGE) > $(DIGITS)/page.txt 2>&1; then \
+		echo "Open $(PAGE): the model itself, which draws digits in your browser."; \
+	else \
+		echo "No page that draws digits in your browser: $$(tail -n 1 $(DIGITS)/page.txt)"; \
+	fi
+
+page: .venv/installed
+	.venv/bin/python page.py $(DIGITS) $(PAGE)
 
 fashion: .venv/installed
 	.venv/bin/python train.py --config configs/fashion.yaml

@@ -2,6 +2,7 @@
 
     python export.py runs/digits exported/digits
     python export.py runs/digits/ckpts/1000.pt exported/digits-1000 --onnx
+    python export.py runs/digits exported/digits --space
     python export.py exported/digits --push owner/digits --private
 
 The folder has model.safetensors (the averaged weights, bit for bit), config.json (network, path,
@@ -16,7 +17,7 @@ import argparse
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from os.path import expanduser
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from models import SoFlow, solution_of
 from sampling import LoadedModel, assemble, find_decoder
 from support.data import vae
 from support.data.grids import save_grid
+from support.page.space import APP_FILE, CODE_FOLDER, REQUIREMENTS_FILE, card_lines, write_space
 from support.runs import hub
 from support.runs.checkpoint import run_of_checkpoint
 from support.runs.graphs import missing_packages, write_graph
@@ -56,6 +58,9 @@ FILES = {
     DECODER_FILE: "the decoder for onnxruntime: image, -1..1, of latents, of any batch size",
     f"{ONNX_FILE}.data": "its weights",
     f"{DECODER_FILE}.data": "its weights",
+    APP_FILE: "serves the model to a browser; as a Hugging Face Space too",
+    REQUIREMENTS_FILE: "what that needs",
+    CODE_FOLDER: "the code that it runs",
 }
 GRID_ROWS, GRID_COLUMNS = 4, 8
 
@@ -69,12 +74,15 @@ def export(arguments: argparse.Namespace) -> None:
     stored, loaded = fit_to_travel(stored, arguments.vae)
     if arguments.vae_onnx and not loaded.config.is_latent:
         raise UserError(f"--vae-onnx: {stored.path} makes pixels, which nothing has to decode")
-    graphs = {}
+    further: list[Callable[[Path], object]] = []
     if arguments.onnx:
-        graphs[ONNX_FILE] = write_solution
+        further.append(lambda place: write_solution(loaded, place / ONNX_FILE))
     if arguments.vae_onnx:
-        graphs[DECODER_FILE] = write_decoder
-    made = write_folder(folder, stored, loaded, arguments.push, graphs)
+        further.append(lambda place: write_decoder(loaded, place / DECODER_FILE))
+    if arguments.space:
+        further.append(write_space)
+    first_lines = card_lines() if arguments.space else ""
+    made = write_folder(folder, stored, loaded, arguments.push, further, first_lines)
     print(f"{stored.path} exported to {folder}: {', '.join(made)}")
 
 
@@ -83,18 +91,22 @@ def write_folder(
     stored: StoredModel,
     loaded: LoadedModel,
     title: str | None = None,
-    graphs: Mapping[str, Callable[[LoadedModel, Path], None]] | None = None,
+    further: Sequence[Callable[[Path], object]] = (),
+    first_lines: str = "",
 ) -> list[str]:
-    """Make an exported folder, whole or not at all; gives the names of its files."""
+    """Make an exported folder, whole or not at all; gives the names of its files.
+
+    `further` write more into it; `first_lines` go to the head of the model card.
+    """
     with atomic_folder(folder) as place:
         write_stored(stored, place)
         write_grid(stored, loaded, place / GRID_FILE)
-        for name, write in (graphs or {}).items():
-            write(loaded, place / name)
+        for write in further:
+            write(place)
         made = [CARD_FILE, *(path.name for path in place.iterdir())]
         files = {name: text for name, text in FILES.items() if name in made}
         card = model_card(title or folder.resolve().name, stored, loaded, files)
-        (place / CARD_FILE).write_text(card)
+        (place / CARD_FILE).write_text(card.replace("---\n", f"---\n{first_lines}", 1))
     return sorted(made)
 
 
@@ -236,6 +248,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--vae-onnx", action="store_true", help="also one of the decoder of latents")
     vae_help = "what to record as the decoder of latents, instead of a folder of this machine"
     add("--vae", metavar="NAME", help=vae_help)
+    add("--space", action="store_true", help="also app.py, which serves it, and the code it needs")
     add("--overwrite", action="store_true", help="replace an export that is there")
     add("--push", metavar="OWNER/NAME", help="upload it to this repository of the hub")
     add("--private", action="store_true", help="with --push: which has to be a private one")
@@ -244,7 +257,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("give a FOLDER to export to, or --push OWNER/NAME to upload one")
     if arguments.private and not arguments.push:
         parser.error("--private: goes with --push")
-    making = ("subfolder", "ema", "onnx", "vae_onnx", "vae", "overwrite")
+    making = ("subfolder", "ema", "onnx", "vae_onnx", "vae", "space", "overwrite")
     if not arguments.folder and (given := [name for name in making if getattr(arguments, name)]):
         parser.error(f"--{given[0].replace('_', '-')}: needs a FOLDER to export to")
     return arguments

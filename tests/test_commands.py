@@ -14,6 +14,8 @@ MISTAKES = {
     "evaluator.py": ["--ref_batch=nowhere.npz", "--sample_batch_dir=nowhere"],
     "report.py": ["nowhere"],
     "quickstart/check_samples.py": ["nowhere.npz"],
+    "page.py": ["nowhere", "page.html"],
+    "demo.py": ["nowhere"],
     "quickstart/score.py": ["nowhere.npz"],
 }
 

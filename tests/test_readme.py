@@ -41,6 +41,7 @@ SHELLS = ("sh", "bash", "shell", "console")  # how a block of commands may be ca
 OUR_SCRIPTS = (
     *("train.py", "inference.py", "latent_dataset.py", "evaluator.py", "report.py", "export.py"),
     *("posthoc_ema.py", "arena/run.py", "arena/tables.py"),
+    *("page.py", "demo.py"),
 )
 
 # What cannot run here, by its first words; its options are checked all the same.
@@ -53,6 +54,8 @@ NOT_RUN = {
     "python arena/": "trains for an hour, or reads what that has left",
     "python benchmarks/": "measures for minutes",
     "python report.py --watch": "goes on until it is interrupted",
+    "python page.py": "needs npm's registry",
+    "python demo.py": "goes on until it is interrupted",
     "python report.py --band": "needs three finished runs",
 }
 

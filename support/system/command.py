@@ -24,7 +24,11 @@ INTERRUPTED_STATUS = 130  # what shells say of SIGINT
 UNREAD_STATUS = 141  # and of SIGPIPE
 PATIENCE_SECONDS = 3  # torchrun ends the others within a tenth of a second of one's end
 ROOT = Path(__file__).resolve().parent.parent.parent
-REQUIREMENTS = ("requirements_soflow.txt", "requirements_soflow_eval.txt")
+REQUIREMENTS = (
+    "requirements_soflow.txt",
+    "requirements_soflow_demo.txt",
+    "requirements_soflow_eval.txt",
+)
 PACKAGES = {"yaml": "PyYAML", "PIL": "pillow", "sklearn": "scikit-learn"}  # imported as: called
 
 

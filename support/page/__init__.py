@@ -1,0 +1,1 @@
+"""What shows a model in a browser: the page of page.py, the server of demo.py."""

@@ -1,0 +1,356 @@
+"""The page of a model: the same noise as Python's, the same images, and the page in a browser."""
+
+import base64
+import json
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+import torch
+from commands import digits_settings
+from PIL import Image
+from torch import nn
+
+import page
+import train
+from sampling import load
+from support.data.images import to_pixels
+from support.page import runtime
+from support.page.assembly import as_expression, worker_source
+from support.page.halves import compare, store_halves
+from support.page.ziggurat import tables
+from support.runs.graphs import write_graph
+from support.system.files import UserError
+from support.system.randomness import PerImageStream
+
+CHROMIUM = shutil.which("chromium")
+STEPS_AND_SAMPLERS = [(1, "renoise"), (2, "renoise"), (4, "renoise"), (2, "chain"), (4, "chain")]
+
+
+def in_node(script: str) -> object:
+    """What a script gives that is run after those of the page's worker."""
+    if shutil.which("node") is None:
+        pytest.skip("node is not installed")
+    text = f"const ort = null; {worker_source()}\nconst ziggurat = {json.dumps(tables())};\n"
+    text += f"(async () => {{ {script} }})().then(found => console.log(JSON.stringify(found)));"
+    done = subprocess.run(["node", "-"], input=text, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def floats(text: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), np.float32)
+
+
+# Noise, labels, the way between two noises
+
+
+def test_the_page_draws_pythons_noise_to_the_last_bit_but_in_the_far_tail():
+    shape, seeds = (3, 64, 64), [*range(30), 10**12 - 1]
+    found = in_node(
+        f"const all = {seeds}.map(seed => drawNoise(seed, seed % 3, {np.prod(shape)}, ziggurat));"
+        "return all.map(noise => Buffer.from(noise.buffer).toString('base64'));"
+    )
+    assert isinstance(found, list)
+    for seed, text in zip(seeds, found, strict=True):
+        expected = PerImageStream(seed, None, shape).draw([0], 3).noises[seed % 3].numpy().ravel()
+        differing = np.flatnonzero(floats(text) != expected)
+        # Beyond 3.65 there is a logarithm, whose last bit is the system's.
+        assert len(differing) < 5 and (np.abs(expected[differing]) > 3.65).all(), seed
+        assert np.allclose(floats(text), expected, rtol=3e-7, atol=0)
+
+
+def test_the_page_draws_pythons_labels():
+    counts = [1, 2, 3, 10, 100, 1000]
+    found = in_node(f"return {counts}.map(n => [...Array(200).keys()].map(s => drawLabel(s, n)));")
+    for count, labels in zip(counts, found, strict=True):
+        streams = [PerImageStream(seed, count, (1, 1, 1)) for seed in range(200)]
+        assert labels == [int(stream.draw([0], 0).labels) for stream in streams], count
+
+
+def slerp(a: np.ndarray, b: np.ndarray, share: float) -> np.ndarray:
+    angle = np.arccos((a * b).sum() / np.sqrt((a**2).sum() * (b**2).sum()))
+    return (np.sin((1 - share) * angle) * a + np.sin(share * angle) * b) / np.sin(angle)
+
+
+def test_the_way_between_two_noises_follows_the_sphere():
+    a, b = (PerImageStream(seed, None, (1, 8, 8)).draw([0], 1).noises[0].numpy() for seed in (1, 2))
+    found = in_node(
+        "const [a, b] = [1, 2].map(seed => drawNoise(seed, 0, 64, ziggurat));"
+        "return [0, 0.3, 1].map(share => [...slerp(a, b, share)]);"
+    )
+    for share, values in zip([0, 0.3, 1], found, strict=True):
+        assert np.allclose(values, slerp(a, b, share).ravel(), atol=1e-6)
+
+
+def test_a_model_without_classes_is_asked_for_no_label():
+    found = in_node(
+        "const asked = []; class Tensor { constructor(type, data) { this.data = data; } };"
+        "const session = {run: async given => { asked.push(Object.keys(given));"
+        "  return {x_s: {data: given.noise.data}}; }};"
+        "const model = {shape: [3, 2, 2], isConditional: false, ziggurat,"
+        "  steps: {1: {times: [1, 0], alpha: [0, 1], beta: [1, 0]}}};"
+        "const given = {images: [{seed: 1}, {seed: 2}], label: null, steps: 1, sampler: 'chain'};"
+        "return new Engine({Tensor}, session, model).draw(given).then("
+        "  ({pixels, labels}) => ({asked, labels, pixels: [...pixels]}));"
+    )
+    assert found["asked"] == [["noise", "t", "s"]] and found["labels"] == [None, None]
+    noises = [PerImageStream(seed, None, (3, 2, 2)).draw([0], 1).noises[0] for seed in (1, 2)]
+    expected = to_pixels(torch.cat(noises).numpy()).transpose(0, 2, 3, 1)
+    assert np.array_equal(np.array(found["pixels"]).reshape(2, 2, 2, 4)[..., :3], expected)
+
+
+# What is made
+
+
+def test_an_es_module_becomes_an_expression_without_exports():
+    text = as_expression("var a=1,b=import.meta.url;export{a as One,b as default,a};\n//# map")
+    assert in_node(f"return {text};") == {"One": 1, "default": "http://localhost/", "a": 1}
+
+
+def test_weights_in_half_the_bytes_give_nearly_the_same(tmp_path):
+    pytest.importorskip("onnxruntime", reason="needs onnxruntime")
+    pytest.importorskip("onnxscript", reason="needs onnxscript")
+    torch.manual_seed(0)
+    whole, half = tmp_path / "whole.onnx", tmp_path / "half.onnx"
+    write_graph(whole, nn.Linear(200, 200), "y", lambda count: {"x": torch.ones(count, 200)})
+    store_halves(Path(shutil.copyfile(whole, half)))
+    assert half.stat().st_size < 0.55 * whole.stat().st_size
+    inputs = {"x": np.random.default_rng(0).uniform(-1, 1, (4, 200)).astype(np.float32)}
+    assert compare(whole, half, inputs).largest <= 1
+    assert compare(whole, whole, inputs) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("is_latent", "shape", "values", "flags", "said"),
+    [
+        (True, (4, 32, 32), 10, [], "makes latents, whose decoder is too large for a page"),
+        (False, (3, 128, 128), 10, [], "makes images of 128x128; a page takes up to 64x64"),
+        (False, (2, 8, 8), 10, [], "makes images of 2 channels"),
+        (False, (3, 8, 8), 15_000_000, [], "has 60 MB of weights, or half with --fp16; a page"),
+        (False, (3, 8, 8), 30_000_000, [], "has 120 MB of weights; a page takes up to 40"),
+        (False, (3, 8, 8), 30_000_000, ["--fp16"], "has 60 MB of weights; a page takes up to 40"),
+    ],
+)
+def test_a_model_that_no_page_can_hold_is_refused_with_the_command_that_serves_it(
+    is_latent, shape, values, flags, said
+):
+    model = page.SoFlow(nn.ParameterList([nn.Parameter(torch.empty(values, device="meta"))]))
+    loaded = SimpleNamespace(config=SimpleNamespace(is_latent=is_latent), shape=shape, model=model)
+    arguments = page.parse_arguments(["a run", "page.html", *flags])
+    with pytest.raises(UserError, match=said) as caught:
+        page.check_fits(loaded, arguments)
+    assert "; `python demo.py 'a run'` serves it" in str(caught.value)
+
+
+def test_onnxruntime_of_another_version_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "dist").mkdir()
+    with pytest.raises(UserError, match=r"dist: has no ort.wasm.bundle.min.mjs of onnxruntime-web"):
+        runtime.read_runtime(tmp_path)
+    (tmp_path / "dist" / runtime.SCRIPT).write_text("another")
+    with pytest.raises(UserError, match=r"mjs: is not the one of onnxruntime-web 1\..*SHA-256"):
+        runtime.read_runtime(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="npm, which fetches onnxruntime-web, is not installed; in"):
+        runtime.read_runtime()
+
+
+def test_npm_that_fails_or_gives_another_package_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    npm = tmp_path / "npm"
+    for script, said in [
+        ("echo no network >&2; exit 1", r"not fetched by npm \(no network\); give --ort FOLDER"),
+        ("echo other > package.tgz", "what npm fetched is another"),
+    ]:
+        npm.write_text(f"#!/bin/sh\n{script}\n")
+        npm.chmod(0o755)
+        with pytest.raises(UserError, match=said):
+            runtime.read_runtime()
+    assert not (tmp_path / "cache").exists()
+
+
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A little trained run, and its page."""
+    try:
+        runtime.read_runtime()
+    except UserError as error:
+        pytest.skip(f"no onnxruntime-web: {error}")
+    pytest.importorskip("onnxruntime", reason="needs onnxruntime")
+    pytest.importorskip("onnxscript", reason="needs onnxscript")
+    folder = tmp_path_factory.mktemp("page")
+    run, file = folder / "digits", folder / "page.html"
+    train.main([*digits_settings(run, total_steps=20, ema_decay_rate=0.1), "--set=seed=5"])
+    page.main([str(run), str(file), "--title", "Small <digits>"])
+    return load(run, device="cpu", report=lambda line: None), file
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("chromium is not installed")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def open_page(browser, made):
+    """Opens the page at a link; in the end, it has said nothing and asked no network."""
+    context = browser.new_context(offline=True, viewport={"width": 1366, "height": 800})
+    opened, said, asked = context.new_page(), [], []
+    opened.on("console", lambda message: said.append(message.text))
+    opened.on("pageerror", lambda error: said.append(str(error)))
+    opened.on("request", lambda request: asked.append(request.url))
+
+    def open_at(link: str = ""):
+        opened.goto(f"{made[1].as_uri()}{link}")
+        opened.wait_for_selector("#path canvas")
+        return opened
+
+    yield open_at
+    assert said == []
+    assert {url.split("#")[0] for url in asked if not url.startswith("blob:")} <= {made[1].as_uri()}
+    context.close()
+
+
+def shown(opened, selector: str) -> np.ndarray:
+    """The grey levels, [H, W], that a canvas shows."""
+    values = opened.evaluate(
+        "selector => { const c = document.querySelector(selector);"
+        "return [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]; }",
+        selector,
+    )
+    return np.array(values).reshape(8, 8, 4)[..., 0]
+
+
+def assert_alike(found: np.ndarray, expected: np.ndarray) -> None:
+    """The same pixels, but for rounding in a few."""
+    differences = np.abs(found.astype(int) - expected)
+    assert differences.max() <= 1 and (differences > 0).mean() < 0.01
+
+
+def until(opened, condition: str) -> None:
+    """Wait until this is true in JavaScript; the page's policy forbids playwright's own way."""
+    end = time.monotonic() + 20
+    while not opened.evaluate(condition):
+        assert time.monotonic() < end, f"still not: {condition}"
+        opened.wait_for_timeout(20)
+
+
+def wait_for(opened, **state) -> None:
+    """Wait until the grid shows these values of the page's state."""
+    wanted = json.dumps(state)
+    until(
+        opened,
+        "(() => { const drawn = JSON.parse(document.getElementById('grid').dataset.drawn ?? '{}');"
+        f"return Object.entries({wanted}).every(([name, value]) => drawn[name] === value); }})()",
+    )
+
+
+@pytest.mark.slow
+def test_the_page_makes_pythons_images_of_64_seeds(made, open_page):
+    model, opened = made[0], open_page()
+    for steps, sampler in STEPS_AND_SAMPLERS:
+        for label in (None, 3):
+            found = opened.evaluate(
+                "async given => { const found = await ask('draw', given); return [...found.pixels]; }",  # noqa: E501
+                {
+                    "images": [{"seed": seed} for seed in range(64)],
+                    "label": label, "steps": steps, "sampler": sampler,
+                },
+            )  # fmt: skip
+            expected = model.sample(label, range(64), steps, sampler=sampler).numpy()
+            assert_alike(np.array(found).reshape(64, 8, 8, 4)[..., :1], expected)
+
+
+@pytest.mark.slow
+def test_a_link_says_what_is_shown_and_the_controls_change_it(made, open_page):
+    model, opened = made[0], open_page("#class=3&seed=7&steps=2&sampler=chain&pick=5")
+    wait_for(opened, seed=7, steps=2)
+    expected = model.sample(3, range(7, 23), 2, sampler="chain").numpy()[..., 0]
+    for place in (0, 15):
+        tile = f"#grid button:nth-child({place + 1}) canvas"
+        assert_alike(shown(opened, tile), expected[place])
+    assert opened.inner_text("#python") == (
+        'model.sample(labels=[3], seeds=[12], steps=2, sampler="chain")'
+    )
+    assert opened.locator("h1").inner_text() == "Small <digits>"
+    opened.locator("#classes label", has_text="8").click()
+    opened.keyboard.press("1")
+    opened.fill("#seed", "40")
+    wait_for(opened, seed=40, steps=1, label=8)
+    assert_alike(shown(opened, "#grid canvas"), model.sample(8, [40]).numpy()[0, ..., 0])
+    until(opened, "location.hash.includes('seed=40')")
+    assert "class=8" in opened.url and "steps" not in opened.url
+    opened.evaluate("location.hash = 'seed=-1&class=10&steps=3&at=x&sampler=__proto__'")
+    wait_for(opened, seed=0, steps=1, label=None)
+    opened.locator("#grid button").first.focus()
+    opened.keyboard.press("ArrowDown")
+    until(opened, "document.getElementById('chosen').textContent.includes('seed 4')")
+    opened.fill("#seed", "1.5")
+    assert opened.evaluate("!document.getElementById('seed').validity.valid")
+
+
+@pytest.mark.slow
+def test_the_slider_redraws_the_image_between_two_seeds(made, open_page):
+    model, opened = made[0], open_page("#class=2&seed=3&to=9&at=300")
+    noises = [PerImageStream(seed, None, (1, 8, 8)).draw([0], 1).noises[0] for seed in (3, 9)]
+    until(opened, "document.getElementById('between').dataset.drawn === '300'")
+    for at in (300, 700, 1000):
+        opened.locator("#share").fill(str(at))
+        until(opened, f"document.getElementById('between').dataset.drawn === '{at}'")
+        noise = slerp(noises[0].numpy(), noises[1].numpy(), at / 1000)
+        expected = model.sample(2, noise=torch.from_numpy(noise)).numpy()[0, ..., 0]
+        assert_alike(shown(opened, "#between"), expected)
+    assert_alike(shown(opened, "#to"), model.sample(2, [9]).numpy()[0, ..., 0])
+
+
+@pytest.mark.slow
+def test_how_an_image_comes_about_is_shown_jump_by_jump_and_along_s(made, open_page):
+    model, opened = made[0], open_page("#class=2&seed=3&steps=4&sampler=chain")
+    noise = PerImageStream(3, None, (1, 8, 8)).draw([0], 1).noises[0]
+    assert opened.locator("#jumps canvas").count() == 5
+    first = model.sample(2, [3], times=[1, 0.75, 0.5, 0.25, 0], sampler="chain").numpy()
+    assert_alike(shown(opened, "#jumps figure:last-child canvas"), first[0, ..., 0])
+    one, s = torch.ones(1), torch.full((1,), 0.4)
+    along = model.model.jump(noise, one, s, torch.tensor([2]))[0, 0]
+    expected = (along * 127.5 + 128).clip(0, 255).numpy().astype(np.uint8)
+    assert_alike(shown(opened, "#path figure:nth-child(4) canvas"), expected)
+
+
+@pytest.mark.slow
+def test_the_grid_is_saved_as_a_png_of_the_same_pixels(made, open_page, tmp_path):
+    model, opened = made[0], open_page("#class=1&seed=20")
+    wait_for(opened, seed=20)
+    with opened.expect_download() as saved:
+        opened.keyboard.press("s")
+    assert unquote(saved.value.suggested_filename).endswith("_class1_seed20_1.png")
+    saved.value.save_as(tmp_path / "grid.png")
+    pixels = np.array(Image.open(tmp_path / "grid.png").convert("L"))
+    assert pixels.shape == (512, 512)
+    expected = model.sample(1, range(20, 36)).numpy().reshape(4, 4, 8, 8).transpose(0, 2, 1, 3)
+    assert_alike(pixels[8::16, 8::16], expected.reshape(32, 32))
+
+
+@pytest.mark.slow
+def test_play_draws_new_seeds_until_it_is_stopped(open_page):
+    opened = open_page()
+    opened.keyboard.press("p")
+    until(opened, "state.seed >= 64")
+    opened.keyboard.press("p")
+    until(opened, "!isPlaying && waiting.size === 0")
+    seed = opened.evaluate("state.seed")
+    assert str(seed) in opened.inner_text("#chosen")
