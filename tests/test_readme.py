@@ -48,6 +48,7 @@ NOT_RUN = {
     "make": "installs from a package index, or runs these tests, or takes minutes",
     "pip install": "needs a package index",
     "hf download": "needs a network; the stand-ins of what it fetches are made beforehand",
+    "hf upload": "needs a network",
     "torchrun --nnodes=4": "needs four machines",
     "sbatch": "needs SLURM",
     "python benchmarks/": "measures for minutes",
