@@ -208,9 +208,9 @@ def check_what_cannot_run(command: Command) -> None:
             assert f"\n{target}:" in (ROOT / "Makefile").read_text()
         case ["pip", "install", "-r", file] | ["sbatch", file, *_]:
             assert (ROOT / file).is_file()
-        case ["hf", "download", *words]:
+        case ["hf", action, *words]:
             known = subprocess.run(
-                [Path(sys.executable).with_name("hf"), "download", "--help"],
+                [Path(sys.executable).with_name("hf"), action, "--help"],
                 capture_output=True, text=True, check=True,
             )  # fmt: skip
             assert options_in(" ".join(words)) <= options_in(known.stdout)
