@@ -115,6 +115,7 @@ def test_a_package_missing_beside_an_environment_is_answered_with_its_activation
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "activate").touch()
     (tmp_path / "requirements_soflow.txt").write_text("PyYAML==6\n")
+    (tmp_path / "requirements_soflow_demo.txt").write_text("gradio==6\n")
     (tmp_path / "requirements_soflow_eval.txt").write_text("tensorflow==2\n")
     monkeypatch.setattr(command, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -126,6 +127,10 @@ def test_a_package_missing_beside_an_environment_is_answered_with_its_activation
     assert command._describe_missing("tensorflow") == (
         f"tensorflow is missing in {sys.executable}; "
         "install it: pip install -r requirements_soflow_eval.txt"
+    )
+    assert command._describe_missing("gradio") == (
+        f"gradio is missing in {sys.executable}; "
+        "install it: pip install -r requirements_soflow_demo.txt"
     )
 
 

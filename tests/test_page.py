@@ -57,16 +57,19 @@ def test_the_page_draws_pythons_noise_to_the_last_bit_but_in_the_far_tail():
         "return all.map(noise => Buffer.from(noise.buffer).toString('base64'));"
     )
     assert isinstance(found, list)
+    count_differing = 0
     for seed, text in zip(seeds, found, strict=True):
         expected = PerImageStream(seed, None, shape).draw([0], 3).noises[seed % 3].numpy().ravel()
         differing = np.flatnonzero(floats(text) != expected)
         # Beyond 3.65 there is a logarithm, whose last bit is the system's.
-        assert len(differing) < 5 and (np.abs(expected[differing]) > 3.65).all(), seed
+        assert (np.abs(expected[differing]) > 3.65).all(), seed
         assert np.allclose(floats(text), expected, rtol=3e-7, atol=0)
+        count_differing += len(differing)
+    assert count_differing < 20  # of about 100 there
 
 
 def test_the_page_draws_pythons_labels():
-    counts = [1, 2, 3, 10, 100, 1000]
+    counts = [1, 2, 3, 10, 100, 1000, 3 * 2**30]  # of the last, a quarter is drawn again
     found = in_node(f"return {counts}.map(n => [...Array(200).keys()].map(s => drawLabel(s, n)));")
     for count, labels in zip(counts, found, strict=True):
         streams = [PerImageStream(seed, count, (1, 1, 1)) for seed in range(200)]

@@ -49,6 +49,7 @@ NOT_RUN = {
     "make": "installs from a package index, or runs these tests, or takes minutes",
     "pip install": "needs a package index",
     "hf download": "needs a network; the stand-ins of what it fetches are made beforehand",
+    "hf upload": "needs a network",
     "torchrun --nnodes=4": "needs four machines",
     "sbatch": "needs SLURM",
     "python arena/": "trains for an hour, or reads what that has left",
@@ -214,9 +215,9 @@ def check_what_cannot_run(command: Command) -> None:
             assert f"\n{target}:" in (ROOT / "Makefile").read_text()
         case ["pip", "install", "-r", file] | ["sbatch", file, *_]:
             assert (ROOT / file).is_file()
-        case ["hf", "download", *words]:
+        case ["hf", action, *words]:
             known = subprocess.run(
-                [Path(sys.executable).with_name("hf"), "download", "--help"],
+                [Path(sys.executable).with_name("hf"), action, "--help"],
                 capture_output=True, text=True, check=True,
             )  # fmt: skip
             assert options_in(" ".join(words)) <= options_in(known.stdout)
