@@ -19,7 +19,8 @@ VALUES = {
 DISPENSABLE = frozenset(
     {
         "accumulation_steps", "activation_checkpointing", "channels_last", "compile", "device",
-        "eval_num_samples", "keep_every_steps", "keep_last", "precision", "timeout_minutes", "vae",
+        "ema_decay_rates", "ema_power", "ema_snapshot_steps", "eval_num_samples", "held_out_steps",
+        "keep_every_steps", "keep_last", "log_to", "precision", "timeout_minutes", "vae",
         "vae_batch_size",
     }
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from commands import ROOT, run
 from exact import ExactNetwork
 from torch import Tensor, nn
 
+from arena import tables
 from arena.objectives import OBJECTIVES
 from arena.plan import read_plan
 from config import Config
@@ -190,6 +192,24 @@ def test_a_batch_in_two_parts_gives_the_gradient_of_the_whole_one(name):
     assert len(whole) > 10
     for one, other in zip(whole, halves, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_the_documents_tables_are_made_of_the_results_that_are_kept():
+    rows, costs = (tables.read_rows(tables.KEPT, name) for name in tables.FILES)
+    text = tables.DOCUMENT.read_text()
+    assert tables.with_tables(text, rows, costs) == text
+    assert sum((tables.KEPT / name).stat().st_size for name in tables.FILES) < 1_000_000
+    # One cell by hand: SoFlow, guided, after the last step, by one jump.
+    last = max(row["step"] for row in rows if row["part"] == "objectives")
+    found = [
+        row["FD"]
+        for row in rows
+        if row["part"] == "objectives" and row["name"] == "SoFlow" and row["guided"]
+        and (row["step"], row["jumps"]) == (last, 1)
+    ]  # fmt: skip
+    cell = f"{sum(found) / len(found):.1f} ({min(found):.1f} to {max(found):.1f})"
+    (line,) = re.findall(r"^\| SoFlow, guided \| (.*) \|$", tables.steps_table(rows), re.M)
+    assert line.split(" | ")[0] == cell
 
 
 TOY = """
