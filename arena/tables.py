@@ -152,7 +152,7 @@ def budget_table(rows: Sequence[Row], costs: Sequence[Row]) -> str:
     last = max(row["step"] for row in compared)
     seconds = {entry: step_in_forwards(cost_of(costs, entry)) for entry in entries}
     forwards = {entry: cost_of(costs, entry)["forwards"] for entry in entries}
-    # Of those that sample in one jump: flow matching is here to be beaten by.
+    # Of those that are to sample in one jump; flow matching is not.
     able = [entry for entry in entries if entry.name != "FlowMatching"]
     lines = []
     for entry in able:

@@ -52,7 +52,7 @@ NOT_RUN = {
     "hf upload": "needs a network",
     "torchrun --nnodes=4": "needs four machines",
     "sbatch": "needs SLURM",
-    "python arena/": "trains for an hour, or reads what that has left",
+    "python arena/": "trains for half an hour, or reads what that has left",
     "python benchmarks/": "measures for minutes",
     "python report.py --watch": "goes on until it is interrupted",
     "python page.py": "needs npm's registry",
