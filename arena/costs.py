@@ -17,7 +17,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import arena.objectives
+from arena.objectives import make_known
 from arena.plan import Job, Plan, read_plan
 from config import load_config
 from support.data.batches import build_loader
@@ -105,8 +105,8 @@ def measure(plan: Plan, data: str, methods: list[str]) -> list[dict]:
 if __name__ == "__main__":
     data, target, *methods = sys.argv[1:]
     plan = read_plan(data)
+    make_known(methods)
     for text in methods:
-        arena.objectives.add_objective(text)
         plan = plan.with_objective(text)
     if target.isdecimal():
         print(memory_of(int(target), plan))

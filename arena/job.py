@@ -12,8 +12,8 @@ import json
 
 import numpy as np
 
-import arena.objectives
 import train
+from arena.objectives import make_known
 from arena.plan import Job
 from sampling import load
 from support.system.files import atomic_write
@@ -46,7 +46,6 @@ def run_job(job: Job, config: str, folder: Path) -> None:
 if __name__ == "__main__":
     given = json.loads(sys.argv[1])
     folder = Path(given["folder"])
-    for text in given["methods"]:
-        arena.objectives.add_objective(text)
+    make_known(given["methods"])
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     run_job(Job(**given["job"]), given["config"], folder)
