@@ -121,4 +121,7 @@ def read_plan(data: str) -> Plan:
     if not path.exists():
         there = ", ".join(sorted(found.stem for found in FOLDER.glob("*.yaml")))
         raise UserError(f"--data {data}: there is {there}")
-    return Plan(data, read_yaml(path))
+    values = read_yaml(path)
+    if "like" in values:
+        values = read_yaml(FOLDER / f"{values['like']}.yaml") | values
+    return Plan(data, values)

@@ -2,6 +2,7 @@
 
     python arena/run.py
     python arena/run.py --parts ablations
+    python arena/run.py --data fashion
     python arena/run.py --objective my_objective.py:MyObjective
 
 Trains what arena/digits.yaml lists, each run with one thread, as many side by side as there are
@@ -68,8 +69,9 @@ def recorded_of(job: Job) -> dict:
 def train_one(job: Job, plan: Plan, folder: Path, methods: Sequence[str]) -> None:
     """Train and sample in a process of its own, with one thread."""
     place = folder / job.file_name
-    if place.exists() and not (place / "config.yaml").exists():
-        shutil.rmtree(place)
+    # Done, but otherwise than is asked for now; or stopped before it was begun.
+    if (place / "job.json").exists() or not (place / "config.yaml").exists():
+        shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True, exist_ok=True)
     given = {
         "folder": str(place),
@@ -164,7 +166,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--data", default="digits", help="which of arena/*.yaml: digits")
+    add(
+        "--data",
+        default="digits",
+        help="which of arena/*.yaml: digits (default), or fashion, the long form",
+    )
     add("--folder", type=expanduser, help="of the runs (default runs/arena-DATA)")
     add("--parts", default="scales,objectives,costs", help=f"of {', '.join(PARTS)}, costs")
     add(

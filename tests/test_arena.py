@@ -242,7 +242,7 @@ def test_a_users_objective_goes_through_the_same_slot(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--data", "cats"], "--data cats: there is digits"),
+        (["--data", "cats"], "--data cats: there is digits, fashion"),
         (["--parts", "all"], "--parts all: there are scales, objectives, ablations and costs"),
         (["--objective", "mine.py"], "--objective mine.py: must be FILE.py:NAME"),
     ],
