@@ -246,8 +246,8 @@ CONTRADICTIONS = [
     ),
     (
         {**UNET, "dataset_type": "Imagenet"},
-        "c.yaml: model_type: 'UNet' is for pixels (CIFAR10, ImageFolder, Digits), not for "
-        "Imagenet's latents",
+        "c.yaml: model_type: 'UNet' is for pixels (CIFAR10, FashionMNIST, ImageFolder, Digits), "
+        "not for Imagenet's latents",
     ),
     (
         {"cfg_scale": 2},
