@@ -1,4 +1,4 @@
-"""Flow matching (Lipman et al. 2023, arXiv 2210.02747, eq. 9): the velocity alone, many steps.
+"""Flow matching (Lipman et al. 2023, arXiv 2210.02747): the velocity alone, many steps.
 
     loss = |v(x_t, t) - v_t|^2
 

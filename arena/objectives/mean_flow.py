@@ -1,12 +1,12 @@
 """MeanFlow (Geng et al. 2025, arXiv 2505.13447): the average velocity, by forward derivatives.
 
 u(x, s, t) is the average velocity from t to s (their r): x_s = x_t - (t - s) u(x_t, s, t). It is
-the network's F of SoFlow with the Euler form. Their identity (eq. 6) and loss (eq. 9 to 11):
+the network's F of SoFlow with the Euler form. Their identity and loss:
 
     u = v - (t - s) du/dt,    du/dt = v d_x u + d_t u
-    loss = |u - stopgrad(v~ - (t - s) du/dt)|^2,    weight 1 / (error + c)^p    (section 4.3)
+    loss = |u - stopgrad(v~ - (t - s) du/dt)|^2,    weight 1 / (error + c)^p
 
-v~ is v_t, or with guidance (eq. 20 and 21; omega = m w and kappa = 1 - m of our keys)
+v~ is v_t, or with guidance (omega = m w and kappa = 1 - m of our keys)
 
     v~ = omega v_t + kappa u(x_t, t, t | label) + (1 - omega - kappa) u(x_t, t, t | none)
 """

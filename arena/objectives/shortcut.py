@@ -1,8 +1,8 @@
 """Shortcut models (Frans et al. 2025, arXiv 2410.12557): a step is to equal two half steps.
 
 F(x, t, s) is their s(x, t, d), the velocity that leads over the step d = t - s; with d = 0 it is
-the instantaneous one. On most of the batch flow matching, on the rest self-consistency (eq. 4 and
-5), in our direction of time:
+the instantaneous one. On most of the batch flow matching, on the rest self-consistency, in our
+direction of time:
 
     |F(x_t, t, t) - v_t|^2
     |F(x_t, t, t - 2d) - stopgrad(F_1 + F_2) / 2|^2
