@@ -5,7 +5,7 @@
 
 A run with `ema_power: [0.05, 0.1]` and `ema_snapshot_steps: N` keeps two power function averages,
 and puts them into averages/STEP.pt every N steps. Any average of that kind is a linear combination
-of these snapshots, near enough (Karras et al. 2024, arXiv 2312.02696, section 3.2); --std is its
+of these snapshots, near enough (Karras et al. 2024, arXiv 2312.02696, section 3); --std is its
 standard deviation relative to the time so far. What comes out is an exported folder, as export.py
 makes it. How near it is, is printed: snapshots that are too few, or lengths far from those that
 were kept, give another average than the one that is asked for.

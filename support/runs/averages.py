@@ -87,7 +87,7 @@ def _is_number(name: str) -> bool:
     return True
 
 
-# Averages of other lengths, after training (section 3.2 there)
+# Averages of other lengths, after training (section 3 there)
 
 
 class Profile(NamedTuple):
