@@ -33,7 +33,6 @@ from support.system.settings import shorten, suggest
 
 IMAGES_AT_ONCE = 8  # turned into pixels
 SECONDS_BEFORE_BAR = 5
-MOST_AT_ONCE = 64  # images of one batch, where nobody says how many
 
 # B images of a batch, C channels, H = W side; images are float -1..1, pixels uint8 [B, H, W, C]
 
@@ -268,21 +267,21 @@ class LoadedModel:
         times: Sequence[float] | None = None,
         sampler: str = "renoise",
         noise: Tensor | None = None,
-        batch_size: int | None = None,
-        memory_gb: float = 1.0,
+        batch_size: int = 32,
+        memory_gb: float | None = None,
     ) -> Images:
         """An image for each seed, the same one in any batch and by any number of processes.
 
         Labels are classes by number or name, one for all or one for each; without, each seed draws
         its own. `times` go from 1 down to 0 instead of `steps` that are evenly apart; `sampler` is
         one of SAMPLERS; `noise`, [N, C, H, W], replaces what the seeds draw first. The image of a
-        seed is the first one that `inference.py --seed` makes. Without a batch_size the network
-        gets as many images at a time as fit into `memory_gb`, its weights not counted; a decoder
-        has the config's vae_batch_size. UserError says what cannot be.
+        seed is the first one that `inference.py --seed` makes. The network gets `batch_size`
+        images at a time, or fewer where no more fit into `memory_gb`, its weights not counted; a
+        decoder has the config's vae_batch_size. UserError says what cannot be.
         """
-        steps = _count(steps, "steps")
-        batch_size = self.images_within(memory_gb) if batch_size is None else batch_size
-        batch_size = _count(batch_size, "batch_size")
+        steps, batch_size = _count(steps, "steps"), _count(batch_size, "batch_size")
+        if memory_gb is not None:
+            batch_size = min(batch_size, self.images_within(memory_gb))
         if times is not None and steps != 1:
             raise UserError("steps: goes without times, which say how many there are")
         times = check_times(times, "times") if times is not None else even_times(steps)
@@ -313,11 +312,11 @@ class LoadedModel:
         return Images(np.concatenate(pixels), torch.cat(latents))
 
     def images_within(self, memory_gb: float) -> int:
-        """How many images the network makes at a time within so much memory, at most MOST_AT_ONCE.
+        """How many images the network can make at a time in so much memory, without its weights'.
 
         UserError where one takes more.
         """
-        if not (isinstance(memory_gb, int | float) and memory_gb > 0):
+        if not (isinstance(memory_gb, int | float) and 0 < memory_gb < float("inf")):
             raise UserError(f"memory_gb: {shorten(memory_gb)} is not a number above 0")
         weights = next(self.model.parameters())
 
@@ -330,7 +329,7 @@ class LoadedModel:
         each = most_bytes(jump) / 1e9
         if each > memory_gb:
             raise UserError(f"memory_gb: an image of {self.config.model_type} takes {each:.2g} GB")
-        return min(int(memory_gb / each), MOST_AT_ONCE)
+        return int(memory_gb / each)
 
     def _draw(self, seeds: Sequence[int], num_noises: int) -> tuple[list[Tensor], Tensor | None]:
         """Noises, [B, C, H, W] each, and labels, [B], of images that have a seed each."""
@@ -436,9 +435,7 @@ def load(
     return loaded
 
 
-def assemble(
-    config: Config, stored: StoredModel, device: torch.device, weights_sha256: str = ""
-) -> LoadedModel:
+def assemble(config: Config, stored: StoredModel, device: torch.device) -> LoadedModel:
     """The config's model with stored weights; channels and classes come with these."""
     channels, num_classes = _counts(config, stored)
     with torch.device("meta"):
@@ -449,7 +446,7 @@ def assemble(
     model.load_state_dict(dict(stored.weights))
     shape = (channels, config.data_size, config.data_size)
     names = stored.data.get("class_names", ())
-    return LoadedModel(model, config, shape, num_classes, names, weights_sha256, stored.average)
+    return LoadedModel(model, config, shape, num_classes, names, average=stored.average)
 
 
 def _counts(config: Config, stored: StoredModel) -> tuple[int, int]:
