@@ -223,6 +223,8 @@ def refuse_to_replace(folder: Path, may_replace: bool) -> None:
         raise UserError(
             f"{folder}: holds what an export does not write ({foreign[0]}); name another folder"
         )
+    if there and not {WEIGHTS_FILE, CONFIG_FILE} <= set(there):
+        raise UserError(f"{folder}: is not empty and holds no export; name another folder")
     if there and not may_replace:
         raise UserError(f"{folder}: exists; say --overwrite to replace it, or name another folder")
 

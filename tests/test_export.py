@@ -102,6 +102,16 @@ def test_an_export_is_replaced_on_request_and_stays_where_the_next_one_fails(
     assert (out / "README.md").read_text() != "mine"
 
 
+def test_a_folder_of_files_that_are_merely_called_so_is_no_export(run, tmp_path):
+    mine = tmp_path / "mine"
+    (mine / "soflow").mkdir(parents=True)
+    for name in ("README.md", "requirements.txt", "app.py"):
+        (mine / name).write_text("mine")
+    with pytest.raises(UserError, match="mine: is not empty and holds no export"):
+        export.main([str(run), str(mine), "--overwrite"])
+    assert (mine / "app.py").read_text() == "mine"
+
+
 def test_what_is_no_export_is_never_replaced(run, tmp_path):
     before = sorted(run.rglob("*"))
     with pytest.raises(
