@@ -19,6 +19,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from os.path import expanduser
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -148,7 +149,11 @@ def load_model(
     """
     stored = read_file(path, ema, is_verified=not is_main)
     refuse_other_model(config, stored.config, path)
-    return assemble(config, stored, device, weights_digest(stored.weights) if is_main else "")
+    loaded = assemble(config, stored, device)
+    if not is_main:
+        return loaded
+    # By the model's order of the weights: that of an exported file is another.
+    return replace(loaded, weights_sha256=weights_digest(loaded.model.state_dict()))
 
 
 def refuse_other_model(config: Config, recorded: Mapping[str, Any], path: Path) -> None:

@@ -1,6 +1,7 @@
 """The averaged weights against plain loops; several of them kept, continued, sampled, combined."""
 
 import copy
+import json
 import math
 
 import numpy as np
@@ -16,7 +17,15 @@ import posthoc_ema
 import train
 from config import Config, resolve
 from sampling import load
-from support.runs.averages import Average, Exponential, PowerFunction, Profile, combine, gamma_of
+from support.runs.averages import (
+    Average,
+    Exponential,
+    PowerFunction,
+    Profile,
+    combine,
+    gamma_of,
+    last_move,
+)
 from support.runs.optimizers import build_optimizer
 from support.system.files import UserError
 
@@ -122,6 +131,11 @@ def test_in_a_power_function_average_weights_count_by_the_power_of_their_time(ev
     assert torch.allclose(average[0].weight.double(), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_the_last_move_is_where_an_average_stands():
+    assert [last_move(step, 1) for step in (1, 2, 100)] == [1, 2, 100]
+    assert [last_move(step, 16) for step in (1, 2, 16, 17, 100)] == [1, 1, 1, 17, 97]
+
+
 @pytest.mark.parametrize("std", [0.01, 0.05, 0.1, 0.28])
 def test_a_power_function_average_has_the_standard_deviation_that_is_asked_for(std):
     gamma = gamma_of(std)
@@ -204,6 +218,11 @@ def test_each_average_is_loaded_sampled_and_exported_by_its_name(run, tmp_path):
         loaded = load(tmp_path / "out", device="cpu", ema=ema)
         assert torch.equal(loaded.sample(seeds=[1]).latents, images[0.5])
     inference.main([f"--ckpt={tmp_path / 'out'}", "--num-samples=1", "--set=device=cpu"])
+    of_export, of_run = (
+        json.loads(path.read_text())["weights_sha256"]
+        for path in (tmp_path / "out_1NFE_42_0.5.json", run / "evals" / "12_1NFE_1_0.5.json")
+    )
+    assert of_export == of_run  # the same weights, in whatever order a file has them
     assert (tmp_path / "out_1NFE_42_0.5.npz").exists()  # beside the folder, which stays an export
     with pytest.raises(UserError, match=r"is the average 0\.5 alone"):
         load(tmp_path / "out", ema=0.9)
