@@ -32,6 +32,7 @@ from support.runs.averages import (
     Profile,
     combine,
     gamma_of,
+    last_move,
 )
 from support.runs.checkpoint import read_checkpoint
 from support.runs.stored import StoredModel
@@ -60,11 +61,12 @@ def reconstruct(snapshots: Mapping[int, Path], std: float) -> tuple[StoredModel,
     profiles, sources = [], []
     for step, path in snapshots.items():
         content = read_checkpoint(path, needed=("averages", "finished_steps", "config", "data"))
+        end = last_move(step, content["config"].get("ema_every_steps") or 1)
         for name, weights in content["averages"].items():
-            profiles.append(Profile(gamma_of(std_of(name, path)), step))
+            profiles.append(Profile(gamma_of(std_of(name, path)), end))
             sources.append(weights)
             check_alike(weights, sources[0], path)
-    combination = combine(profiles, Profile(gamma_of(std), max(snapshots)))
+    combination = combine(profiles, Profile(gamma_of(std), end))
     weights = weighted_sum(combination.shares, sources)
     record = (content["config"], content["data"], content["finished_steps"])
     return StoredModel(path, weights, *record, PowerFunction(std).name), combination
@@ -72,8 +74,11 @@ def reconstruct(snapshots: Mapping[int, Path], std: float) -> tuple[StoredModel,
 
 def std_of(name: str, path: Path) -> float:
     """The relative standard deviation of an average by this name; UserError where it has none."""
+    start, prefix, number = name.partition(PREFIX)
     try:
-        return float(name.removeprefix(PREFIX))
+        if start or not prefix:
+            raise ValueError(name)
+        return float(number)
     except ValueError:
         raise UserError(f"{path}: its average {shorten(name)} is not by a power of time") from None
 

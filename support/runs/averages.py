@@ -69,6 +69,11 @@ def gamma_of(relative_std: float) -> float:
     return float(roots.real.max())
 
 
+def last_move(step: int, every_steps: int) -> int:
+    """The last step up to this one after which averages moved: 1, 1 + every, 1 + 2 every..."""
+    return step - (step - 1) % every_steps
+
+
 def find_average(asked: str, names: Sequence[str]) -> str | None:
     """The name among these that is meant: 0.9990 is 0.999; None where there is none."""
     if asked in names:
@@ -147,7 +152,7 @@ class Average:
         An average that moves every step is computed in float32. One that moves seldom is computed
         in float64, where that costs next to nothing, and stored in float32.
         """
-        if (finished_steps - 1) % self.every_steps:
+        if last_move(finished_steps, self.every_steps) != finished_steps:
             return
         weight = self.rule.weight(finished_steps, self.every_steps)
         if self.every_steps == 1:
