@@ -62,6 +62,14 @@ def test_as_many_classes_without_names_are_matched_by_number_and_others_not_at_a
     assert TABLE in found.new and TABLE not in found.copied
 
 
+def test_names_that_are_more_or_fewer_than_rows_are_not_trusted():
+    source, target = network("abcd"), network("xyz")
+    assert TABLE in matched(source, target, "abcdefg", "xyz").new
+    found = matched(network("abc"), target, "abcdefg", "abc")
+    (said,) = found.notes
+    assert said.startswith("label table: 3 classes by number, as their names are not known there")
+
+
 def test_of_images_of_another_size_all_but_the_positions_is_copied():
     source, target = network(size=16), network(size=8)
     positions = target.pos_embed.clone()
@@ -83,7 +91,8 @@ def test_of_a_network_without_the_gap_its_embedding_is_new(tmp_path):
     weights = {n: t for n, t in source.state_dict().items() if not n.startswith("s_embedder")}
     gap = {n: t.clone() for n, t in target.state_dict().items() if n.startswith("s_embedder")}
     path = tmp_path / "published.pt"
-    torch.save({"ema": {f"module.{n}": t for n, t in weights.items()}}, path)
+    published = {f"module.{n}": t for n, t in weights.items()}
+    torch.save({"ema": {**published, "epoch": 3}}, path)
     record, _ = start_from(str(path), target, TABLE, target.null_label, ("a", "b"))
     assert record["new"] == [*gap]
     assert record["file_sha256"] == sha256_of(path)
@@ -110,6 +119,7 @@ def test_what_fits_nowhere_is_refused(tmp_path, model_type):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
+        ({"model": {1: 2, "b": 3}}, "init_from: .*m.pt: holds no weights by name"),
         ({"a": 1}, "init_from: .*m.pt: holds no weights by name"),
         ([1], "m.pt: not a training checkpoint, but a list"),
         (None, "init_from: .*m.pt: no such file or folder"),

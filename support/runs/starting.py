@@ -85,9 +85,12 @@ def read_source(source: str) -> StoredModel:
     if all(key in content for key in REFERENCE_KEYS):
         return read_file(path, is_verified=True)
     weights = next((content[place] for place in PLACES if place in content), content)
-    if not isinstance(weights, Mapping) or not any(map(torch.is_tensor, weights.values())):
+    found = weights.items() if isinstance(weights, Mapping) else ()
+    # Beside the weights other code keeps numbers of its own.
+    named = {name: one for name, one in found if isinstance(name, str) and torch.is_tensor(one)}
+    if not named:
         raise UserError(f"init_from: {path}: holds no weights by name")
-    return StoredModel(path, weights, {})
+    return StoredModel(path, named, {})
 
 
 def place_of(source: str) -> tuple[str, str]:
@@ -156,6 +159,8 @@ def match_rows(
     By the names of classes where both sides have some; else by number, where there are as many.
     """
     there = list(stored.data.get("class_names", ()))
+    if len(table) - len(there) not in (0, 1):
+        there = []  # names of other rows than these
     if there and class_names:
         rows = {
             label: table[there.index(name)]

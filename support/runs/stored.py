@@ -124,8 +124,8 @@ def _of_export(path: Path, ema: str, is_verified: bool) -> StoredModel:
         config, data = record["config"], record["data"]
         steps, digest = int(record["finished_steps"]), record["file_sha256"]
         average, started_from = str(record.get("average", "")), record.get("started_from", {})
-        if not (isinstance(config, dict) and isinstance(data, dict)):
-            raise TypeError("config and data are mappings")
+        if not all(isinstance(entry, dict) for entry in (config, data, started_from)):
+            raise TypeError("config, data and started_from are mappings")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{described}: not the description of an exported model ({one_line(error)})"
