@@ -9,7 +9,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from measuring import in_turns, machine, memory_mb  # isort: skip - before torch
 
 import itertools
-import json
 import subprocess
 from collections.abc import Callable
 
@@ -19,9 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from arena.objectives import make_known
 from arena.plan import Job, Plan, read_plan
+from arena.results import add_rows
 from config import load_config
 from support.data.batches import build_loader
-from support.system.files import atomic_write
 from support.system.processes import Processes
 from train import build_run, draw_batches
 
@@ -90,6 +89,7 @@ def measure(plan: Plan, data: str, methods: list[str]) -> list[dict]:
         command = [sys.executable, __file__, data, str(index), *methods]
         rows.append(
             {
+                "data": data,
                 "name": job.name,
                 "guided": job.guided,
                 "forwards": round(arithmetic[index], 3),
@@ -111,6 +111,4 @@ if __name__ == "__main__":
     if target.isdecimal():
         print(memory_of(int(target), plan))
     else:
-        with atomic_write(Path(target)) as file:
-            found = measure(plan, data, methods)
-            file.write("".join(json.dumps(row) + "\n" for row in found).encode())
+        add_rows(Path(target), measure(plan, data, methods))

@@ -1,12 +1,13 @@
 """What the arena runs: the jobs of an experiments' file, each one training and its samples."""
 
+import ast
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from support.system.files import UserError
+from support.system.files import UserError, one_line, sha256_of
 from support.system.settings import read_yaml
 
 FOLDER = Path(__file__).resolve().parent
@@ -28,6 +29,7 @@ class Job:
     checkpoints: int = 1
     images: int = 600
     chosen_by: int = 1  # jumps, by whose FD a scale is chosen
+    source_sha256: str = ""  # of the file of a user's objective
 
     @property
     def file_name(self) -> str:
@@ -41,6 +43,10 @@ class Job:
     def steps(self) -> list[int]:
         """After which steps there are samples."""
         total = int(self.settings["total_steps"])
+        if total % self.checkpoints:
+            raise UserError(
+                f"total_steps {total}: not {self.checkpoints} equal parts (checkpoints)"
+            )
         return [total * (k + 1) // self.checkpoints for k in range(self.checkpoints)]
 
 
@@ -65,7 +71,11 @@ class Plan:
         file, _, name = text.rpartition(":")
         if not (name.isidentifier() and Path(file).is_file()):
             raise UserError(f"--objective {text}: must be FILE.py:NAME, of a file that is there")
-        entry = {"objective": name, "sampler": "chain"}
+        if name in {**self.values["guided"], **self.values["unguided"]}:
+            raise UserError(f"--objective {text}: {name} is there already; name yours otherwise")
+        if name not in classes_of(Path(file)):
+            raise UserError(f"--objective {text}: {file} has no class {name}")
+        entry = {"objective": name, "sampler": "chain", "source_sha256": sha256_of(Path(file))}
         values = {**self.values, "unguided": {**self.values["unguided"], name: entry}}
         return dataclasses.replace(self, values=values)
 
@@ -104,6 +114,7 @@ class Plan:
             checkpoints=self.values["checkpoints"],
             images=self.values["images"],
             chosen_by=entry.get("chosen_by", 1),
+            source_sha256=entry.get("source_sha256", ""),
         )
 
     def _ablations(self) -> Iterator[Job]:
@@ -113,6 +124,15 @@ class Plan:
                 settings = {**self.values["settings"], **part["settings"], **change}
                 images = self.values["images"]
                 yield Job("ablations", name, False, "SoFlow", seed, settings, images=images)
+
+
+def classes_of(path: Path) -> list[str]:
+    """The names of the classes that a file of Python defines; UserError where it is none."""
+    try:
+        body = ast.parse(path.read_bytes()).body
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"{path}: not Python ({one_line(error)})") from error
+    return [node.name for node in body if isinstance(node, ast.ClassDef)]
 
 
 def read_plan(data: str) -> Plan:

@@ -32,12 +32,13 @@ from os.path import expanduser
 from tqdm import tqdm
 
 from arena.plan import PARTS, Job, Plan, read_plan
+from arena.results import COSTS_FILE, RESULTS_FILE, Row, add_rows
 from support.system.files import UserError, atomic_write
 from support.system.processes import usable_cores
 
 HERE = Path(__file__).resolve().parent
 SCORES = ("FD", "prec", "recall", "class")
-SAMPLES, SCORED = "samples", "scores.json"
+SCORED = "scores.json"
 
 
 def train_all(jobs: Sequence[Job], plan: Plan, folder: Path, methods: Sequence[str]) -> None:
@@ -123,21 +124,21 @@ def score_all(jobs: Iterable[Job], plan: Plan, folder: Path) -> None:
             )
 
 
-def rows_of(job: Job, folder: Path) -> list[dict]:
+def rows_of(job: Job, data: str, folder: Path) -> list[Row]:
     """The results of a job, one for each checkpoint and number of jumps."""
     described = {
+        "data": data,
         "part": job.part,
         "name": job.name,
         "guided": job.guided,
         "scale": job.settings.get("cfg_scale"),
         "seed": job.seed,
     }
-    return [
-        {**described, **row} for row in json.loads((folder / job.file_name / SCORED).read_bytes())
-    ]
+    scores = json.loads((folder / job.file_name / SCORED).read_bytes())
+    return [{**described, **row} for row in scores]
 
 
-def best_scales(rows: Iterable[dict], jobs: Iterable[Job]) -> dict[str, float]:
+def best_scales(rows: Iterable[Row], jobs: Iterable[Job]) -> dict[str, float]:
     """Of each guided objective the scale with the lowest FD, at its last step."""
     last = {(job.name, job.settings["cfg_scale"]): (job.steps[-1], job.chosen_by) for job in jobs}
     found = {
@@ -152,12 +153,15 @@ def best_scales(rows: Iterable[dict], jobs: Iterable[Job]) -> dict[str, float]:
     }
 
 
-def run_part(part: str, plan: Plan, folder: Path, methods: Sequence[str]) -> list[dict]:
+def run_part(part: str, plan: Plan, folder: Path, methods: Sequence[str]) -> list[Row]:
     """Do what a part still lacks; gives its results."""
     jobs = list(plan.jobs(part))
     train_all(jobs, plan, folder, methods)
     score_all(jobs, plan, folder)
-    return [row for job in jobs for row in rows_of(job, folder)]
+    rows = [row for job in jobs for row in rows_of(job, plan.data, folder)]
+    add_rows(folder / RESULTS_FILE, rows)
+    print(f"{part}: {len(rows)} results in {folder / RESULTS_FILE}")
+    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -188,24 +192,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parts = arguments.parts.split(",")
     if wrong := [part for part in parts if part not in (*PARTS, "costs")]:
         raise UserError(f"--parts {wrong[0]}: there are {', '.join(PARTS)} and costs")
-    rows: list[dict] = []
     if "scales" in parts or "objectives" in parts:
-        rows += run_part("scales", plan, folder, arguments.objective)
+        rows = run_part("scales", plan, folder, arguments.objective)
         plan = dataclasses.replace(plan, best=best_scales(rows, plan.jobs("scales")))
         print(f"guidance: {plan.best}", file=sys.stderr)
     for part in ("objectives", "ablations"):
         if part in parts:
-            rows += run_part(part, plan, folder, arguments.objective)
-    write_rows(folder / "results.jsonl", rows)
+            run_part(part, plan, folder, arguments.objective)
     if "costs" in parts:
-        command = [sys.executable, HERE / "costs.py", arguments.data, folder / "costs.jsonl"]
+        command = [sys.executable, HERE / "costs.py", arguments.data, folder / COSTS_FILE]
         subprocess.run([*command, *arguments.objective], check=True)
-    print(f"{len(rows)} results in {folder / 'results.jsonl'}")
-
-
-def write_rows(path: Path, rows: Iterable[dict]) -> None:
-    with atomic_write(path) as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        print(f"costs: in {folder / COSTS_FILE}")
 
 
 if __name__ == "__main__":

@@ -14,23 +14,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from support.system.command import run_command  # isort: skip - first: it attends to the start
 
 import argparse
-import json
 import re
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from arena.results import FILES, Row, add_rows, read_rows
 from support.system.files import UserError, atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "arena.md"
 KEPT = ROOT / "docs" / "arena"
 PLOT = KEPT / "digits.svg"
-FILES = ("results.jsonl", "costs.jsonl")
+DATA = "digits"  # what the document is on
 
-Row = dict[str, Any]
 Curve = dict[int, list[float]]  # step -> a value of each seed
 
 
@@ -42,12 +41,6 @@ class Entry(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.name}, guided" if self.guided else self.name
-
-
-def read_rows(folder: Path, name: str) -> list[Row]:
-    """The rows of a file of results; none where it is not there."""
-    path = folder / name
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def entries_of(rows: Iterable[Row]) -> list[Entry]:
@@ -237,16 +230,16 @@ def with_tables(text: str, rows: list[Row], costs: list[Row]) -> str:
     return text
 
 
-def keep(folder: Path) -> Iterator[Path]:
-    """Copy the results of a folder's runs; what another call has found of other parts stays."""
-    for name in FILES:
-        new = read_rows(folder, name)
-        parts = {row.get("part") for row in new}
-        old = [row for row in read_rows(KEPT, name) if row.get("part") not in parts]
-        if new:
-            with atomic_write(KEPT / name) as file:
-                file.write("".join(json.dumps(row) + "\n" for row in [*old, *new]).encode())
-            yield KEPT / name
+def keep(folder: Path) -> None:
+    """Copy the results of a folder's runs; those kept of other parts stay."""
+    found = {name: read_rows(folder / name) for name in FILES}
+    if not any(found.values()):
+        raise UserError(f"{folder}: no results; python arena/run.py makes them")
+    others = {row["data"] for rows in found.values() for row in rows} - {DATA}
+    if others:
+        raise UserError(f"{folder}: results on {', '.join(others)}; {DOCUMENT} is on {DATA}")
+    for name, rows in found.items():
+        add_rows(KEPT / name, rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -257,9 +250,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, help="of the runs of arena/run.py")
     arguments = parser.parse_args(argv)
     KEPT.mkdir(exist_ok=True)
-    if arguments.folder and not list(keep(arguments.folder)):
-        raise UserError(f"{arguments.folder}: no results; python arena/run.py makes them")
-    rows, costs = (read_rows(KEPT, name) for name in FILES)
+    if arguments.folder:
+        keep(arguments.folder)
+    rows, costs = (read_rows(KEPT / name) for name in FILES)
     DOCUMENT.write_text(with_tables(DOCUMENT.read_text(), rows, costs))
     draw(rows, costs, PLOT)
     print(f"{len(rows)} results in {DOCUMENT} and {PLOT}")

@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from arena import tables
 from arena.objectives import OBJECTIVES
 from arena.plan import read_plan
+from arena.results import FILES, add_rows, read_rows
+from arena.run import recorded_of
 from config import Config
 from models import Batch, Samples, build_model
 from schedules import ConsistencyTimes
+from support.system.files import UserError
 
 # B batch; points of the plane are images [B, 2, 1, 1]
 
@@ -195,10 +198,10 @@ def test_a_batch_in_two_parts_gives_the_gradient_of_the_whole_one(name):
 
 
 def test_the_documents_tables_are_made_of_the_results_that_are_kept():
-    rows, costs = (tables.read_rows(tables.KEPT, name) for name in tables.FILES)
+    rows, costs = (read_rows(tables.KEPT / name) for name in FILES)
     text = tables.DOCUMENT.read_text()
     assert tables.with_tables(text, rows, costs) == text
-    assert sum((tables.KEPT / name).stat().st_size for name in tables.FILES) < 1_000_000
+    assert sum((tables.KEPT / name).stat().st_size for name in FILES) < 1_000_000
     # One cell by hand: SoFlow, guided, after the last step, by one jump.
     last = max(row["step"] for row in rows if row["part"] == "objectives")
     found = [
@@ -211,6 +214,34 @@ def test_the_documents_tables_are_made_of_the_results_that_are_kept():
     (line,) = re.findall(r"^\| SoFlow, guided \| (.*) \|$", tables.steps_table(rows), re.M)
     assert line.split(" | ")[0] == cell
 
+
+def test_results_of_other_parts_and_data_stay(tmp_path):
+    path = tmp_path / "r.jsonl"
+    first = [{"data": "digits", "part": "objectives", "FD": 1}, {"data": "digits", "part": "a"}]
+    add_rows(path, first)
+    add_rows(path, [{"data": "digits", "part": "objectives", "FD": 2}])
+    add_rows(path, [{"data": "fashion", "part": "objectives", "FD": 3}])
+    assert [row.get("FD") for row in read_rows(path)] == [None, 2, 3]
+    (tmp_path / "results.jsonl").write_bytes(path.read_bytes())
+    with pytest.raises(UserError, match="results on fashion; .*arena.md is on digits"):
+        tables.keep(tmp_path)
+
+
+def test_an_objective_that_has_changed_is_trained_anew(tmp_path):
+    file = tmp_path / "mine.py"
+    found = []
+    for text in (TOY, TOY + "# changed"):
+        file.write_text(text)
+        plan = dataclasses.replace(read_plan("digits").with_objective(f"{file}:Toy"), best=BEST)
+        (job, *_) = (job for job in plan.jobs("objectives") if job.name == "Toy")
+        found.append(recorded_of(job))
+    assert found[0] != found[1]
+    for wrong, said in (("Yot", "has no class Yot"), ("SoFlow", "SoFlow is there already")):
+        with pytest.raises(UserError, match=said):
+            read_plan("digits").with_objective(f"{file}:{wrong}")
+
+
+BEST = dict.fromkeys(("SoFlow", "MeanFlow", "Shortcut", "FlowMatching"), 2.0)
 
 TOY = """
 from arena.objectives.flow_matching import FlowMatching
@@ -226,7 +257,7 @@ def test_a_users_objective_goes_through_the_same_slot(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(TOY)
     plan = read_plan("digits").with_objective(f"{file}:Toy")
-    plan = dataclasses.replace(plan, best=dict.fromkeys(plan.values["guided"], 2.0))
+    plan = dataclasses.replace(plan, best=BEST)
     job = next(job for job in plan.jobs("objectives") if job.name == "Toy")
     settings = {**job.settings, "total_steps": 2, "logging_steps": 1, "batch_size": 8}
     job = dataclasses.replace(job, settings=settings, checkpoints=1, images=10, jumps=(1, 2))
