@@ -89,7 +89,7 @@ def print_table(paths: list[Path], small: SmallSet, folder: Path) -> None:
     rows[f"training {small.noun}"] = split.training.first(count)
     rows["Gaussian noise"] = noise_like(split.held_out.first(count))
     scores = score(rows, split.held_out.pixels, small.graph)
-    lines = {f"{count} images a row": COLUMNS}
+    lines: dict[str, tuple[str, ...]] = {f"{count} images a row": COLUMNS}
     lines |= {name: tuple(f"{scores[name][column]:.3f}" for column in COLUMNS) for name in rows}
     width = max(map(len, lines))
     cell_width = 2 + max(len(cell) for cells in lines.values() for cell in cells)

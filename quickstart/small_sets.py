@@ -77,20 +77,23 @@ DEFAULT_FOLDER = Path("data/fashion")  # as in configs/fashion.yaml; digits need
 
 def set_of(paths: list[Path]) -> SmallSet:
     """The small set that all these archives hold images of; UserError where there is none."""
-    found = {}
-    for path in paths:
-        with read_archive(path) as archive:
-            shape = archive.images_header().shape[1:]
-        found[path] = next((s for s in SMALL_SETS.values() if s.shape == shape), None)
-        if found[path] is None:
-            known = " nor ".join(f"{s.noun} {list(s.shape)}" for s in SMALL_SETS.values())
-            raise UserError(f"{path}: holds images of {list(shape)}, neither {known}")
-        if found[path] is not found[paths[0]]:
+    first = _set_of(paths[0])
+    for path in paths[1:]:
+        if (other := _set_of(path)) is not first:
             raise UserError(
-                f"{path}: holds {found[path].noun}, and {paths[0]} {found[paths[0]].noun}; "
-                "name archives of one kind"
+                f"{path}: holds {other.noun}, and {paths[0]} {first.noun}; name archives of one kind"
             )
-    return found[paths[0]]
+    return first
+
+
+def _set_of(path: Path) -> SmallSet:
+    with read_archive(path) as archive:
+        shape = archive.images_header().shape[1:]
+    for small in SMALL_SETS.values():
+        if small.shape == shape:
+            return small
+    known = " nor ".join(f"{small.noun} {list(small.shape)}" for small in SMALL_SETS.values())
+    raise UserError(f"{path}: holds images of {list(shape)}, neither {known}")
 
 
 def read_samples(path: Path, count: int | None = None) -> Images:

@@ -223,7 +223,7 @@ def test_results_of_other_parts_and_data_stay(tmp_path):
     add_rows(path, [{"data": "fashion", "part": "objectives", "FD": 3}])
     assert [row.get("FD") for row in read_rows(path)] == [None, 2, 3]
     (tmp_path / "results.jsonl").write_bytes(path.read_bytes())
-    with pytest.raises(UserError, match="results on fashion; .*arena.md is on digits"):
+    with pytest.raises(UserError, match=r"results on fashion; .*arena.md is on digits"):
         tables.keep(tmp_path)
 
 
