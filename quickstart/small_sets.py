@@ -81,7 +81,8 @@ def set_of(paths: list[Path]) -> SmallSet:
     for path in paths[1:]:
         if (other := _set_of(path)) is not first:
             raise UserError(
-                f"{path}: holds {other.noun}, and {paths[0]} {first.noun}; name archives of one kind"
+                f"{path}: holds {other.noun}, and {paths[0]} {first.noun}; "
+                "name archives of one kind"
             )
     return first
 
