@@ -197,6 +197,24 @@ def test_several_averages_are_continued_bit_for_bit(run, tmp_path):
     assert len({tuple(tensor.flatten().tolist()) for tensor in weights.values()}) == 6
 
 
+def test_an_average_that_is_asked_for_later_starts_as_the_first_one_and_says_so(tmp_path, capsys):
+    train.main(digits_settings(tmp_path, total_steps=2))
+    words = digits_settings(tmp_path, total_steps=3, ema_decay_rates=0.9)
+    allowed = ["--allow-changed=ema_decay_rates", "--allow-changed=total_steps"]
+    with pytest.raises(UserError, match=r"another experiment: .* ema_decay_rates \[\] -> \[0.9\]"):
+        train.main(words)
+    train.main([*words, *allowed, "--set=learning_rate=0"])
+    assert f"average 0.9 is not in {tmp_path / 'ckpts' / '2.pt'}: it starts as" in (
+        capsys.readouterr().out
+    )
+    before, after = (
+        torch.load(tmp_path / "ckpts" / f"{step}.pt", weights_only=True) for step in (2, 3)
+    )
+    name = "network.x_embedder.proj.weight"
+    expected = torch.lerp(before["ema_model"][name], before["model"][name], 1 - 0.9)
+    torch.testing.assert_close(after["averages"]["0.9"][name], expected)
+
+
 def test_each_average_is_loaded_sampled_and_exported_by_its_name(run, tmp_path):
     images = {
         ema: load(run, device="cpu", ema=ema, report=None).sample(seeds=[1]).latents

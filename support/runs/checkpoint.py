@@ -62,7 +62,7 @@ class TrainState(Generic[Model]):
         }
 
     def load_state_dict(self, state: Mapping[str, Any], source: str) -> list[str]:
-        """Take over a checkpoint's state; returns a line for each thing that is not as it was.
+        """Take over a checkpoint's state; returns a line for each optimizer setting that differs.
 
         An average that the file lacks starts as its ema_model. Settings (learning rate, betas,
         weight decay, implementation flags) stay as they are here; only what the optimizer has
@@ -78,13 +78,9 @@ class TrainState(Generic[Model]):
         self.finished_steps = state["finished_steps"]
         self.started_from = state.get("started_from", {})
         before, now = saved["param_groups"][0], settings[0]
-        notes = []
         for name, averaged in self.averages.items():
-            kept = state.get("averages", {}).get(name)
-            averaged.load_state_dict(state["ema_model"] if kept is None else kept)
-            if kept is None:
-                notes.append(f"average {name} is not in {source}: it starts as its ema_model")
-        return notes + [
+            averaged.load_state_dict(state.get("averages", {}).get(name, state["ema_model"]))
+        return [
             f"{key} is {_in_yaml(now[key])} now; it was {_in_yaml(before[key])} in {source}"
             for key in ("lr", "betas", "weight_decay")
             if key in before and _in_yaml(before[key]) != _in_yaml(now[key])

@@ -39,6 +39,11 @@ def resume(
         state.interval.load_state_dict(content["interval"], processes)
     # Where the file has its config, the comparison with that has said it.
     notes += settings if "config" not in content else []
+    notes += [
+        f"average {name} is not in {path}: it starts as its ema_model"
+        for name in state.averages
+        if name not in content.get("averages", {})
+    ]
     return path, notes
 
 
