@@ -67,6 +67,18 @@ def test_pictures_lie_in_the_middle_of_black(made, tmp_path):
     assert (data.pixels == 0).sum() == len(data) * (32**2 - 28**2)
 
 
+def test_a_link_to_debians_folder_counts_where_an_attempt_to_fetch_has_left_a_folder(
+    made, tmp_path
+):
+    debians, mine = tmp_path / "share" / "fashion-mnist", tmp_path / "mine"
+    debians.parent.mkdir()
+    (tmp_path / fashion.FOLDER).rename(debians)
+    assert "lacks train-images-idx3-ubyte.gz" in refusal(mine)
+    assert mine.is_dir()
+    (mine / debians.name).symlink_to(debians)  # as ln -s does, given a folder
+    assert len(build_data(request(mine))) == TRAINING_COUNT - OWN_COUNT
+
+
 def test_runs_train_on_what_neither_classifier_nor_test_sees(made, tmp_path):
     data = build_data(request(tmp_path, held_out=TEST_COUNT))
     own = fashion.load_classifier_set(tmp_path)

@@ -20,6 +20,7 @@ import numpy as np
 from support.system.files import UserError, done_by_one, download, regular_only
 
 FOLDER = Path("FashionMNIST", "raw")
+DEBIANS_FOLDER = "fashion-mnist"
 SIDE = 32
 BACKGROUND = 0  # of the pictures, and of the two pixels that are added on each side
 CLASSIFIER_COUNT = 10_000  # the last training images: a classifier's that scores the others
@@ -75,8 +76,11 @@ class FashionImages:
 
 
 def find_copy(folder: Path) -> Path | None:
-    """The place of the idx files, whole or not: `folder`, torchvision's folder in it, or None."""
-    places = (folder, folder / FOLDER)
+    """The place of the idx files, whole or not: `folder`, torchvision's or Debian's in it, or None.
+
+    A link to Debian's folder comes to lie in `folder` where that is there already.
+    """
+    places = (folder, folder / FOLDER, folder / DEBIANS_FOLDER)
     names = (*TRAINING, *TEST)
     return next((place for place in places if any(_find(place, name) for name in names)), None)
 
