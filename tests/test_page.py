@@ -18,6 +18,7 @@ from torch import nn
 
 import page
 import train
+from export import write_solution
 from sampling import load
 from support.data.images import to_pixels
 from support.page import runtime
@@ -36,7 +37,7 @@ def in_node(script: str) -> object:
     """What a script gives that is run after those of the page's worker."""
     if shutil.which("node") is None:
         pytest.skip("node is not installed")
-    text = f"const ort = null; {worker_source()}\nconst ziggurat = {json.dumps(tables())};\n"
+    text = f"let ort = null; {worker_source()}\nconst ziggurat = {json.dumps(tables())};\n"
     text += f"(async () => {{ {script} }})().then(found => console.log(JSON.stringify(found)));"
     done = subprocess.run(["node", "-"], input=text, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -196,6 +197,26 @@ def made(tmp_path_factory):
     train.main([*digits_settings(run, total_steps=20, ema_decay_rate=0.1), "--set=seed=5"])
     page.main([str(run), str(file), "--title", "Small <digits>"])
     return load(run, device="cpu", report=lambda line: None), file
+
+
+@pytest.mark.slow
+def test_onnxruntime_web_makes_pythons_images_of_64_seeds_in_node(made, tmp_path):
+    model, graph = made[0], tmp_path / "model.onnx"
+    write_solution(model, graph)
+    described = page.paged(model, "t", []).described()
+    script, wasm = (str(runtime._cache() / name) for name in runtime.SHA256)
+    for steps, sampler in STEPS_AND_SAMPLERS:
+        given = {"images": [{"seed": seed} for seed in range(64)], "label": None}
+        asked = json.dumps({**given, "steps": steps, "sampler": sampler})
+        found = in_node(
+            f"ort = await import({json.dumps(script)}); const read = require('fs').readFileSync;"
+            f"const engine = await Engine.create(ort, read({json.dumps(wasm)}),"
+            f"  read({json.dumps(str(graph))}), {json.dumps(described)});"
+            f"return [...(await engine.draw({asked})).pixels];"
+        )
+        pixels = np.array(found).reshape(64, 8, 8, 4)[..., 0]
+        expected = model.sample(seeds=range(64), steps=steps, sampler=sampler).numpy()[..., 0]
+        assert_alike(pixels, expected)
 
 
 @pytest.fixture(scope="module")
