@@ -14,10 +14,8 @@ WORKERS ?= 2
 # Tests run side by side; tests/conftest.py says which follow each other.
 PYTEST = .venv/bin/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 OLDEST_TESTS = models unet train learner ema sampling checkpoint processes
-SAMPLES = $(DIGITS)/evals/1000_1NFE_42.npz $(DIGITS)/evals/1000_2NFE_42.npz
 FASHION = runs/fashion
 FASHION_STEPS = $(shell sed -n 's/^total_steps: *\([0-9]*\).*/\1/p' configs/fashion.yaml)
-FASHION_SAMPLES = $(foreach nfe,1 2,$(FASHION)/evals/$(FASHION_STEPS)_$(nfe)NFE_42.npz)
 
 .PHONY: quickstart page fashion arena lint check test test-oldest faults clean
 
@@ -30,19 +28,24 @@ FASHION_SAMPLES = $(foreach nfe,1 2,$(FASHION)/evals/$(FASHION_STEPS)_$(nfe)NFE_
 	.venv/bin/pip install --disable-pip-version-check $(^:%=-r %)
 	@touch $@
 
-quickstart: .venv/installed
-	.venv/bin/python train.py --config configs/digits.yaml
+# Train by config $(1), into folder $(2) for $(3) steps; make $(4) images by 1 and by 2 steps; judge.
+define train_and_judge
+	.venv/bin/python train.py --config $(1)
 	@for nfe in 1 2; do \
-		.venv/bin/python inference.py --config configs/digits.yaml --ckpt-steps 1000 \
-			--eval-NFE $$nfe --eval-batch-size 250 --num-samples 1000 --seed 42 \
-			--labels 0,1,2,3,4,5,6,7,8,9 --grid $(DIGITS)/figs/$${nfe}NFE.png || exit 1; \
+		.venv/bin/python inference.py --config $(1) --ckpt-steps $(3) \
+			--eval-NFE $$nfe --eval-batch-size 250 --num-samples $(4) --seed 42 \
+			--labels 0,1,2,3,4,5,6,7,8,9 --grid $(2)/figs/$${nfe}NFE.png || exit 1; \
 	done
-	@.venv/bin/python quickstart/check_samples.py $(SAMPLES)
-	@.venv/bin/python quickstart/score.py $(SAMPLES)
-	@.venv/bin/python quickstart/score.py $(DIGITS)/evals > /dev/null
-	@.venv/bin/python report.py $(DIGITS) > /dev/null
-	@echo "Look at $(DIGITS)/figs/1NFE.png: made in one step, one row per class."
-	@echo "Open $(DIGITS)/report.html: curves, samples and scores over training."
+	@.venv/bin/python quickstart/check_samples.py $(2)/evals/$(3)_1NFE_42.npz $(2)/evals/$(3)_2NFE_42.npz
+	@.venv/bin/python quickstart/score.py $(2)/evals/$(3)_1NFE_42.npz $(2)/evals/$(3)_2NFE_42.npz
+	@.venv/bin/python quickstart/score.py $(2)/evals > /dev/null
+	@.venv/bin/python report.py $(2) > /dev/null
+	@echo "Look at $(2)/figs/1NFE.png: made in one step, one row per class."
+	@echo "Open $(2)/report.html: curves, samples and scores over training."
+endef
+
+quickstart: .venv/installed
+	$(call train_and_judge,configs/digits.yaml,$(DIGITS),1000,1000)
 	@if .venv/bin/python page.py $(DIGITS) $(PAGE) > $(DIGITS)/page.txt 2>&1; then \
 		echo "Open $(PAGE): the model itself, which draws digits in your browser."; \
 	else \
@@ -53,18 +56,7 @@ page: .venv/installed
 	.venv/bin/python page.py $(DIGITS) $(PAGE)
 
 fashion: .venv/installed
-	.venv/bin/python train.py --config configs/fashion.yaml
-	@for nfe in 1 2; do \
-		.venv/bin/python inference.py --config configs/fashion.yaml --ckpt-steps $(FASHION_STEPS) \
-			--eval-NFE $$nfe --eval-batch-size 250 --num-samples 5000 --seed 42 \
-			--labels 0,1,2,3,4,5,6,7,8,9 --grid $(FASHION)/figs/$${nfe}NFE.png || exit 1; \
-	done
-	@.venv/bin/python quickstart/check_samples.py $(FASHION_SAMPLES)
-	@.venv/bin/python quickstart/score.py $(FASHION_SAMPLES)
-	@.venv/bin/python quickstart/score.py $(FASHION)/evals > /dev/null
-	@.venv/bin/python report.py $(FASHION) > /dev/null
-	@echo "Look at $(FASHION)/figs/1NFE.png: made in one step, one row per class."
-	@echo "Open $(FASHION)/report.html: curves, samples and scores over training."
+	$(call train_and_judge,configs/fashion.yaml,$(FASHION),$(FASHION_STEPS),5000)
 
 arena: .venv/installed
 	.venv/bin/python arena/run.py
