@@ -3,7 +3,6 @@
 import http.client
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -33,7 +32,6 @@ from models import build_model
 from sampling import assemble
 from support.page.serving import check_port
 
-CHROMIUM = shutil.which("chromium")
 SCALE = 16  # of digits, so that they are 128 pixels wide
 
 
@@ -225,23 +223,18 @@ def test_nothing_listens_beyond_this_machine(address):
 
 
 @pytest.mark.slow
-def test_the_page_draws_in_a_browser_and_asks_no_other_host(address):
-    if CHROMIUM is None:
-        pytest.skip("chromium is not installed")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        opened, said, asked = chromium.new_page(), [], []
-        opened.on("console", lambda message: message.type == "error" and said.append(message.text))
-        opened.on("pageerror", lambda error: said.append(str(error)))
-        opened.on("request", lambda request: asked.append(request.url))
-        opened.goto(address)
-        opened.wait_for_selector("#images img")
-        opened.get_by_role("button", name="Draw").click()
-        opened.get_by_role("tab", name="How it gets there").click()
-        opened.get_by_role("button", name="Show the first image").click()
-        opened.wait_for_selector("#followed img")
-        chromium.close()
+def test_the_page_draws_in_a_browser_and_asks_no_other_host(address, browser):
+    opened, said, asked = browser.new_page(), [], []
+    opened.on("console", lambda message: message.type == "error" and said.append(message.text))
+    opened.on("pageerror", lambda error: said.append(str(error)))
+    opened.on("request", lambda request: asked.append(request.url))
+    opened.goto(address)
+    opened.wait_for_selector("#images img")
+    opened.get_by_role("button", name="Draw").click()
+    opened.get_by_role("tab", name="How it gets there").click()
+    opened.get_by_role("button", name="Show the first image").click()
+    opened.wait_for_selector("#followed img")
+    opened.close()
     assert said == []
     assert [url for url in asked if not url.startswith((address, "blob:", "data:"))] == []
 

@@ -29,7 +29,6 @@ from support.runs.graphs import write_graph
 from support.system.files import UserError
 from support.system.randomness import PerImageStream
 
-CHROMIUM = shutil.which("chromium")
 STEPS_AND_SAMPLERS = [(1, "renoise"), (2, "renoise"), (4, "renoise"), (2, "chain"), (4, "chain")]
 
 
@@ -217,17 +216,6 @@ def test_onnxruntime_web_makes_pythons_images_of_64_seeds_in_node(made, tmp_path
         pixels = np.array(found).reshape(64, 8, 8, 4)[..., 0]
         expected = model.sample(seeds=range(64), steps=steps, sampler=sampler).numpy()[..., 0]
         assert_alike(pixels, expected)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("chromium is not installed")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import shutil
 import time
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from support.report.runs import RecordedRun, read_run
 from support.system.files import UserError
 
 LIMIT_BYTES = 6_000_000
-CHROMIUM = shutil.which("chromium")
 
 
 def write_run(folder: Path, seed: int = 0, shift: float = 0.0, lines: int = 20) -> Path:
@@ -326,18 +324,6 @@ def test_five_long_runs_make_a_page_of_bounded_size(tmp_path):
     assert sum(len(picture.source) for of_run in pictures for picture in of_run) < TOTAL_BYTES
     assert [of_run[0].step for of_run in pictures] == [0] * 3
     assert [of_run[-1].step for of_run in pictures] == [99] * 3
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """A real Chromium."""
-    if CHROMIUM is None:
-        pytest.skip("chromium is not installed")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture(params=[("light", 1366), ("dark", 390)], ids=["laptop, light", "phone, dark"])
