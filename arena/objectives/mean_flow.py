@@ -39,8 +39,8 @@ class MeanFlow(Method):
 
     def forward(self, batch: Batch) -> StepTerms:
         times = batch.consistency_times
-        instant = self._errors(batch.flow_matching, batch.flow_matching_t, None)
-        average = self._errors(batch.consistency, times.t, times.s)
+        instant = self.errors(batch.flow_matching, batch.flow_matching_t, None)
+        average = self.errors(batch.consistency, times.t, times.s)
         total = batch.global_flow_matching_count + batch.global_consistency_count
         errors = torch.cat([instant, average])
         weight = 1 / (errors.detach() + self.eps) ** self.p
@@ -50,7 +50,7 @@ class MeanFlow(Method):
         }
         return StepTerms((weight * errors).sum() / total, metrics)
 
-    def _errors(self, samples: Samples, t: Tensor, s: Tensor | None) -> Tensor:
+    def errors(self, samples: Samples, t: Tensor, s: Tensor | None) -> Tensor:
         """The squared error of each sample, [B]; s None stands for s = t."""
         if len(t) == 0:
             return t
