@@ -38,7 +38,14 @@ NAMES, ADDRESSES = ("alpha", "beta"), ("10.99.0.1", "10.99.0.2")
 NOBODY, PORT = "10.99.0.9", 29500
 STOP_BETA = json.dumps(["step", "", 4, "SIGSTOP", 1])  # before the fourth step
 NO_FAULT = json.dumps(["", "", 0, "", 0])
+REFUSED = f"""
+import socket, time
+started = time.monotonic()
+assert socket.socket().connect_ex(("{ADDRESSES[1]}", 9)) == 111  # nobody listens
+print(time.monotonic() - started)
+"""
 SILENCE_MINUTES = 0.15
+DELAY_SECONDS, LOSS = 0.05, 0.01  # of each packet, and share of them, on a slow cable
 
 
 class Machine:
@@ -124,19 +131,43 @@ class Command:
 
 
 class Machines:
-    """The two, and the cable between them."""
+    """The two, and the cable between them, which may be a slow one."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, is_slow: bool = False):
         self.both = [Machine(index, folder) for index in range(2)]
         alpha, beta = self.both
-        cable = ["link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", beta.pid]
-        subprocess.run(["nsenter", "-t", alpha.pid, "-n", "ip", *cable], check=True)
+        self._link: subprocess.Popen | None = None
+        if is_slow:
+            link = [sys.executable, ROOT / "tests" / "slow_link.py", alpha.pid, beta.pid]
+            link += [str(DELAY_SECONDS), str(LOSS)]
+            self._link = subprocess.Popen(link, stdout=subprocess.PIPE)
+            assert self._link.stdout is not None
+            check(self._link.stdout.readline() == b"connected\n", "the slow link has not come up")
+        else:
+            cable = ["type", "veth", "peer", "name", "eth0", "netns", beta.pid]
+            add = ["nsenter", "-t", alpha.pid, "-n", "ip", "link", "add", "eth0"]
+            subprocess.run([*add, *cable], check=True)
         for machine in self.both:
             machine.connect()
+
+    def end(self) -> None:
+        """End all that is there."""
+        for machine in self.both:
+            machine.kill()
+        if self._link:
+            self._link.kill()
+            self._link.wait()
 
     def plug(self, is_in: bool) -> None:
         """Plug the cable into beta, or pull it."""
         self.both[1].do("ip", "link", "set", "eth0", "up" if is_in else "down")
+
+    def round_trip_seconds(self) -> float:
+        """How long beta takes to refuse alpha a connection."""
+        tried = subprocess.run(
+            self.both[0].inside(sys.executable, "-c", REFUSED), capture_output=True
+        )
+        return float(tried.stdout)
 
     def wait_until_beta_stops(self) -> None:
         """Wait until its part of the run is stopped, which that of alpha then waits for."""
@@ -179,14 +210,13 @@ class Machines:
 
 
 @contextlib.contextmanager
-def machines(folder: Path) -> Iterator[Machines]:
+def machines(folder: Path, is_slow: bool = False) -> Iterator[Machines]:
     """Two machines for the length of the block."""
-    pair = Machines(folder)
+    pair = Machines(folder, is_slow)
     try:
         yield pair
     finally:
-        for machine in pair.both:
-            machine.kill()
+        pair.end()
 
 
 def finish(commands: list[Command]) -> None:
@@ -253,10 +283,8 @@ def cut(folder: Path, unbroken: Path) -> None:
 
 def slow(folder: Path, unbroken: Path) -> None:
     """Each packet takes 50 ms, and one in a hundred is lost."""
-    with machines(folder) as pair:
-        for machine in pair.both:
-            netem = ["root", "netem", "delay", "50ms", "loss", "1%"]
-            machine.do("tc", "qdisc", "add", "dev", "eth0", *netem)
+    with machines(folder, is_slow=True) as pair:
+        check(pair.round_trip_seconds() >= 2 * DELAY_SECONDS, "the cable is fast")
         finish(pair.start_both(folder / "run"))
     ends_as(folder / "run", unbroken)
 
@@ -305,12 +333,11 @@ def obstacle(name: str) -> str:
         return "needs root"
     if not all(map(shutil.which, ("ip", "unshare", "nsenter", "taskset"))):
         return "needs iproute2 and util-linux"
-    trial = ["ip link add name v0 type veth peer name v1"]
+    trial = "ip link add name v0 type veth peer name v1"
     if name == "slow":
-        trial.append("tc qdisc add dev lo root netem delay 1ms")
-    for command in trial:
-        if subprocess.run(["unshare", "--net", *command.split()], capture_output=True).returncode:
-            return f"this kernel does not do `{command}`"
+        trial = "ip tuntap add v0 mode tap"
+    if subprocess.run(["unshare", "--net", *trial.split()], capture_output=True).returncode:
+        return f"this kernel does not do `{trial}`"
     return ""
 
 
