@@ -13,7 +13,7 @@ PAGE = $(DIGITS)/digits.html
 WORKERS ?= 2
 # Tests run side by side; tests/conftest.py says which follow each other.
 PYTEST = .venv/bin/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
-OLDEST_TESTS = models unet train learner ema sampling checkpoint processes
+OLDEST_TESTS = models unet train learner optimizers ema sampling checkpoint processes
 FASHION = runs/fashion
 FASHION_STEPS = $(shell sed -n 's/^total_steps: *\([0-9]*\).*/\1/p' configs/fashion.yaml)
 

@@ -215,6 +215,27 @@ def test_the_documents_tables_are_made_of_the_results_that_are_kept():
     assert line.split(" | ")[0] == cell
 
 
+def test_a_change_has_a_direction_where_the_seeds_lie_apart():
+    rows = [
+        {"part": "ablations", "name": name, "FD": fd}
+        for name, fds in (
+            ("as it is", (10, 12)),
+            ("p 0", (13, 14)),
+            ("no guidance", (8, 9)),
+            ("mix_ratio 1", (9, 11)),
+            ("p 0.5", (30, 31)),
+        )
+        for fd in fds
+    ]
+    cells = [line.split(" | ")[2:] for line in tables.ablations_table(rows).splitlines()[3:]]
+    assert cells == [
+        ["worse", "worse", "agrees |"],
+        ["better", "worse", "**does not agree** |"],
+        ["undecided", "worse", " |"],
+        ["worse", "", " |"],
+    ]
+
+
 def test_results_of_other_parts_and_data_stay(tmp_path):
     path = tmp_path / "r.jsonl"
     first = [{"data": "digits", "part": "objectives", "FD": 1}, {"data": "digits", "part": "a"}]
