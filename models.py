@@ -215,9 +215,6 @@ class Method(nn.Module):
     def configure(self, settings: Mapping[str, Any]) -> None:
         """Take from a config's keys what the loss depends on, or the jumps."""
 
-    def meet_average(self, average: "Method") -> None:
-        """Be told, before the first step, of the average of this method that follows training."""
-
     def loss(self, batch: Batch) -> StepTerms:
         """The objective on one microbatch: `forward`, which DistributedDataParallel calls."""
         return self(batch)

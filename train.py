@@ -158,7 +158,6 @@ class Learner:
         # After DistributedDataParallel has made the weights equal, so that the average is of them.
         rules = {rule.name: rule for rule in config.further_averages()}
         self.state = TrainState.fresh(model, optimizer, rules)
-        model.meet_average(self.state.ema_model)
         every = config.ema_every_steps or 1
         self.averages = [
             Average(self.state.ema_model, model, Exponential(config.ema_decay_rate), every),

@@ -303,22 +303,3 @@ def test_mistakes_are_a_line(flags, said, tmp_path):
     done = run("arena/run.py", "--folder", tmp_path, *flags)
     assert done.returncode == 1
     assert said in done.stderr and done.stderr.count("\n") == 1
-
-
-def test_shortcut_targets_are_of_the_average():
-    torch.manual_seed(0)
-    method = OBJECTIVES["Shortcut"](TrueMap(is_true=True))
-    x = torch.randn(8, 2, 1, 1, dtype=torch.float64)
-    t, d = torch.full((8,), 0.75, dtype=torch.float64), torch.full((8,), 0.25).double()
-
-    def error() -> float:
-        return float(method.self_consistency(Samples(x, x), t, d).mean())
-
-    method.interpolate = lambda x_0, x_1, t: (x_1, x_1)
-    assert error() < 1e-12
-    average = OBJECTIVES["Shortcut"](TrueMap(is_true=True))
-    nn.init.ones_(average.network.offset)
-    method.meet_average(average)
-    names = [name for name, _ in method.named_parameters()]
-    assert names == ["network.offset"]
-    assert error() > 0.5
