@@ -17,11 +17,12 @@ class RAdam(torch.optim.Adam):
     With the moments m and v that both have, and c_1, c_2 the corrections of their bias,
 
         Adam:   theta -= lr m / c_1 / (sqrt(v) / sqrt(c_2) + eps)
-        RAdam:  theta -= lr r m / c_1 sqrt(c_2) / (sqrt(v) + eps)   once r, the rectification, is
-                theta -= lr m / c_1                                 defined; before
+        RAdam:  theta -= lr r m / c_1 / ((sqrt(v) + eps) / sqrt(c_2))   where r can be computed,
+                theta -= lr m / c_1                                     in the first steps.
 
-    which is Adam's with lr r and eps / sqrt(c_2), and before, with an eps that overwhelms v. So the
-    state is what torch's own RAdam has, and a step agrees with its own to rounding.
+    The second line is Adam's with lr r and eps / sqrt(c_2), the third Adam's with an eps beside
+    which v does not count, and lr as many times larger. So the state is what torch's own RAdam has,
+    and a step agrees with its own to rounding.
     """
 
     def __init__(self, *args: Any, **settings: Any):
@@ -47,7 +48,7 @@ class RAdam(torch.optim.Adam):
 
 
 def as_adam(lr: float, eps: float, beta_2: float, step: int) -> tuple[float, float]:
-    """The learning rate and eps by which this step of Adam, the first is 1, is one of RAdam."""
+    """The learning rate and eps that make a step of Adam one of RAdam; the first step is 1."""
     c_2 = 1 - beta_2**step
     rho_inf = 2 / (1 - beta_2) - 1
     rho = rho_inf - 2 * step * beta_2**step / c_2
