@@ -215,24 +215,24 @@ def test_the_documents_tables_are_made_of_the_results_that_are_kept():
     assert line.split(" | ")[0] == cell
 
 
-def test_a_change_has_a_direction_where_the_seeds_lie_apart():
+def test_a_change_has_a_direction_where_all_seeds_agree():
     rows = [
-        {"part": "ablations", "name": name, "FD": fd}
+        {"part": "ablations", "name": name, "seed": seed, "FD": fd}
         for name, fds in (
-            ("as it is", (10, 12)),
-            ("p 0", (13, 14)),
-            ("no guidance", (8, 9)),
-            ("mix_ratio 1", (9, 11)),
+            ("as it is", (10, 14)),
+            ("p 0", (11, 16)),
+            ("no guidance", (8, 13)),
+            ("mix_ratio 1", (9, 15)),
             ("p 0.5", (30, 31)),
         )
-        for fd in fds
+        for seed, fd in enumerate(fds)
     ]
     cells = [line.split(" | ")[2:] for line in tables.ablations_table(rows).splitlines()[3:]]
     assert cells == [
-        ["worse", "worse", "agrees |"],
-        ["better", "worse", "**does not agree** |"],
-        ["undecided", "worse", " |"],
-        ["worse", "", " |"],
+        ["+1.5 (+1.0 to +2.0)", "worse", "worse", "agrees |"],
+        ["-1.5 (-2.0 to -1.0)", "better", "worse", "**does not agree** |"],
+        ["+0.0 (-1.0 to +1.0)", "undecided", "worse", " |"],
+        ["+18.5 (+17.0 to +20.0)", "worse", "", " |"],
     ]
 
 
