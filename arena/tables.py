@@ -1,9 +1,11 @@
-"""Tables and a plot of the arena's results, in docs/arena.md between its marks.
+"""Tables and a plot of the arena's results: on digits in docs/arena.md, else beside the runs.
 
-    python arena/tables.py [--folder runs/arena-digits]
+    python arena/tables.py --folder runs/arena-digits
+    python arena/tables.py --folder runs/arena-fashion    # writes tables.md and fd.svg there
+    python arena/tables.py
 
-With --folder the results of those runs are kept first, in docs/arena/. Without, what is kept there
-is read again: a test does so, and compares.
+Results on digits are kept in docs/arena/ first, and the tables go between the marks of
+docs/arena.md. Without --folder they are made of what is kept: a test does so, and compares.
 """
 
 import sys
@@ -177,8 +179,6 @@ def ablations_table(rows: Sequence[Row]) -> str:
     for row in rows:
         if row["part"] == "ablations":
             found.setdefault(row["name"], {})[row["seed"]] = row["FD"]
-    if not found:
-        return "Not run yet."
     unchanged, *changes = found
     lines = [[unchanged, spread([*found[unchanged].values()]), "", "", "", ""]]
     for name in changes:
@@ -258,35 +258,50 @@ def draw(rows: Sequence[Row], costs: Sequence[Row], path: Path) -> None:
 # The document
 
 
-TABLES: dict[str, Callable[[list[Row], list[Row]], str]] = {
-    "scales": lambda rows, costs: scales_table(rows),
-    "steps": lambda rows, costs: steps_table(rows),
-    "costs": lambda rows, costs: costs_table(costs),
-    "budgets": budget_table,
-    "ablations": lambda rows, costs: ablations_table(rows),
+class Table(NamedTuple):
+    """A table of the document, and the parts of an arena that it is made of."""
+
+    of: frozenset[str]
+    make: Callable[[list[Row], list[Row]], str]
+
+
+TABLES = {
+    "scales": Table(frozenset({"scales"}), lambda rows, costs: scales_table(rows)),
+    "steps": Table(frozenset({"objectives"}), lambda rows, costs: steps_table(rows)),
+    "costs": Table(frozenset({"costs"}), lambda rows, costs: costs_table(costs)),
+    "budgets": Table(frozenset({"objectives", "costs"}), budget_table),
+    "ablations": Table(frozenset({"ablations"}), lambda rows, costs: ablations_table(rows)),
 }
+
+
+def parts_of(rows: list[Row], costs: list[Row]) -> set[str]:
+    """The parts of an arena that there are results of."""
+    return {row["part"] for row in rows} | ({"costs"} if costs else set())
 
 
 def with_tables(text: str, rows: list[Row], costs: list[Row]) -> str:
     """The document with each table between its marks made anew."""
-    for name, make in TABLES.items():
+    there = parts_of(rows, costs)
+    for name, one in TABLES.items():
         found = re.search(rf"<!-- {name} -->\n(.*?)<!-- end -->", text, re.DOTALL)
         if not found:
             raise UserError(f"{DOCUMENT}: has no <!-- {name} --> ... <!-- end -->")
-        text = text[: found.start(1)] + make(rows, costs) + "\n" + text[found.end(1) :]
+        made = one.make(rows, costs) if one.of <= there else "Not run yet."
+        text = text[: found.start(1)] + made + "\n" + text[found.end(1) :]
     return text
 
 
-def keep(folder: Path) -> None:
-    """Copy the results of a folder's runs; those kept of other parts stay."""
-    found = {name: read_rows(folder / name) for name in FILES}
-    if not any(found.values()):
-        raise UserError(f"{folder}: no results; python arena/run.py makes them")
-    others = {row["data"] for rows in found.values() for row in rows} - {DATA}
-    if others:
-        raise UserError(f"{folder}: results on {', '.join(others)}; {DOCUMENT} is on {DATA}")
-    for name, rows in found.items():
-        add_rows(KEPT / name, rows)
+def write_beside(folder: Path, rows: list[Row], costs: list[Row]) -> None:
+    """Write what tables and plot there are results for into the folder of the runs."""
+    there = parts_of(rows, costs)
+    made = [
+        f"## {name}\n\n{one.make(rows, costs)}\n" for name, one in TABLES.items() if one.of <= there
+    ]
+    with atomic_write(folder / "tables.md") as file:
+        file.write("\n".join(made).encode())
+    if TABLES["budgets"].of <= there:
+        draw(rows, costs, folder / "fd.svg")
+    print(f"{len(made)} tables in {folder / 'tables.md'}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -298,7 +313,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     KEPT.mkdir(exist_ok=True)
     if arguments.folder:
-        keep(arguments.folder)
+        rows, costs = (read_rows(arguments.folder / name) for name in FILES)
+        if not rows and not costs:
+            raise UserError(f"{arguments.folder}: no results; python arena/run.py makes them")
+        if {row["data"] for row in [*rows, *costs]} != {DATA}:
+            write_beside(arguments.folder, rows, costs)
+            return
+        for name, found in zip(FILES, (rows, costs), strict=True):
+            add_rows(KEPT / name, found)
     rows, costs = (read_rows(KEPT / name) for name in FILES)
     DOCUMENT.write_text(with_tables(DOCUMENT.read_text(), rows, costs))
     draw(rows, costs, PLOT)

@@ -243,9 +243,30 @@ def test_results_of_other_parts_and_data_stay(tmp_path):
     add_rows(path, [{"data": "digits", "part": "objectives", "FD": 2}])
     add_rows(path, [{"data": "fashion", "part": "objectives", "FD": 3}])
     assert [row.get("FD") for row in read_rows(path)] == [None, 2, 3]
-    (tmp_path / "results.jsonl").write_bytes(path.read_bytes())
-    with pytest.raises(UserError, match=r"results on fashion; .*arena.md is on digits"):
-        tables.keep(tmp_path)
+
+
+def test_tables_on_other_data_lie_beside_their_runs(tmp_path):
+    kept, document = [(tables.KEPT / name).read_bytes() for name in FILES], tables.DOCUMENT
+    before = document.read_bytes()
+    rows, costs = (
+        [{**row, "data": "fashion"} for row in read_rows(tables.KEPT / name)] for name in FILES
+    )
+    add_rows(tmp_path / FILES[0], [row for row in rows if row["part"] == "scales"])
+    tables.main(["--folder", str(tmp_path)])
+    assert (tmp_path / "tables.md").read_text().count("## ") == 1
+    add_rows(tmp_path / FILES[0], rows)
+    add_rows(tmp_path / FILES[1], costs)
+    tables.main(["--folder", str(tmp_path)])
+    text = (tmp_path / "tables.md").read_text()
+    for made in (
+        tables.scales_table(rows),
+        tables.costs_table(costs),
+        tables.ablations_table(rows),
+    ):
+        assert made in text
+    assert (tmp_path / "fd.svg").exists()
+    assert [(tables.KEPT / name).read_bytes() for name in FILES] == kept
+    assert document.read_bytes() == before
 
 
 def test_an_objective_that_has_changed_is_trained_anew(tmp_path):
