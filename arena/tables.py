@@ -316,7 +316,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows, costs = (read_rows(arguments.folder / name) for name in FILES)
         if not rows and not costs:
             raise UserError(f"{arguments.folder}: no results; python arena/run.py makes them")
-        if {row["data"] for row in [*rows, *costs]} != {DATA}:
+        sets = sorted({row["data"] for row in [*rows, *costs]})
+        if len(sets) > 1:
+            raise UserError(f"{arguments.folder}: results on {' and '.join(sets)}; one folder each")
+        if sets != [DATA]:
             write_beside(arguments.folder, rows, costs)
             return
         for name, found in zip(FILES, (rows, costs), strict=True):

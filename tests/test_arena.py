@@ -265,6 +265,9 @@ def test_tables_on_other_data_lie_beside_their_runs(tmp_path):
     ):
         assert made in text
     assert (tmp_path / "fd.svg").exists()
+    add_rows(tmp_path / FILES[0], read_rows(tables.KEPT / FILES[0]))
+    with pytest.raises(UserError, match="results on digits and fashion; one folder each"):
+        tables.main(["--folder", str(tmp_path)])
     assert [(tables.KEPT / name).read_bytes() for name in FILES] == kept
     assert document.read_bytes() == before
 
