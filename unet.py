@@ -203,7 +203,7 @@ def _decoder(
 
 
 class UNet(Backbone):
-    """F(x, t, s) for pixels, without labels: 55.7 million parameters at any size.
+    """F(x, t, s) for pixels, without labels: 55.9 million parameters at any size.
 
     Its three levels see data_size, data_size / 2 and data_size / 4 pixels a side, and their names
     say so. Attention stands at the middle level (16 pixels where data_size is 32) and once at the
