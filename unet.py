@@ -7,8 +7,8 @@ checkpoints.
 
 # B batch, C channels, H height, W width, N pixels of a level (H x W)
 
-import itertools
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from typing import Literal, Self
 
 import torch
@@ -42,39 +42,39 @@ def _time_features(times: Tensor) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
+def _layout(x: Tensor) -> torch.memory_format:
+    """The layout of x [B, C, H, W] in memory."""
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
 def _norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
 
 
-# Opaque to the compiler, which else would take each seed for a constant and compile anew for it.
-@torch.library.custom_op("soflow::dropout_mask", mutates_args=())
-def _dropout_mask(h: Tensor, probability: float, seed: Tensor) -> Tensor:
-    """Which elements of h stay. Equal seeds, an int64 on the CPU, draw the same.
+def _draw_mask(
+    shape: Sequence[int], like: Tensor, probability: float, generator: torch.Generator
+) -> Tensor:
+    """Which elements stay in a dropout of an h of this shape, with the type and device of `like`.
 
-    In the type that multiplies fastest: 0 and 1 of h's own on a CPU, bool elsewhere. What is drawn
-    does not depend on the precision of h.
+    True where they stay on an accelerator, what to multiply them by on a CPU: each the fastest.
     """
-    generator = torch.Generator(h.device).manual_seed(int(seed))
-    if h.device.type != "cpu":
-        stays = torch.empty_like(h, dtype=torch.bool)
+    if like.device.type != "cpu":
+        stays = like.new_empty(shape, dtype=torch.bool)
         return stays.bernoulli_(1 - probability, generator=generator)
     # One draw for four elements, of 16 bits each: draws are what masks cost on a CPU.
-    words = torch.empty(-(-h.numel() // 4), dtype=torch.int64)
+    count = math.prod(shape)
+    words = torch.empty(-(-count // 4), dtype=torch.int64)
     bits = words.random_(-(2**63), None, generator=generator).view(torch.int16)
     bound = round(probability * 2**16) - 2**15
-    return torch.ge(bits[: h.numel()].view(h.shape), bound, out=torch.empty_like(h))
+    stays = torch.ge(bits[:count].view(shape), bound, out=like.new_empty(shape))
+    return stays.div_(1 - probability)
 
 
-@_dropout_mask.register_fake
-def _(h: Tensor, probability: float, seed: Tensor) -> Tensor:
-    return torch.empty_like(h, dtype=h.dtype if h.device.type == "cpu" else torch.bool)
-
-
-def _dropout(h: Tensor, probability: float, seed: Tensor) -> Tensor:
-    """Training-time dropout of `h`, in place on the CPU; no random state but `seed` is used."""
-    mask = _dropout_mask(h.detach(), probability, seed)
+def _dropout(h: Tensor, probability: float, mask: Tensor) -> Tensor:
+    """Training-time dropout of `h`, in place on the CPU."""
     if h.device.type == "cpu":
-        return h.mul_(mask).div_(1 - probability)
+        return h.mul_(mask)
     # One kernel on CUDA: what a dropout does to values is what it does to their gradients.
     return torch.ops.aten.native_dropout_backward(h, mask, 1 / (1 - probability))
 
@@ -112,6 +112,7 @@ class _Block(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
+        size: int,
         dropout: float,
         resample: Resampling | None = None,
         attention: bool = False,
@@ -119,6 +120,7 @@ class _Block(nn.Module):
         super().__init__()
         self.in_channels = in_channels
         self.out_channels = out_channels
+        self.size = size  # of the output, in pixels a side
         self.dropout = dropout
         self.attention = attention
         self.norm0 = _norm(in_channels)
@@ -134,13 +136,14 @@ class _Block(nn.Module):
             self.qkv = _Convolution(out_channels, 3 * out_channels, 1)
             self.proj = _Convolution(out_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, embedding: Tensor, dropout_seed: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, mask: Tensor | None = None) -> Tensor:
+        """mask, as `_draw_mask` makes it, is of the output's shape; None drops nothing."""
         h = self.conv0(F.silu(self.norm0(x)))
         # In place where nothing needs what was there: memory is what these cost.
         h += self.affine(embedding)[:, :, None, None]
         h = F.silu(self.norm1(h))
-        if self.training and self.dropout > 0:
-            h = _dropout(h, self.dropout, dropout_seed)
+        if mask is not None:
+            h = _dropout(h, self.dropout, mask)
         # The sum of two independent terms of unit variance has variance 2.
         y = self.conv1(h).add_(self.skip(x)).mul_(0.5**0.5)
         if self.attention:
@@ -158,9 +161,10 @@ class _Block(nn.Module):
         # kernels, which never store the weights, insist on contiguous features.
         with torch.autocast(y.device.type, enabled=False):
             attended = F.scaled_dot_product_attention(*parts.contiguous())
-        # Transposed, that is a channels-last view: all convolutions after it would take over that
-        # layout, and rearrange their weights for it in every pass.
-        return attended.to(qkv.dtype).transpose(2, 3).reshape(B, C, H, W).contiguous()
+        # Transposed, that is a channels-last view: in the other layout all convolutions after it
+        # would take that over, and rearrange their weights for it in every pass.
+        attended = attended.to(qkv.dtype).transpose(2, 3).reshape(B, C, H, W)
+        return attended.contiguous(memory_format=_layout(qkv))
 
 
 def _encoder(
@@ -172,10 +176,10 @@ def _encoder(
     width = STEM_WIDTH
     for level, size in enumerate(sizes):
         if level > 0:
-            entries[f"{size}x{size}_down"] = _Block(width, WIDTH, dropout, resample="down")
+            entries[f"{size}x{size}_down"] = _Block(width, WIDTH, size, dropout, resample="down")
         for index in range(ENCODER_BLOCKS):
             attention = level == ATTENTION_LEVEL
-            block = _Block(width, WIDTH, dropout, attention=attention)
+            block = _Block(width, WIDTH, size, dropout, attention=attention)
             entries[f"{size}x{size}_block{index}"] = block
             width = WIDTH
     return entries
@@ -189,13 +193,14 @@ def _decoder(
     entries: dict[str, nn.Module] = {}
     for level, size in reversed(list(enumerate(sizes))):
         if level == LEVELS - 1:
-            entries[f"{size}x{size}_in0"] = _Block(WIDTH, WIDTH, dropout, attention=True)
-            entries[f"{size}x{size}_in1"] = _Block(WIDTH, WIDTH, dropout)
+            entries[f"{size}x{size}_in0"] = _Block(WIDTH, WIDTH, size, dropout, attention=True)
+            entries[f"{size}x{size}_in1"] = _Block(WIDTH, WIDTH, size, dropout)
         else:
-            entries[f"{size}x{size}_up"] = _Block(WIDTH, WIDTH, dropout, resample="up")
+            entries[f"{size}x{size}_up"] = _Block(WIDTH, WIDTH, size, dropout, resample="up")
         for index in range(ENCODER_BLOCKS + 1):
             attention = level == ATTENTION_LEVEL and index == ENCODER_BLOCKS
-            block = _Block(WIDTH + stored_widths.pop(), WIDTH, dropout, attention=attention)
+            width = WIDTH + stored_widths.pop()
+            block = _Block(width, WIDTH, size, dropout, attention=attention)
             entries[f"{size}x{size}_block{index}"] = block
     entries[f"{sizes[0]}x{sizes[0]}_aux_norm"] = _norm(WIDTH)
     entries[f"{sizes[0]}x{sizes[0]}_aux_conv"] = _Convolution(WIDTH, data_channels, 3)
@@ -237,9 +242,14 @@ class UNet(Backbone):
         stored_widths = [part.out_channels for part in encoder.values()]
         self.dec = _decoder(sizes, stored_widths, data_channels, dropout)
         self._draw_weights()
+        self._kept_masks: dict[tuple, list[Tensor | None]] = {}  # of one pass at most
+
+    def blocks(self) -> list[_Block]:
+        """All blocks, in the order in which a pass takes them."""
+        return [part for part in self.modules() if isinstance(part, _Block)]
 
     def parts_to_compile(self) -> Iterable[nn.Module]:
-        return (part for part in self.modules() if isinstance(part, _Block))
+        return self.blocks()
 
     def _draw_weights(self) -> None:
         for name, layer in self.named_modules():
@@ -267,29 +277,55 @@ class UNet(Backbone):
         """
         if labels is not None:
             raise ValueError("the UNet is unconditional: it takes no labels")
-        if dropout_seed is None:
-            dropout_seed = torch.randint(2**62, ()) if self.training else torch.tensor(0)
-        # One for each block in turn: a block that is computed twice drops the same both times.
-        seeds = (dropout_seed + index for index in itertools.count())
         embedding = self._embed(t, gap, augment_labels)
         stem, *blocks = self.enc.values()
         stored = [stem(x)]
+        masks = iter(self._masks(x, _layout(stored[0]), dropout_seed))
         for block in blocks:
-            stored.append(self._pass(block, stored[-1], embedding, next(seeds)))
+            stored.append(self._pass(block, stored[-1], embedding, next(masks)))
         h = stored[-1]
         *blocks, norm, conv = self.dec.values()
         for block in blocks:
             if h.shape[1] < block.in_channels:
                 h = torch.cat([h, stored.pop()], dim=1)
-            h = self._pass(block, h, embedding, next(seeds))
+            h = self._pass(block, h, embedding, next(masks))
         return conv(F.silu(norm(h)))
 
-    def _pass(self, block: nn.Module, x: Tensor, embedding: Tensor, seed: Tensor) -> Tensor:
-        """The block's output; with activation checkpointing nothing else is kept."""
+    def _masks(
+        self, x: Tensor, layout: torch.memory_format, seed: Tensor | None
+    ) -> list[Tensor | None]:
+        """The dropout mask of each block for an input x; no random state but the seed is used.
+
+        A pass without gradient that follows one with the same seed takes that one's masks, which
+        the backward pass keeps anyway: to draw them is what dropout costs.
+        """
+        blocks = self.blocks()
+        if not self.training:
+            return [None] * len(blocks)
+        drawn = int(torch.randint(2**62, ()) if seed is None else seed)
+        key = (drawn, layout, x.shape, x.dtype, x.device)
+        kept, self._kept_masks = self._kept_masks, {}
+        if key in kept:
+            return kept[key]
+        generator = torch.Generator(x.device).manual_seed(drawn)
+        masks: list[Tensor | None] = []
+        for block in blocks:
+            mask = None
+            if block.dropout > 0:
+                shape = (len(x), block.out_channels, block.size, block.size)
+                mask = _draw_mask(shape, x, block.dropout, generator)
+                mask = mask.contiguous(memory_format=layout)
+            masks.append(mask)
+        if torch.is_grad_enabled():
+            self._kept_masks = {key: masks}
+        return masks
+
+    def _pass(self, block: nn.Module, x: Tensor, embedding: Tensor, mask: Tensor | None) -> Tensor:
+        """The block's output; with activation checkpointing its input and mask alone are kept."""
         if not (self.activation_checkpointing and torch.is_grad_enabled()):
-            return block(x, embedding, seed)
-        # No random state is kept: a block draws from its seed alone.
-        return checkpoint(block, x, embedding, seed, use_reentrant=False, preserve_rng_state=False)
+            return block(x, embedding, mask)
+        # No random state is kept: a block draws nothing.
+        return checkpoint(block, x, embedding, mask, use_reentrant=False, preserve_rng_state=False)
 
     def _embed(self, t: Tensor, gap: Tensor, augment_labels: Tensor | None) -> Tensor:
         """What the blocks are told of times and augmentation: [B, 512]."""

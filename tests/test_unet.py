@@ -101,9 +101,9 @@ def inputs_of(network: UNet, name: str, **settings) -> torch.Tensor:
 
 def test_the_one_kernel_of_other_devices_drops_as_the_cpu_does():
     h = torch.randn(1000, requires_grad=True)
-    mask = unet._dropout_mask(h.detach(), 0.3, SEED)
+    mask = unet._draw_mask(h.shape, h.detach(), 0.3, torch.Generator())
     dropped = torch.ops.aten.native_dropout_backward(h, mask.bool(), 1 / 0.7)
-    expected = unet._dropout(h.clone(), 0.3, SEED)
+    expected = unet._dropout(h.clone(), 0.3, mask)
     torch.testing.assert_close(dropped, expected)
     gradients = (torch.autograd.grad(y.square().sum(), h)[0] for y in (dropped, expected))
     torch.testing.assert_close(*gradients)
@@ -141,6 +141,38 @@ def test_every_block_drops(network):
     assert all(dropped[name] for name in names)
 
 
+def test_a_pass_without_gradient_takes_the_masks_of_the_one_before_it(network, monkeypatch):
+    drawn = []
+    draw_mask = unet._draw_mask
+
+    def counted(*given):
+        drawn.append(given)
+        return draw_mask(*given)
+
+    monkeypatch.setattr(unet, "_draw_mask", counted)
+    with torch.no_grad():
+        expected = outputs(network, dropout_seed=SEED)
+    with_gradient = outputs(network, dropout_seed=SEED)
+    assert len(drawn) == 2 * 33
+    with torch.no_grad():
+        without = outputs(network, dropout_seed=SEED)
+        assert len(drawn) == 2 * 33
+        assert torch.equal(without, expected) and torch.equal(with_gradient, expected)
+        outputs(network, dropout_seed=SEED)  # nothing was kept for longer
+    assert len(drawn) == 3 * 33
+
+
+@pytest.mark.parametrize(("count", "seed"), [(2, 8), (1, 7)])
+def test_a_pass_with_another_seed_or_size_draws_its_own_masks(network, count, seed):
+    x, t = torch.ones(2, 3, 8, 8), torch.ones(2)
+    other = (x[:count], t[:count], t[:count])
+    with torch.no_grad():
+        expected = network(*other, dropout_seed=torch.tensor(seed))
+    network(x, t, t, dropout_seed=SEED)
+    with torch.no_grad():
+        assert torch.equal(network(*other, dropout_seed=torch.tensor(seed)), expected)
+
+
 # Conditions
 
 
@@ -173,7 +205,7 @@ def test_images_of_a_batch_do_not_mix(network):
 
 def test_attention_weights_are_those_of_the_definition():
     torch.manual_seed(0)
-    block = unet._Block(8, 8, dropout=0.0, attention=True).double()
+    block = unet._Block(8, 8, 3, dropout=0.0, attention=True).double()
     B, C, H, W = 2, 8, 3, 5
     y = torch.randn(B, C, H, W, dtype=torch.float64)
     qkv = block.qkv(y).flatten(2)
