@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from support.system.files import atomic_write
+from support.system.files import UserError, atomic_write
 
 RESULTS_FILE, COSTS_FILE = "results.jsonl", "costs.jsonl"
 FILES = (RESULTS_FILE, COSTS_FILE)
@@ -14,8 +14,21 @@ Row = dict[str, Any]
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a file; none where it is not there."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The rows of a file; none where it is not there. UserError names a line that is damaged."""
+    rows = []
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or "data" not in row:
+            raise UserError(
+                f"{path}: line {number} is damaged; delete the file, and arena/run.py writes it "
+                "anew from the runs beside it"
+            )
+        rows.append(row)
+    return rows
 
 
 def add_rows(path: Path, new: Iterable[Row]) -> None:

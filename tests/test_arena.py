@@ -245,6 +245,14 @@ def test_results_of_other_parts_and_data_stay(tmp_path):
     assert [row.get("FD") for row in read_rows(path)] == [None, 2, 3]
 
 
+@pytest.mark.parametrize("damaged", ['{"data": "dig', "[]", "{}", "\\x00"])
+def test_a_damaged_line_of_results_is_named(tmp_path, damaged):
+    path = tmp_path / FILES[0]
+    path.write_text(f'{{"data": "digits"}}\n{damaged}\n')
+    with pytest.raises(UserError, match=f"{FILES[0]}: line 2 is damaged; delete the file"):
+        read_rows(path)
+
+
 def test_tables_on_other_data_lie_beside_their_runs(tmp_path):
     kept, document = [(tables.KEPT / name).read_bytes() for name in FILES], tables.DOCUMENT
     before = document.read_bytes()
