@@ -37,6 +37,7 @@ from sampling import (
     decoder_record,
     decoding,
     find_decoder,
+    refuse_non_finite,
     sample_pixels,
     write_samples,
 )
@@ -249,7 +250,9 @@ def make_file(
             shown.add(batch)
             bar.update(len(batch.pixels))
 
-        batches = sample_pixels(loaded.model, request, processes, decode)
+        batches = sample_pixels(
+            loaded.model, request, processes, lambda x_0: refuse_non_finite(decode(x_0))
+        )
         write_samples(
             output, batches, request.num_images, processes.is_main, write_its_record, report
         )

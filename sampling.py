@@ -154,6 +154,17 @@ def decoding(config: Config, device: torch.device) -> Iterator[Callable[[Tensor]
         yield lambda x_0: vae.decode(loaded, x_0, config.vae_batch_size)
 
 
+def refuse_non_finite(images: Tensor) -> Tensor:
+    """The images, [B, C, H, W]; UserError where one is not of numbers, which would be black."""
+    broken = int((~images.flatten(1).sum(1).isfinite()).sum())
+    if broken:
+        raise UserError(
+            f"{broken} of {len(images)} images come out as nan or inf: the noise or the weights "
+            "have such, or a type too narrow for this model"
+        )
+    return images
+
+
 def sample_pixels(
     model: Method,
     request: SampleRequest,
@@ -306,7 +317,8 @@ class LoadedModel:
                 noises = [one.to(weights) for one in noises]
                 given_labels = None if drawn is None else drawn.to(weights.device)
                 x_0 = sample(self.model, noises, given_labels, times, sampler).float()
-                found.append((pixels_of(decode(x_0)).cpu().numpy(), x_0.cpu()))
+                images = refuse_non_finite(decode(x_0))
+                found.append((pixels_of(images).cpu().numpy(), x_0.cpu()))
                 bar.update(len(places))
         pixels, latents = zip(*found, strict=True)
         return Images(np.concatenate(pixels), torch.cat(latents))

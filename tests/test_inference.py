@@ -1,6 +1,7 @@
 """Sampling from checkpoints as a user does it."""
 
 import json
+import math
 import shlex
 import shutil
 from pathlib import Path
@@ -176,6 +177,16 @@ def test_checkpoint_of_another_model_without_a_record_is_refused(run):
 
 
 # Samples that are there already
+
+
+def test_images_that_are_not_numbers_are_refused_and_nothing_is_written(run):
+    path = run.folder / "ckpts" / "6.pt"
+    content = torch.load(path, weights_only=True)
+    next(iter(content["ema_model"].values())).fill_(math.nan)
+    torch.save(content, path)
+    with pytest.raises(UserError, match="4 of 4 images come out as nan or inf"):
+        run("--num-samples=4")
+    assert not list(run.folder.glob("evals/*"))
 
 
 def test_samples_of_another_request_are_not_replaced(run):

@@ -1,6 +1,7 @@
 """A model in three lines: found, loaded, sampled; what cannot be is said in one line."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -147,6 +148,10 @@ def test_every_place_of_a_model_gives_the_same_images(run, model, tmp_path):
         ({"sampler": "euler"}, "sampler: 'euler' is not one of renoise, chain"),
         ({"noise": torch.zeros(2, 3, 8, 8)}, r"noise: must be a tensor \[N, 1, 8, 8\], not"),
         ({"noise": torch.zeros(2, 1, 8, 8), "seeds": [1]}, "noise: 2 for 1 seeds"),
+        (
+            {"noise": torch.tensor([0, math.nan, math.inf]).repeat(64, 1).T.view(3, 1, 8, 8)},
+            "2 of 3 images come out as nan or inf",
+        ),
     ],
 )
 def test_what_cannot_be_sampled_is_a_line(model, asked, said):
