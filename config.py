@@ -463,6 +463,8 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
     yield from _of_network(config)
     yield from _of_data(config)
     yield from _of_averages(config)
+    if config.held_out and not METHODS[config.method].error_names:
+        yield "held_out", f"needs `squared_errors` of the method, which {config.method} has not"
     if config.keep_every_steps and not config.keep_last:
         yield "keep_every_steps", "has no meaning where keep_last is null: then all are kept"
     if config.cfg_scale > 1 and config.cfg_drop_rate == 0:

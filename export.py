@@ -8,7 +8,7 @@
 The folder has model.safetensors (the averaged weights, bit for bit), config.json (network, path,
 solution form, decoder, class names), README.md (a model card made from the run's records) and a
 picture of samples; `sampling.load` reads it. --push sends a folder that is there to the Hugging
-Face Hub, as it is, with a licence that you have filled in.
+Face Hub, as it is: fill in the licence in its README.md first.
 """
 
 from support.system.command import run_command  # isort: skip - first: it attends to the start

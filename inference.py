@@ -1,4 +1,4 @@
-"""Sample images from a checkpoint into an .npz (`arr_0`, uint8 [N, H, W, C]; `arr_1`, labels [N]).
+"""Sample images from a checkpoint into an .npz: `arr_0`, uint8 [N, H, W, C], and labels, `arr_1`.
 
     python inference.py --config configs/digits.yaml --ckpt-steps 1000 --num-samples 1000
     python inference.py --ckpt shared/ckpts/1000.pt --num-samples 32 --labels cat,dog --grid g.png

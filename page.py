@@ -1,7 +1,7 @@
 """Make of a small trained model one HTML file that samples from it, in a browser, offline.
 
     python page.py runs/digits digits.html
-    python page.py exported/cifar cifar.html --fp16 --title "CIFAR-10"
+    python page.py runs/fashion clothes.html --fp16 --title "Clothes"
     python page.py runs/digits digits.html --ort onnxruntime-web
 
 For pixels up to 64x64 and 40 MB of weights; demo.py serves any other model. The page holds the

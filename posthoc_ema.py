@@ -1,6 +1,6 @@
 """Make an average of a length that was not kept, from the snapshots of a run that kept others.
 
-    python posthoc_ema.py runs/digits exported/digits-0.15 --std 0.15
+    python posthoc_ema.py runs/averages exported/digits-0.15 --std 0.15
     python inference.py --ckpt exported/digits-0.15 --num-samples 1000
 
 A run with `ema_power: [0.05, 0.1]` and `ema_snapshot_steps: N` keeps two power function averages,

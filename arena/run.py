@@ -7,9 +7,9 @@
 
 Trains what arena/digits.yaml lists, each run with one thread, as many side by side as there are
 cores; samples from every checkpoint; scores all. Parts: `scales` chooses the guidance of each
-objective, `objectives` compares them, `ablations` changes one key of SoFlow at a time, `costs`
-times a step of each in turns. What is done stays in --folder and is not done again. The results go
-to FOLDER/results.jsonl and costs.jsonl, of which arena/tables.py makes tables and a plot.
+objective, `objectives` compares them, `ablations` changes one thing of SoFlow at a time, `costs`
+times a step of each in turns. Runs that are done stay in --folder and are not done again. The
+results go to FOLDER/results.jsonl and costs.jsonl; arena/tables.py makes tables and a plot of them.
 """
 
 import sys
@@ -176,7 +176,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="which of arena/*.yaml: digits (default), or fashion, the long form",
     )
     add("--folder", type=expanduser, help="of the runs (default runs/arena-DATA)")
-    add("--parts", default="scales,objectives,costs", help=f"of {', '.join(PARTS)}, costs")
+    add(
+        "--parts",
+        default="scales,objectives,costs",
+        help=f"of {', '.join(PARTS)}, costs (default: %(default)s)",
+    )
     add(
         "--objective",
         action="append",

@@ -13,7 +13,7 @@ import preview
 import train
 from config import load_config
 from held_out import BINS, draw_held_out, measure
-from models import SoFlow
+from models import METHODS, SoFlow
 from support.data.datasets import ALONE, DataRequest, build_data, digits_split
 from support.system.files import UserError
 from support.system.processes import Processes
@@ -53,6 +53,16 @@ def test_of_a_folder_the_held_out_images_are_in_no_batch(tmp_path):
     other = build_data(DataRequest("ImageFolder", 16, str(tmp_path), 4, held_out=5, seed=2))
     assert other.held_out.kept.tolist() != data.held_out.kept.tolist()
     assert torch.equal(data.labels, whole.labels[data.kept])
+
+
+def test_a_method_that_gives_no_squared_errors_is_refused(monkeypatch):
+    class Silent(SoFlow):
+        error_names = ()
+
+    monkeypatch.setitem(METHODS, "SoFlow", Silent)
+    digits(held_out=0)
+    with pytest.raises(UserError, match="held_out: 200 needs `squared_errors` of the method"):
+        digits(held_out=200)
 
 
 def test_more_than_there_are_is_refused_with_the_most_there_can_be(tmp_path):

@@ -77,6 +77,16 @@ def write_lines(path: Path, rows: list[dict]) -> None:
 # Reading
 
 
+def test_settings_are_those_that_the_run_went_on_with(tmp_path):
+    folder = write_run(tmp_path / "run")
+    before = read_run(folder, "run")
+    assert (before.settings["learning_rate"], before.total_steps) == (0.002, 1000)
+    changed = {**before.settings, "learning_rate": 0.5, "total_steps": 2000}
+    (folder / "ckpts" / "500.json").write_text(json.dumps({"config": changed}))
+    after = read_run(folder, "run")
+    assert (after.settings["learning_rate"], after.total_steps) == (0.5, 2000)
+
+
 def test_every_number_of_metrics_jsonl_is_a_curve_but_for_its_place(tmp_path):
     write_run(tmp_path / "run")
     write_lines(tmp_path / "run/metrics.jsonl", [{"step": 1, "epoch": 0.1, "Odd": 3, "Time": "t"}])

@@ -57,7 +57,7 @@ class RecordedRun:
 
     folder: Path
     name: str
-    settings: dict[str, Any] = field(default_factory=dict)  # config.yaml
+    settings: dict[str, Any] = field(default_factory=dict)  # that it went on with last
     curves: dict[str, Curve] = field(default_factory=dict)
     held_out: dict[HeldOut, Curve] = field(default_factory=dict)
     scores: list[Score] = field(default_factory=list)
@@ -103,11 +103,12 @@ def read_run(folder: Path, name: str) -> RecordedRun:
     run.curves = curves_of(rows)
     run.last_step = max(rows, default=0)
     run.settings = read_settings(folder / "config.yaml", run.notes)
-    run.total_steps = whole_number(run.settings, "total_steps") or run.total_steps
     run.held_out = read_held_out(folder / "held_out.jsonl", run.notes)
     run.scores = read_scores(folder / "evals")
     run.pictures = numbered_files(folder / "figs", ".png")
     read_checkpoints(folder / "ckpts", run)
+    if run.total_steps is None:
+        run.total_steps = whole_number(run.settings, "total_steps")
     run.warnings += [
         f"step {step} was not finite: broken_step_{step}.json tells more"
         for step in broken_steps(folder)
@@ -252,7 +253,10 @@ def read_scores(folder: Path) -> list[Score]:
 
 
 def read_checkpoints(folder: Path, run: RecordedRun) -> None:
-    """Sizes of the checkpoints, and what the newest was made by."""
+    """Sizes of the checkpoints, and what the newest was made by.
+
+    Its settings are newer than those of config.yaml, where a run went on with others.
+    """
     paths = numbered_files(folder, ".pt")
     for step, path in paths.items():
         with contextlib.suppress(OSError):  # deleted meanwhile
@@ -260,3 +264,5 @@ def read_checkpoints(folder: Path, run: RecordedRun) -> None:
     if paths:
         record = read_record(paths[max(paths)].with_suffix(".json"))
         run.made_by |= {key: record[key] for key in MADE_BY if key in record}
+        if isinstance(settings := record.get("config"), dict):
+            run.settings = settings
