@@ -460,6 +460,8 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
     """Keys of a resolved config whose values are fine alone and contradict others; the reasons."""
     if not config.working_dir.strip():
         yield "working_dir", "must name the folder of the run"
+    if config.init_from == "":
+        yield "init_from", "names no model; null starts from fresh weights"
     yield from _of_network(config)
     yield from _of_data(config)
     yield from _of_averages(config)
@@ -531,6 +533,14 @@ def _of_data(config: Config) -> Iterator[tuple[str, str]]:
         if getattr(config, name) and not dataset.has_files:
             fitting = " or ".join(name for name, kind in DATASETS.items() if kind.has_files)
             yield name, f"is for dataset_type {fitting}, not for {config.dataset_type}"
+    if dataset.has_files and config.dataset_path:
+        data, results = (
+            Path(os.path.expanduser(path)).resolve()
+            for path in (config.dataset_path, config.working_dir)
+        )
+        # Folders whose names start with a dot are no classes.
+        if data in [results, *results.parents] and not str(results).startswith(f"{data}/."):
+            yield "working_dir", "lies in dataset_path, where every folder is a class"
     if config.horizontal_flips and config.augment_probability:
         yield "horizontal_flips", "must be false where augment_probability is above 0: it flips"
     if dataset.size and config.data_size != dataset.size:
@@ -538,6 +548,9 @@ def _of_data(config: Config) -> Iterator[tuple[str, str]]:
 
 
 # A run's recorded config
+
+
+OF_THE_WEIGHTS = ("dataset_type", "model_type", "data_size")  # which decide their shapes
 
 
 def as_yaml(config: Config) -> str:
@@ -566,8 +579,8 @@ def refuse_another_experiment(
     if refused:
         listed = ", ".join(f"{key} {changes[key]}" for key in refused)
         flags = " ".join(f"--allow-changed {key}" for key in refused)
-        raise UserError(
-            f"{source} is of another experiment: {listed}; "
-            f"use another working_dir, or say {flags} to continue all the same"
-        )
+        way_out = f"use another working_dir, or say {flags} to continue all the same"
+        if any(key in OF_THE_WEIGHTS for key in refused):
+            way_out = "its weights do not fit; use another working_dir"
+        raise UserError(f"{source} is of another experiment: {listed}; {way_out}")
     return [f"{key} changed: {change}" for key, change in changes.items()]

@@ -14,7 +14,6 @@ from support.system.command import run_command  # isort: skip - first: it attend
 
 import argparse
 import contextlib
-import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -95,14 +94,6 @@ class Pictures(Dataset):
         # [B, H, W, 3] -> [B, 3, H, W]
         channels_first = torch.from_numpy(stacked).permute(0, 3, 1, 2)
         return LoadedPictures(channels_first.contiguous(), labels, unreadable)
-
-
-def images_digest(files: LabelledFiles) -> str:
-    """SHA-256 of the pictures' names and sizes, in order."""
-    digest = hashlib.sha256()
-    for name, num_bytes in zip(files.names, files.sizes(), strict=True):
-        digest.update(b"%b\0%d\0" % (name, num_bytes))
-    return digest.hexdigest()
 
 
 # Making parts
@@ -292,7 +283,7 @@ def run_extraction(
     vae = load_vae(found, processes.device)
     plan = Plan(
         num_images=len(files),
-        images_sha256=processes.done_by_main(lambda: images_digest(files)),
+        images_sha256=processes.done_by_main(files.digest),
         image_size=arguments.image_size,
         vae_sha256=weights_digest(vae.state_dict()),
         dtype=arguments.dtype,

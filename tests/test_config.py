@@ -83,6 +83,12 @@ def test_recipe_of_the_data_set_fills_what_the_config_leaves_open(
     assert config.augment_probability == augmentation
 
 
+def test_numbers_are_read_as_they_are_written():
+    assert config_from_dict({"working_dir": "x"}, "test", ["seed=010"]).seed == 10
+    with pytest.raises(UserError, match="'1:30' is not a whole number"):
+        config_from_dict({"working_dir": "x"}, "test", ["seed=1:30"])
+
+
 def test_numbers_may_be_strings_and_whole_where_floats_are_meant(load):
     config = load(
         "{working_dir: x, learning_rate: 1e-4, p: 1, total_steps: '1e5', betas: ['0.9', 0]}"

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import pickle
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -429,6 +430,46 @@ def options(folder, path, *flags, **values):
     }
     flags += tuple(f"--set={key}={value}" for key, value in settings.items())
     return ["--config", str(ROOT / "configs" / "digits.yaml"), *flags]
+
+
+@pytest.mark.parametrize("change", ["renamed", "replaced", "swapped"])
+def test_other_pictures_of_the_same_number_are_refused_until_they_are_allowed(tmp_path, change):
+    folder, run = tmp_path / "photographs", tmp_path / "run"
+    standins.write_image_folder(folder, per_class=5)
+    train.main(options(run, folder, total_steps=1))
+    cat, cup = folder / "cat" / "0.jpg", folder / "cup" / "0.jpg"
+    one, other = cat.read_bytes(), cup.read_bytes()
+    if change == "renamed":
+        cat.rename(folder / "cat" / "zz.jpg")
+    else:
+        cat.write_bytes(other + b"." * (len(one) == len(other)))
+        if change == "swapped":
+            cup.write_bytes(one)
+    again = options(run, folder, "--allow-changed=total_steps", total_steps=2)
+    with pytest.raises(UserError, match="trained on other data: other names or sizes of pictures;"):
+        train.main(again)
+    train.main([*again, "--allow-changed=data"])
+    assert "data changed: other names or sizes of pictures" in (run / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("place", ["", "run", "cat/run", "./run/../run"])
+def test_results_cannot_lie_among_the_classes(photographs, place):
+    with pytest.raises(UserError, match=r"working_dir: '.*' lies in dataset_path, where every"):
+        config_of("ImageFolder", photographs, working_dir=str(photographs / place))
+    for elsewhere in (photographs / ".runs" / "x", photographs.parent / "photographs-run"):
+        config_of("ImageFolder", photographs, working_dir=str(elsewhere))
+
+
+def test_a_class_that_is_held_out_as_a_whole_is_named(tmp_path):
+    standins.write_image_folder(tmp_path, per_class=5)
+    (tmp_path / "alone").mkdir()
+    shutil.copy(tmp_path / "cat" / "0.jpg", tmp_path / "alone")
+    said = [
+        data_of(config_of("ImageFolder", tmp_path, held_out=12, seed=seed)).notes
+        for seed in range(5)
+    ]
+    named = ["held out: all images of alone: no step trains" in " ".join(notes) for notes in said]
+    assert True in named and False in named
 
 
 def test_photographs_train_to_a_grid_and_their_classes_are_recorded(photographs, tmp_path):

@@ -22,6 +22,7 @@ from support.data.images import (
     class_names,
     describe_classes,
     in_threads,
+    printable,
     read_image,
     refuse_non_pictures,
     to_images,
@@ -180,10 +181,11 @@ class FolderData(TrainingData):
     long to decode as a small network to train on.
     """
 
-    def __init__(self, files: LabelledFiles, size: int):
+    def __init__(self, files: LabelledFiles, files_sha256: str, size: int):
+        """`files_sha256` is `files.digest()`: to be taken once, by one process."""
         spec = DataSpec(3, size, tuple(files.class_names), len(files))
         super().__init__(spec, torch.from_numpy(files.labels))
-        self.files = files
+        self.files, self.files_sha256 = files, files_sha256
         self._kept: dict[int, np.ndarray] | None = None
         if spec.num_examples * 3 * size**2 <= KEPT_BYTES:
             self._kept = {}
@@ -209,8 +211,11 @@ class FolderData(TrainingData):
         return pixels
 
     def record(self) -> dict[str, Any]:
-        """As for any data set, and that pictures are turned upright, which they once were not."""
-        return {**super().record(), "exif": "apply"}
+        """As for any data set, and which pictures; that they are turned upright they once were not.
+
+        Of the whole folder, with those that are left out: one that was mended is another picture.
+        """
+        return {**super().record(), "files_sha256": self.files_sha256, "exif": "apply"}
 
     def find_bad(self, share: range, advance: Callable[[], object]) -> dict[int, str]:
         """Which pictures of `share` cannot be decoded, each of them tried."""
@@ -368,7 +373,8 @@ def load_folder_data(request: SharedRequest) -> TrainingData:
     files = list_pictures(request.folder, request.processes)
     if not request.skip_bad:  # else files that are no pictures are left for `check_examples`
         request.processes.done_by_main(lambda: refuse_non_pictures(files))
-    return FolderData(files, request.data_size)
+    files_sha256 = request.processes.done_by_main(files.digest)
+    return FolderData(files, files_sha256, request.data_size)
 
 
 def list_pictures(folder: Path, processes: Processes) -> LabelledFiles:
@@ -559,6 +565,12 @@ def hold_out(data: TrainingData, request: DataRequest, where: str) -> TrainingDa
     training.held_out = Selection(source, chosen)
     whose = "test images" if load_test else "images, on which no step trains"
     training.notes.append(f"held out: {request.held_out} {whose}")
+    names = zip(data.spec.class_names, data.class_counts, training.class_counts, strict=True)
+    if emptied := [printable(name) for name, before, left in names if before and not left]:
+        training.notes.append(
+            f"held out: all images of {', '.join(emptied[:MOST_NAMED])}: no step trains on "
+            "what samples of that class are to look like"
+        )
     return training
 
 
@@ -606,9 +618,12 @@ def compare_data(
     if not changes:
         return notes
     listed = "; ".join(
-        f"{key} {shorten(was)} then, {shorten(now.get(key))} now" for key, was in changes.items()
+        "other names or sizes of pictures"
+        if key == "files_sha256"
+        else f"{key} {shorten(was)} then, {shorten(now.get(key))} now"
+        for key, was in changes.items()
     )
-    may_go_on = changes.keys() <= {"num_examples", "class_counts"}
+    may_go_on = changes.keys() <= {"num_examples", "class_counts", "files_sha256"}
     if may_go_on and is_allowed:
         return [
             *notes,

@@ -3,6 +3,7 @@
 `pixels` are uint8 0..255 with channels last; `images` are float -1..1 in whatever layout.
 """
 
+import hashlib
 import itertools
 import os
 import re
@@ -15,13 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError, features
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError, features
 from tqdm import tqdm
 
 from support.system.files import UserError, atomic_write, one_line, regular_only
 
 if TYPE_CHECKING:  # torch does not come with this module
     import torch
+
+PNG_MARK = b"Software\0SoFlow"  # in pictures that were made here
 
 # What is read, and by which endings it is found. Named, because some of Pillow's other decoders
 # start programs (EPS), open further files, or take anything for a picture (TGA).
@@ -192,6 +195,13 @@ class LabelledFiles:
                 raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
         return with_bar(in_threads(size, self, at_once=100), len(self), "looking at sizes", "file")
+
+    def digest(self) -> str:
+        """SHA-256 of the pictures' names and sizes, in order."""
+        digest = hashlib.sha256()
+        for name, num_bytes in zip(self.names, self.sizes(), strict=True):
+            digest.update(b"%b\0%d\0" % (name, num_bytes))
+        return digest.hexdigest()
 
     def some_sizes(self) -> list[int]:
         """Bytes of a few files all over the list, by which copies can be compared; -1: not there.
@@ -400,5 +410,8 @@ def tile(pixels: np.ndarray, rows: int, columns: int) -> np.ndarray:
 def save_png(path: str | Path, pixels: np.ndarray) -> None:
     """Write uint8 [H, W, 3] or grey [H, W, 1] to `path`, whole or not at all."""
     picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+    said = PngImagePlugin.PngInfo()
+    keyword, _, maker = PNG_MARK.decode().partition("\0")
+    said.add_text(keyword, maker)
     with atomic_write(path) as file:
-        picture.save(file, format="PNG")
+        picture.save(file, format="PNG", pnginfo=said)

@@ -28,6 +28,7 @@ RANGES = {  # by their bounds
     ("ge", "lt"): "at least {ge} and below {lt}",
     ("gt", "le"): "above {gt} and at most {le:,}",
 }
+NO_OTHER_BASE = r"(?! [-+]?0[0-9_] | .*: )"
 KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
@@ -83,6 +84,18 @@ class _Loader(yaml.SafeLoader):
                 )
             seen.add(str(key))
         return super().construct_mapping(node, deep)
+
+
+# But not what YAML 1.1 makes of 010, which is 8 there, and of 1:30, which is 90.
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, re.compile(NO_OTHER_BASE + pattern.pattern, re.VERBOSE))
+        if tag.endswith((":int", ":float"))
+        else (tag, pattern)
+        for tag, pattern in resolvers
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def parse_yaml(text: str, place: str) -> Any:
