@@ -106,7 +106,9 @@ def write_folder(
         made = [CARD_FILE, *(path.name for path in place.iterdir())]
         files = {name: text for name, text in FILES.items() if name in made}
         card = model_card(title or folder.resolve().name, stored, loaded, files)
-        (place / CARD_FILE).write_text(card.replace("---\n", f"---\n{first_lines}", 1))
+        text = card.replace("---\n", f"---\n{first_lines}", 1)
+        # Names of classes may be no text.
+        (place / CARD_FILE).write_bytes(text.encode(errors="replace"))
     return sorted(made)
 
 

@@ -42,7 +42,7 @@ from sampling import (
     write_samples,
 )
 from support.data.grids import Grid, GridImages, save_grid
-from support.data.images import ImageBatch
+from support.data.images import PNG_MARK, ImageBatch
 from support.runs.checkpoint import (
     checkpoint_path,
     run_of_checkpoint,
@@ -50,7 +50,7 @@ from support.runs.checkpoint import (
 )
 from support.runs.logbook import record_of, weights_digest, write_record
 from support.runs.stored import WEIGHTS_FILE, read_file
-from support.system.files import UserError, check_writable, make_folder
+from support.system.files import UserError, check_writable, make_folder, refuse_foreign
 from support.system.hardware import allow_tf32
 from support.system.processes import Processes, connected
 from support.system.randomness import GivenLabels, PerImageStream, ReferenceStream, SamplingStream
@@ -188,6 +188,8 @@ def run_inference(arguments: argparse.Namespace, sources: Sources, processes: Pr
 def jumps_asked_for(arguments: argparse.Namespace, config: Config) -> list[Config]:
     """The config with each number of jumps that is asked for."""
     if arguments.times is not None:
+        if arguments.eval_NFE:
+            raise UserError("--eval-NFE: goes without --times, which says how many jumps there are")
         return [config.model_copy(update={"eval_NFE": len(arguments.times) - 1})]
     counts = (arguments.eval_NFE or str(config.eval_NFE)).split(",")
     one_file = [flag for flag in ("output", "grid") if getattr(arguments, flag)]
@@ -237,11 +239,7 @@ def make_file(
         write_record(output, its_record())
 
     if processes.is_main:
-        make_folder(output.parent)
-        if arguments.grid:
-            check_writable(Path(arguments.grid))
-        if not arguments.overwrite:
-            refuse_to_replace(output, its_record())
+        make_room(output, arguments, its_record)
     shown = GridImages(config.eval_demo_shape, loaded.num_classes, labels)
     quiet = None if processes.is_main else True
     with tqdm(total=request.num_images, unit="image", disable=quiet) as bar:
@@ -298,6 +296,19 @@ def choose_output(arguments: argparse.Namespace, sources: Sources, loaded: Loade
     for value in another_way(arguments, loaded).values():
         name += "_" + (value if isinstance(value, str) else "-".join(f"{t:g}" for t in value))
     return sources.results / f"{name}.npz"
+
+
+def make_room(
+    output: Path, arguments: argparse.Namespace, its_record: Callable[[], dict[str, Any]]
+) -> None:
+    """Make the folders of what is to be written; UserError where something else is there."""
+    make_folder(output.parent)
+    if arguments.grid:
+        check_writable(Path(arguments.grid))
+    if not arguments.overwrite:
+        refuse_to_replace(output, its_record())
+        if arguments.grid:
+            refuse_foreign(Path(arguments.grid), PNG_MARK, "say another --grid, or --overwrite")
 
 
 def refuse_to_replace(output: Path, record: Mapping[str, Any]) -> None:
@@ -365,6 +376,8 @@ def choose_labels(text: str | None, loaded: LoadedModel) -> list[int]:
     """The classes of a list of names and numbers, such as cat,dog,3; none for None."""
     if text is None:
         return []
+    if text in loaded.class_names:
+        return loaded.labels_of([text], "--labels")
     return loaded.labels_of([word.strip() for word in text.split(",")], "--labels")
 
 

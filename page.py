@@ -30,7 +30,13 @@ from support.page.halves import Difference, compare, store_halves
 from support.page.runtime import read_runtime
 from support.runs.budget import count_parameters, weight_bytes
 from support.runs.graphs import missing_packages
-from support.system.files import UserError, atomic_write, check_writable
+from support.system.files import (
+    PAGE_MARK,
+    UserError,
+    atomic_write,
+    check_writable,
+    refuse_foreign,
+)
 
 MOST_PIXELS, MOST_MEGABYTES = 64, 40
 STEPS = (1, 2, 4)
@@ -40,6 +46,7 @@ COMPARED_IMAGES = 64  # of fp16 and fp32
 
 def make_page(arguments: argparse.Namespace) -> list[str]:
     """Write the page; what is to be said of it."""
+    refuse_foreign(arguments.output, PAGE_MARK, "name another file")
     loaded = load(arguments.source, arguments.subfolder, device="cpu")
     check_fits(loaded, arguments)
     runtime = read_runtime(arguments.ort)

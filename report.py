@@ -25,7 +25,7 @@ from support.report.page import Meaning, Report, render
 from support.report.runs import RecordedRun, read_runs
 from support.report.tables import check_format, write_table
 from support.runs.logbook import settings_digest
-from support.system.files import UserError, atomic_write
+from support.system.files import PAGE_MARK, UserError, atomic_write, refuse_foreign
 from support.system.settings import may_change
 
 EXPECTED = Path(__file__).resolve().parent / "docs" / "expected"
@@ -103,6 +103,7 @@ def make_report(arguments: argparse.Namespace) -> list[str]:
     known = read_expected(EXPECTED)
     expected = [known.get(experiment_of(run) or "") for run in runs]
     report = Report(runs, MEANINGS, expected, passed_over=["working_dir"])
+    refuse_foreign(arguments.output, PAGE_MARK, "say another --output")
     page = render(report, f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}")
     with atomic_write(arguments.output) as file:
         file.write(page.encode(errors="replace"))
@@ -145,6 +146,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--every: goes with --watch")
     if arguments.table:
         check_format(arguments.table)
+    if arguments.output and arguments.output.suffix != ".html":
+        parser.error(f"--output {arguments.output}: must be the name of a .html file")
     if arguments.output is None:
         is_one = len(arguments.runs) == 1
         arguments.output = (arguments.runs[0] if is_one else Path()) / "report.html"

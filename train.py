@@ -461,6 +461,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     if arguments.time and not arguments.dry_run:
         raise UserError("--time: goes with --dry-run, and times a few steps before a run")
+    if arguments.dry_run and arguments.check_data:
+        raise UserError("--check-data: goes without --dry-run, which opens no picture")
     if not arguments.dry_run and (arguments.gpus, arguments.gpu) != (None, None):
         raise UserError("--gpus and --gpu: go with --dry-run, and estimate a run elsewhere")
     config = load_config(arguments.config, arguments.set)

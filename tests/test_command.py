@@ -36,6 +36,24 @@ def test_command_ends_with_one_line_and_a_status(main, status, line, capsys):
     assert capsys.readouterr().err == line
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--replay", ""], "--replay: is given nothing; give it a value, or leave it out"),
+        (["--set", "a=1", "--replay="], "--replay: is given nothing"),
+        (["", "x.html"], "the first word: is given nothing"),
+        (["--set", "init_from="], None),
+        (["--labels=a=", "-"], None),
+    ],
+)
+def test_an_option_that_is_given_nothing_is_refused(monkeypatch, capsys, words, said):
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    with pytest.raises(SystemExit) as end:
+        run_command(lambda: 0)
+    assert end.value.code == (1 if said else 0)
+    assert capsys.readouterr().err.startswith(f"error: {said}" if said else "")
+
+
 def test_a_bug_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         run_command(lambda: 1 // 0)

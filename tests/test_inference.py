@@ -154,6 +154,7 @@ def test_data_set_is_not_opened(run, monkeypatch):
         (["--set=model_type=DiT-Nano-4"], "model_type 'DiT-Nano-2' in the checkpoint"),
         (["--set=dataset_type=ImageFolder"], "dataset_type 'Digits' in the checkpoint, 'ImageF"),
         (["--labels=3,,4"], "--labels: '' is not a class; those are 0 to 9$"),
+        (["--times=1,0.5,0", "--eval-NFE=2"], "--eval-NFE: goes without --times"),
         (["--grid=/"], "--grid /: must be the name of a .png file"),
         (["--grid=/x.png/y.jpg"], "--grid /x.png/y.jpg: must be the name of a .png file"),
         (["--output=samples"], "--output samples: must be the name of a .npz file"),
@@ -177,6 +178,19 @@ def test_checkpoint_of_another_model_without_a_record_is_refused(run):
 
 
 # Samples that are there already
+
+
+def test_pictures_of_others_are_not_replaced_by_a_grid(run, tmp_path):
+    photograph, grid = tmp_path / "photograph.png", tmp_path / "grid.png"
+    Image.new("RGB", (8, 8)).save(photograph)
+    before = photograph.read_bytes()
+    with pytest.raises(UserError, match=r"photograph.png: exists, and is not .*, or --overwrite"):
+        run("--num-samples=4", f"--grid={photograph}")
+    assert photograph.read_bytes() == before
+    for _ in range(2):
+        run("--num-samples=4", f"--grid={grid}")
+    run("--num-samples=4", f"--grid={photograph}", "--overwrite")
+    assert photograph.read_bytes() == grid.read_bytes()
 
 
 def test_images_that_are_not_numbers_are_refused_and_nothing_is_written(run):

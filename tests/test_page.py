@@ -12,7 +12,7 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 import torch
-from commands import digits_settings
+from commands import ROOT, digits_settings
 from PIL import Image
 from torch import nn
 
@@ -26,10 +26,20 @@ from support.page.assembly import as_expression, worker_source
 from support.page.halves import compare, store_halves
 from support.page.ziggurat import tables
 from support.runs.graphs import write_graph
-from support.system.files import UserError
+from support.system.files import MARKED_BYTES, PAGE_MARK, UserError
 from support.system.randomness import PerImageStream
 
 STEPS_AND_SAMPLERS = [(1, "renoise"), (2, "renoise"), (4, "renoise"), (2, "chain"), (4, "chain")]
+
+
+def test_pages_of_others_are_not_replaced(tmp_path):
+    file = tmp_path / "site.html"
+    file.write_text("<!doctype html> precious")
+    with pytest.raises(UserError, match=r"site\.html: exists, and is not a file of this kind"):
+        page.main([str(tmp_path), str(file)])
+    assert "precious" in file.read_text()
+    for template in ("report", "page"):
+        assert PAGE_MARK in (ROOT / "support" / template / "page.html").read_bytes()[:MARKED_BYTES]
 
 
 def in_node(script: str) -> object:

@@ -44,6 +44,11 @@ def test_steps_are_timed_without_data_and_files(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_checks_no_data():
+    with pytest.raises(UserError, match="--check-data: goes without --dry-run"):
+        train.main(["--config", "configs/digits.yaml", "--dry-run", "--check-data"])
+
+
 def test_time_without_dry_run_is_refused():
     with pytest.raises(UserError, match="--time: goes with --dry-run"):
         train.main(["--config=nowhere.yaml", "--time"])

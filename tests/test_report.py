@@ -77,6 +77,20 @@ def write_lines(path: Path, rows: list[dict]) -> None:
 # Reading
 
 
+@pytest.mark.parametrize("name", ["page.html", "table.md", "table.csv", "table.tex"])
+def test_files_of_other_kinds_are_not_replaced_and_our_own_are(tmp_path, name):
+    run, file = write_run(tmp_path / "run"), tmp_path / name
+    words = [run, "--output" if name == "page.html" else "--table", file]
+    file.write_text("somebody's")
+    with pytest.raises(UserError, match=f"{name}: exists, and is not a file of this kind"):
+        report.main([*map(str, words)])
+    assert file.read_text() == "somebody's"
+    file.unlink()
+    for _ in range(2):
+        report.main([*map(str, words)])
+    assert len(file.read_text()) > 100
+
+
 def test_settings_are_those_that_the_run_went_on_with(tmp_path):
     folder = write_run(tmp_path / "run")
     before = read_run(folder, "run")
@@ -182,7 +196,11 @@ def test_bands_made_from_runs_are_drawn_for_runs_of_the_same_experiment(
     monkeypatch.setattr(report, "EXPECTED", tmp_path / "expected")
     (tmp_path / "expected").mkdir()
     runs = [str(write_run(tmp_path / f"run-{seed}", seed)) for seed in range(4)]
-    report.main(["--band", str(tmp_path / "expected/mine.json"), *runs[:3]])
+    band = ["--band", str(tmp_path / "expected/mine.json"), *runs[:3]]
+    for _ in range(2):
+        report.main(band)
+    with pytest.raises(UserError, match=r"config\.yaml: exists, and is not a file of this kind"):
+        report.main(["--band", f"{runs[0]}/config.yaml", *runs[:3]])
     (expected,) = read_expected(tmp_path / "expected").values()
     assert [*expected.bands] == ["Vel_MSE"]  # no schedule, no speed
     report.main([runs[3]])

@@ -284,6 +284,8 @@ def test_another_experiment_in_the_same_folder_is_refused(small_run):
     assert "seed 42 -> 1" in message
     assert "--allow-changed p --allow-changed seed" in message
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    with pytest.raises(UserError, match=r"its weights do not fit; use another working_dir$"):
+        small_run(model_type="DiT-Nano-4")
     small_run("--allow-changed", "total_steps", total_steps=8)
     assert load(folder, 8)["finished_steps"] == 8
 

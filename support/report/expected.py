@@ -14,7 +14,7 @@ import numpy as np
 
 from support.report.curves import Curve
 from support.report.runs import RecordedRun
-from support.system.files import UserError, atomic_write
+from support.system.files import UserError, atomic_write, refuse_foreign
 
 NEIGHBOURS = 4  # points to either side from which a band's width is estimated
 # A band reaches so many standard deviations to either side of the mean: estimated from few runs,
@@ -117,6 +117,7 @@ class Expected:
             for name, band in self.bands.items()
         }
         content = {"experiment": self.experiment, "made_from": self.made_from, "bands": bands}
+        refuse_foreign(path, b'{\n "experiment":', "say another --band")
         with atomic_write(path) as file:
             file.write(_with_lists_in_lines(json.dumps(content, indent=1)).encode() + b"\n")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from support.system.files import UserError, atomic_write
+from support.system.files import UserError, atomic_write, refuse_foreign
 from support.system.settings import either
 
 LATEX_MEANS_SOMETHING_BY = {
@@ -103,6 +103,7 @@ def escape_latex(text: str) -> str:
 
 
 FORMATS = {".md": as_markdown, ".csv": as_csv, ".tex": as_latex}
+BEGINNINGS = {".md": b"| run |", ".csv": b"run,", ".tex": b"\\begin{tabular}"}  # of tables of runs
 
 
 def check_format(path: Path) -> None:
@@ -113,5 +114,6 @@ def check_format(path: Path) -> None:
 
 def write_table(path: Path, table: Table) -> None:
     """Write a table in the format that the file's ending names."""
+    refuse_foreign(path, BEGINNINGS[path.suffix], "say another --table")
     with atomic_write(path) as file:
         file.write(FORMATS[path.suffix](table).encode(errors="replace"))

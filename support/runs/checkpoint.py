@@ -199,6 +199,8 @@ def read_checkpoint(
     if not path.is_file():
         raise UserError(f"{path}: {_absence(path)}")
     try:
+        if not zipfile.is_zipfile(path):
+            raise UserError(f"{path}: not a readable checkpoint (torch.save writes other files)")
         if not is_verified:
             _check_sums(path)
         # Mapped, not held: inference keeps the averaged weights alone.

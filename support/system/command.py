@@ -12,7 +12,8 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
@@ -72,6 +73,7 @@ def _has_others() -> bool:
 def _status_of(main: Callable[[], int | None]) -> int:
     """Main's status, or that of what ended it, which is said."""
     try:
+        refuse_empty_words(sys.argv[1:])
         return main() or 0
     except UserError as error:
         _say_error(str(error))
@@ -92,6 +94,19 @@ def _status_of(main: Callable[[], int | None]) -> int:
         text = f"process {os.environ.get('RANK')}: {traceback.format_exc()}"
         print(text, end="", file=sys.stderr, flush=True)
         return 1
+
+
+def refuse_empty_words(words: Sequence[str]) -> None:
+    """UserError where an option is given nothing, as by a variable of the shell that is not set.
+
+    As if it had not been given, it would start something else than what was meant.
+    """
+    for before, word in pairwise(["the first word", *words]):
+        option, equals, value = word.partition("=")
+        if not word or (option.startswith("--") and equals and not value):
+            raise UserError(
+                f"{option or before}: is given nothing; give it a value, or leave it out"
+            )
 
 
 def _say_error(text: str) -> None:

@@ -21,6 +21,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
+MARKED_BYTES = 1024  # in which a file says what has made it
+PAGE_MARK = b"Whoever opens this page can be sure"  # in the pages of report.py and page.py
+
 
 class UserError(ValueError):
     """Something the user can mend; its text is the one line that they see."""
@@ -289,6 +292,21 @@ def check_writable(path: str | Path) -> None:
     make_folder(path.parent)
     if path.is_dir():
         raise UserError(f"{path}: is a folder, not a file to write")
+
+
+def refuse_foreign(path: Path, mark: bytes, way_out: str) -> None:
+    """UserError where a file is at `path` that does not hold `mark` near its start, as ours do."""
+    if not path.is_file():
+        return
+    try:
+        with open(path, "rb", opener=regular_only) as file:
+            is_ours = mark in file.read(MARKED_BYTES)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    if not is_ours:
+        raise UserError(
+            f"{path}: exists, and is not a file of this kind that was made here; {way_out}"
+        )
 
 
 def append_line(path: str | Path, line: str) -> None:
