@@ -493,7 +493,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             except NonFiniteStep as error:
                 raise doctor.explain(run, error) from None
             run.results.jobs.wait()
-            run.logbook.line(f"finished: all {config.total_steps} steps are done")
+            run.logbook.line(f"finished: all {run.learner.state.finished_steps} steps are done")
 
 
 if __name__ == "__main__":

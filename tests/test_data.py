@@ -20,8 +20,10 @@ import train
 from config import config_from_dict
 from support.data.batches import BatchPlan
 from support.data.datasets import (
+    DataRequest,
     DataSet,
     PixelData,
+    build_data,
     compare_data,
     count_classes,
     digits_split,
@@ -342,7 +344,7 @@ def test_the_main_process_alone_lists_and_opens_pictures(tmp_path, monkeypatch):
     sent[0] = pickle.loads(pickle.dumps(sent[0]))
     data_of(config, other)
     assert calls["scandir"] == calls["open"] == 0
-    assert calls["stat"] <= 2 * SIZES_COMPARED
+    assert calls["stat"] <= 2 * SIZES_COMPARED + 1  # and of the folder itself
     sizes.clear()
     sent.append(class_folders(tmp_path))
     sizes.append([1])
@@ -383,6 +385,14 @@ def test_folders_without_classes_or_pictures_are_refused(tmp_path):
 
 
 # What all have in common.
+
+
+@pytest.mark.parametrize("dataset_type", ["CIFAR10", "ImageFolder", "Imagenet"])
+def test_a_file_in_place_of_a_folder_is_refused(tmp_path, dataset_type):
+    (tmp_path / "file").touch()
+    request = DataRequest(dataset_type, 32, str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"/file is a file; name the folder that it is in$"):
+        build_data(request)
 
 
 @pytest.mark.parametrize("dataset_type", ["CIFAR10", "ImageFolder"])

@@ -60,11 +60,14 @@ class DataRequest:
 
     @property
     def folder(self) -> Path:
-        """dataset_path; UserError where it is not set."""
+        """dataset_path; UserError where it is not set, or no folder."""
         if not self.dataset_path:
             folder = DATASETS[self.dataset_type].folder
             raise UserError(f"dataset_path: not set; {self.dataset_type} needs {folder}")
-        return Path(os.path.expanduser(self.dataset_path))
+        path = Path(os.path.expanduser(self.dataset_path))
+        if path.is_file():
+            raise UserError(f"dataset_path: {path} is a file; name the folder that it is in")
+        return path
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from support.runs.trackers import Trackers
-from support.system.files import append_line, atomic_write
+from support.system.files import UserError, append_line, atomic_write
 from support.system.processes import Processes
 
 METRICS_FILE = "metrics.jsonl"
@@ -137,7 +137,10 @@ def cut_after(path: Path, step: int) -> None:
     """
     if not path.exists():
         return
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     end = 0
     for line in content.splitlines(keepends=True):
         if not line.endswith(b"\n") or _step_of(line) > step:
