@@ -41,7 +41,7 @@ def test_command_ends_with_one_line_and_a_status(main, status, line, capsys):
     [
         (["--replay", ""], "--replay: is given nothing; give it a value, or leave it out"),
         (["--set", "a=1", "--replay="], "--replay: is given nothing"),
-        (["", "x.html"], "the first word: is given nothing"),
+        (["", "x.html"], None),
         (["--set", "init_from="], None),
         (["--labels=a=", "-"], None),
     ],

@@ -101,12 +101,11 @@ def refuse_empty_words(words: Sequence[str]) -> None:
 
     As if it had not been given, it would start something else than what was meant.
     """
-    for before, word in pairwise(["the first word", *words]):
+    for before, word in pairwise(["", *words]):
         option, equals, value = word.partition("=")
-        if not word or (option.startswith("--") and equals and not value):
-            raise UserError(
-                f"{option or before}: is given nothing; give it a value, or leave it out"
-            )
+        for given, what in ((word, before), (value if equals else "-", option)):
+            if not given and what.startswith("--"):
+                raise UserError(f"{what}: is given nothing; give it a value, or leave it out")
 
 
 def _say_error(text: str) -> None:
