@@ -405,6 +405,16 @@ def load_config(
     return config_from_dict(read_yaml(path), str(path), overrides, pass_over)
 
 
+def override_by(option: str, key: str, text: str) -> str:
+    """KEY=VALUE of an option that stands for a key; UserError, in its name, where it is wrong."""
+    override = f"{key}={text}"
+    try:
+        config_from_dict({"working_dir": "any"}, option, [override])
+    except UserError as error:
+        raise UserError(str(error).replace(f"--set {key}", option, 1)) from None
+    return override
+
+
 def config_from_dict(
     values: Mapping[str, Any],
     source: str,

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from config import Config, add_options, config_from_dict, load_config
+from config import Config, add_options, config_from_dict, load_config, override_by
 from sampling import (
     SAMPLERS,
     LoadedModel,
@@ -199,7 +199,8 @@ def jumps_asked_for(arguments: argparse.Namespace, config: Config) -> list[Confi
             f"{len(counts)}"
         )
     values = config.to_dict()
-    return [config_from_dict(values, "--eval-NFE", [f"eval_NFE={count}"]) for count in counts]
+    asked = [override_by("--eval-NFE", "eval_NFE", count) for count in counts]
+    return [config_from_dict(values, "--eval-NFE", [override]) for override in asked]
 
 
 def make_file(
@@ -457,11 +458,11 @@ def times_in(text: str) -> tuple[float, ...]:
 def settings_of(arguments: argparse.Namespace) -> list[str]:
     """The command line's values of the config's keys, the last one of a key being the one meant."""
     given = {
-        "eval_batch_size": arguments.eval_batch_size,
-        "eval_num_samples": arguments.num_samples,
-        "seed": arguments.seed,
+        ("--eval-batch-size", "eval_batch_size"): arguments.eval_batch_size,
+        ("--num-samples", "eval_num_samples"): arguments.num_samples,
+        ("--seed", "seed"): arguments.seed,
     }
-    flags = [f"{key}={value}" for key, value in given.items() if value is not None]
+    flags = [override_by(*names, text) for names, text in given.items() if text is not None]
     return [*DEFAULTS, *arguments.set, *flags]
 
 
