@@ -470,8 +470,6 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
     """Keys of a resolved config whose values are fine alone and contradict others; the reasons."""
     if not config.working_dir.strip():
         yield "working_dir", "must name the folder of the run"
-    if config.init_from == "":
-        yield "init_from", "names no model; null starts from fresh weights"
     yield from _of_network(config)
     yield from _of_data(config)
     yield from _of_averages(config)
@@ -543,18 +541,27 @@ def _of_data(config: Config) -> Iterator[tuple[str, str]]:
         if getattr(config, name) and not dataset.has_files:
             fitting = " or ".join(name for name, kind in DATASETS.items() if kind.has_files)
             yield name, f"is for dataset_type {fitting}, not for {config.dataset_type}"
-    if dataset.has_files and config.dataset_path:
+    if config.horizontal_flips and config.augment_probability:
+        yield "horizontal_flips", "must be false where augment_probability is above 0: it flips"
+    if dataset.size and config.data_size != dataset.size:
+        yield "data_size", f"must be {dataset.size} for {config.dataset_type}"
+
+
+def refuse_start(config: Config) -> None:
+    """UserError where no run should start so, though what such a one has made can be used."""
+    if config.init_from == "":
+        raise UserError("init_from: '' names no model; null starts from fresh weights")
+    if DATASETS[config.dataset_type].has_files and config.dataset_path:
         data, results = (
             Path(os.path.expanduser(path)).resolve()
             for path in (config.dataset_path, config.working_dir)
         )
         # Folders whose names start with a dot are no classes.
         if data in [results, *results.parents] and not str(results).startswith(f"{data}/."):
-            yield "working_dir", "lies in dataset_path, where every folder is a class"
-    if config.horizontal_flips and config.augment_probability:
-        yield "horizontal_flips", "must be false where augment_probability is above 0: it flips"
-    if dataset.size and config.data_size != dataset.size:
-        yield "data_size", f"must be {dataset.size} for {config.dataset_type}"
+            raise UserError(
+                f"working_dir: {config.working_dir} lies in dataset_path, where every folder is a "
+                "class; say another"
+            )
 
 
 # A run's recorded config

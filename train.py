@@ -35,6 +35,7 @@ from config import (
     load_config,
     parse_options,
     refuse_another_experiment,
+    refuse_start,
     save_config,
 )
 from draws import draw_batch
@@ -265,6 +266,7 @@ class Run:
 
 def build_run(config: Config, processes: Processes, check_data: bool = False) -> Run:
     """A fresh run, its data and model checked; nothing is read of its folder, nothing written."""
+    refuse_start(config)
     plan = config.batch_plan(processes.world_size)
     if config.result_schedule().has_images:
         find_decoder(config)

@@ -185,7 +185,7 @@ class FolderData(TrainingData):
     """
 
     def __init__(self, files: LabelledFiles, files_sha256: str, size: int):
-        """`files_sha256` is `files.digest()`: to be taken once, by one process."""
+        """`files_sha256` is the digest of `files`: to be taken once, by one process."""
         spec = DataSpec(3, size, tuple(files.class_names), len(files))
         super().__init__(spec, torch.from_numpy(files.labels))
         self.files, self.files_sha256 = files, files_sha256
@@ -376,7 +376,8 @@ def load_folder_data(request: SharedRequest) -> TrainingData:
     files = list_pictures(request.folder, request.processes)
     if not request.skip_bad:  # else files that are no pictures are left for `check_examples`
         request.processes.done_by_main(lambda: refuse_non_pictures(files))
-    files_sha256 = request.processes.done_by_main(files.digest)
+    # What is not there is left to `skip_bad`.
+    files_sha256 = request.processes.done_by_main(lambda: files.digest(of_absent=-1))
     return FolderData(files, files_sha256, request.data_size)
 
 

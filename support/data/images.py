@@ -185,21 +185,23 @@ class LabelledFiles:
     def __iter__(self) -> Iterator[Path]:
         return map(self.__getitem__, range(len(self)))
 
-    def sizes(self) -> Iterator[int]:
-        """Bytes of each file; UserError names one that is not there."""
+    def sizes(self, of_absent: int | None = None) -> Iterator[int]:
+        """Bytes of each file; UserError names one that is not there, unless `of_absent` stands."""
 
         def size(path: Path) -> int:
             try:
                 return path.stat().st_size
             except OSError as error:
+                if of_absent is not None:
+                    return of_absent
                 raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
         return with_bar(in_threads(size, self, at_once=100), len(self), "looking at sizes", "file")
 
-    def digest(self) -> str:
-        """SHA-256 of the pictures' names and sizes, in order."""
+    def digest(self, of_absent: int | None = None) -> str:
+        """SHA-256 of the pictures' names and sizes, in order; as `sizes`."""
         digest = hashlib.sha256()
-        for name, num_bytes in zip(self.names, self.sizes(), strict=True):
+        for name, num_bytes in zip(self.names, self.sizes(of_absent), strict=True):
             digest.update(b"%b\0%d\0" % (name, num_bytes))
         return digest.hexdigest()
 
