@@ -249,7 +249,7 @@ def test_inference_makes_a_file_for_each_number_of_jumps_and_names_other_ways(ru
     assert "sampler" not in json.loads((run / "evals" / "3_2NFE_42.json").read_text())
     with pytest.raises(UserError, match="--grid: names one file, and --eval-NFE 1,2 asks for 2"):
         inference.main([*start, "--eval-NFE=1,2", "--grid=g.png"])
-    with pytest.raises(UserError, match="--set eval_NFE: 'x' is not a whole number"):
+    with pytest.raises(UserError, match="--eval-NFE: 'x' is not a whole number"):
         inference.main([*start, "--eval-NFE=1,x"])
     output = str(run / "evals" / "3_2NFE_42.npz")
     with pytest.raises(UserError, match="exists, with other samples: sampler None there, chain"):
