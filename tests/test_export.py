@@ -132,6 +132,18 @@ def test_classes_are_asked_for_by_name_where_numbers_could_mean_others(run, tmp_
     assert "labels=['1', '1', '10']" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_class_names_that_are_no_text_travel(run, tmp_path):
+    names = ["caf\udce9", *"123456789"]
+    path = tmp_path / "1.pt"
+    content = read_checkpoint(run / "ckpts" / "3.pt")
+    torch.save({**content, "data": {**content["data"], "class_names": names}}, path)
+    export.main([str(path), str(tmp_path / "exported"), "--space"])
+    loaded = load(tmp_path / "exported", device="cpu", report=lambda line: None)
+    assert list(loaded.class_names) == names
+    assert "caf?" in (tmp_path / "exported" / "README.md").read_text()
+    assert len(loaded.sample(labels=names[0])) == 1
+
+
 @pytest.mark.slow
 def test_the_graph_gives_the_images_of_torch_in_any_batch_size(run, tmp_path, capfd):
     pytest.importorskip("onnxruntime", reason="needs onnxruntime")
