@@ -23,7 +23,7 @@ from support.report.comparison import missing_metrics
 from support.report.expected import Expected, read_expected
 from support.report.page import Meaning, Report, render
 from support.report.runs import RecordedRun, read_runs
-from support.report.tables import check_format, write_table
+from support.report.tables import check_place, write_table
 from support.runs.logbook import settings_digest
 from support.system.files import PAGE_MARK, UserError, atomic_write, refuse_foreign
 from support.system.settings import may_change
@@ -145,7 +145,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.every and not arguments.watch:
         parser.error("--every: goes with --watch")
     if arguments.table:
-        check_format(arguments.table)
+        check_place(arguments.table)
     if arguments.output and arguments.output.suffix != ".html":
         parser.error(f"--output {arguments.output}: must be the name of a .html file")
     if arguments.output is None:

@@ -103,17 +103,18 @@ def escape_latex(text: str) -> str:
 
 
 FORMATS = {".md": as_markdown, ".csv": as_csv, ".tex": as_latex}
-BEGINNINGS = {".md": b"| run |", ".csv": b"run,", ".tex": b"\\begin{tabular}"}  # of tables of runs
+# What tells a table of runs from any other, by its first columns.
+MARKS = {".md": b"| run | step | NFE |", ".csv": b"run,step,NFE,", ".tex": b"\nrun & step & NFE &"}
 
 
-def check_format(path: Path) -> None:
-    """UserError where a table's file does not end like a format that there is."""
+def check_place(path: Path) -> None:
+    """UserError where a table's file does not end like a format that there is, or is another's."""
     if path.suffix not in FORMATS:
         raise UserError(f"--table {path}: must end in {either(FORMATS)}")
+    refuse_foreign(path, MARKS[path.suffix], "say another --table")
 
 
 def write_table(path: Path, table: Table) -> None:
     """Write a table in the format that the file's ending names."""
-    refuse_foreign(path, BEGINNINGS[path.suffix], "say another --table")
     with atomic_write(path) as file:
         file.write(FORMATS[path.suffix](table).encode(errors="replace"))

@@ -101,11 +101,10 @@ def refuse_empty_words(words: Sequence[str]) -> None:
 
     As if it had not been given, it would start something else than what was meant.
     """
-    for before, word in pairwise(["", *words]):
-        option, equals, value = word.partition("=")
-        for given, what in ((word, before), (value if equals else "-", option)):
-            if not given and what.startswith("--"):
-                raise UserError(f"{what}: is given nothing; give it a value, or leave it out")
+    empty = [word[:-1] for word in words if re.fullmatch(r"--[\w-]+=", word)]
+    empty += [before for before, word in pairwise(words) if before.startswith("--") and not word]
+    if empty:
+        raise UserError(f"{empty[0]}: is given nothing; give it a value, or leave it out")
 
 
 def _say_error(text: str) -> None:
