@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import doctor
-import preview
+from training import doctor
+from training import preview
 from config import (
     FIELDS,
     Config,
@@ -38,10 +38,10 @@ from config import (
     refuse_start,
     save_config,
 )
-from draws import draw_batch
-from held_out import FrozenBatch, draw_held_out, measure
+from training.draws import draw_batch
+from training.held_out import FrozenBatch, draw_held_out, measure
 from models import Batch, Method, build_model
-from outputs import make_result, save_and_stop
+from training.outputs import make_result, save_and_stop
 from passes import set_options
 from published import save_published_config
 from sampling import find_decoder

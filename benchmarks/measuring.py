@@ -16,7 +16,7 @@ import support  # noqa: E402, F401  # before torch: tells its threads how to wai
 import torch  # noqa: E402
 
 from config import Config, load_config  # noqa: E402
-from draws import draw_batch  # noqa: E402
+from training.draws import draw_batch  # noqa: E402
 from models import Batch  # noqa: E402
 from support.data.batches import BatchPlan  # noqa: E402
 from support.data.datasets import PixelData, RawBatch  # noqa: E402

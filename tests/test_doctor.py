@@ -8,7 +8,7 @@ import pytest
 import torch
 from commands import digits_settings
 
-import doctor
+from training import doctor
 import train
 from support.data.datasets import PixelData
 from support.runs.guard import NonFiniteGuard

@@ -5,7 +5,7 @@ import torch
 
 from augmentation import draw_augmentation
 from config import Config, resolve
-from draws import draw_batch
+from training.draws import draw_batch
 from models import Batch
 from support.data.batches import BatchPlan
 from support.data.datasets import PixelData

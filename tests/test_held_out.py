@@ -9,10 +9,10 @@ from commands import digits_settings
 from exact import ExactNetwork
 from test_train import assert_equal, load, numbers_of, state_of
 
-import preview
+from training import preview
 import train
 from config import load_config
-from held_out import BINS, draw_held_out, measure
+from training.held_out import BINS, draw_held_out, measure
 from models import METHODS, SoFlow
 from support.data.datasets import ALONE, DataRequest, build_data, digits_split
 from support.system.files import UserError

@@ -10,7 +10,7 @@ import worker
 from commands import ROOT, digits_settings, run, succeed
 from test_train import assert_equal, load, state_of
 
-from draws import draw_batch
+from training.draws import draw_batch
 from models import Batch, Samples
 from schedules import ConsistencyTimes
 from support.data.batches import BatchPlan

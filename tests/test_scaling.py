@@ -7,10 +7,10 @@ import pytest
 import torch
 from commands import ROOT, digits_settings
 
-import preview
+from training import preview
 import train
 from config import Config, load_config
-from draws import draw_batch
+from training.draws import draw_batch
 from models import backbone_of
 from support.data.batches import BatchPlan
 from support.data.datasets import MadeUpData

@@ -19,7 +19,7 @@ def tracked() -> list[Path]:
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:  # an unpacked archive: then what lies there is the project
-        folders = ["support", "tests", "benchmarks", "quickstart", "examples", "docs"]
+        folders = ["support", "training", "tests", "benchmarks", "quickstart", "examples", "docs"]
         found = [*ROOT.glob("*.py"), *(p for name in folders for p in (ROOT / name).rglob("*.py"))]
         return sorted(found)
     return [ROOT / name for name in listed.stdout.split() if (ROOT / name).exists()]
@@ -35,9 +35,9 @@ TREES = {path: ast.parse(path.read_text()) for path in tracked()}
 MODULES = {
     name_of(path): tree
     for path, tree in TREES.items()
-    if path.parent == ROOT or ROOT / "support" in path.parents
+    if path.parent == ROOT or {ROOT / "support", ROOT / "training"} & {*path.parents}
 }
-SUPPORT = [name for name in MODULES if name.split(".")[0] == "support"]
+SUPPORT = {name for name in MODULES if name.split(".")[0] == "support"}
 
 
 def statements(tree: ast.AST, at_import: bool) -> Iterator[ast.AST]:
@@ -70,7 +70,7 @@ def test_no_module_imports_itself_by_way_of_others():
 
 
 def test_what_supports_the_method_imports_nothing_of_it():
-    top = {name for name in MODULES if "." not in name} - {"support"}
+    top = MODULES.keys() - SUPPORT
     assert {name: found for name in SUPPORT if (found := imports(name) & top)} == {}
 
 

@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from config import Config, as_yaml, load_config
-from held_out import forwards
+from training.held_out import forwards
 from models import BACKBONES, Batch, Method, Samples, backbone_of, build_model
 from passes import set_options
 from schedules import consistency_times

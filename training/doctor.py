@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from config import Config, config_from_dict, refuse_another_experiment
-from draws import draw_batch
+from training.draws import draw_batch
 from models import Batch
 from support.data.batches import BatchPlan, DataOrder
 from support.runs.checkpoint import check_weights
