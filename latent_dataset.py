@@ -283,7 +283,7 @@ def run_extraction(
     vae = load_vae(found, processes.device)
     plan = Plan(
         num_images=len(files),
-        images_sha256=processes.done_by_main(files.digest),
+        images_sha256=processes.on_rank0(files.digest),
         image_size=arguments.image_size,
         vae_sha256=weights_digest(vae.state_dict()),
         dtype=arguments.dtype,
@@ -293,10 +293,10 @@ def run_extraction(
         precision=arguments.precision,
     )
     parts_folder = PartsFolder(Path(arguments.save_path))
-    if processes.done_by_main(lambda: is_made(parts_folder, plan)):
+    if processes.on_rank0(lambda: is_made(parts_folder, plan)):
         return None
-    processes.done_by_main(lambda: until_end.enter_context(parts_folder.owned()))
-    plan, missing = processes.done_by_main(lambda: begin(parts_folder, plan, arguments))
+    processes.on_rank0(lambda: until_end.enter_context(parts_folder.owned()))
+    plan, missing = processes.on_rank0(lambda: begin(parts_folder, plan, arguments))
     if processes.is_main:
         say(f"pictures in {plan.num_parts} parts; {len(missing)} of them are to be made")
     parts = missing[processes.rank :: processes.world_size]

@@ -74,7 +74,7 @@ def train(run: "Run") -> None:
     config, state, learner = run.config, run.learner.state, run.learner
     for path in run.results.due(state.finished_steps):
         # A run stopped between a checkpoint and the eval of the same step still gets its eval.
-        if not run.processes.agree(path.exists()):
+        if not run.processes.broadcast_object(path.exists()):
             make_result(run, path)
     if state.finished_steps >= config.total_steps:
         return
@@ -350,10 +350,10 @@ def start_from_another(run: Run) -> list[str]:
     network = state.model.network
     names, null_label = run.data.spec.class_names, state.model.null_label
     label_table = getattr(network, "label_table", "")
-    record, notes = run.processes.done_by_main(
+    record, notes = run.processes.on_rank0(
         lambda: start_from(source, network, label_table, null_label, names)
     )
-    run.processes.spread(state.model.state_dict().values())
+    run.processes.broadcast_(state.model.state_dict().values())
     state.restart_averages()
     state.started_from = record
     return notes

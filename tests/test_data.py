@@ -299,7 +299,7 @@ def test_processes_check_a_share_each_and_come_to_one_list(tmp_path, monkeypatch
     damage(tmp_path / "cup" / "1.jpg", tmp_path / "cat" / "0.jpg")
     found, tried = {}, []
     files = class_folders(tmp_path)
-    monkeypatch.setattr(Processes, "agree", lambda own, value: value or files)
+    monkeypatch.setattr(Processes, "broadcast_object", lambda own, value: value or files)
     monkeypatch.setattr(
         Processes,
         "gather",
@@ -333,7 +333,7 @@ def test_the_main_process_alone_lists_and_opens_pictures(tmp_path, monkeypatch):
     sent, sizes = [], []
     monkeypatch.setattr(
         Processes,
-        "agree",
+        "broadcast_object",
         lambda own, value: (sent.append(value) or value) if own.is_main else sent.pop(0),
     )
     monkeypatch.setattr(Processes, "gather", lambda own, value: sizes.append(value) or sizes)

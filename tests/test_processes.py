@@ -274,7 +274,7 @@ def test_another_process_is_gone_only_where_one_was_there(error, said):
 
 def test_working_dir_that_each_machine_has_for_itself_is_refused_by_name(tmp_path, monkeypatch):
     own = Processes(0, 0, 2, torch.device("cpu"))
-    monkeypatch.setattr(Processes, "agree", lambda self, value: value)
+    monkeypatch.setattr(Processes, "broadcast_object", lambda self, value: value)
     monkeypatch.setattr(Processes, "gather", lambda self, value: [value, "beta"])
     with pytest.raises(UserError, match=f"working_dir: {tmp_path} on beta is not the folder"):
         own.check_shared(tmp_path, "working_dir")

@@ -39,7 +39,7 @@ def test_continuing_checks_sums_in_the_main_process_alone(
     saved, path = fresh_state(), tmp_path / "ckpts" / "1.pt"
     step(saved)
     save(saved, path)
-    monkeypatch.setattr(Processes, "agree", lambda self, value: path)
+    monkeypatch.setattr(Processes, "broadcast_object", lambda self, value: path)
     state = fresh_state()
     plan = BatchPlan(16, 10, 2, 1)
     assert resume(tmp_path, state, processes, plan, lambda content, path: []) == (path, [])

@@ -130,7 +130,7 @@ def save_and_stop(run: Run) -> NoReturn:
     steps, jobs = run.learner.state.finished_steps, run.results.jobs
     path = run.results.path("ckpts", steps)
     jobs.wait()
-    if not run.processes.agree(path.exists()):
+    if not run.processes.broadcast_object(path.exists()):
         make_checkpoint(run, path)
         jobs.wait()
     run.logbook.line(

@@ -375,15 +375,15 @@ def _whole_set(images: cifar10.Cifar10Images | fashion.FashionImages) -> Trainin
 def load_folder_data(request: SharedRequest) -> TrainingData:
     files = list_pictures(request.folder, request.processes)
     if not request.skip_bad:  # else files that are no pictures are left for `check_examples`
-        request.processes.done_by_main(lambda: refuse_non_pictures(files))
+        request.processes.on_rank0(lambda: refuse_non_pictures(files))
     # What is not there is left to `skip_bad`.
-    files_sha256 = request.processes.done_by_main(lambda: files.digest(of_absent=-1))
+    files_sha256 = request.processes.on_rank0(lambda: files.digest(of_absent=-1))
     return FolderData(files, files_sha256, request.data_size)
 
 
 def list_pictures(folder: Path, processes: Processes) -> LabelledFiles:
     """`class_folders`, listed by the main process; UserError where another sees other pictures."""
-    files = processes.done_by_main(lambda: class_folders(folder))
+    files = processes.on_rank0(lambda: class_folders(folder))
     sizes = processes.gather(files.some_sizes())
     for rank, seen in enumerate(sizes):
         if seen != sizes[0]:

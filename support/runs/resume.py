@@ -27,7 +27,7 @@ def resume(
     path, content = None, None
     if processes.is_main:
         path, content = newest_usable(folder / "ckpts", state, compare, notes)
-    path = processes.agree(path)
+    path = processes.broadcast_object(path)
     if path is None:
         return None, notes + compare({}, folder / "config.yaml")
     if content is None:

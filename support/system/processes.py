@@ -57,8 +57,8 @@ class Processes:
             dist.all_reduce(values)
         return values
 
-    def spread(self, tensors: Iterable[Tensor]) -> None:
-        """Give every process the main one's values of these tensors, in place."""
+    def broadcast_(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite these tensors with those of rank 0, on every process."""
         if self.world_size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
@@ -90,22 +90,22 @@ class Processes:
 
         return wait
 
-    def agree(self, value: Value | None) -> Value:
-        """The main process's `value`, on every process; the others' are not looked at."""
+    def broadcast_object(self, value: Value | None) -> Value:
+        """Return rank 0's `value` on every process; the others' values are ignored."""
         shared: list[Any] = [value]
         if self.world_size > 1:
             dist.broadcast_object_list(shared, device=self.device)
         return shared[0]
 
-    def done_by_main(self, work: Callable[[], Value]) -> Value:
-        """What `work` gives, done by the main process alone; its UserError is raised by all."""
+    def on_rank0(self, work: Callable[[], Value]) -> Value:
+        """Run `work` on rank 0 only; every process gets its result, or raises its UserError."""
         outcome: Any = None
         if self.is_main:
             try:
                 outcome = work()
             except UserError as error:
                 outcome = error
-        outcome = self.agree(outcome)
+        outcome = self.broadcast_object(outcome)
         if isinstance(outcome, UserError):
             raise outcome
         return outcome
@@ -125,11 +125,11 @@ class Processes:
         """
         if self.world_size == 1:
             return
-        token = folder / self.agree(f".shared-{uuid.uuid4().hex}")
+        token = folder / self.broadcast_object(f".shared-{uuid.uuid4().hex}")
         try:
             if self.is_main:
                 token.touch()
-            self.agree(None)  # by now it is there
+            self.broadcast_object(None)  # by now it is there
             missing = self.gather(None if token.exists() else socket.gethostname())
         finally:
             if self.is_main:
