@@ -95,169 +95,177 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
 
     working_dir: Annotated[Name, AfterValidator(_folder)] = changeable(
-        "", "folder of the run, relative to where the command is started"
+        "", "folder of the run, relative to the current directory"
     )
     # Model
-    method: Annotated[str, Choice(METHODS)] = key("SoFlow", f"what is trained: {either(METHODS)}")
+    method: Annotated[str, Choice(METHODS)] = key("SoFlow", "the training objective")
     noising_type: Annotated[str, Choice(PATHS)] = key(
-        "Linear", f"how data and noise are mixed over time: {either(PATHS)}"
+        "Linear", "how data and noise are mixed over time"
     )
     coefficient_type: Annotated[str, Choice(SOLUTION_FORMS)] = key(
-        "Euler", f"form of the solution f = a x + b F: {either(SOLUTION_FORMS)}"
+        "Euler", "form of the solution f = a x + b F"
     )
-    model_type: Annotated[Name, AfterValidator(_network)] = key(
-        "DiT-B-4", f"the network: {either(kind.written for kind in BACKBONES.values())}"
-    )
+    model_type: Annotated[Name, AfterValidator(_network)] = key("DiT-B-4", "the network")
     unet_dropout: Decimal = key(
-        0.30, "probability of dropout in the UNet; the DiT has none", ge=0, lt=1
+        0.30, "dropout probability of the UNet; the DiT has no dropout", ge=0, lt=1
     )
     init_from: Name | None = key(
-        None, "model whose weights a fresh run starts from: a run, a file, or a name on the hub"
+        None, "start from the weights of this run, file, or model on the hub"
     )
     # Data
     dataset_type: Annotated[str, Choice(DATASETS)] = key(
-        "Imagenet", f"{either(DATASETS)}; Imagenet is latents"
+        "Imagenet", "the data set; Imagenet is a file of latents"
     )
     data_size: Whole = key(32, "side of the data, in pixels or latents", ge=1, le=8192)
     dataset_path: Name | None = changeable(None, "folder of the data set")
     augment_probability: Decimal | None = key(
         None,
-        "probability of each augmentation; null: 0.12 for a UNet on CIFAR10, else 0",
+        "probability of each augmentation; null: 0.12 for the UNet on CIFAR10, else 0",
         ge=0,
         le=1,
     )
-    horizontal_flips: bool = key(False, "mirror half of the pictures, by chance (ImageFolder)")
+    horizontal_flips: bool = key(False, "mirror each picture with probability 1/2 (ImageFolder)")
     # May change, since what it changes is known by the number of pictures that are left.
     skip_bad: bool = changeable(
-        False, "leave out pictures that cannot be read (ImageFolder); decodes all at the start"
+        False, "skip unreadable pictures (ImageFolder); decodes all of them at the start"
     )
     # May change, since one and the same VAE has a name here and a folder there; that it made the
     # latents is checked against their file.
     vae: Name = changeable(
         VAE_NAME, "VAE of the latents: a name on the Hugging Face Hub, or a folder"
     )
-    vae_batch_size: Whole = changeable(16, "images that it decodes at a time", ge=1)
+    vae_batch_size: Whole = changeable(16, "images per decoder call", ge=1)
     # Objective
     velocity_loss_ratio: Decimal = key(
-        0.75, "share of each batch for flow matching; the rest is for consistency", ge=0, le=1
+        0.75,
+        "share of the batch for flow matching; the rest is for consistency",
+        ge=0,
+        le=1,
     )
-    p: Decimal = key(1.0, "exponent of the loss weight 1 / (squared error + eps)^p", ge=0, le=10)
-    eps: Decimal = key(0.01, "keeps the loss weight finite", gt=0)
+    p: Decimal = key(
+        1.0, "exponent of the adaptive loss weight 1 / (squared error + eps)^p", ge=0, le=10
+    )
+    eps: Decimal = key(0.01, "keeps the adaptive loss weight finite", gt=0)
     time_mean: Annotated[tuple[Logit, Logit, Logit], Three] = key(
         (-0.2, -1.0, 0.2), "logit-normal means of: flow matching t, consistency s, consistency t"
     )
     time_std: Annotated[tuple[Spread, Spread, Spread], Three] = key(
         (1.0, 0.8, 0.8), "logit-normal standard deviations of the same three"
     )
-    cfg_scale: Decimal = key(1.0, "guidance trained into the model; 1 is none", ge=1)
+    cfg_scale: Decimal = key(
+        1.0, "classifier-free guidance scale, trained into the model; 1 is none", ge=1
+    )
     mix_ratio: Decimal = key(
-        1.0, "share of the guided velocity in the target; the rest is the model's own", ge=0, le=1
+        1.0,
+        "share of the guided velocity in the target; the rest is the model's",
+        ge=0,
+        le=1,
     )
     cfg_drop_rate: Decimal = key(
-        0.0, "probability that a label is replaced by the null class", ge=0, lt=1
+        0.0, "probability that the null label replaces a label", ge=0, lt=1
     )
     cfg_decay_time: Decimal = key(
-        1.0, "time beyond which guidance fades towards the noise; 1 is never", ge=0
+        1.0, "guidance fades out from this time to t = 1; 1: it does not fade", ge=0
     )
     l_schedule: Annotated[str, Choice(GAP_SCHEDULES)] = key(
-        "Exponent", f"how the gap fraction r falls: {either(GAP_SCHEDULES)}"
+        "Exponent", "how the gap fraction r falls over training"
     )
     l_init_ratio: Decimal = key(
-        0.1, "r at the first step: where l lies between t (0) and s (1)", gt=0, le=1
+        0.1, "r at the first step; r is where l lies between t (0) and s (1)", gt=0, le=1
     )
     l_end_ratio: Decimal = key(0.002, "r at the last step", gt=0, le=1)
     # Training
     total_steps: Whole = key(
-        400_000, "length of training; it also stretches the schedule of r", ge=1, le=10**9
+        400_000, "length of training, and of the schedule of r", ge=1, le=10**9
     )
     ema_decay_rate: Decimal = key(
-        0.9999, "decay per step of the averaged weights, from which images are made", ge=0, lt=1
+        0.9999, "decay per step of the EMA of the weights; images are made from it", ge=0, lt=1
     )
     ema_decay_rates: Annotated[tuple[Beta, ...], BeforeValidator(listed)] = key(
-        (), "decay rates of further averages, kept beside that one"
+        (), "decay rates of additional EMAs"
     )
     ema_power: Annotated[tuple[RelativeStd, ...], BeforeValidator(listed)] = key(
-        (), "relative standard deviations of power function averages, kept besides"
+        (), "relative standard deviations of power function EMAs, kept as well"
     )
     ema_snapshot_steps: Whole | None = changeable(
-        None, "those go to averages/ every so many steps, for posthoc_ema.py; 0 is never", ge=0
+        None, "save these to averages/ every so many steps, for posthoc_ema.py; 0: never", ge=0
     )
     ema_every_steps: Whole | None = key(
-        None, "the averages move after steps 1, 1 + this, ...; null: 16 on CIFAR10, else 1", ge=1
+        None, "update the EMAs after steps 1, 1 + this, ...; null: 16 on CIFAR10, else 1", ge=1
     )
     optimizer: Annotated[str, Choice(OPTIMIZERS)] | None = key(
-        None, f"{either(OPTIMIZERS)}; null: RAdam on CIFAR10, else AdamW"
+        None, "null: RAdam on CIFAR10, else AdamW"
     )
-    learning_rate: Decimal = changeable(1e-4, "constant from the first step to the last", ge=0)
+    learning_rate: Decimal = changeable(1e-4, "constant after the warm-up", ge=0)
     betas: Annotated[tuple[Beta, Beta], Two] = changeable(
-        (0.9, 0.99), "decay rates of the optimizer's two moments"
+        (0.9, 0.99), "the optimizer's two moment decay rates"
     )
     weight_decay: Decimal = changeable(0.0, "of the optimizer", ge=0)
     warmup_steps: Whole | None = changeable(
-        None, "steps in which the learning rate rises from 0; 0 is none", ge=0
+        None, "steps over which the learning rate rises from 0; 0: none", ge=0
     )
     gradient_clip: Decimal | None = changeable(
-        None, "bound on the gradient's norm; null is none", gt=0
+        None, "largest gradient norm; null: no clipping", gt=0
     )
     batch_size: Whole = key(
-        256, "samples per step over all processes and accumulation steps", ge=1, le=10**8
+        256, "samples per step, over all processes and accumulation steps", ge=1, le=10**8
     )
-    accumulation_steps: Whole = changeable(
-        1, "parts that each process cuts its share of the batch into", ge=1
-    )
+    accumulation_steps: Whole = changeable(1, "microbatches per process and step", ge=1)
     num_workers: Whole = changeable(
-        12, "processes that load data; 0 loads in the training process", ge=0, le=1000
+        12, "data loading processes; 0 loads in the training process", ge=0, le=1000
     )
     prefetch_factor: Whole | None = changeable(
-        6, "batches that each of them prepares ahead", or_else=", or null", ge=1, le=1000
+        6, "batches that each of them prepares ahead of time", or_else=", or null", ge=1, le=1000
     )
-    seed: Whole = key(42, "of everything that is drawn", ge=0)
+    seed: Whole = key(42, "seed of all random draws", ge=0)
     # Results
     eval_steps: Whole | None = changeable(
-        25_000, "images for scoring every so many steps; 0 is never", ge=0
+        25_000, "write images for scoring every so many steps; 0: never", ge=0
     )
-    eval_batch_size: Whole = changeable(125, "images at a time and process", ge=1, le=10**8)
+    eval_batch_size: Whole = changeable(125, "images per batch and process", ge=1, le=10**8)
     eval_NFE: Whole = changeable(  # noqa: N815 - the reference's key
-        1, "jumps per image", ge=1, le=1000
+        1, "sampling steps per image", ge=1, le=1000
     )
-    eval_num_samples: Whole = changeable(50_000, "images for scoring", ge=1, le=10**8)
+    eval_num_samples: Whole = changeable(50_000, "number of images for scoring", ge=1, le=10**8)
     eval_demo_steps: Whole | None = changeable(
-        1_000, "a picture of samples every so many steps; 0 is never", ge=0
+        1_000, "draw a grid of samples every so many steps; 0: never", ge=0
     )
     eval_demo_shape: Annotated[tuple[Cells, Cells], Two] = changeable(
-        (4, 8), "its rows and columns"
+        (4, 8), "rows and columns of that grid"
     )
     ckpt_saving_steps: Whole | None = changeable(
-        200_000, "a checkpoint every so many steps, besides the first and the last", ge=0
+        200_000, "save a checkpoint every so many steps, and at the first and last step", ge=0
     )
-    logging_steps: Whole | None = changeable(100, "a line of metrics every so many steps", ge=0)
+    logging_steps: Whole | None = changeable(100, "log metrics every so many steps", ge=0)
     held_out: Whole = key(
-        0, "images kept out of training for a loss of their own; a test split's, if any", ge=0
+        0, "images to measure a held-out loss on; from the test split, if there is one", ge=0
     )
     held_out_steps: Whole | None = changeable(
-        1_000, "that loss every so many steps; 0 is never", ge=0
+        1_000, "measure that loss every so many steps; 0: never", ge=0
     )
     log_to: Annotated[tuple[Annotated[str, Choice(TRACKERS)], ...], BeforeValidator(listed)] = (
-        changeable((), f"trackers that are told the metrics, too: {either(TRACKERS)}")
+        changeable((), "experiment trackers that get the metrics as well")
     )
     keep_last: Whole | None = changeable(
-        None, "checkpoints and evals that are kept, the newest; null: all", ge=1
+        None, "keep this many of the newest checkpoints and evals; null: all", ge=1
     )
     keep_every_steps: Whole | None = changeable(
-        None, "besides, those at multiples of so many steps are kept", ge=1
+        None, "also keep those at multiples of so many steps", ge=1
     )
     # Machine; none of these changes results but by rounding
     device: Annotated[str, Choice(("auto", "cuda", "mps", "cpu"))] = changeable(
-        "auto", "auto (the best there is), cuda, mps or cpu"
+        "auto", "auto takes the best device there is"
     )
     precision: Annotated[str, Choice(("tf32", "fp32", "bf16"))] = changeable(
-        "tf32", "tf32, fp32 or bf16; bf16 is for the flow matching and guidance passes alone"
+        "tf32", "bf16 applies to the flow matching and guidance passes only"
     )
-    compile: bool = changeable(False, "compile the network, while training")
-    activation_checkpointing: bool = changeable(False, "compute activations twice, to store few")
-    channels_last: bool = changeable(False, "memory layout of a UNet; DiTs have no use for it")
+    compile: bool = changeable(False, "compile the network for training")
+    activation_checkpointing: bool = changeable(
+        False, "recompute activations in the backward pass, to save memory"
+    )
+    channels_last: bool = changeable(False, "memory layout of the UNet; no effect on a DiT")
     timeout_minutes: Decimal = changeable(
-        30.0, "silence after which a process gives up on another", gt=0, le=100_000
+        30.0, "how long a process waits for another", gt=0, le=100_000
     )
 
     @property

@@ -1,9 +1,9 @@
-"""Write docs/config.md: every key of a config, as config.py defines it.
+"""Write docs/config.md: a table of every key of a config, made from config.py.
 
     python docs/make_config.py
 
-A test fails while the page is not what this makes. Its sections are the one-line comments in
-`Config`.
+A test fails while the page differs from what this writes. The one-line comments in `Config` become
+the section headings.
 """
 
 import inspect
@@ -19,17 +19,18 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from config import FIELDS, TYPES, Config  # noqa: E402
+from models import BACKBONES  # noqa: E402
 from support.system.settings import choices_of, may_change, range_of, wanted  # noqa: E402
 
 HEAD = """\
 # The keys of a config
 
-*Made from `config.py` by `python docs/make_config.py`; change it there.*
+*`python docs/make_config.py` makes this page from `config.py`. Change it there.*
 
-A config has to name `working_dir`; any other key that it leaves out has its default. On the command
-line `--set KEY=VALUE` replaces a value. *May change* tells whether a run may continue with another
-value. Where it may not, the value makes it another experiment, and `--allow-changed KEY` has to
-confirm that you mean it ([training](training.md#continue)).
+A config must set `working_dir`. Every other key has a default. `--set KEY=VALUE` replaces a value on
+the command line. *May change* says whether a run may continue with another value. Any other change
+makes it another experiment, which `--allow-changed KEY` has to confirm
+([training](training.md#continue)).
 """
 COLUMNS = """
 | key | default | values | meaning | may change |
@@ -43,7 +44,7 @@ def page() -> str:
 
 
 def section_or_row(line: str) -> str:
-    """What a line of `Config` gives: the head of a table, a row, or nothing."""
+    """The Markdown of one line of `Config`: the head of a table, a row, or nothing."""
     if key := re.match(r"    (\w+): ", line):
         row_of_key = row(key[1], FIELDS[key[1]])
         return head_of("Run", None) + row_of_key if key[1] == "working_dir" else row_of_key
@@ -53,7 +54,7 @@ def section_or_row(line: str) -> str:
 
 
 def head_of(name: str, remark: str | None) -> str:
-    """The heading of a section, a remark on it, and the head of its table."""
+    """A section's heading, a remark on it, and the head of its table."""
     said = f"\n{remark[0].upper()}{remark[1:]}.\n" if remark else ""
     return f"\n## {name}\n{said}{COLUMNS}"
 
@@ -75,7 +76,9 @@ def shown(default: object) -> str:
 
 
 def values_of(name: str, field: FieldInfo) -> str:
-    """What a key's value may be, in words."""
+    """The values that a key may have, in words."""
+    if name == "model_type":
+        return "; ".join(backbone.written for backbone in BACKBONES.values())
     parts = typing.get_args(TYPES[name])
     is_optional = type(None) in parts
     if choices := choices_of(field):
