@@ -16,7 +16,7 @@ from support.system.files import UserError
 
 def all_parts(plan):
     return [
-        (list(plan.flow_matching_samples(microbatch)), list(plan.consistency_samples(microbatch)))
+        (list(plan.first_samples(microbatch)), list(plan.other_samples(microbatch)))
         for rank in range(plan.world_size)
         for microbatch in plan.microbatches_of(rank)
     ]

@@ -12,7 +12,7 @@ from support.data.datasets import PixelData
 from support.system.randomness import generator
 
 CPU = torch.device("cpu")
-PLAN = BatchPlan(batch_size=16, flow_matching_count=10, world_size=1, accumulation_steps=1)
+PLAN = BatchPlan(batch_size=16, first_count=10, world_size=1, accumulation_steps=1)
 
 
 def config(**values) -> Config:

@@ -316,7 +316,7 @@ def test_entries_of_a_checkpoint_that_are_not_what_they_must_be_are_named(tmp_pa
 
 @pytest.mark.parametrize(
     "parts",
-    [{}, {"batch_size": 8}, {"a": 1}, dict.fromkeys(vars(BatchPlan(8, 6, 1, 1)), "x"),
+    [{}, {"batch_size": 8}, {"a": 1}, dict.fromkeys(BatchPlan(8, 6, 1, 1).record(), "x"),
      {"batch_size": 8, "flow_matching_count": 6, "world_size": 0, "accumulation_steps": 1}],
 )  # fmt: skip
 def test_parts_of_a_batch_that_cannot_be_are_a_line(parts):

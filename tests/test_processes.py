@@ -48,8 +48,8 @@ def cut(batch: Batch, num_microbatches: int) -> list[Batch]:
 
     parts = []
     for part in range(num_microbatches):
-        velocity = plan.flow_matching_samples(part)
-        consistency = [place - 10 for place in plan.consistency_samples(part)]
+        velocity = plan.first_samples(part)
+        consistency = [place - 10 for place in plan.other_samples(part)]
         parts.append(
             Batch(
                 rows(batch.flow_matching, velocity),

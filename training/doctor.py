@@ -88,8 +88,7 @@ def microbatches(run: Run, step: int, indices: list[int]) -> Iterator[Batch]:
     """This process's share of the step's batch, as it was drawn."""
     plan, device = run.learner.plan, run.processes.device
     for microbatch in plan.microbatches_of(run.processes.rank):
-        places = [*plan.flow_matching_samples(microbatch), *plan.consistency_samples(microbatch)]
-        raw = run.data[[indices[place] for place in places]]
+        raw = run.data[[indices[place] for place in plan.samples(microbatch)]]
         yield draw_batch(run.config, plan, run.data, raw, step - 1, microbatch, device)
 
 
@@ -125,7 +124,7 @@ def save(run: Run, path: Path, step: int, indices: list[int], losses: list[Broke
         "indices": indices,
         "weights": weights.name,
         "broken": {loss.name: loss.times for loss in losses},
-        "parts": dataclasses.asdict(run.learner.plan),
+        "parts": run.learner.plan.record(),
         "config": run.config.to_dict(),
     }
     with atomic_write(path) as file:
@@ -178,7 +177,7 @@ def read(path: Path) -> BrokenStep:
         return BrokenStep(
             int(record["step"]),
             list(map(int, record["indices"])),
-            BatchPlan(**record["parts"]),
+            BatchPlan.from_record(record["parts"]),
             config_from_dict(record["config"], str(path)),
             torch.load(weights, weights_only=True, map_location="cpu"),
         )

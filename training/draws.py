@@ -63,7 +63,7 @@ def draw_batch(
             dropout_seed=derive_seed(config.seed, f"{loss} dropout", step, microbatch),
         )
 
-    V = len(plan.flow_matching_samples(microbatch))
+    V = len(plan.first_samples(microbatch))
     C = len(x_0) - V
     drawn_s, drawn_t = times("consistency s", C, index=1), times("consistency t", C, index=2)
     return Batch(
@@ -71,6 +71,6 @@ def draw_batch(
         times("flow matching t", V, index=0),
         samples(slice(V, None), "consistency"),
         consistency_times(drawn_t, drawn_s, config.gap_fraction_at(step)),
-        plan.flow_matching_count,
-        plan.consistency_count,
+        plan.first_count,
+        plan.other_count,
     )

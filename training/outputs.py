@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -46,7 +45,7 @@ def make_checkpoint(run: Run, path: Path) -> None:
             **learner.state.state_dict(order.steps_per_epoch),
             "data": run.data.record(),
             "config": config.to_dict(),
-            "parts": dataclasses.asdict(learner.plan),
+            "parts": learner.plan.record(),
             "interval": learner.state.interval.state_dict(run.processes),
         },
     )

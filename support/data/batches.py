@@ -1,6 +1,7 @@
 """What a batch is: the microbatches of a global batch, the order of samples, the loader."""
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,17 +14,20 @@ from support.runs.signals import leave_to_parent
 from support.system.files import UserError
 from support.system.randomness import generator
 
+# The fields of a BatchPlan, by their names in checkpoints, which older versions chose.
+STORED_NAMES = ("batch_size", "flow_matching_count", "world_size", "accumulation_steps")
+
 
 @dataclass(frozen=True)
 class BatchPlan:
     """How a global batch is cut into microbatches: by process first, then by accumulation step.
 
-    Each takes its share of the flow matching samples, which come first in the global batch, and of
-    the consistency samples; all have the same size.
+    The first `first_count` samples of a global batch are of one kind, the others of another. Every
+    microbatch takes its share of both kinds, and all microbatches have the same size.
     """
 
     batch_size: int
-    flow_matching_count: int
+    first_count: int
     world_size: int
     accumulation_steps: int
 
@@ -37,39 +41,52 @@ class BatchPlan:
 
     @property
     def num_microbatches(self) -> int:
-        """Parts of a global batch, over all processes."""
+        """Microbatches in a global batch, over all processes."""
         return self.world_size * self.accumulation_steps
 
     @property
-    def consistency_count(self) -> int:
-        return self.batch_size - self.flow_matching_count
+    def microbatch_size(self) -> int:
+        return self.batch_size // self.num_microbatches
+
+    @property
+    def other_count(self) -> int:
+        return self.batch_size - self.first_count
 
     def microbatches_of(self, rank: int) -> range:
-        """The microbatches that process `rank` takes in turn."""
+        """The microbatches of process `rank`, in order."""
         return range(rank * self.accumulation_steps, (rank + 1) * self.accumulation_steps)
 
-    def flow_matching_samples(self, microbatch: int) -> range:
-        """Places in the global batch of the microbatch's flow matching samples."""
+    def samples(self, microbatch: int) -> list[int]:
+        """The microbatch's places in the global batch: those of the first kind come first."""
+        return [*self.first_samples(microbatch), *self.other_samples(microbatch)]
+
+    def first_samples(self, microbatch: int) -> range:
         return range(self._bound(microbatch), self._bound(microbatch + 1))
 
-    def consistency_samples(self, microbatch: int) -> range:
-        """Places in the global batch of the microbatch's consistency samples."""
-        size = self.batch_size // self.num_microbatches
-        first = self.flow_matching_count
-        # What flow matching leaves of it: so that microbatches are equal though shares are not.
-        return range(
-            first + microbatch * size - self._bound(microbatch),
-            first + (microbatch + 1) * size - self._bound(microbatch + 1),
+    def other_samples(self, microbatch: int) -> range:
+        # They fill up the microbatch, so that all have the same size even where shares differ.
+        start, end = (
+            self.first_count + part * self.microbatch_size - self._bound(part)
+            for part in (microbatch, microbatch + 1)
         )
+        return range(start, end)
 
     def _bound(self, microbatch: int) -> int:
-        return self.flow_matching_count * microbatch // self.num_microbatches
+        return self.first_count * microbatch // self.num_microbatches
+
+    def record(self) -> dict[str, int]:
+        """The plan as checkpoints store it."""
+        return dict(zip(STORED_NAMES, dataclasses.astuple(self), strict=True))
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, int]) -> "BatchPlan":
+        """The plan that `record` stored; KeyError or TypeError where it is damaged."""
+        return cls(*(record[name] for name in STORED_NAMES))
 
     def __str__(self) -> str:
         processes = "process" if self.world_size == 1 else "processes"
-        size = self.batch_size // self.num_microbatches
         return (
-            f"{self.batch_size} = {self.world_size} {processes} x {size} "
+            f"{self.batch_size} = {self.world_size} {processes} x {self.microbatch_size} "
             f"x {self.accumulation_steps} accumulation"
         )
 
@@ -106,11 +123,7 @@ class MicrobatchIndices(Sampler[list[int]]):
         for step in self.steps:
             batch = self.order.global_batch(step)
             for microbatch in self.plan.microbatches_of(self.rank):
-                places = [
-                    *self.plan.flow_matching_samples(microbatch),
-                    *self.plan.consistency_samples(microbatch),
-                ]
-                yield batch[places].tolist()
+                yield batch[self.plan.samples(microbatch)].tolist()
 
 
 class _Guarded(Dataset):

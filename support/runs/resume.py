@@ -1,6 +1,5 @@
 """From where a run goes on: the newest checkpoint of its folder that is whole and of this run."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -78,12 +77,12 @@ def newest_usable(
 
 def compare_plans(plan: BatchPlan, content: Mapping[str, Any], path: Path) -> list[str]:
     """A line where the batch was cut otherwise before: noise is drawn by microbatch."""
-    before = content.get("parts", dataclasses.asdict(plan))
-    if before == dataclasses.asdict(plan):
+    before = content.get("parts", plan.record())
+    if before == plan.record():
         return []
     try:
-        was = BatchPlan(**before)
-    except (TypeError, ZeroDivisionError, UserError):
+        was = BatchPlan.from_record(before)
+    except (KeyError, TypeError, ZeroDivisionError, UserError):
         raise UserError(f"{path}: its entry `parts` is damaged") from None
     order = "goes on" if was.batch_size == plan.batch_size else "is another"
     noise = "goes on" if was.num_microbatches == plan.num_microbatches else "is another"
