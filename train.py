@@ -43,19 +43,17 @@ from training.held_out import FrozenBatch, draw_held_out, measure
 from models import Batch, Method, build_model
 from training.outputs import make_result, save_and_stop
 from passes import set_options
-from published import save_published_config
 from sampling import find_decoder
 from support.data.batches import BatchPlan, build_loader
 from support.data.datasets import MadeUpData, RawBatch, TrainingData, build_data, compare_data
 from support.runs.averages import Average, Exponential
 from support.runs.budget import count_parameters
 from support.runs.checkpoint import TrainState, find_checkpoints
-from support.runs.gpus import GPUS
 from support.runs.guard import NonFiniteGuard, NonFiniteStep
 from support.runs.logbook import Logbook, device_name, duration, peak_memory_gb
 from support.runs.metrics import Interval, Metrics
 from support.runs.optimizers import build_optimizer
-from support.runs.rehearsal import within_memory
+from support.runs.rehearsal import time_steps, within_memory
 from support.runs.results import Results, is_due
 from support.runs.resume import resume
 from support.runs.signals import Listener, Signalled, listening
@@ -397,7 +395,14 @@ def rehearse(config: Config) -> None:
         data = MadeUpData(config.data_request(), plan.batch_size // plan.num_microbatches)
         run = assemble_run(config, processes, plan, data)
         loader = itertools.repeat(data.whole())
-        preview.time_steps(run, lambda: run.learner.step(draw_batches(run, loader)))
+
+        def step() -> None:
+            run.learner.step(draw_batches(run, loader))
+
+        lines = time_steps(step, processes.device, config.total_steps, config.batch_size)
+        for line in itertools.chain(run.notes, lines):
+            preview.say(f"# {line}")
+        run.learner.guard.refuse()
 
 
 # The command
@@ -435,25 +440,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="with --dry-run: time a few steps here, on made-up data",
     )
     parser.add_argument(
-        "--gpus",
-        type=int,
-        metavar="COUNT",
-        help="with --dry-run: estimate the run on so many GPUs, 8 a machine (docs/scaling.md)",
-    )
-    parser.add_argument(
-        "--gpu",
-        metavar="NAME",
-        help=f"their kind: {', '.join(GPUS)}, or the .json that benchmarks/gpu.py wrote on one",
-    )
-    parser.add_argument(
         "--replay",
         metavar="FILE",
         help="make a step again that was not finite, of broken_step_K.json, and print its numbers",
-    )
-    parser.add_argument(
-        "--save-published-config",
-        metavar="FILE",
-        help="write the config with the keys that the published code knows alone, then end",
     )
     return parse_options(parser, argv)
 
@@ -465,18 +454,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--time: goes with --dry-run, and times a few steps before a run")
     if arguments.dry_run and arguments.check_data:
         raise UserError("--check-data: goes without --dry-run, which opens no picture")
-    if not arguments.dry_run and (arguments.gpus, arguments.gpu) != (None, None):
-        raise UserError("--gpus and --gpu: go with --dry-run, and estimate a run elsewhere")
     config = load_config(arguments.config, arguments.set)
     for key in arguments.allow_changed:
         if key not in (*FIELDS, "data"):
             raise UserError(f"--allow-changed {key}: unknown key{suggest(key, (*FIELDS, 'data'))}")
-    if arguments.save_published_config:
-        path = Path(os.path.expanduser(arguments.save_published_config))
-        print(*save_published_config(config, path), sep="\n")
-        return
     if arguments.dry_run:
-        preview.describe(config, arguments.gpus, arguments.gpu)
+        preview.describe(config)
         if arguments.time:
             rehearse(config)
         return

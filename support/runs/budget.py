@@ -1,8 +1,7 @@
-"""What a run takes, worked out before it starts: parameters, memory, disk."""
+"""What a run needs, estimated before it starts: parameters, memory, disk."""
 
 from torch import nn
 
-from support.data.batches import BatchPlan
 from support.runs.results import ResultSchedule
 
 
@@ -12,34 +11,41 @@ def count_parameters(model: nn.Module) -> str:
     return f"{count:,} parameters"
 
 
-def describe_needs(
+def describe_memory(
+    model: nn.Module, num_averages: int, microbatch: int, activation_bytes: float
+) -> list[str]:
+    """Lines on the memory of each process; the activations are those of one microbatch.
+
+    The model may be on the meta device. The optimizer is taken to keep two moments.
+    """
+    weights, gradients = weight_bytes(model), gradient_bytes(model)
+    average = "its average" if num_averages == 1 else f"its {num_averages} averages"
+    total = state_bytes(model, num_averages) + activation_bytes
+    return [
+        f"memory per process: about {size(total)}: model {size(weights)}, {average} "
+        f"{size(num_averages * weights)}, gradients {size(gradients)}, optimizer "
+        f"{size(2 * gradients)}, activations {size(activation_bytes)} ({microbatch:,} images)",
+        f"host memory, first process: another {size(checkpoint_bytes(model, num_averages))} while "
+        "a checkpoint is written",
+    ]
+
+
+def describe_disk(
     model: nn.Module,
-    plan: BatchPlan,
     schedule: ResultSchedule,
     eval_bytes: int,
     num_averages: int = 1,
     snapshot_averages: int = 0,
-) -> list[str]:
-    """Lines on the batch, memory per process and disk for the whole run; eval_bytes are of one.
-
-    The model may be on the meta device. Two moments are counted for the optimizer.
-    """
-    weights, gradients = weight_bytes(model), gradient_bytes(model)
-    average = "their average" if num_averages == 1 else f"their {num_averages} averages"
-    kept = {
+) -> str:
+    """A line on the disk space that the whole run fills; eval_bytes is the size of one eval."""
+    written = {
         "checkpoints": (len(schedule.steps("ckpts")), checkpoint_bytes(model, num_averages)),
         "evals": (len(schedule.steps("evals")), eval_bytes),
     }
     if snapshots := len(schedule.steps("averages")):
-        kept["snapshots"] = (snapshots, snapshot_averages * weights)
-    return [
-        f"batch: {plan}",
-        f"memory: weights {size(weights)}, {average} {size(num_averages * weights)}, gradients "
-        f"{size(gradients)}, optimizer state {size(2 * gradients)}, together "
-        f"{size(state_bytes(model, num_averages))}; activations come on top",
-        f"disk: {', '.join(f'{n} {kind} of {size(each)}' for kind, (n, each) in kept.items())}, "
-        f"together {size(sum(n * each for n, each in kept.values()))}",
-    ]
+        written["snapshots"] = (snapshots, snapshot_averages * weight_bytes(model))
+    listed = ", ".join(f"{n} {kind} of {size(each)}" for kind, (n, each) in written.items())
+    return f"disk: {listed}, together {size(sum(n * each for n, each in written.values()))}"
 
 
 def state_bytes(model: nn.Module, num_averages: int = 1) -> int:
@@ -48,17 +54,17 @@ def state_bytes(model: nn.Module, num_averages: int = 1) -> int:
 
 
 def checkpoint_bytes(model: nn.Module, num_averages: int = 1) -> int:
-    """Bytes of a checkpoint: all of these but the gradients."""
+    """Bytes of a checkpoint: the state without the gradients."""
     return state_bytes(model, num_averages) - gradient_bytes(model)
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all that the model is."""
+    """Bytes of a model's parameters and buffers."""
     return sum(tensor.nbytes for tensor in model.state_dict().values())
 
 
 def gradient_bytes(model: nn.Module) -> int:
-    """Bytes of the gradients of all that is trained."""
+    """Bytes of the gradients of all trained parameters."""
     return sum(p.nbytes for p in model.parameters() if p.requires_grad)
 
 
