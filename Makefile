@@ -7,7 +7,13 @@
 # make test-oldest: run what trains and samples on the oldest torch that is supported
 # make faults:     kill, stop and damage runs in 546 ways; about eight minutes
 
-PYTHON ?= python3
+# Installs with uv where it is found, else with pip (make UV= always uses pip).
+UV ?= $(shell command -v uv)
+# Which Python to use: make PYTHON=python3.12. Without it, uv finds one and pip takes python3.
+PYTHON ?=
+PIP_PYTHON = $(or $(PYTHON),python3)
+CHECK_PYTHON = $(PIP_PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit( \
+	"Python 3.11 to 3.13 is needed; name one: make PYTHON=python3.12 $(MAKECMDGOALS)")'
 DIGITS = runs/digits
 PAGE = $(DIGITS)/digits.html
 WORKERS ?= 2
@@ -19,14 +25,20 @@ FASHION_STEPS = $(shell sed -n 's/^total_steps: *\([0-9]*\).*/\1/p' configs/fash
 
 .PHONY: quickstart page fashion arena lint check test test-oldest faults clean
 
-.venv/installed: requirements_soflow.txt requirements_soflow_eval.txt \
-		requirements_soflow_demo.txt requirements_soflow_dev.txt
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is \
-	needed; say which: make PYTHON=python3.12 $(MAKECMDGOALS)")'
-	@echo "Installing into .venv: a few minutes, 8 GB"
-	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --disable-pip-version-check $(^:%=-r %)
+ifneq ($(UV),)
+.venv/installed: pyproject.toml uv.lock
+	@echo "Installing into .venv with uv: a few minutes, 8 GB"
+	$(UV) sync --locked --all-groups $(if $(PYTHON),--python $(PYTHON))
 	@touch $@
+else
+REQUIREMENTS = requirements_soflow.txt $(patsubst %,requirements_soflow_%.txt,eval demo dev)
+.venv/installed: $(REQUIREMENTS)
+	@$(CHECK_PYTHON)
+	@echo "Installing into .venv with pip: a few minutes, 8 GB"
+	$(PIP_PYTHON) -m venv .venv
+	.venv/bin/pip install --disable-pip-version-check $(REQUIREMENTS:%=-r %)
+	@touch $@
+endif
 
 # Train by config $(1), into folder $(2) for $(3) steps; make $(4) images by 1 and by 2 steps; judge.
 define train_and_judge
@@ -73,11 +85,10 @@ check: lint
 test: lint
 	$(PYTEST)
 
-# What was released together, on any Python that both have wheels for.
+# The oldest supported torch, with the torchvision released beside it.
 .venv-oldest/installed: requirements_soflow.txt requirements_soflow_dev.txt
-	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit("Python 3.11 to \
-	3.13 is needed; say which: make PYTHON=python3.12 $(MAKECMDGOALS)")'
-	$(PYTHON) -m venv .venv-oldest
+	@$(CHECK_PYTHON)
+	$(PIP_PYTHON) -m venv .venv-oldest
 	sed 's/^torch==.*/torch==2.7.1/; s/^torchvision==.*/torchvision==0.22.1/' $^ \
 		> .venv-oldest/requirements.txt
 	.venv-oldest/bin/pip install --disable-pip-version-check -r .venv-oldest/requirements.txt
