@@ -1,169 +1,199 @@
-"""Serve a trained model to a browser, whatever its size: images, the way between two seeds, jumps.
+"""Serve a trained model of any size to a browser.
 
     python demo.py runs/digits
     python demo.py SoFlow --subfolder XL-2-cond --port 8000
     python demo.py exported/digits --host 0.0.0.0
 
-Needs requirements_soflow_demo.txt. Listens on this machine alone, unless --host says otherwise;
-requests wait in a queue for the one model, and what one may ask for is bounded. page.py makes of a
-small model a file that needs no server.
+Needs requirements_soflow_demo.txt. Only this machine can open the page, unless --host says
+otherwise. Requests wait in a queue for the one model, and their size is bounded. page.py turns a
+small model into one file that needs no server.
 """
 
 from support.system.command import run_command  # isort: skip - first: it attends to the start
 
 import argparse
+import ipaddress
+import logging
 import os
+import socket
+import threading
 import time
 from collections.abc import Sequence
 from os.path import expanduser
 from typing import Any
 
-import torch
 from PIL import Image
-from torch import Tensor
 
-from models import Method
-from sampling import SAMPLERS, Images, LoadedModel, decoding, even_times, load, pixels_of
-from support.page.serving import Choices, Shown, build, serve
+from sampling import SAMPLERS, LoadedModel, load
+from support.page.assembly import name_of
 from support.system.files import UserError
-from support.system.randomness import PerImageStream
-from support.system.settings import shorten
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
+
+import gradio as gr
+from starlette.datastructures import Headers
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
 
 LOCALHOST, PORT = "127.0.0.1", 7860
 STEPS = (1, 2, 4)
-MOST_IMAGES = 16
-LARGEST_SEED = 10**12
-PATH = (1.0, 0.8, 0.6, 0.4, 0.2, 0.0)  # s
+MAX_IMAGES, MAX_SEED = 16, 10**12
+MAX_WAITING = 32  # requests
+MAX_BODY_BYTES = 16_000  # of a request; the page sends a few hundred
+SECONDS_KEPT = 600  # of the picture files that were shown
+MIN_SHOWN_PIXELS = 128
 ANY = "any"  # the class that each seed draws for itself
+POSTS = ("/gradio_api/queue/join", "/gradio_api/cancel")  # all that the page posts to
+INTRODUCTION = """# {title}
+Each image starts as noise. The network turns noise into an image in one step, or in a few. The
+seed chooses the noise: the same seed gives the same image, here and in Python."""
+CSS = """
+footer { display: none !important; }
+.gradio-container { max-width: 1080px !important; margin: 0 auto !important; }
+#images .grid-container { grid-template-columns: repeat(auto-fill, minmax(max(20%, 100px), 1fr)); }
+"""
 
 
-class Recorder:
-    """A model that keeps what its jumps gave."""
+class Page(gr.Blocks):
+    """Blocks that answer wrong input with a message, and not with a traceback in the log."""
 
-    def __init__(self, model: Method):
-        self.model, self.interpolate, self.found = model, model.interpolate, list[Tensor]()
+    async def preprocess_data(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """The inputs, each checked by its component."""
+        try:
+            inputs = await super().preprocess_data(*args, **kwargs)
+            if None in inputs:
+                raise ValueError("a value is missing")
+        except Exception as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        return inputs
 
-    def jump(self, *given: Any) -> Tensor:
-        self.found.append(self.model.jump(*given))
-        return self.found[-1]
+
+def build_page(title: str, loaded: LoadedModel) -> gr.Blocks:
+    """The page: what to draw, and the images."""
+    names = loaded.class_names or [str(label) for label in range(loaded.num_classes)]
+    is_conditional = loaded.config.is_conditional
+    with Page(title=title, delete_cache=(SECONDS_KEPT, SECONDS_KEPT)) as page:
+        gr.Markdown(INTRODUCTION.format(title=title))
+        with gr.Row():
+            classes = [ANY, *names] if is_conditional else [ANY]
+            label = gr.Dropdown(classes, value=ANY, label="Class", visible=is_conditional)
+            seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
+            count = gr.Slider(1, MAX_IMAGES, value=8, step=1, precision=0, label="Images")
+        with gr.Row():
+            steps = gr.Radio(list(STEPS), value=STEPS[0], label="Steps per image")
+            sampler = gr.Radio(list(SAMPLERS), value=next(iter(SAMPLERS)), label="Sampler")
+        button = gr.Button("Draw", variant="primary")
+        images = gr.Gallery(format="png", height="auto", show_label=False, elem_id="images")
+        speed = gr.Markdown(elem_id="speed")
+
+        def draw(label: str, seed: int, count: int, steps: int, sampler: str) -> Any:
+            return draw_images(loaded, label, seed, count, steps, sampler)
+
+        inputs = [label, seed, count, steps, sampler]
+        gr.on([button.click, page.load], draw, inputs, [images, speed])
+    return page.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
 
 
-class Demo:
-    """What a visitor may ask for, of one model; UserError says what is wrong with a request.
+def draw_images(
+    loaded: LoadedModel, label: str, seed: int, count: int, steps: int, sampler: str
+) -> tuple[list[tuple[Image.Image, str]], str]:
+    """The images of `count` consecutive seeds with their captions, and how long they took."""
+    seeds = range(seed, seed + count)
+    start = time.perf_counter()
+    try:
+        images = loaded.sample(
+            None if label == ANY else label, seeds, steps, sampler=sampler, batch_size=count
+        )
+    except UserError as error:
+        raise gr.Error(str(error), print_exception=False) from error
+    milliseconds = 1000 * (time.perf_counter() - start) / count
+    pictures = [(enlarge(image), f"seed {n}") for image, n in zip(images, seeds, strict=True)]
+    each = "1 step" if steps == 1 else f"{steps} steps"
+    return pictures, f"{milliseconds:.3g} ms per image of {each}"
 
-    Requests come from anywhere: nothing in them is taken for granted, whatever the page offers.
+
+def enlarge(image: Image.Image) -> Image.Image:
+    """A small image enlarged by a whole factor, so that the browser does not blur it."""
+    scale = max(1, MIN_SHOWN_PIXELS // image.width)
+    return image.resize((scale * image.width, scale * image.height), Image.Resampling.NEAREST)
+
+
+class Gate:
+    """Refuses requests that the page never makes: uploads, and bodies that are too large.
+
+    Gradio bounds uploaded files, but not JSON, and it has no switch for its other endpoints.
     """
 
-    def __init__(self, loaded: LoadedModel):
-        self.loaded = loaded
-        is_conditional = loaded.config.is_conditional
-        names = loaded.class_names or [str(label) for label in range(loaded.num_classes)]
-        self.classes = [ANY, *names] if is_conditional else []
+    def __init__(self, app: Any):
+        self.app = app
 
-    def draw(self, word: Any, seed: Any, count: Any, steps: Any, sampler: Any) -> Shown:
-        """`count` images, of seeds one after the other."""
-        label, seed = self._label(word), self._whole("seed", seed, 0, LARGEST_SEED)
-        count = self._whole("images", count, 1, MOST_IMAGES)
-        steps, sampler = self._steps(steps), self._sampler(sampler)
-        seeds = range(seed, seed + count)
-        start = time.perf_counter()
-        images = self.loaded.sample(label, seeds, steps, sampler=sampler, batch_size=count)
-        seconds = (time.perf_counter() - start) / count
-        pictures = [
-            (self._enlarged(image), f"seed {n}") for image, n in zip(images, seeds, strict=True)
-        ]
-        jumps = "1 jump" if steps == 1 else f"{steps} jumps"
-        return Shown(pictures, f"{1000 * seconds:.3g} ms per image, {jumps} each")
-
-    def between(self, word: Any, seed: Any, other: Any, share: Any, steps: Any) -> Image.Image:
-        """The image of the noise at `share` of the way between two seeds', along the sphere."""
-        first, second = (self._whole("seed", given, 0, LARGEST_SEED) for given in (seed, other))
-        if not isinstance(share, int | float) or not 0 <= share <= 1:
-            raise UserError(f"share: {shorten(share)} is not a number from 0 to 1")
-        label, steps = self._label(word), self._steps(steps)
-        draws = [self._draws(given, 1) for given in (first, second)]
-        noise = slerp(draws[0].noises[0], draws[1].noises[0], share)
-        own = self._drawn(draws[0].labels) if label is None else label
-        images = self.loaded.sample(own, [first], steps, sampler="chain", noise=noise)
-        return self._enlarged(images[0])
-
-    @torch.inference_mode()
-    def follow(self, word: Any, seed: Any, steps: Any, sampler: Any) -> Shown:
-        """x after each jump, and where one jump from the noise leads at each s of PATH."""
-        label, seed = self._label(word), self._whole("seed", seed, 0, LARGEST_SEED)
-        steps, sampler = self._steps(steps), self._sampler(sampler)
-        weights = next(self.loaded.model.parameters())
-        draws = self._draws(seed, SAMPLERS[sampler].num_noises(steps))
-        noises = [noise.to(weights) for noise in draws.noises]
-        labels = (
-            draws.labels if label is None else torch.tensor(self.loaded.labels_of([label], "class"))
-        )
-        labels = None if labels is None else labels.to(weights.device)
-        recorder = Recorder(self.loaded.model)
-        SAMPLERS[sampler].run(recorder, noises, labels, even_times(steps))  # type: ignore[arg-type]
-        one = torch.ones(1).to(weights)
-        along = [self.loaded.model.jump(noises[0], one, s * one, labels) for s in PATH]
-        with decoding(self.loaded.config, weights.device) as decode:
-            x = torch.cat([noises[0], *recorder.found, *along]).float()
-            pixels = pixels_of(decode(x)).cpu().numpy()
-        said = ["noise", *(f"jump {n + 1}" for n in range(steps)), *(f"s = {s:g}" for s in PATH)]
-        pictures = [self._enlarged(image) for image in Images(pixels, x)]
-        return Shown(list(zip(pictures, said, strict=True)), "")
-
-    def _draws(self, seed: int, num_noises: int) -> Any:
-        num_classes = self.loaded.num_classes if self.loaded.config.is_conditional else None
-        return PerImageStream(seed, num_classes, self.loaded.shape).draw([0], num_noises)
-
-    def _drawn(self, labels: Tensor | None) -> int | str | None:
-        return None if labels is None else self.loaded.word_of(int(labels))
-
-    def _label(self, word: Any) -> str | None:
-        if not self.classes or word in (None, ANY):
-            return None
-        if not isinstance(word, str) or word not in self.classes:
-            raise UserError(f"class: {shorten(word)} is not one of the classes")
-        return str(word)
-
-    def _steps(self, steps: Any) -> int:
-        if not isinstance(steps, int) or steps not in STEPS:
-            raise UserError(f"jumps: {shorten(steps)} is not one of {', '.join(map(str, STEPS))}")
-        return int(steps)
-
-    def _sampler(self, sampler: Any) -> str:
-        if not isinstance(sampler, str) or sampler not in SAMPLERS:
-            raise UserError(f"sampler: {shorten(sampler)} is not one of {', '.join(SAMPLERS)}")
-        return sampler
-
-    def _whole(self, name: str, value: Any, least: int, most: int) -> int:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not least <= value <= most or value != int(value):
-            raise UserError(
-                f"{name}: {shorten(value)} is not a whole number from {least} to {most}"
-            )
-        return int(value)
-
-    def _enlarged(self, image: Image.Image) -> Image.Image:
-        """A picture that a browser does not blur; large ones as they are."""
-        scale = max(1, 128 // image.width)
-        return image.resize((scale * image.width, scale * image.height), Image.Resampling.NEAREST)
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        app = self.app
+        if scope["type"] == "http" and scope["method"] not in ("GET", "HEAD"):
+            headers = Headers(scope=scope)
+            length = headers.get("content-length", "")
+            is_known = length.isdigit() and "transfer-encoding" not in headers
+            if not scope["path"].endswith(POSTS):
+                app = PlainTextResponse("there is no such endpoint", 404)
+            elif not is_known or int(length) > MAX_BODY_BYTES:
+                app = PlainTextResponse(f"more than {MAX_BODY_BYTES} bytes", 413)
+        await app(scope, receive, send)
 
 
-def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """Between two noises, [1, C, H, W], at `share` of the angle from a to b."""
-    cosine = (a * b).sum() / (a.square().sum() * b.square().sum()).sqrt()
-    angle = cosine.clamp(-1, 1).acos()
-    if angle.sin() < 1e-6:  # one and the same noise
-        return a
-    return (((1 - share) * angle).sin() * a + (share * angle).sin() * b) / angle.sin()
+def serve(page: gr.Blocks, host: str, port: int) -> None:
+    """Serve the page until Ctrl-C."""
+    page.launch(
+        server_name=f"[{host}]" if ":" in host else host,
+        server_port=port,
+        share=False,
+        quiet=True,
+        ssr_mode=False,
+        show_error=True,
+        prevent_thread_lock=True,
+        footer_links=[],
+        run_history=False,
+        enable_monitoring=False,
+        css=CSS,
+        theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+        app_kwargs={"middleware": [Middleware(Gate)]},
+    )
+    # Gradio's endpoints raise on a wrong request, and uvicorn would log each traceback.
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+    print(f"{describe_address(host, port)} (Ctrl-C stops it)", flush=True)
+    try:
+        threading.Event().wait()
+    finally:
+        page.close(verbose=False)
 
 
-def run(source: str, subfolder: str, host: str, port: int) -> None:
-    """Load the model once and serve it until Ctrl-C."""
-    loaded = load(source, subfolder)
-    demo = Demo(loaded)
-    title = os.path.basename(os.path.abspath(os.path.join(source, subfolder)))
-    choices = Choices(demo.classes, STEPS, tuple(SAMPLERS), MOST_IMAGES)
-    serve(build(title, demo, choices), host, port)
+def check_address(host: str, port: int) -> None:
+    """UserError if nothing can listen at this address."""
+    try:
+        family = socket.getaddrinfo(host, port)[0][0]
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        raise UserError(f"--host {host} --port {port}: {error.strerror}") from error
+
+
+def describe_address(host: str, port: int) -> str:
+    """The address to open, and who can open it."""
+    address = ipaddress.ip_address(socket.getaddrinfo(host, port)[0][4][0])
+    if address.is_unspecified:
+        host = outgoing_address()
+    who = "for this machine only"
+    if not address.is_loopback:
+        who = "for everyone who can reach this machine, without a password"
+    return f"http://{f'[{host}]' if ':' in host else host}:{port} {who}"
+
+
+def outgoing_address() -> str:
+    """This machine's address in its network, or its name if it is in none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing, only looks up the route
+            return str(probe.getsockname()[0])
+        except OSError:
+            return socket.gethostname()
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -173,9 +203,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     source_help = "a run's folder, a checkpoint, an exported folder, or a name on the hub"
-    add("source", type=expanduser, metavar="RUN_OR_EXPORT", help=source_help)
-    add("--subfolder", default="", metavar="DIR", help="where in RUN_OR_EXPORT the model is")
-    host_help = f"which address to listen on ({LOCALHOST}: this machine alone; 0.0.0.0: any)"
+    add("source", type=expanduser, metavar="MODEL", help=source_help)
+    add("--subfolder", default="", metavar="DIR", help="the model's folder within MODEL")
+    add("--ema", default="", metavar="NAME", help="which of several EMAs, such as 0.999")
+    host_help = f"the address to listen at ({LOCALHOST}: this machine only; 0.0.0.0: everyone)"
     add("--host", default=LOCALHOST, metavar="ADDRESS", help=host_help)
     add("--port", type=int, default=PORT, metavar="N", help=f"({PORT})")
     arguments = parser.parse_args(argv)
@@ -187,7 +218,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     arguments = parse_arguments(argv)
-    run(arguments.source, arguments.subfolder, arguments.host, arguments.port)
+    check_address(arguments.host, arguments.port)
+    loaded = load(arguments.source, arguments.subfolder, ema=arguments.ema)
+    loaded.sample(seeds=0)  # a model that cannot draw is found before anyone visits
+    title = name_of(arguments.source, arguments.subfolder)
+    serve(build_page(title, loaded), arguments.host, arguments.port)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import torch
 from export import write_solution
 from models import Method, SoFlow
 from sampling import LoadedModel, even_times, load
-from support.page.assembly import PagedModel, assemble_page
+from support.page.assembly import PagedModel, assemble_page, name_of
 from support.page.halves import Difference, compare, store_halves
 from support.page.runtime import read_runtime
 from support.runs.budget import count_parameters, weight_bytes
@@ -59,7 +59,7 @@ def make_page(arguments: argparse.Namespace) -> list[str]:
             store_halves(path)
             stored = describe(compare(whole, path, some_inputs(loaded)))
         graph = path.read_bytes()
-    title = arguments.title or name_of(arguments.source)
+    title = arguments.title or name_of(arguments.source, arguments.subfolder)
     page = assemble_page(paged(loaded, title, [stored]), graph, runtime)
     with atomic_write(arguments.output) as file:
         file.write(page.encode())
@@ -136,13 +136,6 @@ def times_of(model: Method, steps: int) -> Mapping[str, Sequence[float]]:
     times = even_times(steps)
     point = model.path(torch.tensor(times))
     return {"times": times, "alpha": point.alpha.tolist(), "beta": point.beta.tolist()}
-
-
-def name_of(source: str) -> str:
-    """The name of a run, of an exported folder, or of a checkpoint's run."""
-    path = Path(source)
-    parts = [part for part in path.absolute().parts if part != "ckpts"]
-    return f"{parts[-2]}-{path.stem}" if path.suffix in (".pt", ".safetensors") else parts[-1]
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -84,3 +84,10 @@ def worker_source() -> str:
 
 def _packed(data: bytes) -> str:
     return base64.b64encode(gzip.compress(data, 9, mtime=0)).decode()
+
+
+def name_of(source: str, subfolder: str = "") -> str:
+    """The name of a run, of an exported folder, or of a checkpoint with its run."""
+    path = Path(source, subfolder)
+    parts = [part for part in path.absolute().parts if part != "ckpts"]
+    return f"{parts[-2]}-{path.stem}" if path.suffix in (".pt", ".safetensors") else parts[-1]

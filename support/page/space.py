@@ -1,5 +1,6 @@
-"""What makes an exported folder a Hugging Face Space: an app.py, what it needs, and the code."""
+"""The files that make an exported folder a Hugging Face Space: app.py, requirements and code."""
 
+import platform
 import re
 import shutil
 from pathlib import Path
@@ -8,9 +9,9 @@ from support.system.command import ROOT
 
 APP_FILE, REQUIREMENTS_FILE, CODE_FOLDER = "app.py", "requirements.txt", "soflow"
 SAMPLING, SERVING = "requirements_soflow.txt", "requirements_soflow_demo.txt"
-APP = f'''"""The demo of this folder's model: `python {APP_FILE}` serves it to this machine alone.
+APP = f'''"""A demo of this folder's model: `python {APP_FILE}` serves it to this machine only.
 
-As a Hugging Face Space it listens where that says.
+A Hugging Face Space sets the address in the environment.
 """
 
 import os
@@ -23,14 +24,14 @@ sys.path.insert(0, str(FOLDER / "{CODE_FOLDER}"))
 import demo
 
 host = os.environ.get("GRADIO_SERVER_NAME", demo.LOCALHOST)
-port = int(os.environ.get("GRADIO_SERVER_PORT", demo.PORT))
+port = os.environ.get("GRADIO_SERVER_PORT", str(demo.PORT))
 if __name__ == "__main__":
-    demo.run_command(lambda: demo.run(str(FOLDER), "", host, port))
+    demo.run_command(lambda: demo.main([str(FOLDER), "--host", host, "--port", port]))
 '''
 
 
 def write_space(folder: Path) -> None:
-    """Write them all into the folder."""
+    """Write app.py, its requirements and the code into the folder."""
     (folder / APP_FILE).write_text(APP)
     needed = "".join((ROOT / name).read_text() for name in (SAMPLING, SERVING))
     (folder / REQUIREMENTS_FILE).write_text(needed)
@@ -43,7 +44,12 @@ def write_space(folder: Path) -> None:
 
 
 def card_lines() -> str:
-    """What a Space's card has to say in its first lines."""
+    """The lines that a Space needs at the head of its card."""
     version = re.search(r"^gradio==(\S+)", (ROOT / SERVING).read_text(), re.MULTILINE)
     assert version is not None
-    return f"sdk: gradio\nsdk_version: {version[1]}\napp_file: {APP_FILE}\n"
+    # Without a version of Python, a Space has 3.10, which is too old.
+    python = ".".join(platform.python_version_tuple()[:2])
+    return (
+        f"sdk: gradio\nsdk_version: {version[1]}\npython_version: '{python}'\n"
+        f"app_file: {APP_FILE}\n"
+    )
