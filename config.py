@@ -32,26 +32,25 @@ from support.runs.logbook import settings_digest
 from support.runs.optimizers import OPTIMIZERS
 from support.runs.results import ResultSchedule
 from support.runs.trackers import TRACKERS
-from support.system.files import UserError, atomic_write
+from support.system.files import UserError, atomic_write, shorten
 from support.system.settings import (
     Choice,
     Decimal,
     Name,
     Whole,
     changeable,
-    clip,
     either,
     key,
     listed,
     may_change,
     parse_yaml,
     read_yaml,
-    shorten,
     suggest,
     tuple_of,
     what_is_wrong,
 )
 
+QUOTES = "'\""
 LARGEST_PICTURE_PIXELS = 500_000_000  # of a grid of samples
 
 
@@ -432,14 +431,16 @@ def config_from_dict(
     """The resolved config of plain values, such as a checkpoint holds; as `load_config`."""
     unknown = [key for key in values if key not in FIELDS]
     if unknown and pass_over:
-        named = ", ".join(map(clip, unknown)) + "".join(suggest(key, FIELDS) for key in unknown)
+        named = ", ".join(shorten(key).strip(QUOTES) for key in unknown) + "".join(
+            suggest(key, FIELDS) for key in unknown
+        )
         pass_over(f"{source}: passed over keys that are not known here: {named}")
         values = {key: value for key, value in values.items() if key in FIELDS}
     given = dict(values)
-    places = {key: f"{source}: {clip(str(key))}" for key in values}
+    places = {key: f"{source}: {shorten(key).strip(QUOTES)}" for key in values}
     for override in overrides:
         key, equals, text = override.partition("=")
-        place = clip(repr(override)[1:-1])  # as typed, but in one line
+        place = shorten(override).strip(QUOTES)  # as typed, but in one line
         if not equals:
             raise UserError(f"--set {place}: not of the form KEY=VALUE")
         given[key] = parse_yaml(text, f"--set {place}")

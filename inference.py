@@ -50,7 +50,7 @@ from support.runs.checkpoint import (
 )
 from support.runs.logbook import record_of, weights_digest, write_record
 from support.runs.stored import WEIGHTS_FILE, read_file
-from support.system.files import UserError, check_writable, make_folder, refuse_foreign
+from support.system.files import UserError, check_writable, make_folder, refuse_foreign, shorten
 from support.system.hardware import allow_tf32
 from support.system.processes import Processes, connected
 from support.system.randomness import GivenLabels, PerImageStream, ReferenceStream, SamplingStream
@@ -325,7 +325,7 @@ def refuse_to_replace(output: Path, record: Mapping[str, Any]) -> None:
         return  # at most a record, whose samples a kill has kept from appearing
     before, now = decisive(there), decisive(record)
     differing = [
-        f"{key} {in_short(before.get(key))} there, {in_short(now.get(key))} asked for"
+        f"{key} {shorten(before.get(key))} there, {shorten(now.get(key))} asked for"
         for key in before | now
         if before.get(key) != now.get(key)
     ]
@@ -348,12 +348,6 @@ def decisive(record: Mapping[str, Any]) -> dict[str, Any]:
     is_reference = known.get("noise_stream") == "reference"
     keys = DECISIVE + (DECISIVE_IN_REFERENCE_STREAM if is_reference else ())
     return {key: known.get(key) for key in keys}
-
-
-def in_short(value: Any) -> str:
-    """A value of a record in bearable length."""
-    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-    return text if len(text) <= 40 else f"{text[:12]}..."
 
 
 # Labels and noise

@@ -36,8 +36,7 @@ from support.runs.averages import (
 )
 from support.runs.checkpoint import read_checkpoint
 from support.runs.stored import StoredModel
-from support.system.files import UserError, numbered_files
-from support.system.settings import shorten
+from support.system.files import UserError, numbered_files, shorten
 
 LARGEST_ERROR = 0.05  # of the profile: beyond, the result is another average than asked for
 

@@ -25,11 +25,11 @@ from support.runs.checkpoint import check_weights
 from support.runs.counting import most_bytes
 from support.runs.stored import StoredModel, read_stored
 from support.scores.npz import write_images
-from support.system.files import UserError
+from support.system.files import UserError, shorten
 from support.system.hardware import allow_tf32
 from support.system.processes import Processes, choose_device
 from support.system.randomness import PerImageStream, SamplingStream
-from support.system.settings import shorten, suggest
+from support.system.settings import suggest
 
 IMAGES_AT_ONCE = 8  # turned into pixels
 SECONDS_BEFORE_BAR = 5

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from support.system.files import UserError, one_line, sha256_of
+from support.system.files import UserError, sha256_of, shorten
 from support.system.settings import read_yaml
 
 FOLDER = Path(__file__).resolve().parent
@@ -131,7 +131,7 @@ def classes_of(path: Path) -> list[str]:
     try:
         body = ast.parse(path.read_bytes()).body
     except (SyntaxError, ValueError) as error:
-        raise UserError(f"{path}: not Python ({one_line(error)})") from error
+        raise UserError(f"{path}: not Python ({shorten(error)})") from error
     return [node.name for node in body if isinstance(node, ast.ClassDef)]
 
 

@@ -25,8 +25,8 @@ from support.system.files import (
     make_folder,
     natural_key,
     one_at_a_time,
-    one_line,
     sha256_of,
+    shorten,
     temporary_path,
 )
 
@@ -107,9 +107,9 @@ def test_numbers_in_names_sort_by_value():
 
 
 def test_an_error_is_told_in_one_short_line():
-    assert one_line(ValueError("first\nsecond")) == "first"
-    assert one_line(ValueError()) == "ValueError"
-    assert len(one_line(ValueError("x" * 1000))) == 200
+    assert shorten(ValueError("first\nsecond")) == "first"
+    assert shorten(ValueError()) == "ValueError"
+    assert len(shorten(ValueError("x" * 1000))) == 200
 
 
 # Lines and downloads.

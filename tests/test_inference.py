@@ -211,11 +211,11 @@ def test_samples_of_another_request_are_not_replaced(run):
     path = run.folder / "evals" / "6_1NFE_42.npz"
     before = path.read_bytes()
     for flags, said in (
-        (["--labels=2"], "exists, with other samples: labels 0,1,2 there, 2 asked for; say --out"),
-        ([], "labels 0,1,2 there, uniform asked for"),
-        (["--labels=0,1,2", "--num-samples=3"], "samples: num_images 4 there, 3 asked for; say"),
-        (["--labels=0,1,2", "--noise-stream=reference"], "noise_stream image there, reference"),
-        (["--labels=0,1,2", "--ckpt-steps=0", f"--output={path}"], "samples: weights_sha256 .{12}"),
+        (["--labels=2"], r"labels \[0, 1, 2\] .*\[2\] .*--output"),
+        ([], r"labels \[0, 1, 2\] .*uniform"),
+        (["--labels=0,1,2", "--num-samples=3"], "num_images 4 .*3"),
+        (["--labels=0,1,2", "--noise-stream=reference"], "noise_stream .*image.*reference"),
+        (["--labels=0,1,2", "--ckpt-steps=0", f"--output={path}"], "weights_sha256"),
     ):
         with pytest.raises(UserError, match=said):
             run("--num-samples=4", *flags)
@@ -237,7 +237,7 @@ def test_a_kill_while_overwriting_leaves_no_record_of_others_beside_old_samples(
 
 def test_draws_by_batch_are_another_request_in_other_batches(run):
     run("--num-samples=4", "--noise-stream=reference")
-    with pytest.raises(UserError, match="samples: eval_batch_size 32 there, 3 asked for"):
+    with pytest.raises(UserError, match=r"eval_batch_size 32 .*3"):
         run("--num-samples=4", "--noise-stream=reference", "--eval-batch-size=3")
 
 

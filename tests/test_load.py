@@ -252,5 +252,5 @@ def test_inference_makes_a_file_for_each_number_of_jumps_and_names_other_ways(ru
     with pytest.raises(UserError, match="--eval-NFE: 'x' is not a whole number"):
         inference.main([*start, "--eval-NFE=1,x"])
     output = str(run / "evals" / "3_2NFE_42.npz")
-    with pytest.raises(UserError, match="exists, with other samples: sampler None there, chain"):
+    with pytest.raises(UserError, match=r"sampler .*chain"):
         inference.main([*start, "--eval-NFE=2", "--sampler=chain", f"--output={output}"])

@@ -23,7 +23,7 @@ from models import Batch
 from support.data.batches import BatchPlan, DataOrder
 from support.runs.checkpoint import check_weights
 from support.runs.guard import NonFiniteStep
-from support.system.files import UserError, atomic_write, one_line
+from support.system.files import UserError, atomic_write, shorten
 
 if TYPE_CHECKING:
     from train import Run
@@ -44,7 +44,7 @@ def explain(run: Run, error: NonFiniteStep) -> UserError:
     try:
         return UserError(f"{error}; {'; '.join(find_out(run, error))}")
     except (UserError, RuntimeError) as failure:  # a full disk, too little memory
-        return UserError(f"{error}; what broke could not be found out ({one_line(failure)})")
+        return UserError(f"{error}; what broke could not be found out ({shorten(failure)})")
 
 
 def find_out(run: Run, error: NonFiniteStep) -> list[str]:
@@ -184,7 +184,7 @@ def read(path: Path) -> BrokenStep:
     except UserError:
         raise
     except Exception as error:  # torch raises many kinds for damaged files
-        raise UserError(f"--replay {path}: not the record of a step ({one_line(error)})") from error
+        raise UserError(f"--replay {path}: not the record of a step ({shorten(error)})") from error
 
 
 def blocks_of(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:

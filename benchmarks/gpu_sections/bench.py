@@ -15,7 +15,7 @@ from measuring import ROOT, bench_config, bench_learner, drawn_batches, raw_batc
 # isort: split
 import torch
 
-from support.system.files import one_line
+from support.system.files import shorten
 from support.system.hardware import is_out_of_memory
 from support.system.processes import Processes
 from train import Learner
@@ -138,7 +138,7 @@ def describe(error: Exception) -> str:
         if Path(frame.filename).is_relative_to(ROOT) and ".venv" not in frame.filename
     ]
     place = f" ({Path(ours[-1].filename).name}:{ours[-1].lineno})" if ours else ""
-    return f"{type(error).__name__}: {one_line(error)[:300]}{place}"
+    return f"{type(error).__name__}: {shorten(error)[:300]}{place}"
 
 
 def refuse_to_go_without(note: str) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError, features
 from tqdm import tqdm
 
-from support.system.files import UserError, atomic_write, one_line, regular_only
+from support.system.files import UserError, atomic_write, regular_only, shorten
 
 if TYPE_CHECKING:  # torch does not come with this module
     import torch
@@ -118,7 +118,7 @@ def read_image(
             reason = "it is HEIC, whatever its name: convert it"
         raise UserError(f"{path}: not a readable picture ({reason})") from error
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
-        raise UserError(f"{path}: not a readable picture ({one_line(error)})") from error
+        raise UserError(f"{path}: not a readable picture ({shorten(error)})") from error
 
 
 def _as_rgb(picture: Image.Image) -> Image.Image:

@@ -28,7 +28,7 @@ from support.system.files import (
     atomic_write,
     hold_lock,
     make_folder,
-    one_line,
+    shorten,
     sync_folder,
 )
 
@@ -133,7 +133,7 @@ class PartsFolder:
             return kind(**json.loads(path.read_bytes()))
         except (OSError, ValueError, TypeError, RecursionError) as error:
             raise UserError(
-                f"{path}: not readable ({one_line(error)}); delete {self.folder} to start anew"
+                f"{path}: not readable ({shorten(error)}); delete {self.folder} to start anew"
             ) from error
 
     def missing_parts(self, plan: Plan) -> list[int]:
@@ -177,7 +177,7 @@ class PartsFolder:
             way_out = "delete it, and the same command makes it again"
             if self.merged_path.exists():
                 way_out = f"delete {self.folder} to start anew"
-            raise UserError(f"{path}: not a whole part ({one_line(error)}); {way_out}") from error
+            raise UserError(f"{path}: not a whole part ({shorten(error)}); {way_out}") from error
 
     # Merging
 
@@ -201,7 +201,7 @@ class PartsFolder:
             self._verify(ledger, report)
             self._publish(ledger)
         except OSError as error:
-            reason = error.strerror or one_line(error)
+            reason = error.strerror or shorten(error)
             raise UserError(f"{self.merged_path}: not written ({reason}); {KEPT}") from error
         return ledger
 

@@ -22,7 +22,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from support.data.vae import LATENT_CHANNELS, LATENT_SCALE, PIXELS_PER_LATENT
-from support.system.files import UserError, one_line
+from support.system.files import UserError, shorten
 
 LATENT_FILE = "imagenet_latent.hdf5"
 MOMENT_CHANNELS = 2 * LATENT_CHANNELS
@@ -289,7 +289,7 @@ class LatentReader:
         except UserError:
             raise
         except Exception as error:  # h5py raises many kinds on damaged files
-            raise UserError(f"{self.path}: cannot be read ({one_line(error)})") from error
+            raise UserError(f"{self.path}: cannot be read ({shorten(error)})") from error
 
     def _check_shapes(self, latents: h5py.Dataset, labels: h5py.Dataset, file: h5py.File) -> None:
         shape = latents.shape
@@ -336,7 +336,7 @@ class LatentReader:
         except Exception as error:  # h5py raises many kinds
             raise UserError(
                 f"{self.path}: its attributes are not those of a latent file "
-                f"({type(error).__name__}: {one_line(error)})"
+                f"({type(error).__name__}: {shorten(error)})"
             ) from error
         if info.latent_scale != LATENT_SCALE:
             raise UserError(
@@ -366,7 +366,7 @@ def _opened(path: Path) -> h5py.File:
         # Nobody writes the file under this name, and some network drives refuse locks.
         return h5py.File(path, "r", locking=False)
     except Exception as error:  # h5py raises several kinds on damaged files
-        raise UserError(f"{path}: not a readable HDF5 file ({one_line(error)})") from error
+        raise UserError(f"{path}: not a readable HDF5 file ({shorten(error)})") from error
 
 
 def _dataset(file: h5py.File, name: str) -> h5py.Dataset:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from support.system.files import UserError, one_line
+from support.system.files import UserError, shorten
 
 VAE_NAME = "stabilityai/sd-vae-ft-mse"
 LATENT_SCALE = 0.18215  # x_0 = LATENT_SCALE times the VAE's own latent
@@ -75,14 +75,14 @@ def _fetch(name: str) -> Path:
         raise UserError(f"vae: {name}: {_cannot_import(error)}") from error
     except Exception as error:  # the hub's client raises many kinds
         raise UserError(
-            f"vae: {name}: not on this machine, and not fetched ({one_line(error)}); where there "
+            f"vae: {name}: not on this machine, and not fetched ({shorten(error)}); where there "
             f"is a network, run `hf download {name} --local-dir FOLDER`, bring that folder here "
             "and name it as the VAE"
         ) from error
 
 
 def _cannot_import(error: ImportError) -> str:
-    return f"{one_line(error)}; pip install -r requirements_soflow.txt"
+    return f"{shorten(error)}; pip install -r requirements_soflow.txt"
 
 
 def _check_kind(path: Path) -> None:
@@ -93,7 +93,7 @@ def _check_kind(path: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"vae: {path}: not the description of a VAE ({type(error).__name__}: "
-            f"{one_line(error)}); a VAE's folder has {CONFIG_FILE} beside its weights"
+            f"{shorten(error)}); a VAE's folder has {CONFIG_FILE} beside its weights"
         ) from error
     pixels = 2 ** (levels - 1)
     if (channels, pixels) != (LATENT_CHANNELS, PIXELS_PER_LATENT):
@@ -115,7 +115,7 @@ def load_vae(found: FoundVae, device: torch.device) -> nn.Module:
     except ImportError as error:
         raise UserError(f"vae: {found.name}: {_cannot_import(error)}") from error
     except Exception as error:  # diffusers and safetensors raise many kinds on damaged files
-        raise UserError(f"vae: {found.folder}: cannot be loaded ({one_line(error)})") from error
+        raise UserError(f"vae: {found.folder}: cannot be loaded ({shorten(error)})") from error
     return vae.to(device).eval().requires_grad_(False)
 
 

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from support.system.files import UserError, atomic_write, make_folder, one_line, sha256_of
+from support.system.files import UserError, atomic_write, make_folder, sha256_of, shorten
 
 PACKAGE, VERSION = "onnxruntime-web", "1.30.0"
 # As the npm registry has it; the digests of the two files are those within.
@@ -76,7 +76,7 @@ def _fetch(folder: Path) -> None:
             )
         except (OSError, subprocess.TimeoutExpired) as error:
             raise UserError(
-                f"{PACKAGE}: not fetched by npm ({one_line(error)}); {instead}"
+                f"{PACKAGE}: not fetched by npm ({shorten(error)}); {instead}"
             ) from error
         archives = list(Path(place).glob("*.tgz"))
         if done.returncode or not archives:

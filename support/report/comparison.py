@@ -5,7 +5,8 @@ from collections.abc import Collection, Mapping, Sequence
 from support.report.runs import RecordedRun, Score
 from support.report.tables import Table, mark_best
 from support.scores.table import COLUMNS
-from support.system.settings import either, shorten
+from support.system.files import shorten
+from support.system.settings import either
 
 
 def differing_settings(runs: Sequence[RecordedRun], passed_over: Collection[str]) -> Table:

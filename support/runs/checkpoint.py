@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from support.runs.metrics import Interval
-from support.system.files import UserError, atomic_write, numbered_files, one_line
+from support.system.files import UserError, atomic_write, numbered_files, shorten
 
 REFERENCE_KEYS = ("model", "ema_model", "optimizer", "finished_steps", "finished_epochs")
 RECORDS = ("config", "data", "parts", "interval", "averages", "started_from")  # what we add
@@ -125,12 +125,6 @@ def _in_yaml(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _short(name: Any) -> str:
-    """`name`, out of a file, in bearable length."""
-    text = str(name)
-    return text if len(text) <= 80 else f"{text[:60]}..."
-
-
 def checkpoint_path(folder: Path, finished_steps: int) -> Path:
     """Where the checkpoint after `finished_steps` steps is, or would be."""
     return folder / f"{finished_steps}.pt"
@@ -171,7 +165,7 @@ def refuse_non_finite(content: Mapping[str, Any]) -> None:
         if broken:
             raise UserError(
                 f"step {content['finished_steps']}: {len(broken)} of the weights in {part} not "
-                f"finite ({_short(broken[0])}); nothing of it is saved; what the run went on from "
+                f"finite ({shorten(broken[0])}); nothing of it is saved; what the run went on from "
                 f"may be broken, or the learning_rate too high"
             )
 
@@ -213,7 +207,7 @@ def read_checkpoint(
         ) from error
     except Exception as error:  # torch raises many kinds for damaged files
         raise UserError(
-            f"{path}: not a readable checkpoint ({type(error).__name__}: {one_line(error)})"
+            f"{path}: not a readable checkpoint ({type(error).__name__}: {shorten(error)})"
         ) from error
     if not isinstance(state, dict):
         raise UserError(f"{path}: not a training checkpoint, but a {type(state).__name__}")
@@ -236,7 +230,7 @@ def _check_sums(path: Path) -> None:
             raise UserError(f"{path}: not a readable checkpoint (compressed; torch.save does not)")
         damaged = archive.testzip()
     if damaged is not None:
-        raise UserError(f"{path}: damaged (the checksum of its part {_short(damaged)} is wrong)")
+        raise UserError(f"{path}: damaged (the checksum of its part {shorten(damaged)} is wrong)")
 
 
 def _absence(path: Path) -> str:
@@ -261,16 +255,16 @@ def check_weights(model: nn.Module, weights: Any, source: str) -> None:
         raise UserError(f"{source}: some of the weights are no tensors")
     expected = model.state_dict()
     differing = {
-        "missing": [name for name in expected if name not in weights],
-        "not in the model": [name for name in weights if name not in expected],
+        "missing": [shorten(name) for name in expected if name not in weights],
+        "not in the model": [shorten(name) for name in weights if name not in expected],
         "of another shape": [
-            f"{name} {list(weights[name].shape)} in the file, {list(tensor.shape)} in the model"
+            f"{name}: {list(weights[name].shape)} in the file, {list(tensor.shape)} in the model"
             for name, tensor in expected.items()
             if name in weights and weights[name].shape != tensor.shape
         ],
     }
     differences = [
-        f"{len(names)} {kind} ({_short(names[0])}{', ...' if len(names) > 1 else ''})"
+        f"{len(names)} {kind} ({names[0]}{', ...' if len(names) > 1 else ''})"
         for kind, names in differing.items()
         if names
     ]

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from support.system.files import UserError, one_line
+from support.system.files import UserError, shorten
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-4
@@ -53,7 +53,7 @@ def write_graph(
         raise
     except Exception as error:  # the exporter and onnxruntime raise many kinds
         raise UserError(
-            f"{path.name}: cannot be made of this network ({one_line(error)})"
+            f"{path.name}: cannot be made of this network ({shorten(error)})"
         ) from error
     if not max(differences) <= TOLERANCE:  # which not-a-number is not, either
         raise UserError(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from support.system.files import UserError, one_line
+from support.system.files import UserError, shorten
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -35,7 +35,7 @@ def fetch(name: str, choose: Callable[[list[str]], list[str]]) -> Path:
         except Exception as error:
             with contextlib.suppress(hub.errors.LocalEntryNotFoundError):
                 found = _cached(hub, name)
-                print(f"{name}: as fetched before ({one_line(error)})", file=sys.stderr)
+                print(f"{name}: as fetched before ({shorten(error)})", file=sys.stderr)
                 return found
             raise
         # Escaped, as the client takes patterns.
@@ -91,7 +91,7 @@ def _client(name: str) -> Any:
     try:
         hub = importlib.import_module("huggingface_hub")
     except ImportError as error:
-        raise UserError(f"{name}: {one_line(error)}; pip install huggingface_hub") from error
+        raise UserError(f"{name}: {shorten(error)}; pip install huggingface_hub") from error
     hub.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         hub.utils.disable_progress_bars()
@@ -126,4 +126,4 @@ def _explained(name: str, failure: str) -> Iterator[None]:
     except Exception as error:
         status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
         refused = "; the token may not do that" if status in (401, 403) else ""
-        raise UserError(f"{name}: {failure} ({one_line(error)}){refused}") from error
+        raise UserError(f"{name}: {failure} ({shorten(error)}){refused}") from error

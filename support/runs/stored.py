@@ -20,8 +20,8 @@ from torch import Tensor
 from support.runs import hub
 from support.runs.averages import find_average
 from support.runs.checkpoint import find_checkpoints, read_checkpoint, run_of_checkpoint
-from support.system.files import UserError, one_line, sha256_of
-from support.system.settings import read_yaml, shorten
+from support.system.files import UserError, sha256_of, shorten
+from support.system.settings import read_yaml
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -128,7 +128,7 @@ def _of_export(path: Path, ema: str, is_verified: bool) -> StoredModel:
             raise TypeError("config, data and started_from are mappings")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
-            f"{described}: not the description of an exported model ({one_line(error)})"
+            f"{described}: not the description of an exported model ({shorten(error)})"
         ) from error
     if ema and not find_average(ema, [average or str(config.get("ema_decay_rate"))]):
         raise UserError(f"{path}: is the average {average or config.get('ema_decay_rate')} alone")
@@ -151,7 +151,7 @@ def write_stored(stored: StoredModel, folder: Path) -> None:
         save_file({name: one.clone().contiguous() for name, one in stored.weights.items()}, path)
         path.chmod(0o644)  # the library's are their owner's alone
     except SafetensorError as error:
-        raise UserError(f"{path}: not written ({one_line(error)})") from error
+        raise UserError(f"{path}: not written ({shorten(error)})") from error
     record = {
         "config": dict(stored.config),
         "data": dict(stored.data),
@@ -171,7 +171,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({one_line(error)})") from error
+        raise UserError(f"{path}: not a readable safetensors file ({shorten(error)})") from error
 
 
 # Of a repository of the hub

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from support.scores.tensorflow_start import import_tensorflow
-from support.system.files import UserError, download, one_line, sha256_of
+from support.system.files import UserError, download, sha256_of, shorten
 
 DEFAULT_NAME = "classify_image_graph_def.pb"
 URL = (
@@ -114,7 +114,7 @@ class FeatureGraph:
         except self._tf.errors.OpError as error:
             raise UserError(
                 f"{self.path}: cannot be run on images {list(rgb.shape[1:])}: "
-                f"{one_line(error.message)}"
+                f"{shorten(error.message)}"
             ) from error
         if pool.size % len(rgb) or spatial.ndim != 4 or len(spatial) != len(rgb):
             raise UserError(
@@ -138,7 +138,7 @@ class FeatureGraph:
         try:
             graph_def.ParseFromString(self.path.read_bytes())
         except Exception as error:  # protobuf's error classes are not public
-            raise UserError(f"{self.path}: not a frozen graph ({one_line(error)})") from error
+            raise UserError(f"{self.path}: not a frozen graph ({shorten(error)})") from error
         nodes = {node.name: node for node in graph_def.node}
         missing = [name for name in (INPUT, POOL, SPATIAL, LOGITS) if name not in nodes]
         if missing or len(nodes[LOGITS].input) < 2:
@@ -167,7 +167,7 @@ class FeatureGraph:
             try:
                 self._tf.import_graph_def(graph_def, {f"{INPUT}:0": images}, name="")
             except Exception as error:  # kinds differ between operations and versions
-                raise UserError(f"{self.path}: not a usable graph ({one_line(error)})") from error
+                raise UserError(f"{self.path}: not a usable graph ({shorten(error)})") from error
         config = v1.ConfigProto()
         config.gpu_options.allow_growth = True
         return v1.Session(graph=graph, config=config), images
@@ -179,7 +179,7 @@ class FeatureGraph:
             weights = self._session.run(name if ":" in name else f"{name}:0")
         except (ValueError, KeyError, self._tf.errors.OpError) as error:
             raise UserError(
-                f"{self.path}: {LOGITS} has no constant weights ({one_line(error)})"
+                f"{self.path}: {LOGITS} has no constant weights ({shorten(error)})"
             ) from error
         if weights.ndim != 2:
             raise UserError(f"{self.path}: weights of {LOGITS} are {list(weights.shape)}, not 2-D")

@@ -19,7 +19,7 @@ from typing import IO, NoReturn, cast
 import numpy as np
 from numpy.typing import DTypeLike
 
-from support.system.files import UserError, atomic_write, one_line
+from support.system.files import UserError, atomic_write, shorten
 
 MEMBER = "arr_0.npy"
 
@@ -114,7 +114,7 @@ class ArchiveReader:
         except KeyError:
             self._refuse(name, f"npy header {version[0]}.{version[1]}, only 1.0 and 2.0 are read")
         except Exception as error:  # numpy's parser lets many kinds through on a damaged header
-            self._refuse(name, f"not a readable npy array: {one_line(error)}", error)
+            self._refuse(name, f"not a readable npy array: {shorten(error)}", error)
         if dtype.hasobject:
             self._refuse(name, "holds pickled objects, which are never unpickled")
         header = ArrayHeader(dtype, shape, is_fortran, start.tell())
@@ -217,7 +217,7 @@ class ArchiveReader:
         except UserError:
             raise
         except Exception as error:
-            self._refuse(name, f"damaged or cut short: {one_line(error)}", error)
+            self._refuse(name, f"damaged or cut short: {shorten(error)}", error)
 
     def _refuse(self, name: str, reason: str, cause: Exception | None = None) -> NoReturn:
         raise UserError(f"{self.path}: {name}: {reason}") from cause
@@ -232,7 +232,7 @@ def read_archive(path: str | Path) -> Iterator[ArchiveReader]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # zipfile lets struct, value and unicode errors through
-        raise UserError(f"{path}: not a whole .npz archive ({one_line(error)})") from error
+        raise UserError(f"{path}: not a whole .npz archive ({shorten(error)})") from error
     with archive:
         yield ArchiveReader(path, archive)
 

@@ -26,7 +26,7 @@ STARTUP_LINE = re.compile(
 
 def import_tensorflow():
     """The module, its devices found; UserError where it is not installed."""
-    from support.system.files import UserError, one_line
+    from support.system.files import UserError, shorten
 
     # The level has to be set before the import: 1 leaves out information, and keeps warnings.
     level = os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
@@ -35,7 +35,7 @@ def import_tensorflow():
             import tensorflow
         except ImportError as error:
             raise UserError(
-                f"TensorFlow cannot be loaded ({one_line(error)}); "
+                f"TensorFlow cannot be loaded ({shorten(error)}); "
                 "pip install -r requirements_soflow_eval.txt"
             ) from error
         tensorflow.config.list_physical_devices()  # which writes too, when asked first

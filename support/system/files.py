@@ -19,7 +19,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 MARKED_BYTES = 1024  # in which a file says what has made it
 PAGE_MARK = b"Whoever opens this page can be sure"  # in the pages of report.py and page.py
@@ -35,6 +35,20 @@ class UserError(ValueError):
 
 class Stopped(Exception):  # noqa: N818 - no error
     """The end of work that was asked to stop early and goes on when started again."""
+
+
+def shorten(value: Any) -> str:
+    """One short line: the first of an error's text, or a value as a user would write it."""
+    if isinstance(value, BaseException):
+        lines = str(value).strip().splitlines()
+        return lines[0][:200] if lines else type(value).__name__
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)  # also YAML's spelling
+    try:
+        text = repr(list(value) if isinstance(value, tuple) else value)
+    except RecursionError:
+        return "a list of lists of lists"
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
 
 
 def temporary_path(path: Path) -> Path:
@@ -356,13 +370,7 @@ def download(url: str, path: str | Path, timeout_seconds: float = 30) -> None:
     except UserError:
         raise
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise UserError(f"{url}: cannot be fetched ({one_line(error)})") from error
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error's text, or its kind where it has none; at most 200 characters."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+        raise UserError(f"{url}: cannot be fetched ({shorten(error)})") from error
 
 
 def sha256_of(path: str | Path) -> str:

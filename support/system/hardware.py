@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from support.system.files import one_line
+from support.system.files import shorten
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # what glibc's mallopt calls them
 NEVER, NONE = -1, 0
@@ -103,7 +103,7 @@ def unusable_gpu() -> str | None:
     try:
         torch.cuda.init()
     except Exception as error:  # torch raises several kinds
-        return f"{what}{one_line(error)}"
+        return f"{what}{shorten(error)}"
     return f"{what}it finds no device"
 
 
@@ -146,7 +146,7 @@ def obstacle_to_bf16(device: torch.device) -> str | None:
         with torch.autocast(device.type, torch.bfloat16):
             nn.Linear(2, 2, device=device)(torch.ones(2, 2, device=device))
     except (RuntimeError, TypeError) as error:
-        return one_line(error)
+        return shorten(error)
     return None
 
 
@@ -155,7 +155,7 @@ def obstacle_to_compiling(device: torch.device) -> str | None:
     try:
         torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
     except Exception as error:  # of the compiler, its compilers, or the want of them: any kind
-        return one_line(error)
+        return shorten(error)
     return None
 
 

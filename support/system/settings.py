@@ -1,7 +1,6 @@
 """What users write: texts read as YAML, the types of a config's values, and words for errors."""
 
 import difflib
-import json
 import os
 import re
 import typing
@@ -17,7 +16,7 @@ from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError, core_schema
 
-from support.system.files import UserError
+from support.system.files import UserError, shorten
 
 LARGEST_NUMBER = 2**63  # beyond this neither torch nor a file system can count
 FILE_LIMIT_BYTES = 1 << 17  # of a config; the YAML parser takes a second for these
@@ -33,20 +32,6 @@ KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or
 
 
 # Words
-
-
-def shorten(value: Any) -> str:
-    """`value` as the user wrote it, in one line of bearable length."""
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)  # YAML's spelling too
-    try:
-        return clip(repr(list(value) if isinstance(value, tuple) else value))
-    except RecursionError:
-        return "a list of lists of lists"
-
-
-def clip(text: str) -> str:
-    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
 
 
 def either(words: Iterable[str]) -> str:
