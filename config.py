@@ -28,10 +28,10 @@ from support.data.batches import BatchPlan
 from support.data.datasets import DATASETS, DataRequest
 from support.data.vae import PIXELS_PER_LATENT, VAE_NAME
 from support.runs.averages import LARGEST_STD, Exponential, PowerFunction, Rule
-from support.runs.logbook import settings_digest
 from support.runs.optimizers import OPTIMIZERS
 from support.runs.results import ResultSchedule
 from support.runs.trackers import TRACKERS
+from support.system.digests import settings_digest
 from support.system.files import UserError, atomic_write, shorten
 from support.system.settings import (
     Choice,

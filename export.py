@@ -35,7 +35,6 @@ from support.page.space import APP_FILE, CODE_FOLDER, REQUIREMENTS_FILE, card_li
 from support.runs import hub
 from support.runs.checkpoint import run_of_checkpoint
 from support.runs.graphs import missing_packages, write_graph
-from support.runs.logbook import weights_digest
 from support.runs.stored import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -43,6 +42,7 @@ from support.runs.stored import (
     read_stored,
     write_stored,
 )
+from support.system.digests import weights_digest
 from support.system.files import UserError, atomic_folder
 
 CARD_FILE, GRID_FILE = "README.md", "samples.png"

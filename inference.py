@@ -48,8 +48,9 @@ from support.runs.checkpoint import (
     run_of_checkpoint,
     run_of_config,
 )
-from support.runs.logbook import record_of, weights_digest, write_record
+from support.runs.logbook import record_of, write_record
 from support.runs.stored import WEIGHTS_FILE, read_file
+from support.system.digests import weights_digest
 from support.system.files import UserError, check_writable, make_folder, refuse_foreign, shorten
 from support.system.hardware import allow_tf32
 from support.system.processes import Processes, connected

@@ -53,7 +53,8 @@ from support.data.vae import (
     load_vae,
     release,
 )
-from support.runs.logbook import code_version, duration, weights_digest
+from support.runs.logbook import code_version, duration
+from support.system.digests import weights_digest
 from support.system.files import UserError
 from support.system.hardware import allow_tf32, time_convolutions
 from support.system.processes import Processes, connected

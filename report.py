@@ -24,7 +24,7 @@ from support.report.expected import Expected, read_expected
 from support.report.page import Meaning, Report, render
 from support.report.runs import RecordedRun, read_runs
 from support.report.tables import check_place, write_table
-from support.runs.logbook import settings_digest
+from support.system.digests import settings_digest
 from support.system.files import PAGE_MARK, UserError, atomic_write, refuse_foreign
 from support.system.settings import may_change
 

@@ -15,7 +15,7 @@ from support.data.batches import BatchPlan
 from support.data.datasets import count_classes
 from support.data.latents import LATENT_FILE, LatentInfo, LatentReader, locate_latents, write_frame
 from support.data.vae import VAE_NAME, find_vae, load_vae
-from support.runs.logbook import weights_digest
+from support.system.digests import weights_digest
 from support.system.files import UserError
 
 INFO = LatentInfo(

@@ -30,7 +30,7 @@ from support.data.images import (
 )
 from support.data.latents import LATENT_FILE, MOMENT_CHANNELS, LatentInfo, LatentReader
 from support.data.vae import LATENT_CHANNELS, VAE_NAME, draw_latents, find_vae, load_vae
-from support.runs.logbook import weights_digest
+from support.system.digests import weights_digest
 from support.system.files import UserError, shorten
 from support.system.processes import Processes
 from support.system.randomness import generator

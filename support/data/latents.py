@@ -42,7 +42,7 @@ class LatentInfo:
 
     vae: str  # as it was named
     vae_revision: str  # the hub's commit; nothing for a folder
-    vae_sha256: str  # of the weights, by `logbook.weights_digest`
+    vae_sha256: str  # of the weights, by `digests.weights_digest`
     latent_scale: float  # by which latents are to be multiplied: the file has them without it
     image_size: int  # side of the pictures, in pixels
     dtype: str  # float32 or float16

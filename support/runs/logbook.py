@@ -1,7 +1,6 @@
 """What a run says: log.txt, interval means, and the record beside each result."""
 
 import functools
-import hashlib
 import json
 import platform
 import resource
@@ -16,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 import support
+from support.system.digests import settings_digest
 from support.system.files import append_line, atomic_write
 from support.system.processes import Processes
 
@@ -72,20 +72,6 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"cuda ({torch.cuda.get_device_name(device)})"
     return f"{device.type} ({platform.processor() or platform.machine()})"
-
-
-def weights_digest(weights: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 of a state dict's names and values, however they are stored."""
-    digest = hashlib.sha256()
-    for name, tensor in weights.items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def settings_digest(settings: Mapping[str, Any]) -> str:
-    """SHA-256 of a config's plain values."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def record_of(
