@@ -19,6 +19,8 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 from os.path import expanduser
 from typing import Any
 
@@ -35,21 +37,23 @@ from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
-LOCALHOST, PORT = "127.0.0.1", 7860
+LOCALHOST = "127.0.0.1"
+# A Hugging Face Space sets these.
+HOST = os.environ.get("GRADIO_SERVER_NAME", LOCALHOST)
+PORT = int(os.environ.get("GRADIO_SERVER_PORT", "7860"))
 STEPS = (1, 2, 4)
 MAX_IMAGES, MAX_SEED = 16, 10**12
 MAX_WAITING = 32  # requests
 MAX_BODY_BYTES = 16_000  # of a request; the page sends a few hundred
 SECONDS_KEPT = 600  # of the picture files that were shown
 MIN_SHOWN_PIXELS = 128
-ANY = "any"  # the class that each seed draws for itself
+ANY_CLASS = ("any", "")  # its name and value: each seed draws a class for itself
 POSTS = ("/gradio_api/queue/join", "/gradio_api/cancel")  # all that the page posts to
 INTRODUCTION = """# {title}
 Each image starts as noise. The network turns noise into an image in one step, or in a few. The
 seed chooses the noise: the same seed gives the same image, here and in Python."""
 CSS = """
-footer { display: none !important; }
-.gradio-container { max-width: 1080px !important; margin: 0 auto !important; }
+.gradio-container { max-width: 1080px !important; }
 #images .grid-container { grid-template-columns: repeat(auto-fill, minmax(max(20%, 100px), 1fr)); }
 """
 
@@ -70,13 +74,13 @@ class Page(gr.Blocks):
 
 def build_page(title: str, loaded: LoadedModel) -> gr.Blocks:
     """The page: what to draw, and the images."""
-    names = loaded.class_names or [str(label) for label in range(loaded.num_classes)]
     is_conditional = loaded.config.is_conditional
+    numbers = map(str, range(loaded.num_classes if is_conditional else 0))
+    classes = [ANY_CLASS, *(loaded.class_names or numbers)]
     with Page(title=title, delete_cache=(SECONDS_KEPT, SECONDS_KEPT)) as page:
         gr.Markdown(INTRODUCTION.format(title=title))
         with gr.Row():
-            classes = [ANY, *names] if is_conditional else [ANY]
-            label = gr.Dropdown(classes, value=ANY, label="Class", visible=is_conditional)
+            label = gr.Dropdown(classes, value="", label="Class", visible=is_conditional)
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
             count = gr.Slider(1, MAX_IMAGES, value=8, step=1, precision=0, label="Images")
         with gr.Row():
@@ -85,12 +89,9 @@ def build_page(title: str, loaded: LoadedModel) -> gr.Blocks:
         button = gr.Button("Draw", variant="primary")
         images = gr.Gallery(format="png", height="auto", show_label=False, elem_id="images")
         speed = gr.Markdown(elem_id="speed")
-
-        def draw(label: str, seed: int, count: int, steps: int, sampler: str) -> Any:
-            return draw_images(loaded, label, seed, count, steps, sampler)
-
         inputs = [label, seed, count, steps, sampler]
-        gr.on([button.click, page.load], draw, inputs, [images, speed])
+        draw = partial(draw_images, loaded)
+        gr.on([button.click, page.load], draw, inputs, [images, speed], api_name="draw")
     return page.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
 
 
@@ -101,9 +102,7 @@ def draw_images(
     seeds = range(seed, seed + count)
     start = time.perf_counter()
     try:
-        images = loaded.sample(
-            None if label == ANY else label, seeds, steps, sampler=sampler, batch_size=count
-        )
+        images = loaded.sample(label or None, seeds, steps, sampler=sampler, batch_size=count)
     except UserError as error:
         raise gr.Error(str(error), print_exception=False) from error
     milliseconds = 1000 * (time.perf_counter() - start) / count
@@ -140,15 +139,14 @@ class Gate:
         await app(scope, receive, send)
 
 
-def serve(page: gr.Blocks, host: str, port: int) -> None:
+def serve(page: gr.Blocks, host: str, port: int, address: str) -> None:
     """Serve the page until Ctrl-C."""
     page.launch(
-        server_name=f"[{host}]" if ":" in host else host,
+        server_name=in_url(host),
         server_port=port,
         share=False,
         quiet=True,
         ssr_mode=False,
-        show_error=True,
         prevent_thread_lock=True,
         footer_links=[],
         run_history=False,
@@ -159,41 +157,35 @@ def serve(page: gr.Blocks, host: str, port: int) -> None:
     )
     # Gradio's endpoints raise on a wrong request, and uvicorn would log each traceback.
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
-    print(f"{describe_address(host, port)} (Ctrl-C stops it)", flush=True)
+    print(f"{address} (Ctrl-C stops it)", flush=True)
     try:
         threading.Event().wait()
     finally:
         page.close(verbose=False)
 
 
-def check_address(host: str, port: int) -> None:
-    """UserError if nothing can listen at this address."""
+def find_address(host: str, port: int) -> str:
+    """The address to open, and who can open it. UserError if nothing can listen there."""
     try:
-        family = socket.getaddrinfo(host, port)[0][0]
+        family, *_, (ip, *_) = socket.getaddrinfo(host, port)[0]
         socket.create_server((host, port), family=family).close()
     except OSError as error:
         raise UserError(f"--host {host} --port {port}: {error.strerror}") from error
-
-
-def describe_address(host: str, port: int) -> str:
-    """The address to open, and who can open it."""
-    address = ipaddress.ip_address(socket.getaddrinfo(host, port)[0][4][0])
+    address = ipaddress.ip_address(ip)
+    if address.is_loopback:
+        return f"http://{in_url(host)}:{port} for this machine only"
     if address.is_unspecified:
-        host = outgoing_address()
-    who = "for this machine only"
-    if not address.is_loopback:
-        who = "for everyone who can reach this machine, without a password"
-    return f"http://{f'[{host}]' if ':' in host else host}:{port} {who}"
+        host = socket.gethostname()
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+            probe.connect(("192.0.2.1", 9))  # sends nothing, only finds our address on the way
+            host = probe.getsockname()[0]
+    who = "everyone who can reach this machine, without a password"
+    return f"http://{in_url(host)}:{port} for {who}"
 
 
-def outgoing_address() -> str:
-    """This machine's address in its network, or its name if it is in none."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # sends nothing, only looks up the route
-            return str(probe.getsockname()[0])
-        except OSError:
-            return socket.gethostname()
+def in_url(host: str) -> str:
+    """The host as URLs have it."""
+    return f"[{host}]" if ":" in host else host
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -207,7 +199,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--subfolder", default="", metavar="DIR", help="the model's folder within MODEL")
     add("--ema", default="", metavar="NAME", help="which of several EMAs, such as 0.999")
     host_help = f"the address to listen at ({LOCALHOST}: this machine only; 0.0.0.0: everyone)"
-    add("--host", default=LOCALHOST, metavar="ADDRESS", help=host_help)
+    add("--host", default=HOST, metavar="ADDRESS", help=host_help)
     add("--port", type=int, default=PORT, metavar="N", help=f"({PORT})")
     arguments = parser.parse_args(argv)
     if not 0 < arguments.port < 2**16:
@@ -218,11 +210,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     arguments = parse_arguments(argv)
-    check_address(arguments.host, arguments.port)
+    address = find_address(arguments.host, arguments.port)
     loaded = load(arguments.source, arguments.subfolder, ema=arguments.ema)
     loaded.sample(seeds=0)  # a model that cannot draw is found before anyone visits
     title = name_of(arguments.source, arguments.subfolder)
-    serve(build_page(title, loaded), arguments.host, arguments.port)
+    serve(build_page(title, loaded), arguments.host, arguments.port, address)
 
 
 if __name__ == "__main__":

@@ -59,14 +59,14 @@ def test_images_are_those_of_sample(model):
     assert np.array_equal([levels(picture) for picture, _ in pictures], expected)
     assert [text for _, text in pictures] == ["seed 7", "seed 8"]
     assert "2 steps" in speed
-    drawn = demo.draw_images(model, demo.ANY, 7, 1, 1, "renoise")[0][0][0]
+    drawn = demo.draw_images(model, "", 7, 1, 1, "renoise")[0][0][0]
     assert np.array_equal(levels(drawn), model.sample(None, [7]).numpy()[0, ..., 0])
 
 
 def test_one_of_several_averages_is_served(model, monkeypatch):
     given = {}
     monkeypatch.setattr(demo, "load", lambda *args, **kwargs: given.update(kwargs) or model)
-    monkeypatch.setattr(demo, "serve", lambda page, host, port: given.update(title=page.title))
+    monkeypatch.setattr(demo, "serve", lambda page, *_: given.update(title=page.title))
     demo.main(["runs/digits/ckpts/6.pt", "--ema", "0.999", "--port", str(free_port())])
     assert given == {"ema": "0.999", "title": "digits-6"}
 
@@ -81,19 +81,20 @@ def test_an_address_that_nothing_can_listen_at_is_refused():
     with socket.create_server((demo.LOCALHOST, 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"--host {demo.LOCALHOST} --port {port}: "):
-            demo.check_address(demo.LOCALHOST, port)
+            demo.find_address(demo.LOCALHOST, port)
     with pytest.raises(UserError, match=r"--host 203\.0\.113\.1"):
-        demo.check_address("203.0.113.1", port)
+        demo.find_address("203.0.113.1", port)
 
 
 def test_the_address_to_open_is_said_with_who_can_open_it():
+    port = free_port()
     local, ipv6, everyone = (
-        demo.describe_address(host, 8000) for host in ("localhost", "::1", "0.0.0.0")
+        demo.find_address(host, port) for host in ("localhost", "::1", "0.0.0.0")
     )
-    assert local.startswith("http://localhost:8000 ") and "only" in local
-    assert ipv6.startswith("http://[::1]:8000 ") and "only" in ipv6
+    assert local.startswith(f"http://localhost:{port} ") and "only" in local
+    assert ipv6.startswith(f"http://[::1]:{port} ") and "only" in ipv6
     assert "0.0.0.0" not in everyone and "localhost" not in everyone
-    assert "everyone" in everyone and re.match(r"http://[\w.-]+:8000 ", everyone)
+    assert "everyone" in everyone and re.match(rf"http://[\w.-]+:{port} ", everyone)
 
 
 # The server

@@ -4,7 +4,7 @@
 const MOST_CACHED_VALUES = 4e6;  // of noise, 4 bytes each
 
 class Engine {
-  // `model` is the page's description of it, as support/page/assembly.py writes that.
+  // `model` is the description that page.py writes into the page.
   constructor(ort, session, model) {
     Object.assign(this, {ort, session, model});
     this.imageSize = model.shape.reduce((a, b) => a * b);
@@ -16,25 +16,25 @@ class Engine {
     return new Engine(ort, await ort.InferenceSession.create(graph), model);
   }
 
-  noiseOf(seed, jump) {
-    const name = `${seed}/${jump}`;
+  noiseOf(seed, step) {
+    const name = `${seed}/${step}`;
     let noise = this.cache.get(name);
     if (!noise) {
-      noise = drawNoise(seed, jump, this.imageSize, this.model.ziggurat);
+      noise = drawNoise(seed, step, this.imageSize);
       if ((this.cache.size + 1) * this.imageSize > MOST_CACHED_VALUES) this.cache.clear();
       this.cache.set(name, noise);
     }
     return noise;
   }
 
-  // The class of a seed's image: `label`, or where that is null one that the seed draws.
+  // The class of a seed's image: `label`, or the one that the seed draws if that is null.
   labelOf(seed, label) {
     if (!this.model.isConditional) return null;
     return label ?? drawLabel(seed, this.model.numClasses);
   }
 
-  // x_s of x_t; t is that of all images, s has one for each.
-  async jump(x, t, s, labels) {
+  // x_s of x_t. All images have the same t, and each has its own s.
+  async step(x, t, s, labels) {
     const {Tensor} = this.ort, count = labels.length;
     const given = {
       noise: new Tensor("float32", x, [count, ...this.model.shape]),
@@ -47,51 +47,51 @@ class Engine {
     return (await this.session.run(given)).x_s.data;
   }
 
-  // x after each jump, the noise first. `noises(jump)` is [B, C, H, W].
-  async jumps(noises, labels, steps, sampler) {
+  // The noise, then x after each step. `noises(step)` is [B, C, H, W].
+  async run(noises, labels, steps, sampler) {
     const {times, alpha, beta} = this.model.steps[steps], found = [noises(0)];
-    for (let jump = 0; jump < steps; jump++) {
-      let x = found[jump];
-      if (sampler === "renoise" && jump > 0) {
-        const noise = noises(jump);
-        x = x.map((value, i) => alpha[jump] * value + beta[jump] * noise[i]);
+    for (let step = 0; step < steps; step++) {
+      let x = found[step];
+      if (sampler === "renoise" && step > 0) {
+        const noise = noises(step);
+        x = x.map((value, i) => alpha[step] * value + beta[step] * noise[i]);
       }
-      const end = sampler === "renoise" ? 0 : times[jump + 1];
-      found.push(await this.jump(x, times[jump], labels.map(() => end), labels));
+      const end = sampler === "renoise" ? 0 : times[step + 1];
+      found.push(await this.step(x, times[step], labels.map(() => end), labels));
     }
     return found;
   }
 
-  // The noise of images {seed}, or {seed, to, share}: between two seeds' along the sphere.
-  noises(images, jump) {
+  // The noise of images {seed}, or {seed, to, share}: on the sphere between two seeds' noises.
+  noises(images, step) {
     const all = new Float32Array(images.length * this.imageSize);
     images.forEach(({seed, to, share}, i) => {
-      const own = this.noiseOf(seed, jump);
-      const noise = share ? slerp(own, this.noiseOf(to, jump), share) : own;
+      const own = this.noiseOf(seed, step);
+      const noise = share ? slerp(own, this.noiseOf(to, step), share) : own;
       all.set(noise, i * this.imageSize);
     });
     return all;
   }
 
-  // Images as RGBA, one after the other, their classes, and the milliseconds that all took.
+  // The images as RGBA, one after the other, their classes, and the milliseconds for all of them.
   async draw({images, label, steps, sampler}) {
     const labels = images.map(({seed}) => this.labelOf(seed, label));
     const start = performance.now();
-    const found = await this.jumps(jump => this.noises(images, jump), labels, steps, sampler);
+    const found = await this.run(step => this.noises(images, step), labels, steps, sampler);
     const milliseconds = performance.now() - start;
     return {pixels: this.pixelsOf(found.at(-1)), labels, milliseconds};
   }
 
-  // How the image of a seed comes about: x after each jump, and f(noise, 1, s) at each s of `path`.
-  async follow({seed, label, steps, sampler, path}) {
+  // From a seed's noise to its image: x after each step, and f(noise, 1, s) for each s of `times`.
+  async follow({seed, label, steps, sampler, times}) {
     const own = this.labelOf(seed, label);
-    const found = await this.jumps(jump => this.noiseOf(seed, jump), [own], steps, sampler);
-    const start = this.noises(path.map(() => ({seed})), 0);
-    const along = await this.jump(start, 1, path, path.map(() => own));
-    return {jumps: found.map(x => this.pixelsOf(x)), path: this.pixelsOf(along), label: own};
+    const found = await this.run(step => this.noiseOf(seed, step), [own], steps, sampler);
+    const start = this.noises(times.map(() => ({seed})), 0);
+    const along = await this.step(start, 1, times, times.map(() => own));
+    return {after: found.map(x => this.pixelsOf(x)), along: this.pixelsOf(along), label: own};
   }
 
-  // RGBA of x in -1..1, by to_pixels of support/data/images.py.
+  // RGBA of x in -1..1, as to_pixels in support/data/images.py makes it.
   pixelsOf(x) {
     const [channels, height, width] = this.model.shape, area = height * width;
     const found = new Uint8ClampedArray(4 * x.length / channels).fill(255);
@@ -108,7 +108,7 @@ class Engine {
   }
 }
 
-// Between two noises, at `share` of the angle from a to b.
+// The noise at `share` of the angle from a to b.
 function slerp(a, b, share) {
   let product = 0, squareA = 0, squareB = 0;
   for (let i = 0; i < a.length; i++) {

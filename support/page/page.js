@@ -1,24 +1,26 @@
 "use strict";
-// What is shown is a function of `state`, which the link holds too; the worker draws it.
+// The page shows `state`, which its link holds too. The worker draws the images.
 
 const byId = id => document.getElementById(id);
 const model = JSON.parse(byId("model").textContent);
 const [, height, width] = model.shape;
 const COUNT = 16, COLUMNS = 4;
 const LARGEST_SEED = 10 ** 12;  // far below where JavaScript's whole numbers end
-const PATH = [1, 0.8, 0.6, 0.4, 0.2, 0];  // s
-const CALL_MS = 80;  // the most that a call should take, so that others get their turn
-const FIRST_CALL = 4;  // images, while nobody knows how long one takes
-const SQUARES_UP_TO = 32;  // pixels: smaller images are shown as the squares that they are
-const SAVED_SIZE = 128;  // pixels of an image in a PNG, at least
-const LINK_WAIT_MS = 300;  // browsers refuse an address that changes too often
+const TIMES = [1, 0.8, 0.6, 0.4, 0.2, 0];  // s
+const CALL_MS = 80;  // the target time of a call, so that other calls get their turn
+const FIRST_CALL = 4;  // images of the first call, when the time for one is unknown
+const SQUARES_UP_TO = 32;  // pixels: images up to this size show sharp squares
+const SAVED_SIZE = 128, SAVED_GAP = 8;  // pixels in a PNG: the least size of an image, and its gap
+// Play must not flash: at most three changes a second (WCAG 2.3.1), fewer if less motion is wanted.
+const PLAY_MS = matchMedia("(prefers-reduced-motion: reduce)").matches ? 1500 : 400;
+const LINK_WAIT_MS = 300;  // browsers refuse to change the address too often
 
 const stepChoices = Object.keys(model.steps).map(Number);
 const samplerChoices = Object.keys(model.samplers);
 const START = {class: null, seed: 0, steps: stepChoices[0], sampler: samplerChoices[0],
                pick: 0, to: 100, at: 500};
 const state = {...START};
-let isPlaying = false;
+let isPlaying = false, playTimer = null;
 let millisecondsPerImage = null;
 
 // The worker
@@ -26,7 +28,7 @@ let millisecondsPerImage = null;
 function unpackBytes(id) {
   const text = atob(byId(id).textContent), bytes = new Uint8Array(text.length);
   for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
-  byId(id).remove();  // megabytes that nobody needs again
+  byId(id).remove();  // frees megabytes
   return bytes;
 }
 
@@ -53,7 +55,7 @@ async function startWorker() {
   await ask("create", {wasm, graph, model}, [wasm.buffer, graph.buffer]);
 }
 
-// What the engine's method of that name gives.
+// The result of the engine's method `name`.
 function ask(name, given, moved = []) {
   const id = asked++;
   return new Promise((resolve, reject) => {
@@ -67,8 +69,8 @@ function trouble(text) {
   byId("trouble").hidden = false;
 }
 
-// A function that calls `draw` now, or once more when the call that is under way has ended: what
-// changes meanwhile is drawn once. `draw` is told by a function whether it is out of date.
+// A function that calls `draw` now, or once after the running call: changes in between are drawn
+// together. `draw` gets a function that says whether its call is outdated.
 function newest(draw) {
   let isRunning = false, isOutdated = false;
   return async () => {
@@ -95,15 +97,15 @@ function newCanvas(canvas = document.createElement("canvas")) {
   return canvas;
 }
 
-// Puts image number `index` of several, RGBA, onto a canvas.
+// Draws image number `index` of several, RGBA, onto a canvas.
 function show(canvas, pixels, index = 0) {
   const size = 4 * width * height;
   const data = pixels.subarray(index * size, (index + 1) * size);
-  // Small pictures that change all the time are best kept out of the graphics card.
+  // Small images that change all the time are faster outside the graphics card.
   canvas.getContext("2d", {willReadFrequently: true}).putImageData(new ImageData(data, width, height), 0, 0);
 }
 
-// Shows images in a row, with a caption each.
+// Shows images in a row, each with its caption.
 function showStrip(strip, images, captions) {
   while (strip.children.length > images.length) strip.lastChild.remove();
   while (strip.children.length < images.length) {
@@ -131,10 +133,10 @@ document.body.classList.toggle("pixels", width <= SQUARES_UP_TO);
 const classOf = label => label === null ? "" : `, class ${model.classes[label]}`;
 const settings = () => ({label: state.class, steps: state.steps, sampler: state.sampler});
 const chosenSeed = () => state.seed + state.pick;
-const jumpsInWords = count => count === 1 ? "1 jump" : `${count} jumps`;
+const stepsInWords = count => count === 1 ? "1 step" : `${count} steps`;
 
 const drawGrid = newest(async isOutdated => {
-  const first = state.seed;
+  const first = state.seed, start = performance.now();
   let milliseconds = 0;
   for (let done = 0; done < COUNT;) {
     const affordable = Math.floor(CALL_MS / millisecondsPerImage);
@@ -152,13 +154,14 @@ const drawGrid = newest(async isOutdated => {
   }
   showSpeed(milliseconds / COUNT);
   byId("grid").dataset.drawn = JSON.stringify({seed: first, ...settings()});
-  if (isPlaying) requestAnimationFrame(() => isPlaying && change({seed: nextSeed()}));
+  clearTimeout(playTimer);
+  if (isPlaying) playTimer = setTimeout(playOn, PLAY_MS - (performance.now() - start));
 });
 
 function showSpeed(milliseconds) {
   const bold = document.createElement("b");
   bold.textContent = `${milliseconds < 10 ? milliseconds.toFixed(1) : Math.round(milliseconds)} ms`;
-  byId("speed").replaceChildren(bold, ` per image, ${jumpsInWords(state.steps)} each`);
+  byId("speed").replaceChildren(bold, ` per image of ${stepsInWords(state.steps)}`);
 }
 
 const drawBetween = newest(async () => {
@@ -174,14 +177,14 @@ const drawEnds = newest(async () => {
 });
 
 const drawFollowed = newest(async () => {
-  const {jumps, path, label} = await ask("follow", {seed: chosenSeed(), ...settings(), path: PATH});
-  const captions = jumps.map((_, jump) => jump === 0 ? "noise" : `jump ${jump}`);
-  showStrip(byId("jumps"), jumps, captions);
+  const given = {seed: chosenSeed(), ...settings(), times: TIMES};
+  const {after, along, label} = await ask("follow", given);
+  showStrip(byId("after"), after, after.map((_, step) => step === 0 ? "noise" : `step ${step}`));
   const size = 4 * width * height;
-  const along = PATH.map((_, i) => path.subarray(i * size, (i + 1) * size));
-  showStrip(byId("path"), along, PATH.map(s => `s\u2009=\u2009${s}`));
+  const images = TIMES.map((_, i) => along.subarray(i * size, (i + 1) * size));
+  showStrip(byId("along"), images, TIMES.map(s => `s\u2009=\u2009${s}`));
   byId("chosen").textContent = `chosen: seed ${chosenSeed()}${classOf(label)}`;
-  byId("follow-text").textContent = `The chosen image, seed ${chosenSeed()}, after each jump`
+  byId("follow-text").textContent = `The chosen image, seed ${chosenSeed()}, after each step`
     + (state.steps > 1 ? `, with ${model.samplers[state.sampler]}.` : ".");
   byId("python").textContent = inPython();
 });
@@ -193,7 +196,7 @@ function inPython() {
   return `model.sample(${given.join(", ")})`;
 }
 
-// The state, and all that follows from it
+// The state
 
 function change(values) {
   Object.assign(state, values);
@@ -203,7 +206,7 @@ function change(values) {
   const isOf = (...some) => some.some(name => names.includes(name));
   const isOfAll = isOf("class", "steps", "sampler");
   if (isOfAll || isOf("seed")) drawGrid();
-  if (isPlaying) return;  // the rest when it stops
+  if (isPlaying) return;  // the rest is drawn when it stops
   if (isOfAll || isOf("seed", "pick", "to")) drawEnds();
   if (isOfAll || isOf("seed", "pick", "to", "at")) drawBetween();
   if (isOfAll || isOf("seed", "pick")) drawFollowed();
@@ -211,7 +214,12 @@ function change(values) {
 
 function play(shouldPlay) {
   isPlaying = shouldPlay;
+  clearTimeout(playTimer);
   change({seed: shouldPlay ? nextSeed() : state.seed});
+}
+
+function playOn() {
+  if (isPlaying) change({seed: nextSeed()});
 }
 
 const nextSeed = () => state.seed + COUNT > LARGEST_SEED ? 0 : state.seed + COUNT;
@@ -225,7 +233,8 @@ function showControls() {
   byId("sampler").disabled = state.steps === 1;
   const fields = {seed: state.seed, "to-seed": state.to, share: state.at};
   for (const [id, value] of Object.entries(fields)) {
-    if (byId(id) !== document.activeElement || byId(id).validity.valid) byId(id).value = value;
+    const isBeingTyped = byId(id) === document.activeElement && !byId(id).validity.valid;
+    if (!isBeingTyped) setField(byId(id), value);
   }
   byId("from-seed").textContent = chosenSeed();
   byId("play").setAttribute("aria-pressed", isPlaying);
@@ -236,7 +245,7 @@ function showControls() {
   });
 }
 
-// The link: what it says wrongly is passed over
+// The link: wrong values in it are ignored
 
 const READERS = {
   class: text => isBelow(text, model.classes.length),
@@ -288,6 +297,12 @@ function addChips(id, choices, name) {
   });
 }
 
+// A right value, which ends the complaint about a wrong one.
+function setField(field, value) {
+  field.value = value;
+  field.setCustomValidity("");
+}
+
 function whenSeed(id, name) {
   byId(id).addEventListener("input", () => {
     const isRight = isBelow(byId(id).value, LARGEST_SEED);
@@ -298,12 +313,15 @@ function whenSeed(id, name) {
 
 function save() {
   const scale = Math.ceil(SAVED_SIZE / width);
+  const stepX = scale * width + SAVED_GAP, stepY = scale * height + SAVED_GAP;
   const sheet = document.createElement("canvas"), context = sheet.getContext("2d");
-  sheet.width = COLUMNS * scale * width;
-  sheet.height = COUNT / COLUMNS * scale * height;
+  sheet.width = COLUMNS * stepX - SAVED_GAP;
+  sheet.height = COUNT / COLUMNS * stepY - SAVED_GAP;
+  context.fillStyle = "white";
+  context.fillRect(0, 0, sheet.width, sheet.height);
   context.imageSmoothingEnabled = false;
   tiles.forEach((tile, place) => {
-    const x = place % COLUMNS * scale * width, y = Math.floor(place / COLUMNS) * scale * height;
+    const x = place % COLUMNS * stepX, y = Math.floor(place / COLUMNS) * stepY;
     context.drawImage(tile.firstChild, x, y, scale * width, scale * height);
   });
   sheet.toBlob(blob => {

@@ -1,11 +1,8 @@
 """onnxruntime-web, which runs graphs in a browser: one pinned version of its npm package."""
 
-import base64
-import hashlib
 import os
 import shutil
 import subprocess
-import tarfile
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -13,10 +10,6 @@ from typing import NamedTuple
 from support.system.files import UserError, atomic_write, make_folder, sha256_of, shorten
 
 PACKAGE, VERSION = "onnxruntime-web", "1.30.0"
-# As the npm registry has it; the digests of the two files are those within.
-INTEGRITY_SHA512 = (
-    "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
-)
 SCRIPT, WASM = "ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm"
 SHA256 = {
     SCRIPT: "11e64bd8ffe11bd1a2a2f0d6275fdfbbba7262f0b76b99b53d228a8a22ef3d90",
@@ -26,72 +19,58 @@ TIMEOUT_SECONDS = 300
 
 
 class Runtime(NamedTuple):
-    """What a page needs of the package: a script, an ES module, and what it runs."""
+    """The two files of the package that a page needs."""
 
-    script: bytes
+    script: bytes  # an ES module
     wasm: bytes
 
 
 def read_runtime(folder: Path | None = None) -> Runtime:
-    """The files from `folder`: the package, unpacked, or its dist. Without, from the user's cache,
-    where npm fetches them once.
+    """The files from `folder`, the unpacked package or its dist; by default from the user's cache.
 
-    UserError where they cannot be had, or are not those of the pinned version.
+    npm fetches them once into the cache. UserError if they cannot be had or have other contents.
     """
-    if folder is None:
-        folder = _cache()
-        if not all((folder / name).is_file() for name in SHA256):
-            _fetch(folder)
-    elif (folder / "dist").is_dir():
-        folder = folder / "dist"
+    if folder is not None:
+        return _read(folder / "dist" if (folder / "dist").is_dir() else folder)
+    cache = cache_folder()
+    if all((cache / name).is_file() for name in SHA256):
+        return _read(cache)
+    runtime = _fetch()
+    make_folder(cache)
+    for name, content in zip(SHA256, runtime, strict=True):
+        with atomic_write(cache / name) as file:
+            file.write(content)
+    return runtime
+
+
+def cache_folder() -> Path:
+    """The place of the package's files in the user's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return cache / "soflow" / f"{PACKAGE}-{VERSION}"
+
+
+def _read(folder: Path) -> Runtime:
     for name, digest in SHA256.items():
-        if not (folder / name).is_file():
-            raise UserError(f"{folder}: has no {name} of {PACKAGE} {VERSION}")
-        if sha256_of(folder / name) != digest:
-            raise UserError(
-                f"{folder / name}: is not the one of {PACKAGE} {VERSION}, by its SHA-256"
-            )
+        path = folder / name
+        if not path.is_file() or sha256_of(path) != digest:
+            raise UserError(f"{path}: is missing or, by its SHA-256, not of {PACKAGE} {VERSION}")
     return Runtime(*((folder / name).read_bytes() for name in SHA256))
 
 
-def _cache() -> Path:
-    """The folder of the user's cache that the package's files are kept in."""
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.path.expanduser(cache)) / "soflow" / f"{PACKAGE}-{VERSION}"
-
-
-def _fetch(folder: Path) -> None:
-    """Have npm download the package, and put its files into `folder`."""
-    npm = shutil.which("npm")
-    instead = f"give --ort FOLDER, with the files of {PACKAGE} {VERSION}"
-    if npm is None:
-        raise UserError(
-            f"npm, which fetches {PACKAGE}, is not installed; install Node.js, or {instead}"
-        )
+def _fetch() -> Runtime:
     with tempfile.TemporaryDirectory() as place:
-        command = [npm, "pack", f"{PACKAGE}@{VERSION}", "--silent", "--pack-destination", place]
+        command = ["npm", "pack", f"{PACKAGE}@{VERSION}", "--silent", "--pack-destination", place]
         try:
             done = subprocess.run(
                 command, cwd=place, capture_output=True, text=True, timeout=TIMEOUT_SECONDS
             )
+            if done.returncode:
+                raise OSError(done.stderr.strip() or f"status {done.returncode}")
+            for archive in Path(place).glob("*.tgz"):
+                shutil.unpack_archive(archive, place, filter="data")
         except (OSError, subprocess.TimeoutExpired) as error:
             raise UserError(
-                f"{PACKAGE}: not fetched by npm ({shorten(error)}); {instead}"
+                f"{PACKAGE}: npm cannot fetch it ({shorten(error)}); install Node.js, or give "
+                f"--ort FOLDER with the files of {PACKAGE} {VERSION}"
             ) from error
-        archives = list(Path(place).glob("*.tgz"))
-        if done.returncode or not archives:
-            said = (done.stderr.strip() or f"status {done.returncode}").splitlines()[0]
-            raise UserError(f"{PACKAGE}: not fetched by npm ({said}); {instead}")
-        content = archives[0].read_bytes()
-        found = base64.b64encode(hashlib.sha512(content).digest()).decode()
-        if found != INTEGRITY_SHA512:
-            raise UserError(
-                f"{PACKAGE} {VERSION}: what npm fetched is another, of SHA-512 {found}; {instead}"
-            )
-        make_folder(folder)
-        with tarfile.open(archives[0]) as archive:
-            for name in SHA256:
-                file = archive.extractfile(f"package/dist/{name}")
-                assert file is not None  # by the digest it is this package
-                with atomic_write(folder / name) as target:
-                    shutil.copyfileobj(file, target)
+        return _read(Path(place, "package", "dist"))

@@ -11,10 +11,9 @@ APP_FILE, REQUIREMENTS_FILE, CODE_FOLDER = "app.py", "requirements.txt", "soflow
 SAMPLING, SERVING = "requirements_soflow.txt", "requirements_soflow_demo.txt"
 APP = f'''"""A demo of this folder's model: `python {APP_FILE}` serves it to this machine only.
 
-A Hugging Face Space sets the address in the environment.
+A Hugging Face Space sets another address in the environment.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -23,10 +22,8 @@ sys.path.insert(0, str(FOLDER / "{CODE_FOLDER}"))
 
 import demo
 
-host = os.environ.get("GRADIO_SERVER_NAME", demo.LOCALHOST)
-port = os.environ.get("GRADIO_SERVER_PORT", str(demo.PORT))
 if __name__ == "__main__":
-    demo.run_command(lambda: demo.main([str(FOLDER), "--host", host, "--port", port]))
+    demo.run_command(lambda: demo.main([str(FOLDER)]))
 '''
 
 
@@ -36,9 +33,8 @@ def write_space(folder: Path) -> None:
     needed = "".join((ROOT / name).read_text() for name in (SAMPLING, SERVING))
     (folder / REQUIREMENTS_FILE).write_text(needed)
     code = folder / CODE_FOLDER
-    shutil.copytree(
-        ROOT / "support", code / "support", ignore=shutil.ignore_patterns("__pycache__")
-    )
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "support", code / "support", ignore=ignored)
     for path in [*ROOT.glob("*.py"), ROOT / "LICENSE", *(ROOT / n for n in (SAMPLING, SERVING))]:
         shutil.copy(path, code)
 
@@ -49,7 +45,5 @@ def card_lines() -> str:
     assert version is not None
     # Without a version of Python, a Space has 3.10, which is too old.
     python = ".".join(platform.python_version_tuple()[:2])
-    return (
-        f"sdk: gradio\nsdk_version: {version[1]}\npython_version: '{python}'\n"
-        f"app_file: {APP_FILE}\n"
-    )
+    sdk = f"sdk: gradio\nsdk_version: {version[1]}\n"
+    return f"{sdk}python_version: '{python}'\napp_file: {APP_FILE}\n"

@@ -1,5 +1,5 @@
-// The draws of PerImageStream in support/system/randomness.py, bit for bit: the SHA-256 of a text
-// is the key of a Philox generator, whose bits become normals as NumPy's float32 ones do.
+// The draws of PerImageStream in support/system/randomness.py, bit for bit. The SHA-256 of a text is
+// the key of a Philox generator. Its bits become float32 normals in the way of NumPy.
 
 const TWO_32 = 2 ** 32;
 
@@ -112,7 +112,7 @@ function addTo(words, at, more) {
   words[at + 1] += more[1] + Math.floor(low / TWO_32);
 }
 
-// What is drawn
+// Labels and noise
 
 // The generator of a seed, a whole number, for a purpose at a position.
 function sourceOf(seed, purpose, ...position) {
@@ -120,11 +120,11 @@ function sourceOf(seed, purpose, ...position) {
   return new Philox([digest[3], digest[2], digest[1], digest[0]]);
 }
 
-// The class that the image of a seed has where none is asked for.
+// The class of a seed's image if none is asked for.
 function drawLabel(seed, numClasses) {
   if (numClasses === 1) return 0;
   const source = sourceOf(seed, "sampling label", 0);
-  // Multiply and shift (Lemire, 2019): of the product's low half some values would favour classes.
+  // Multiply and shift (Lemire, 2019). Some low halves would favour classes: draw those again.
   const favoured = TWO_32 % numClasses;
   let low, high;
   do {
@@ -135,23 +135,50 @@ function drawLabel(seed, numClasses) {
   return high;
 }
 
-// The noise of a seed's image for a jump: `count` normals.
-// `ziggurat`: the tables of ziggurat.py.
-function drawNoise(seed, jump, count, ziggurat) {
-  const source = sourceOf(seed, "sampling noise", 0, jump);
-  return Float32Array.from({length: count}, () => drawNormal(source, ziggurat));
+// The noise of a seed's image for a step: `count` normals.
+function drawNoise(seed, step, count) {
+  const source = sourceOf(seed, "sampling noise", 0, step);
+  return Float32Array.from({length: count}, () => drawNormal(source));
 }
 
-// The ziggurat (Marsaglia and Tsang, 2000): a layer, a sign and a place in the layer from one draw.
-function drawNormal(source, {tailStart, width, inside, height}) {
+// The ziggurat (Marsaglia and Tsang, 2000) covers the half bell exp(-x^2 / 2) by layers of equal
+// area. One draw gives a layer, a sign and a place in the layer, which is nearly always under the
+// curve.
+
+const LAYERS = 256, PLACES = 2 ** 23;
+const TAIL_START = 3.6541528853610088;  // the lowest of 256 layers ends here and has the tail beyond
+const LAYER_AREA = 0.004928673233974658;
+const ziggurat = layers();
+
+// Per layer, the lowest first and then from the top: `width` of a place; `inside`, the number of
+// places that are surely under the curve; `height` of the curve at the layer's end.
+function layers() {
+  const bell = x => Math.exp(-x * x / 2);
+  const ends = [TAIL_START];  // of the layers, from below
+  while (ends.length < LAYERS - 1) {
+    const end = ends.at(-1);
+    ends.push(Math.sqrt(-2 * Math.log(LAYER_AREA / end + bell(end))));
+  }
+  ends.reverse();
+  const lowest = LAYER_AREA / bell(TAIL_START);  // the width of a rectangle of this area
+  const shares = [TAIL_START / lowest, 0, ...ends.slice(1).map((end, i) => ends[i] / end)];
+  return {
+    width: [lowest, ...ends].map(end => Math.fround(end / PLACES)),
+    inside: shares.map(share => Math.floor(share * PLACES)),
+    height: [1, ...ends.map(end => Math.fround(bell(end)))],
+  };
+}
+
+function drawNormal(source) {
+  const {width, inside, height} = ziggurat;
   for (;;) {
     const bits = source.next();
     const layer = bits & 0xFF, isNegative = bits & 0x100, place = bits >>> 9;
     const x = Math.fround(place * width[layer]);
     if (place < inside[layer]) return isNegative ? -x : x;
     if (layer === 0) {
-      // The tail's sign is another bit than the one above.
-      const beyond = drawTail(source, tailStart);
+      // The tail takes its sign from another bit.
+      const beyond = drawTail(source);
       return place & 0x100 ? -beyond : beyond;
     }
     const share = source.nextShare();
@@ -160,8 +187,9 @@ function drawNormal(source, {tailStart, width, inside, height}) {
   }
 }
 
-// In float32 at every step, as NumPy has it.
-function drawTail(source, start) {
+// Every operation is in float32, as in NumPy.
+function drawTail(source) {
+  const start = Math.fround(TAIL_START);
   const drawExponential = () => -Math.fround(Math.log1p(-source.nextShare()));
   for (;;) {
     const x = Math.fround(Math.fround(1 / start) * drawExponential()), y = drawExponential();

@@ -1,5 +1,6 @@
-// The engine in a thread of its own, so that the page stays quick whatever the model takes.
-// Messages: {id, name, given}, of which the first creates it; answers: {id, found} or {id, error}.
+// The engine in its own thread: the page stays quick while the model runs.
+// Messages are {id, name, given}; the first one creates the engine. Answers are {id, found} or
+// {id, error}.
 
 let engine = null, last = Promise.resolve();
 
@@ -16,5 +17,5 @@ async function answer({id, name, given}) {
   }
 }
 
-// One after the other: a session runs one graph at a time.
+// One message after the other: a session runs one graph at a time.
 onmessage = ({data}) => { last = last.then(() => answer(data)); };
