@@ -32,7 +32,6 @@ from sampling import LoadedModel, assemble, find_decoder
 from support.data import vae
 from support.data.grids import save_grid
 from support.page.space import APP_FILE, CODE_FOLDER, REQUIREMENTS_FILE, card_lines, write_space
-from support.runs import hub
 from support.runs.checkpoint import run_of_checkpoint
 from support.runs.graphs import missing_packages, write_graph
 from support.runs.stored import (
@@ -42,6 +41,7 @@ from support.runs.stored import (
     read_stored,
     write_stored,
 )
+from support.system import hub
 from support.system.digests import weights_digest
 from support.system.files import UserError, atomic_folder
 

@@ -1,21 +1,19 @@
-"""Sample images from a checkpoint into an .npz: `arr_0`, uint8 [N, H, W, C], and labels, `arr_1`.
+"""Sample images from a trained model into an .npz: `arr_0`, uint8 [N, H, W, C], labels as `arr_1`.
 
     python inference.py --config configs/digits.yaml --ckpt-steps 1000 --num-samples 1000
-    python inference.py --ckpt shared/ckpts/1000.pt --num-samples 32 --labels cat,dog --grid g.png
+    python inference.py --ckpt runs/digits --num-samples 32 --labels 3,7 --grid digits.png
     torchrun --nproc-per-node=8 inference.py --config SoFlow/XL-2-cond/config.yaml \\
         --ckpt-steps 1200000 --eval-batch-size 128 --eval-NFE 2
-    python inference.py --config configs/digits.yaml --ckpt-steps 1000 --num-samples 100 \\
-        --labels 0,1,2,3,4,5,6,7,8,9 --grid digits.png
+    python inference.py --ckpt zlab-princeton/SoFlow/XL-2-cond --num-samples 32 --grid xl2.png
 
-The images come from the averaged weights of ckpts/{steps}.pt in the run's folder and go to
-evals/{steps}_{NFE}NFE_{seed}.npz there. That folder is the one that the config lies in, beside
-ckpts/, or else its working_dir. Guidance was trained in: there is no scale to choose.
+--ckpt-steps K samples the averaged weights of ckpts/K.pt in the run's folder: the folder of the
+config if it has ckpts/, else the config's working_dir. The images go to
+evals/K_{NFE}NFE_{seed}.npz there. Guidance was trained in: there is no scale to choose.
 """
 
-from support.system.command import run_command  # isort: skip - first: it attends to the start
+from support.system.command import run_command  # isort: skip - first: it handles a failing start
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -43,72 +41,75 @@ from sampling import (
 )
 from support.data.grids import Grid, GridImages, save_grid
 from support.data.images import PNG_MARK, ImageBatch
-from support.runs.checkpoint import (
-    checkpoint_path,
-    run_of_checkpoint,
-    run_of_config,
-)
+from support.runs.checkpoint import checkpoint_path, run_of_checkpoint, run_of_config
 from support.runs.logbook import record_of, write_record
-from support.runs.stored import WEIGHTS_FILE, read_file
+from support.runs.sample_records import refuse_other_samples
+from support.runs.stored import MODEL_HELP, WEIGHTS_FILE, find_file, read_file, read_stored
 from support.system.digests import weights_digest
-from support.system.files import UserError, check_writable, make_folder, refuse_foreign, shorten
+from support.system.files import UserError, check_writable, make_folder, refuse_foreign
 from support.system.hardware import allow_tf32
 from support.system.processes import Processes, connected
 from support.system.randomness import GivenLabels, PerImageStream, ReferenceStream, SamplingStream
 
-# Entries of a record, or of the config in it, that decide the images.
-DECISIVE = (
-    *("weights_sha256", "noising_type", "coefficient_type", "model_type", "dataset_type"),
-    *("num_images", "NFE", "times", "sampler", "seed", "labels", "noise_stream"),
-    *("vae", "vae_revision", "latent_scale"),
-)
-DECISIVE_IN_REFERENCE_STREAM = ("eval_batch_size", "processes", "device")
-# The reference's of this command, which differ from those of its configs.
+# This command's defaults in the reference; its configs have others.
 DEFAULTS = ("eval_batch_size=32", "eval_NFE=1", "seed=42")
 
 
 class Sources(NamedTuple):
-    """What is sampled from, and the folder that its samples go to."""
+    """The model to sample from, and the place of its samples."""
 
     config: Config
     checkpoint: Path
-    results: Path
+    folder: Path
+    name: str  # the start of the samples' names
 
 
 def find_sources(arguments: argparse.Namespace, report: Callable[[str], None]) -> Sources:
-    """The checkpoint that the command line asks for, with its config; `report` takes notes.
+    """The checkpoint and config that the command line names; `report` takes notes.
 
-    A --set working_dir is the folder of the run without question. Otherwise that is where the
-    config lies, or where the checkpoint does that --ckpt names.
+    `--set working_dir` settles which run is meant.
     """
     settings = settings_of(arguments)
-    chosen = next((text for text in settings if text.startswith("working_dir=")), None)
+    is_chosen = any(text.startswith("working_dir=") for text in settings)
     if arguments.ckpt is None:
         if arguments.config is None:
-            raise UserError("--config: needed with --ckpt-steps; --ckpt FILE does without")
+            raise UserError("--config: needed with --ckpt-steps; --ckpt MODEL does without")
         config = load_config(arguments.config, settings, report)
-        folder = find_run(config, Path(arguments.config), is_chosen=chosen is not None)
-        checkpoint = checkpoint_path(folder / "ckpts", arguments.ckpt_steps)
-        return Sources(config, checkpoint, folder / "evals")
-    checkpoint = Path(arguments.ckpt)
-    if (checkpoint / WEIGHTS_FILE).is_file():
-        checkpoint /= WEIGHTS_FILE
-    config = (
-        load_config(arguments.config, settings, report)
-        if arguments.config
-        else config_of_checkpoint(checkpoint, settings, report)
-    )
-    run = Path(config.working_dir) if chosen else run_of_checkpoint(checkpoint)
-    if run is None and checkpoint.name == WEIGHTS_FILE:
-        return Sources(config, checkpoint, checkpoint.absolute().parent.parent)
-    return Sources(config, checkpoint, run / "evals" if run else checkpoint.parent)
+        run = find_run(config, Path(arguments.config), is_chosen)
+        path = checkpoint_path(run / "ckpts", arguments.ckpt_steps)
+        return Sources(config, path, run / "evals", path.stem)
+    path = find_file(arguments.ckpt)
+    folder, name = place_of_samples(arguments.ckpt, path)
+    if arguments.config:
+        config = load_config(arguments.config, settings, report)
+    else:
+        # The recorded working_dir may be a place on another machine.
+        stored = read_stored(path, is_verified=True)
+        values = {**stored.config, "working_dir": str(run_of_checkpoint(path) or path.parent)}
+        config = config_from_dict(values, str(path), settings, report)
+    return Sources(config, path, Path(config.working_dir) / "evals" if is_chosen else folder, name)
+
+
+def place_of_samples(source: str, path: Path) -> tuple[Path, str]:
+    """The folder of a model's samples, and the start of their names.
+
+    Those of a run go to its evals/. Others go beside the checkpoint or the exported folder, and
+    those of a model from the hub to the current folder.
+    """
+    if not Path(source).exists():
+        return Path(), Path(source).name
+    if run := run_of_checkpoint(path):
+        return run / "evals", path.stem
+    if path.name != WEIGHTS_FILE:
+        return path.parent, path.stem
+    folder = path.absolute().parent
+    return folder.parent, folder.name
 
 
 def find_run(config: Config, config_path: Path, is_chosen: bool) -> Path:
-    """The folder of the run that a config stands for: the one it lies in, else its working_dir.
+    """The folder of a config's run: the one it lies in if that has ckpts/, else its working_dir.
 
-    UserError where there is none, or where each is the folder of another run and the user has not
-    chosen.
+    UserError if there is none, or if both are runs and the user has not chosen one.
     """
     named, beside = Path(config.working_dir), run_of_config(config_path)
     if beside and not is_chosen and named.resolve() != beside.resolve():
@@ -127,41 +128,23 @@ def find_run(config: Config, config_path: Path, is_chosen: bool) -> Path:
     return named
 
 
-def config_of_checkpoint(
-    path: Path, settings: Sequence[str], report: Callable[[str], None]
-) -> Config:
-    """The config that a checkpoint holds; of one that holds none, the one of its run."""
-    folder = run_of_checkpoint(path)
-    stored = read_file(path, is_verified=True)  # that is left to whoever reads its weights
-    if stored.config:
-        # Its own working_dir may be a place on another machine.
-        values = {**stored.config, "working_dir": str(folder or path.parent)}
-        return config_from_dict(values, str(path), settings, report)
-    if folder and (folder / "config.yaml").exists():
-        return load_config(folder / "config.yaml", settings, report)
-    raise UserError(f"{path}: holds no config, as published checkpoints do not; say --config FILE")
-
-
 def load_model(
     config: Config, path: Path, device: torch.device, is_main: bool = True, ema: str = ""
 ) -> LoadedModel:
-    """An averaged model of a checkpoint, which must be of the config's kind.
-
-    The main process checks it and sums it up for all: where it refuses, nothing is sampled.
-    """
+    """The averaged model of a checkpoint. The main process verifies it for all."""
     stored = read_file(path, ema, is_verified=not is_main)
     refuse_other_model(config, stored.config, path)
     loaded = assemble(config, stored, device)
     if not is_main:
         return loaded
-    # By the model's order of the weights: that of an exported file is another.
+    # In the model's order: that of an exported file differs.
     return replace(loaded, weights_sha256=weights_digest(loaded.model.state_dict()))
 
 
 def refuse_other_model(config: Config, recorded: Mapping[str, Any], path: Path) -> None:
-    """UserError where the config describes another model than the one that was trained.
+    """UserError if the config describes another model than the one that was trained.
 
-    A different path or solution form would load, and sample noise.
+    Another path or solution form would load, and sample noise.
     """
     asked = {**config.model_arguments(0, 0), "dataset_type": config.dataset_type}
     differing = [
@@ -174,7 +157,7 @@ def refuse_other_model(config: Config, recorded: Mapping[str, Any], path: Path) 
 
 
 def run_inference(arguments: argparse.Namespace, sources: Sources, processes: Processes) -> None:
-    """Sample what the command line asks for; all processes take part."""
+    """Sample all requested files; all processes take part."""
     config = sources.config
     find_decoder(config)
     allow_tf32(processes.device, config.precision != "fp32")
@@ -182,26 +165,25 @@ def run_inference(arguments: argparse.Namespace, sources: Sources, processes: Pr
         config, sources.checkpoint, processes.device, processes.is_main, arguments.ema
     )
     with decoding(config, processes.device) as decode:
-        for each in jumps_asked_for(arguments, config):
+        for each in configs_per_nfe(arguments, config):
             make_file(arguments, sources._replace(config=each), loaded, processes, decode)
 
 
-def jumps_asked_for(arguments: argparse.Namespace, config: Config) -> list[Config]:
-    """The config with each number of jumps that is asked for."""
+def configs_per_nfe(arguments: argparse.Namespace, config: Config) -> list[Config]:
+    """The config with each requested number of steps."""
     if arguments.times is not None:
         if arguments.eval_NFE:
-            raise UserError("--eval-NFE: goes without --times, which says how many jumps there are")
+            raise UserError("--eval-NFE: --times already gives the number of steps")
         return [config.model_copy(update={"eval_NFE": len(arguments.times) - 1})]
     counts = (arguments.eval_NFE or str(config.eval_NFE)).split(",")
     one_file = [flag for flag in ("output", "grid") if getattr(arguments, flag)]
     if len(counts) > 1 and one_file:
         raise UserError(
-            f"--{one_file[0]}: names one file, and --eval-NFE {arguments.eval_NFE} asks for "
+            f"--{one_file[0]}: names one file, but --eval-NFE {arguments.eval_NFE} makes "
             f"{len(counts)}"
         )
-    values = config.to_dict()
-    asked = [override_by("--eval-NFE", "eval_NFE", count) for count in counts]
-    return [config_from_dict(values, "--eval-NFE", [override]) for override in asked]
+    overrides = [override_by("--eval-NFE", "eval_NFE", count) for count in counts]
+    return [config_from_dict(config.to_dict(), "--eval-NFE", [one]) for one in overrides]
 
 
 def make_file(
@@ -219,7 +201,7 @@ def make_file(
     stream = choose_stream(arguments.noise_stream, labels, config, loaded, processes)
     request = SampleRequest(*counts, stream, arguments.times, arguments.sampler)
 
-    def its_record() -> dict[str, Any]:
+    def build_record() -> dict[str, Any]:
         return record_of(
             output,
             config.to_dict(),
@@ -231,17 +213,17 @@ def make_file(
             noise_stream=arguments.noise_stream,
             checkpoint=str(sources.checkpoint),
             weights_sha256=loaded.weights_sha256,
-            **another_way(arguments, loaded),
+            **nondefault_options(arguments, loaded),
             **decoder_record(config),
         )
 
-    def write_its_record() -> None:
-        if arguments.overwrite:  # a kill must not leave old samples beside a record of the new
+    def save_record() -> None:
+        if arguments.overwrite:  # a kill must not leave old samples beside the new record
             output.unlink(missing_ok=True)
-        write_record(output, its_record())
+        write_record(output, build_record())
 
     if processes.is_main:
-        make_room(output, arguments, its_record)
+        check_outputs(output, arguments, build_record)
     shown = GridImages(config.eval_demo_shape, loaded.num_classes, labels)
     quiet = None if processes.is_main else True
     with tqdm(total=request.num_images, unit="image", disable=quiet) as bar:
@@ -253,102 +235,56 @@ def make_file(
         batches = sample_pixels(
             loaded.model, request, processes, lambda x_0: refuse_non_finite(decode(x_0))
         )
-        write_samples(
-            output, batches, request.num_images, processes.is_main, write_its_record, report
-        )
+        write_samples(output, batches, request.num_images, processes.is_main, save_record, report)
     if processes.is_main:
         print(f"{request.num_images} images in {output}")
         if arguments.grid:
             draw(shown.arranged(), Path(arguments.grid), loaded.class_names)
 
 
-def another_way(arguments: argparse.Namespace, loaded: LoadedModel) -> dict[str, Any]:
-    """What a record says of average and jumps, where they are not the published ones."""
-    said = {
-        "ema": loaded.average or None,
-        "sampler": arguments.sampler if arguments.sampler != "renoise" else None,
-        "times": list(arguments.times) if arguments.times else None,
+def nondefault_options(arguments: argparse.Namespace, loaded: LoadedModel) -> dict[str, Any]:
+    """The average, sampler and times, where they are not the published ones."""
+    options = {
+        "ema": loaded.average,
+        "sampler": arguments.sampler if arguments.sampler != "renoise" else "",
+        "times": list(arguments.times or ()),
     }
-    return {name: value for name, value in said.items() if value is not None}
+    return {name: value for name, value in options.items() if value}
 
 
 def draw(grid: Grid, path: Path, class_names: Sequence[str]) -> None:
-    """Write the picture and say what is in it."""
+    """Write the picture and print what it shows."""
     save_grid(path, grid.pixels, grid.columns)
     names = [class_names[label] if class_names else str(label) for label in grid.classes]
     rows = f", one class a row ({', '.join(names)})" if names else ", the first ones"
     print(f"{len(grid.pixels) // grid.columns} x {grid.columns} of them{rows}, in {path}")
 
 
-# What is there already
-
-
 def choose_output(arguments: argparse.Namespace, sources: Sources, loaded: LoadedModel) -> Path:
-    """Where the samples go."""
+    """The file of the samples."""
     for flag, suffix in (("output", ".npz"), ("grid", ".png")):
         name = getattr(arguments, flag)
         if name and Path(name).suffix.lower() != suffix:
             raise UserError(f"--{flag} {name}: must be the name of a {suffix} file")
     if arguments.output:
         return Path(arguments.output)
-    config = sources.config
-    of_export = sources.checkpoint.name == WEIGHTS_FILE
-    stem = sources.checkpoint.absolute().parent.name if of_export else sources.checkpoint.stem
-    name = f"{stem}_{config.eval_NFE}NFE_{config.seed}"
-    for value in another_way(arguments, loaded).values():
+    name = f"{sources.name}_{sources.config.eval_NFE}NFE_{sources.config.seed}"
+    for value in nondefault_options(arguments, loaded).values():
         name += "_" + (value if isinstance(value, str) else "-".join(f"{t:g}" for t in value))
-    return sources.results / f"{name}.npz"
+    return sources.folder / f"{name}.npz"
 
 
-def make_room(
-    output: Path, arguments: argparse.Namespace, its_record: Callable[[], dict[str, Any]]
+def check_outputs(
+    output: Path, arguments: argparse.Namespace, build_record: Callable[[], dict[str, Any]]
 ) -> None:
-    """Make the folders of what is to be written; UserError where something else is there."""
+    """Make the folders of the files to write; UserError if one would replace something else."""
     make_folder(output.parent)
     if arguments.grid:
         check_writable(Path(arguments.grid))
     if not arguments.overwrite:
-        refuse_to_replace(output, its_record())
+        refuse_other_samples(output, build_record())
         if arguments.grid:
-            refuse_foreign(Path(arguments.grid), PNG_MARK, "say another --grid, or --overwrite")
-
-
-def refuse_to_replace(output: Path, record: Mapping[str, Any]) -> None:
-    """UserError where samples of another request than the record's are in the way."""
-    in_the_way = [path for path in (output, output.with_suffix(".json")) if path.exists()]
-    instead = "say --output FILE for another, or --overwrite"
-    there = read_record(output)
-    if there is None:
-        if not in_the_way:
-            return
-        raise UserError(f"{in_the_way[0]}: exists, and no record says of which samples; {instead}")
-    if not output.exists():
-        return  # at most a record, whose samples a kill has kept from appearing
-    before, now = decisive(there), decisive(record)
-    differing = [
-        f"{key} {shorten(before.get(key))} there, {shorten(now.get(key))} asked for"
-        for key in before | now
-        if before.get(key) != now.get(key)
-    ]
-    if differing:
-        raise UserError(f"{output}: exists, with other samples: {'; '.join(differing)}; {instead}")
-
-
-def read_record(output: Path) -> dict[str, Any] | None:
-    """The record beside a file of samples, if there is one."""
-    try:
-        record = json.loads(output.with_suffix(".json").read_bytes())
-    except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) and isinstance(record.get("config"), dict) else None
-
-
-def decisive(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a record decides the images, but for rounding."""
-    known = {**record["config"], **record}
-    is_reference = known.get("noise_stream") == "reference"
-    keys = DECISIVE + (DECISIVE_IN_REFERENCE_STREAM if is_reference else ())
-    return {key: known.get(key) for key in keys}
+            refuse_foreign(Path(arguments.grid), PNG_MARK, "choose another --grid, or --overwrite")
 
 
 # Labels and noise
@@ -357,7 +293,7 @@ def decisive(record: Mapping[str, Any]) -> dict[str, Any]:
 def choose_stream(
     name: str, labels: Sequence[int], config: Config, loaded: LoadedModel, processes: Processes
 ) -> SamplingStream:
-    """The source of noise and labels that the command line asks for."""
+    """The requested source of noise and labels."""
     seed, is_conditional = config.seed, config.is_conditional
     num_classes, shape = loaded.num_classes, loaded.shape
     stream: SamplingStream = PerImageStream(seed, num_classes if is_conditional else None, shape)
@@ -369,12 +305,11 @@ def choose_stream(
 
 
 def choose_labels(text: str | None, loaded: LoadedModel) -> list[int]:
-    """The classes of a list of names and numbers, such as cat,dog,3; none for None."""
+    """The classes in a list of names and numbers, such as cat,dog,3; none for None."""
     if text is None:
         return []
-    if text in loaded.class_names:
-        return loaded.labels_of([text], "--labels")
-    return loaded.labels_of([word.strip() for word in text.split(",")], "--labels")
+    words = [text] if text in loaded.class_names else map(str.strip, text.split(","))
+    return loaded.labels_of([*words], "--labels")
 
 
 # The command
@@ -388,60 +323,43 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add_options(parser, needs_config=False)
     add = parser.add_argument
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument(
-        "--ckpt-steps", type=int, metavar="K", help="sample from ckpts/K.pt of the working_dir"
-    )
-    which.add_argument(
-        "--ckpt",
-        type=expanduser,
-        metavar="FILE",
-        help="sample from this checkpoint, or exported folder, instead",
-    )
+    steps_help = "sample ckpts/K.pt of the config's run"
+    which.add_argument("--ckpt-steps", type=int, metavar="K", help=steps_help)
+    ckpt_help = f"sample this model instead: {MODEL_HELP}"
+    which.add_argument("--ckpt", type=expanduser, metavar="MODEL", help=ckpt_help)
+    add("--ema", default="", metavar="NAME", help="use this one of several averages, such as 0.999")
+    add("--num-samples", metavar="N", help="images (default: eval_num_samples, 50000)")
+    add("--seed", metavar="S", help="seed of labels and noise (default 42)")
     add("--eval-batch-size", metavar="B", help="images at a time, per process (default 32)")
-    add("--eval-NFE", metavar="N[,N...]", help="jumps per image (default 1); a file for each")
-    times_help = "where the jumps start and end, instead of evenly apart"
+    add("--eval-NFE", metavar="N[,N...]", help="steps per image (default 1); one file for each")
+    times_help = "where the steps start and end; the default is evenly spaced"
     add("--times", type=times_in, metavar="1,...,0", help=times_help)
     add(
         "--sampler",
         choices=tuple(SAMPLERS),
         default="renoise",
-        help="renoise (default): as published, every jump ends at 0 and a fresh noise brings it "
-        "back; chain: each jump starts where the last one ended",
+        help="renoise (default): the published sampler, each step ends at t = 0 and fresh noise "
+        "leads to the next t; chain: each step starts where the last one ended",
     )
-    add("--ema", default="", metavar="NAME", help="of several averages this one, such as 0.999")
-    add("--seed", metavar="S", help="of labels and noise (default 42)")
-    add("--num-samples", metavar="N", help="images (default: eval_num_samples, 50000)")
     add(
         "--noise-stream",
         choices=("image", "reference"),
         default="image",
-        help="image (default): each image's draws depend on seed and index alone; "
-        "reference: as the published code draws, by process and batch",
+        help="image (default): draws depend on the seed and the image's index alone; reference: "
+        "draw by process and batch, as the published code does",
     )
-    add(
-        "--labels",
-        metavar="cat,dog,3",
-        help="classes by name or number, in turn, repeated to fill; without, all are as likely",
-    )
-    output_help = "where the images go, instead of evals/"
-    add("--output", type=expanduser, metavar="FILE.npz", help=output_help)
-    add(
-        "--overwrite",
-        action="store_true",
-        help="replace a file of other samples; the same samples are replaced without it",
-    )
-    add(
-        "--grid",
-        type=expanduser,
-        metavar="FILE.png",
-        help="also draw some of them, one class a row where there are enough (eval_demo_shape)",
-    )
+    labels_help = "classes by name or number, repeated in turn; the default draws them uniformly"
+    add("--labels", metavar="cat,dog,3", help=labels_help)
+    add("--output", type=expanduser, metavar="FILE.npz", help="file of the images")
+    add("--overwrite", action="store_true", help="replace other samples that are in the way")
+    grid_help = "also draw a picture, one class a row if there are enough images (eval_demo_shape)"
+    add("--grid", type=expanduser, metavar="FILE.png", help=grid_help)
     add("--cfg-scale", "--guidance-scale", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
 def times_in(text: str) -> tuple[float, ...]:
-    """The times of a list such as 1,0.6,0."""
+    """The times in a list such as 1,0.6,0."""
     try:
         return check_times([float(word) for word in text.split(",")], "--times")
     except ValueError as error:
@@ -451,7 +369,7 @@ def times_in(text: str) -> tuple[float, ...]:
 
 
 def settings_of(arguments: argparse.Namespace) -> list[str]:
-    """The command line's values of the config's keys, the last one of a key being the one meant."""
+    """The command line's KEY=VALUE settings; the last one of a key counts."""
     given = {
         ("--eval-batch-size", "eval_batch_size"): arguments.eval_batch_size,
         ("--num-samples", "eval_num_samples"): arguments.num_samples,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ from commands import digits_settings
 from PIL import Image
 from tiny_vae import make_tiny_vae
 
+import export
 import inference
 import train
 from config import Config, load_config, save_config
@@ -143,40 +145,42 @@ def test_data_set_is_not_opened(run, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flags", "named"),
     [
-        (["--ckpt-steps=5"], r"5\.pt: does not exist; .* has the steps 0, 6"),
-        (["--labels=3,10"], "--labels: '10' is not a class; those are 0 to 9$"),
-        (["--cfg-scale=4"], "no guidance scale when sampling: guidance was trained in"),
-        (["--set=working_dir=nowhere"], "working_dir: nowhere does not exist; leave out --set"),
-        (["--num-samples=0"], "^--num-samples: 0 must be between 1 and"),
-        (["--seed=-1"], "^--seed: -1 must be"),
-        (["--eval-NFE=2,"], "^--eval-NFE: null is not a whole number$"),
-        (["--eval-batch-size=many"], "^--eval-batch-size: 'many' is not a whole number$"),
-        (["--set=coefficient_type=Trig"], "coefficient_type 'Euler' in the checkpoint, 'Trig' in"),
-        (["--set=model_type=DiT-Nano-4"], "model_type 'DiT-Nano-2' in the checkpoint"),
-        (["--set=dataset_type=ImageFolder"], "dataset_type 'Digits' in the checkpoint, 'ImageF"),
-        (["--labels=3,,4"], "--labels: '' is not a class; those are 0 to 9$"),
-        (["--times=1,0.5,0", "--eval-NFE=2"], "--eval-NFE: goes without --times"),
-        (["--grid=/"], "--grid /: must be the name of a .png file"),
-        (["--grid=/x.png/y.jpg"], "--grid /x.png/y.jpg: must be the name of a .png file"),
-        (["--output=samples"], "--output samples: must be the name of a .npz file"),
-        (["--ckpt=/nowhere/3.pt"], "the folder /nowhere does not exist"),
+        (["--ckpt-steps=5"], r"5\.pt: .* 0, 6"),
+        (["--labels=3,10"], "--labels: '10' .* 0 to 9"),
+        (["--labels=3,,4"], "--labels: '' .* 0 to 9"),
+        (["--cfg-scale=4"], "guidance"),
+        (["--set=working_dir=nowhere"], "working_dir: nowhere"),
+        (["--num-samples=0"], "^--num-samples: 0"),
+        (["--seed=-1"], "^--seed: -1"),
+        (["--eval-NFE=2,"], "^--eval-NFE: null"),
+        (["--eval-NFE=1,2", "--grid=g.png"], "--grid.*--eval-NFE 1,2"),
+        (["--eval-batch-size=many"], "^--eval-batch-size: 'many'"),
+        (["--set=coefficient_type=Trig"], "coefficient_type 'Euler' .*'Trig'"),
+        (["--set=model_type=DiT-Nano-4"], "model_type 'DiT-Nano-2'"),
+        (["--set=dataset_type=ImageFolder"], "dataset_type 'Digits' .*'ImageFolder'"),
+        (["--times=1,0.5,0", "--eval-NFE=2"], "--eval-NFE: --times"),
+        (["--grid=/"], r"--grid /: .*\.png"),
+        (["--grid=/x.png/y.jpg"], r"--grid /x\.png/y\.jpg: .*\.png"),
+        (["--output=samples"], r"--output samples: .*\.npz"),
+        (["--ckpt=/nowhere/3.pt"], r"^/nowhere/3\.pt: "),
+        (["--ckpt="], "MODEL|not the name"),
     ],
 )
-def test_what_cannot_be_sampled_is_refused_in_one_line(run, flags, message):
-    with pytest.raises(UserError, match=message) as refusal:
+def test_an_impossible_request_is_refused_in_one_line(run, flags, named):
+    with pytest.raises(UserError, match=named) as refusal:
         run(*flags)
     assert "\n" not in str(refusal.value)
     assert not list(run.folder.glob("evals/*"))
 
 
-def test_checkpoint_of_another_model_without_a_record_is_refused(run):
+def test_a_checkpoint_of_another_model_without_a_record_is_refused(run):
     path = run.folder / "ckpts" / "6.pt"
     content = torch.load(path, weights_only=True)
     torch.save({key: content[key] for key in list(content)[:5]}, path)
     assert run("--num-samples=1").shape == (1, 8, 8, 1)  # Digits: one channel, ten classes
-    with pytest.raises(UserError, match=r"weights of another model: .* of another shape"):
+    with pytest.raises(UserError, match=r"6\.pt: .*network\."):
         run("--num-samples=1", "--seed=1", "--set=model_type=DiT-Nano-4")
 
 
@@ -187,7 +191,7 @@ def test_pictures_of_others_are_not_replaced_by_a_grid(run, tmp_path):
     photograph, grid = tmp_path / "photograph.png", tmp_path / "grid.png"
     Image.new("RGB", (8, 8)).save(photograph)
     before = photograph.read_bytes()
-    with pytest.raises(UserError, match=r"photograph.png: exists, and is not .*, or --overwrite"):
+    with pytest.raises(UserError, match=r"photograph\.png: .*--overwrite"):
         run("--num-samples=4", f"--grid={photograph}")
     assert photograph.read_bytes() == before
     for _ in range(2):
@@ -201,7 +205,7 @@ def test_images_that_are_not_numbers_are_refused_and_nothing_is_written(run):
     content = torch.load(path, weights_only=True)
     next(iter(content["ema_model"].values())).fill_(math.nan)
     torch.save(content, path)
-    with pytest.raises(UserError, match="4 of 4 images come out as nan or inf"):
+    with pytest.raises(UserError, match="4 of 4"):
         run("--num-samples=4")
     assert not list(run.folder.glob("evals/*"))
 
@@ -210,14 +214,17 @@ def test_samples_of_another_request_are_not_replaced(run):
     run("--num-samples=4", "--labels=0,1,2")
     path = run.folder / "evals" / "6_1NFE_42.npz"
     before = path.read_bytes()
-    for flags, said in (
-        (["--labels=2"], r"labels \[0, 1, 2\] .*\[2\] .*--output"),
-        ([], r"labels \[0, 1, 2\] .*uniform"),
-        (["--labels=0,1,2", "--num-samples=3"], "num_images 4 .*3"),
-        (["--labels=0,1,2", "--noise-stream=reference"], "noise_stream .*image.*reference"),
-        (["--labels=0,1,2", "--ckpt-steps=0", f"--output={path}"], "weights_sha256"),
+    for flags, named in (
+        (["--labels=2"], r"labels \[0, 1, 2\] there, \[2\] "),
+        ([], r"labels \[0, 1, 2\] there, .uniform. "),
+        (["--labels=0,1,2", "--num-samples=3"], "num_images 4 there, 3 "),
+        (
+            ["--labels=0,1,2", "--noise-stream=reference"],
+            "noise_stream .*reference",
+        ),
+        (["--labels=0,1,2", "--ckpt-steps=0", f"--output={path}"], "weights_sha256 .{66} there"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=rf"6_1NFE_42\.npz: .*{named}.*--overwrite"):
             run("--num-samples=4", *flags)
         assert path.read_bytes() == before
     assert len(run("--num-samples=4", "--labels=0,1,2", "--eval-batch-size=3")) == 4
@@ -237,7 +244,7 @@ def test_a_kill_while_overwriting_leaves_no_record_of_others_beside_old_samples(
 
 def test_draws_by_batch_are_another_request_in_other_batches(run):
     run("--num-samples=4", "--noise-stream=reference")
-    with pytest.raises(UserError, match=r"eval_batch_size 32 .*3"):
+    with pytest.raises(UserError, match="eval_batch_size 32 there, 3 "):
         run("--num-samples=4", "--noise-stream=reference", "--eval-batch-size=3")
 
 
@@ -247,7 +254,7 @@ def test_samples_that_no_record_describes_are_not_replaced(run, text):
     run("--num-samples=4")
     record = run.folder / "evals" / "6_1NFE_42.json"
     record.unlink() if text is None else record.write_text(text)
-    with pytest.raises(UserError, match=r"npz: exists, and no record says of which samples; say"):
+    with pytest.raises(UserError, match=r"6_1NFE_42\.npz"):
         run("--num-samples=4")
     run("--num-samples=4", "--overwrite")
     run("--num-samples=4")
@@ -258,7 +265,7 @@ def test_samples_go_where_output_says_and_spare_what_is_no_record_there(run, tmp
                     f"--output={tmp_path / 'new' / 'two.npz'}"])  # fmt: skip
     assert json.loads((tmp_path / "new" / "two.json").read_text())["num_images"] == 2
     (tmp_path / "mine.json").write_text("[1, 2]")
-    with pytest.raises(UserError, match=r"mine\.json: exists, and no record"):
+    with pytest.raises(UserError, match=r"mine\.json"):
         run("--num-samples=2", f"--output={tmp_path / 'mine.npz'}")
     assert (tmp_path / "mine.json").read_text() == "[1, 2]"
 
@@ -287,19 +294,18 @@ def test_classes_are_asked_for_by_name_or_number(text, names, labels):
 
 
 @pytest.mark.parametrize(
-    ("text", "names", "said"),
+    ("text", "names", "named"),
     [
-        ("cta", ["ant", "cat"], "those are 0 to 1, or by name ant, cat; did you mean cat?"),
-        ("Cat", ["ant", "cat"], "; did you mean cat?"),
-        ("cat", [], "'cat' is not a class; those are 0 to 3"),
-        ("0", ["1", "2", "10"], "'0' is not a class; those are 1, 2, 10 (by name alone, since "),
-        ("x", [f"n{number:08}" for number in range(1000)], "0 to 999, or by name n00000000, "),
+        ("cta", ["ant", "cat"], "'cta' .*0 to 1, .*ant, cat; .*cat?"),
+        ("Cat", ["ant", "cat"], "'Cat' .*cat?"),
+        ("cat", [], "'cat' .*0 to 3"),
+        ("0", ["1", "2", "10"], "'0' .*1, 2, 10"),
+        ("x", [f"n{number:08}" for number in range(1000)], "'x' .*0 to 999, .*n00000000, "),
     ],
-)  # fmt: skip
-def test_a_class_that_is_none_is_refused_with_what_there_is(text, names, said):
-    with pytest.raises(UserError) as refusal:
+)
+def test_an_unknown_class_is_refused_and_the_known_ones_are_named(text, names, named):
+    with pytest.raises(UserError, match=f"^--labels: {named}") as refusal:
         labels_of(text, names)
-    assert said in str(refusal.value)
     assert len(str(refusal.value)) < 250
 
 
@@ -311,8 +317,7 @@ def test_class_names_come_from_the_checkpoint(run, tmp_path, capsys):
     run("--num-samples=4", "--labels=nought,7", f"--grid={tmp_path / 'grid.png'}")
     with np.load(run.folder / "evals" / "6_1NFE_42.npz") as archive:
         assert archive["arr_1"].tolist() == [0, 7, 0, 7]
-    said = f"2 x 2 of them, one class a row (nought, 7), in {tmp_path / 'grid.png'}"
-    assert said in capsys.readouterr().out
+    assert "(nought, 7)" in capsys.readouterr().out  # the rows of the picture
     with Image.open(tmp_path / "grid.png") as picture:
         assert picture.size == (100, 100)  # eval_demo_shape [2, 2]
 
@@ -349,7 +354,7 @@ def test_a_config_beside_checkpoints_means_those(elsewhere):
 def test_where_working_dir_has_checkpoints_too_the_user_has_to_choose(elsewhere, trained):
     shutil.copytree(trained, "runs/digits")
     command = ("--config=../shared/config.yaml", "--ckpt-steps=6")
-    with pytest.raises(UserError, match=r"\.\./shared/ckpts, and its working_dir runs/digits has"):
+    with pytest.raises(UserError, match=r"\.\./shared/ckpts.* runs/digits "):
         sample_two(*command)
     assert made(elsewhere) == []
     sample_two(*command, "--set=working_dir=runs/digits")
@@ -375,9 +380,7 @@ def test_the_choice_between_two_folders_can_be_copied_whatever_they_are_called(e
 
 def test_a_config_elsewhere_means_its_working_dir(elsewhere):
     shutil.move("../shared/config.yaml", "mine.yaml")
-    with pytest.raises(
-        UserError, match=r"mine\.yaml: working_dir: runs/digits does not exist; start"
-    ):
+    with pytest.raises(UserError, match=r"mine\.yaml: working_dir: runs/digits "):
         sample_two("--config=mine.yaml", "--ckpt-steps=6")
     shutil.copytree("../shared", "runs/digits")
     sample_two("--config=mine.yaml", "--ckpt-steps=6")
@@ -403,31 +406,32 @@ def test_a_checkpoint_without_config_takes_that_of_its_run_or_asks_for_one(elsew
     sample_two(f"--ckpt={path}")
     assert made(elsewhere) == ["shared/evals/6_1NFE_42.npz"]
     shutil.copy(path, "mine.pt")
-    with pytest.raises(UserError, match=r"mine\.pt: holds no config, .*; say --config FILE"):
+    with pytest.raises(UserError, match=r"mine\.pt: .*--config"):
         sample_two("--ckpt=mine.pt")
     sample_two("--ckpt=mine.pt", "--config=../shared/config.yaml")
     assert "here/mine_1NFE_42.npz" in made(elsewhere)
-    with pytest.raises(UserError, match="--config: needed with --ckpt-steps"):
+    with pytest.raises(UserError, match=r"^--config: .*--ckpt-steps"):
         sample_two("--ckpt-steps=6")
 
 
-def test_a_folder_in_place_of_a_checkpoint_is_refused_with_what_is_in_it(elsewhere):
-    for folder in ("../shared", "../shared/ckpts"):
-        with pytest.raises(
-            UserError, match=r"is a folder; its newest checkpoint is .*ckpts/6\.pt$"
-        ):
+def test_every_place_of_a_model_that_load_takes_is_sampled(elsewhere):
+    for folder in ("../shared", "../shared/ckpts", "../shared/ckpts/6.pt"):
+        sample_two(f"--ckpt={folder}")
+        assert made(elsewhere) == ["shared/evals/6_1NFE_42.npz"]
+    export.main(["../shared", "exported"])
+    sample_two("--ckpt=exported")
+    assert "here/exported_1NFE_42.npz" in made(elsewhere)
+    for folder, named in (("..", "shared"), ("../shard", "shared"), ("../shared/ckpts/5.pt", "pt")):
+        with pytest.raises(UserError, match=rf"^{re.escape(folder)}.*{named}"):
             sample_two(f"--ckpt={folder}")
-    with pytest.raises(UserError, match=r"\.\.: is a folder$"):
-        sample_two("--ckpt=..")
 
 
 def test_keys_of_a_published_config_that_are_not_known_are_named_and_passed_over(elsewhere, capsys):
     with open("../shared/config.yaml", "a") as file:
         file.write("use_fp16: false\nvae_scale: 1.0\n")
     sample_two("--config=../shared/config.yaml", "--ckpt-steps=6")
-    said = "../shared/config.yaml: passed over keys that are not known here: use_fp16, vae_scale"
-    assert capsys.readouterr().err.startswith(said)
-    with pytest.raises(UserError, match="use_fp16: unknown key"):
+    assert re.match(r"../shared/config\.yaml: .*use_fp16, vae_scale", capsys.readouterr().err)
+    with pytest.raises(UserError, match="use_fp16"):
         train.main(["--config=../shared/config.yaml"])
 
 
@@ -474,6 +478,6 @@ def test_latents_are_decoded_to_rgb_and_the_record_says_by_what(released, tmp_pa
 
 
 def test_absent_vae_is_noticed_before_the_checkpoint_is_read(released, monkeypatch):
-    monkeypatch.setattr("inference.read_file", lambda path: pytest.fail("read it"))
-    with pytest.raises(UserError, match="vae: /nowhere: no such folder"):
+    monkeypatch.setattr("inference.read_file", lambda *given: pytest.fail("read it"))
+    with pytest.raises(UserError, match="vae: /nowhere"):
         inference.main([*released, "--set=vae=/nowhere"])

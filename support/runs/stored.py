@@ -1,73 +1,97 @@
-"""A trained model as it is stored: in a run's folder, a checkpoint, an exported folder, on the hub.
+"""A trained model on disk or on the hub: a run, a checkpoint or an exported folder.
 
-An exported folder has averaged weights as model.safetensors and config.json beside them: `config`
-and `data` as in a checkpoint, `finished_steps`, `average`, which says of several averages the one
-it is, `started_from`, of a run that began with another model's weights, and `file_sha256`, of the
-weights' file.
+An exported folder holds the averaged weights as model.safetensors. Its config.json holds the other
+fields of `StoredModel` and `file_sha256`, the digest of the weights file.
 """
 
+import argparse
 import json
 import os
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+import zipfile
+import zlib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from support.runs import hub
 from support.runs.averages import find_average
 from support.runs.checkpoint import find_checkpoints, read_checkpoint, run_of_checkpoint
+from support.system import hub
 from support.system.files import UserError, sha256_of, shorten
 from support.system.settings import read_yaml
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+CARD_FILE = "README.md"
+MODEL_HELP = (
+    "a run (its newest checkpoint), a checkpoint, an exported folder, or a name on the Hugging "
+    "Face Hub, OWNER/NAME or OWNER/NAME/FOLDER"
+)
 
 
 @dataclass(frozen=True)
 class StoredModel:
-    """Averaged weights, and what says which model they are of."""
+    """Averaged weights, and all that is recorded of how they were made."""
 
-    path: Path  # the file that they are in
+    path: Path  # of the weights
     weights: Mapping[str, Tensor]
-    config: Mapping[str, Any]  # recorded values of the config's keys; none where nothing says them
+    config: Mapping[str, Any]  # the config's values; empty if unknown
     data: Mapping[str, Any] = field(default_factory=dict)  # the data set's record
     finished_steps: int = 0
-    average: str = ""  # its name, where it is not the one that the reference keeps
-    started_from: Mapping[str, Any] = field(default_factory=dict)  # the model it began as, if any
+    average: str = ""  # the name of the average, if it is not the one of ema_decay_rate
+    started_from: Mapping[str, Any] = field(default_factory=dict)  # the model of init_from, if any
+    made: Mapping[str, Any] = field(default_factory=dict)  # code version, torch, device, ...
+    scores: Sequence[Mapping[str, Any]] = ()  # of images of these weights
+    card: Mapping[str, str] = field(default_factory=dict)  # digest of each part of the model card
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """All fields but the weights and their place."""
+        kept = [one.name for one in fields(self) if one.name not in ("path", "weights")]
+        return {name: getattr(self, name) for name in kept}
 
 
-def read_stored(source: str | Path, subfolder: str = "", ema: str = "") -> StoredModel:
-    """The model at `source`: a run's folder, of which it is the newest, or any other place of one.
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Give a command the options that name a model, as `load` takes it: source, subfolder, ema."""
+    add = parser.add_argument
+    add("source", type=os.path.expanduser, metavar="MODEL", help=MODEL_HELP)
+    add("--subfolder", default="", metavar="DIR", help="the folder of the model within MODEL")
+    add("--ema", default="", metavar="NAME", help="use this one of several averages, such as 0.999")
 
-    `ema` names one of several averages, such as 0.999. A name on the Hugging Face Hub is fetched
-    into the hub's cache, its weights and config alone. UserError where there is no model, or it is
-    damaged.
-    """
-    path = find_file(source, subfolder)
-    stored = read_file(path, ema)
-    if stored.config:
-        return stored
-    # As released models have it.
-    run = run_of_checkpoint(path)
-    if run is None or not (run / "config.yaml").exists():
-        raise UserError(f"{path}: holds no config, and no config.yaml lies beside its folder")
-    return replace(stored, config=read_yaml(run / "config.yaml"))
+
+# Finding
 
 
 def find_file(source: str | Path, subfolder: str = "") -> Path:
-    """The file with the weights of the model at `source`; as `read_stored`."""
+    """The weights file of the model that MODEL_HELP describes; fetched if it is on the hub."""
+    if not isinstance(source, str | Path) or source == "":
+        raise UserError(f"{shorten(source)}: not the name of a model; give {MODEL_HELP}")
+    if not isinstance(subfolder, str):
+        raise UserError(f"subfolder: {shorten(subfolder)} is not the name of a folder")
     place = Path(os.path.expanduser(source))
-    if not place.exists():
-        if not hub.NAME.fullmatch(str(source)):
-            raise UserError(
-                f"{source}: no such file or folder, and not a name on the Hugging Face Hub"
-            )
-        place = hub.fetch(str(source), partial(_wanted, str(source), subfolder))
-    place = place / subfolder
+    if not os.path.exists(place):
+        name, subfolder = _hub_name(str(source), subfolder)
+        place = hub.fetch(name, partial(_wanted, name, subfolder))
+    try:
+        return _find_in(place / subfolder)
+    except OSError as error:
+        raise UserError(f"{source}: cannot be read ({error.strerror})") from error
+
+
+def _hub_name(source: str, subfolder: str) -> tuple[str, str]:
+    """OWNER/NAME and the folder in it, of a source that may be OWNER/NAME/FOLDER."""
+    owner, *further = source.split("/")
+    if len(further) < 2 or Path(owner or "/").expanduser().exists():
+        return source, subfolder
+    return f"{owner}/{further[0]}", "/".join([*further[1:], subfolder]).rstrip("/")
+
+
+def _find_in(place: Path) -> Path:
     if place.is_file():
         return place
     if (place / WEIGHTS_FILE).is_file():
@@ -75,96 +99,142 @@ def find_file(source: str | Path, subfolder: str = "") -> Path:
     for folder in (place / "ckpts", place):
         if found := find_checkpoints(folder):
             return found[max(found)]
+    kinds = (WEIGHTS_FILE, "ckpts")
+    below = place.iterdir() if place.is_dir() else ()
+    names = sorted(one.name for one in below if any((one / kind).exists() for kind in kinds))
+    hint = f"; there are models in {', '.join(names[:10])}" if names else ""
     raise UserError(
-        f"{place}: has no model: neither {WEIGHTS_FILE} with {CONFIG_FILE}, nor ckpts/STEP.pt"
-        f"{_models_below(place)}"
+        f"{place}: no model here: neither {WEIGHTS_FILE} with {CONFIG_FILE} nor ckpts/STEP.pt{hint}"
     )
 
 
-def _models_below(place: Path) -> str:
-    """Where below a folder there are models, to be said; nothing where there are none."""
-    if not place.is_dir():
-        return ""
-    kinds = (WEIGHTS_FILE, "ckpts")
-    names = sorted(p.name for p in place.iterdir() if any((p / kind).exists() for kind in kinds))
-    return f"; there are some in {', '.join(names[:10])}" if names else ""
+def _wanted(name: str, subfolder: str, files: list[str]) -> list[str]:
+    """Those files of a repository that make up one model: one file of weights, config and card."""
+    start = f"{subfolder}/" if subfolder else ""
+    if start + WEIGHTS_FILE in files:
+        needed = [start + WEIGHTS_FILE, start + CONFIG_FILE]
+    else:
+        steps = [re.fullmatch(re.escape(start) + r"ckpts/([0-9]+)\.pt", file) for file in files]
+        newest = max((match for match in steps if match), key=lambda m: int(m[1]), default=None)
+        if newest is None:
+            folders = {file.rsplit("/", 1)[0] for file in files if file.endswith(WEIGHTS_FILE)}
+            folders |= {file.rsplit("/ckpts/", 1)[0] for file in files if "/ckpts/" in file}
+            hint = f"; there are models in {', '.join(sorted(folders)[:10])}" if folders else ""
+            raise UserError(f"{name}: no model in {subfolder or 'its top folder'}{hint}")
+        needed = [newest[0], start + "config.yaml"]
+    if missing := [file for file in needed if file not in files]:
+        raise UserError(f"{name}: has {needed[0]}, but lacks {missing[0]}, which describes it")
+    return [*needed, *({start + CARD_FILE} & set(files))]
+
+
+# Reading
+
+
+def read_stored(
+    source: str | Path, subfolder: str = "", ema: str = "", is_verified: bool = False
+) -> StoredModel:
+    """The model that MODEL_HELP describes, with its config; `ema` and `is_verified` as `read_file`.
+
+    UserError if there is no model, it is damaged, or nothing says which network it is.
+    """
+    path = find_file(source, subfolder)
+    stored = read_file(path, ema, is_verified)
+    if stored.config:
+        return stored
+    # Released checkpoints have their config beside ckpts/.
+    run = run_of_checkpoint(path)
+    if run is None or not (run / "config.yaml").exists():
+        raise UserError(
+            f"{path}: holds no config, as released checkpoints do not, and there is no config.yaml "
+            "beside ckpts/ (inference.py takes one by --config FILE)"
+        )
+    return replace(stored, config=read_yaml(run / "config.yaml"))
 
 
 def read_file(path: Path, ema: str = "", is_verified: bool = False) -> StoredModel:
-    """The model in one file: a checkpoint, or the weights of an exported folder.
+    """The model in one file; `ema` names one of several averages, such as 0.999.
 
-    All of the file is read to compare its checksums, unless somebody has just verified it.
+    Compares checksums of the weights it returns unless another process does (`is_verified`).
     """
-    read = _of_export if path.name == WEIGHTS_FILE else _of_checkpoint
+    read = _read_export if path.name == WEIGHTS_FILE else _read_checkpoint
     return read(path, ema, is_verified)
 
 
-def _of_checkpoint(path: Path, ema: str, is_verified: bool) -> StoredModel:
-    content = read_checkpoint(path, is_verified)
-    config, further = content.get("config", {}), content.get("averages", {})
-    name = _choose_average(path, ema, str(config.get("ema_decay_rate", "unnamed")), further)
-    weights = further[name] if name else content["ema_model"]
-    data, started_from = content.get("data", {}), content.get("started_from", {})
-    return StoredModel(path, weights, config, data, content["finished_steps"], name, started_from)
+def _read_checkpoint(path: Path, ema: str, is_verified: bool) -> StoredModel:
+    content = read_checkpoint(path, is_verified=True)
+    main, further = content.get("config", {}).get("ema_decay_rate"), content.get("averages", {})
+    name = _choose_average(path, ema, [str(main or "unnamed"), *further])
+    weights = further.get(name, content["ema_model"])
+    if not is_verified:
+        check_sums(path, weights)
+    return of_checkpoint(path, content, weights, name if name in further else "")
 
 
-def _choose_average(path: Path, ema: str, main: str, further: Collection[str]) -> str:
-    """The one of the further averages that is meant, or nothing for the reference's."""
-    name = find_average(ema, [main, *further]) if ema else main
+def of_checkpoint(
+    path: Path, content: Mapping[str, Any], weights: Mapping[str, Tensor], average: str = ""
+) -> StoredModel:
+    """The model with these weights and the records that a checkpoint or snapshot holds."""
+    records = {name: content.get(name, {}) for name in ("config", "data", "started_from")}
+    return StoredModel(
+        path, weights, finished_steps=content["finished_steps"], average=average, **records
+    )
+
+
+def _choose_average(path: Path, ema: str, names: Collection[str]) -> str:
+    """The name of the wanted average; the first without a wish."""
+    name = find_average(ema, [*names]) if ema else next(iter(names))
     if name is None:
-        there = ", ".join([main, *further])
-        raise UserError(f"{path}: has no average {shorten(ema)}; there is {there}")
-    return "" if name == main else name
+        raise UserError(f"{path}: has no average {shorten(ema)}; it has {', '.join(names)}")
+    return name
 
 
-def _of_export(path: Path, ema: str, is_verified: bool) -> StoredModel:
+def check_sums(path: Path, weights: Mapping[str, Any]) -> None:
+    """UserError if these weights of a checkpoint, or its records, are not as they were written.
+
+    Reads nothing else: the optimizer's state alone is twice the model.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            written = {(member.file_size, member.CRC) for member in archive.infolist()}
+            for member in archive.infolist():
+                if "/data/" not in member.filename:
+                    archive.read(member)  # compares its checksum
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: damaged ({shorten(error)})") from error
+    for name, tensor in weights.items() if isinstance(weights, Mapping) else ():
+        if isinstance(tensor, Tensor):
+            storage = tensor.untyped_storage()
+            content = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+            if storage.nbytes() and (storage.nbytes(), zlib.crc32(content)) not in written:
+                raise UserError(f"{path}: damaged (the checksum of {shorten(name)} is wrong)")
+
+
+def _read_export(path: Path, ema: str, is_verified: bool) -> StoredModel:
     described = path.with_name(CONFIG_FILE)
     try:
         record = json.loads(described.read_bytes())
-        config, data = record["config"], record["data"]
-        steps, digest = int(record["finished_steps"]), record["file_sha256"]
-        average, started_from = str(record.get("average", "")), record.get("started_from", {})
-        if not all(isinstance(entry, dict) for entry in (config, data, started_from)):
-            raise TypeError("config, data and started_from are mappings")
+        empty = StoredModel(path, {}, {}).record
+        known = {name: record[name] for name in empty if name in record}
+        kinds = {name: Sequence if value == () else type(value) for name, value in empty.items()}
+        wrong = [name for name, value in known.items() if not isinstance(value, kinds[name])]
+        if wrong:
+            raise TypeError(f"its entry {wrong[0]} is {shorten(known[wrong[0]])}")
+        digest, stored = record["file_sha256"], StoredModel(path, {}, **known)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
-            f"{described}: not the description of an exported model ({shorten(error)})"
+            f"{described}: does not describe an exported model ({shorten(error)})"
         ) from error
-    if ema and not find_average(ema, [average or str(config.get("ema_decay_rate"))]):
-        raise UserError(f"{path}: is the average {average or config.get('ema_decay_rate')} alone")
+    _choose_average(path, ema, [stored.average or str(stored.config.get("ema_decay_rate"))])
     if not is_verified and sha256_of(path) != digest:
         raise UserError(
             f"{path}: damaged: its SHA-256 is not the one in {described}; export it again, or, if "
             "it came from the hub, fetch it again after `hf cache rm model/OWNER/NAME`"
         )
-    return StoredModel(path, read_weights(path), config, data, steps, average, started_from)
-
-
-def write_stored(stored: StoredModel, folder: Path) -> None:
-    """Write an exported folder's weights, bit for bit, and the description beside them."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    path = folder / WEIGHTS_FILE
-    try:
-        # Each tensor by itself: the library takes none that share memory.
-        save_file({name: one.clone().contiguous() for name, one in stored.weights.items()}, path)
-        path.chmod(0o644)  # the library's are their owner's alone
-    except SafetensorError as error:
-        raise UserError(f"{path}: not written ({shorten(error)})") from error
-    record = {
-        "config": dict(stored.config),
-        "data": dict(stored.data),
-        "finished_steps": stored.finished_steps,
-        "average": stored.average,
-        "started_from": dict(stored.started_from),
-        "file_sha256": sha256_of(path),
-    }
-    (folder / CONFIG_FILE).write_text(json.dumps(record, indent=2) + "\n")
+    return replace(stored, weights=read_weights(path))
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; UserError where it is none."""
+    """The tensors of a safetensors file."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -174,31 +244,23 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: not a readable safetensors file ({shorten(error)})") from error
 
 
-# Of a repository of the hub
+# Writing
 
 
-def _wanted(name: str, subfolder: str, files: list[str]) -> list[str]:
-    """Of a repository's files those that make up one model, its weights in one file only."""
-    start = f"{subfolder}/" if subfolder else ""
-    if start + WEIGHTS_FILE in files:
-        needed = [start + WEIGHTS_FILE, start + CONFIG_FILE]
-    else:
-        steps = [re.fullmatch(re.escape(start) + r"ckpts/([0-9]+)\.pt", file) for file in files]
-        newest = max((match for match in steps if match), key=lambda m: int(m[1]), default=None)
-        if newest is None:
-            raise UserError(f"{name}: has no model{_where(subfolder)}{_elsewhere(files)}")
-        needed = [newest[0], start + "config.yaml"]
-    if missing := [file for file in needed if file not in files]:
-        raise UserError(f"{name}: has {needed[0]}, but no {missing[0]}, which says what it is of")
-    return needed
+def write_stored(stored: StoredModel, folder: Path) -> None:
+    """Write an exported folder's weights, bit for bit, and config.json."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
 
-
-def _where(subfolder: str) -> str:
-    return f" in {subfolder}" if subfolder else ""
-
-
-def _elsewhere(files: list[str]) -> str:
-    """In which folders of a repository there are models, to be said; nothing where in none."""
-    folders = {file.rsplit("/", 1)[0] for file in files if file.endswith(f"/{WEIGHTS_FILE}")}
-    folders |= {file.rsplit("/ckpts/", 1)[0] for file in files if "/ckpts/" in file}
-    return f"; there are models in {', '.join(sorted(folders)[:10])}" if folders else ""
+    path, weights = folder / WEIGHTS_FILE, dict[str, Tensor]()
+    for name, tensor in stored.weights.items():
+        # The library refuses tensors that share memory. It writes the others without a copy.
+        is_shared = any(tensor.data_ptr() == other.data_ptr() for other in weights.values())
+        weights[name] = tensor.clone() if is_shared else tensor.contiguous()
+    try:
+        save_file(weights, path)
+        path.chmod(0o644)  # the library's files are their owner's alone
+    except SafetensorError as error:
+        raise UserError(f"{path}: not written ({shorten(error)})") from error
+    record = {**stored.record, "file_sha256": sha256_of(path)}
+    (folder / CONFIG_FILE).write_text(json.dumps(record, indent=2) + "\n")
