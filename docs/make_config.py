@@ -27,10 +27,9 @@ HEAD = """\
 
 *`python docs/make_config.py` makes this page from `config.py`. Change it there.*
 
-A config must set `working_dir`. Every other key has a default. `--set KEY=VALUE` replaces a value on
-the command line. *May change* says whether a run may continue with another value. Any other change
-makes it another experiment, which `--allow-changed KEY` has to confirm
-([training](training.md#continue)).
+A config must set `working_dir`. Every other key has a default. `--set KEY=VALUE` replaces a value.
+*May change* says whether a run may continue with another value. Any other change makes it another
+experiment, which `--allow-changed KEY` has to confirm ([training](training.md#continue)).
 """
 COLUMNS = """
 | key | default | values | meaning | may change |

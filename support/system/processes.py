@@ -355,7 +355,7 @@ def _reporting_failed_connection(timeout_minutes: float) -> Iterator[None]:
         elif "waiting for clients" in cause:
             advice = "start all of them, on every machine, with the same address and port"
         else:
-            advice = "docs/several_gpus.md says what to look at"
+            advice = "docs/training.md says what to check"
         raise UserError(
             f"on {socket.gethostname()}: no connection to the other processes within "
             f"{timeout_minutes:g} minutes ({where}): {cause}; {advice}"
