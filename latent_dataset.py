@@ -27,12 +27,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from support.data.datasets import list_pictures
-from support.data.images import (
-    LabelledFiles,
-    describe_classes,
-    read_image,
-    to_images,
-)
+from support.data.folders import LabelledFiles, describe_classes
+from support.data.images import read_image, to_images
 from support.data.latent_parts import (
     PART_IMAGES,
     SKIPPED_FILE,
@@ -278,7 +274,7 @@ def run_extraction(
     if processes.is_main:
         counts = np.bincount(files.labels)
         say(describe_classes(files.class_names, counts.tolist()))
-        if note := files.left_out_note():
+        for note in files.notes:
             say(note)
     found = find_vae(arguments.vae)
     vae = load_vae(found, processes.device)

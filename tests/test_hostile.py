@@ -35,7 +35,8 @@ from tiny_vae import make_tiny_vae
 from config import FIELDS, Config, config_from_dict, load_config
 from evaluator import Results
 from support.data.batches import BatchPlan
-from support.data.images import read_image, refuse_non_pictures
+from support.data.folders import sizes_of_pictures
+from support.data.images import read_image
 from support.data.latent_parts import PartsFolder, Plan
 from support.data.latents import LatentReader
 from support.data.vae import find_vae, load_vae
@@ -293,7 +294,7 @@ def reader_let_go(path, waits: list[bool]):
 
 @pytest.mark.parametrize(
     "read",
-    [read_image, lambda path: refuse_non_pictures([path]), read_latents, read_checkpoint],
+    [read_image, lambda path: sizes_of_pictures([path]), read_latents, read_checkpoint],
     ids=["picture", "pictures", "latents", "checkpoint"],
 )
 def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(tmp_path, read):

@@ -8,15 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
+from support.data.folders import find_pictures, sizes_of_pictures
 from support.data.images import (
     EXTENSIONS,
     FORMATS,
     centre_crop,
-    class_folders,
-    describe_classes,
-    find_pictures,
     read_image,
-    refuse_non_pictures,
     save_png,
     tile,
     to_images,
@@ -118,8 +115,8 @@ def test_pictures_are_found_by_ending_and_read_by_what_they_are(tmp_path, extens
     later = {"save_all": True, "append_images": frames[1:]} if extension in ("gif", "apng") else {}
     kind = {"format": "PNG"} if extension == "apng" else {}
     frames[0].save(path, **kind, **later)
-    assert find_pictures(tmp_path).paths == [path]
-    refuse_non_pictures([path])
+    assert find_pictures(tmp_path).paths == [str(path)]
+    assert sizes_of_pictures([path]) == [path.stat().st_size]
     pixels = read_image(path)
     assert pixels.shape == (5, 9, 3)
     assert np.abs(pixels.astype(int) - [255, 0, 0]).max() < 5, "the first frame"
@@ -269,96 +266,6 @@ def test_picture_is_cropped_as_it_is_read(tmp_path):
     pixels = some_pixels(20, 30, 3)
     save_png(tmp_path / "a.png", pixels)
     np.testing.assert_array_equal(read_image(tmp_path / "a.png", 8), centre_crop(pixels, 8))
-
-
-# Folders.
-
-
-def make_files(folder, *names):
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
-
-
-def test_classes_are_lexicographic_when_one_name_is_not_a_number(tmp_path):
-    make_files(tmp_path, "10/a.png", "2/a.png", "x/b.JPEG", "x/a.png", "2/10.png", "2/9.png")
-    files = class_folders(tmp_path)
-    assert files.class_names == ["10", "2", "x"]
-    assert files.labels.tolist() == [0, 1, 1, 1, 2, 2]
-    names = [str(path.relative_to(tmp_path)) for path in files]
-    assert names == ["10/a.png", "2/10.png", "2/9.png", "2/a.png", "x/a.png", "x/b.JPEG"]
-
-
-def test_classes_are_numeric_when_every_name_is_an_integer(tmp_path):
-    make_files(tmp_path, "10/a.png", "2/a.png", "0/a.png", "01/a.png")
-    assert class_folders(tmp_path).class_names == ["0", "01", "2", "10"]
-
-
-def test_other_files_and_hidden_names_are_passed_over(tmp_path):
-    make_files(tmp_path, "a/1.png", "a/notes.txt", "a/._1.png", ".cache/2.png", "README.md")
-    files = class_folders(tmp_path)
-    assert [path.name for path in files] == ["1.png"]
-    assert files.class_names == ["a"]
-
-
-def test_files_that_are_not_read_are_counted_by_class_and_ending(tmp_path):
-    make_files(tmp_path, "a/1.png", "b/1.png", "b/2.HEIC", "b/3.heic", "b/deep/x.mov", "b/README")
-    make_files(tmp_path, "b/.DS_Store", "b/.git/x.heic")
-    assert class_folders(tmp_path).left_out_note() == (
-        "left out, not read: 4 files (b 2 .heic, 1 .mov, 1 without ending)"
-    )
-    (tmp_path / "b" / "1.png").unlink()
-    with pytest.raises(
-        UserError, match=r"; 2 \.heic, 1 \.mov, 1 without ending there are not read$"
-    ):
-        class_folders(tmp_path)
-
-
-def test_files_beside_the_class_folders_and_linked_folders_within_are_counted(tmp_path):
-    make_files(tmp_path, "a/1.png", "elsewhere/b/1.png", "elsewhere/b/2.png", "labels.csv", "3.jpg")
-    (tmp_path / "linked").symlink_to(tmp_path / "elsewhere" / "b")  # a class like any other
-    (tmp_path / "a" / "more").symlink_to(tmp_path / "elsewhere" / "b")
-    files = class_folders(tmp_path)
-    assert files.labels.tolist() == [0, 1, 1, 2, 2]
-    assert files.left_out_note() == (
-        "left out, not read: 3 files (beside the class folders 1 .csv, 1 .jpg; "
-        "a 1 linked as a folder)"
-    )
-
-
-def test_of_many_classes_with_files_left_out_five_are_named(tmp_path):
-    for number in range(9):
-        make_files(tmp_path, f"{number}/1.png", f"{number}/a\n.\x1b[31m")
-    note = class_folders(tmp_path).left_out_note()
-    assert note.startswith("left out, not read: 9 files (0 1 .?[31m; 1 1 .?[31m; ")
-    assert note.endswith("; and in 4 more folders)")
-    assert note.isprintable()
-
-
-def test_classes_are_described_in_one_line_however_many(tmp_path):
-    assert describe_classes(["cat", "b\n\udcff"], [3, 1]) == (
-        "4 examples of 2 classes, in order: cat (3), b?? (1)"
-    )
-    many = describe_classes([f"n{k:08}" for k in range(1000)], [1300] * 1000)
-    assert many.startswith("1300000 examples of 1000 classes, in order: n00000000 (1300), ")
-    assert many.endswith(", ..., n00000999 (1300)")
-    assert len(many) < 150
-
-
-def test_pictures_below_a_folder_come_in_order(tmp_path):
-    make_files(tmp_path, "b.png", "a/2.png", "a/1.png", "a/deep/0.png", "c.jpg", ".git/x.png")
-    names = [str(path.relative_to(tmp_path)) for path in find_pictures(tmp_path).paths]
-    assert names == ["b.png", "c.jpg", "a/1.png", "a/2.png", "a/deep/0.png"]
-
-
-def test_folders_without_classes_or_pictures_are_named(tmp_path):
-    with pytest.raises(UserError, match="holds no class folders"):
-        class_folders(tmp_path)
-    (tmp_path / "cat").mkdir()
-    with pytest.raises(UserError, match="cat: holds no pictures"):
-        class_folders(tmp_path)
-    with pytest.raises(UserError, match="absent: cannot be read as a folder"):
-        find_pictures(tmp_path / "absent")
 
 
 # Grids.

@@ -459,7 +459,7 @@ def test_progress_says_rate_time_left_and_the_share_of_the_vae(scratch, monkeypa
     latent_dataset.main(options(scratch))
     said = capsys.readouterr().out.splitlines()
     number = r"[0-9]+\.[0-9]"
-    assert re.fullmatch(rf"about 3 of 27 images, {number} images/s, ETA 0:00:0.", said[2])
+    assert re.fullmatch(rf"about 3 of 27 images, {number} images/s, ETA 0:00:0.", said[3])
     assert "merging parts: 7 of 7" in said
     assert "verifying parts: 7 of 7" in said
     (summary,) = [line for line in said if "VAE" in line]

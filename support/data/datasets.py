@@ -14,20 +14,17 @@ from torch.utils.data import Dataset, get_worker_info
 from tqdm import tqdm
 
 from support.data import cifar10, fashion
-from support.data.images import (
+from support.data.folders import (
     MOST_NAMED,
-    SKIPPED_FILE,
     LabelledFiles,
     class_folders,
     class_names,
     describe_classes,
     in_threads,
     printable,
-    read_image,
-    refuse_non_pictures,
-    to_images,
-    why_unreadable,
+    sizes_of_pictures,
 )
+from support.data.images import SKIPPED_FILE, read_image, to_images, why_unreadable
 from support.data.latents import LATENT_FILE, MOMENT_CHANNELS, LatentInfo, LatentReader
 from support.data.vae import LATENT_CHANNELS, VAE_NAME, draw_latents, find_vae, load_vae
 from support.system.digests import weights_digest
@@ -64,8 +61,14 @@ class DataRequest:
             folder = DATASETS[self.dataset_type].folder
             raise UserError(f"dataset_path: not set; {self.dataset_type} needs {folder}")
         path = Path(os.path.expanduser(self.dataset_path))
-        if path.is_file():
-            raise UserError(f"dataset_path: {path} is a file; name the folder that it is in")
+        try:
+            os.scandir(path).close()
+        except FileNotFoundError:
+            pass  # some data sets are fetched
+        except NotADirectoryError as error:
+            raise UserError(f"dataset_path: {path} is a file; name the folder it is in") from error
+        except OSError as error:
+            raise UserError(f"dataset_path: {path} cannot be read ({error.strerror})") from error
         return path
 
 
@@ -191,8 +194,7 @@ class FolderData(TrainingData):
         self._kept: dict[int, np.ndarray] | None = None
         if spec.num_examples * 3 * size**2 <= KEPT_BYTES:
             self._kept = {}
-        if note := files.left_out_note():
-            self.notes.append(note)
+        self.notes += files.notes
 
     def stored(self, indices: list[int]) -> Tensor:
         """uint8 [B, 3, H, W]; UserError names a file that cannot be decoded."""
@@ -373,11 +375,12 @@ def _whole_set(images: cifar10.Cifar10Images | fashion.FashionImages) -> Trainin
 
 def load_folder_data(request: SharedRequest) -> TrainingData:
     files = list_pictures(request.folder, request.processes)
-    if not request.skip_bad:  # else files that are no pictures are left for `check_examples`
-        request.processes.on_rank0(lambda: refuse_non_pictures(files))
-    # What is not there is left to `skip_bad`.
-    files_sha256 = request.processes.on_rank0(lambda: files.digest(of_absent=-1))
-    return FolderData(files, files_sha256, request.data_size)
+
+    def digest() -> str:
+        # With skip_bad, `check_examples` finds what is missing or no picture.
+        return files.digest(files.sizes(-1) if request.skip_bad else sizes_of_pictures(files))
+
+    return FolderData(files, request.processes.on_rank0(digest), request.data_size)
 
 
 def list_pictures(folder: Path, processes: Processes) -> LabelledFiles:

@@ -10,6 +10,7 @@ that comes first, it ends the process.
 import gzip
 import hashlib
 import math
+import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,7 +152,9 @@ def _url() -> str:
 
 def _find(place: Path, name: str) -> Path | None:
     """The idx file of this name, packed or as torchvision unpacks it."""
-    return next((path for path in (place / f"{name}.gz", place / name) if path.exists()), None)
+    return next(
+        (path for path in (place / f"{name}.gz", place / name) if os.path.exists(path)), None
+    )
 
 
 def _read(path: Path, published: Published) -> np.ndarray:

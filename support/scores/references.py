@@ -19,7 +19,8 @@ import numpy as np
 from tqdm import tqdm
 
 from support.data import cifar10, fashion
-from support.data.images import EXTENSIONS, find_pictures, read_image
+from support.data.folders import find_pictures
+from support.data.images import EXTENSIONS, read_image
 from support.scores.graph import FeatureGraph
 from support.scores.measures import DISTANCES, NEIGHBOUR, Manifold, Moments, Statistics
 from support.scores.npz import ArchiveReader, read_archive, write_images
@@ -81,11 +82,11 @@ def folder_images(
     read = functools.partial(read_image, crop_size=image_size, apply_exif=exif == "apply")
     image_shape = read(paths[0]).shape
 
-    def picture(path: Path) -> np.ndarray:
+    def picture(path: str) -> np.ndarray:
         pixels = read(path)
         if pixels.shape != image_shape:
             raise UserError(
-                f"{path}: is {list(pixels.shape)}, {paths[0].name} is {list(image_shape)}; "
+                f"{path}: is {list(pixels.shape)}, {Path(paths[0]).name} is {list(image_shape)}; "
                 "--image_size crops all to one size"
             )
         return pixels

@@ -1,0 +1,330 @@
+"""Folders of pictures: which files are read, in which order, and what is left out.
+
+Paths are strings: a Path for each of a million files would take ten times as long as listing them.
+"""
+
+import hashlib
+import itertools
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, NoReturn, TypeVar
+
+import numpy as np
+from tqdm import tqdm
+
+from support.data.images import EXTENSIONS, SIGNATURE, SIGNATURE_BYTES, why_unreadable
+from support.system.files import UserError, regular_only
+
+MOST_NAMED = 5  # files, folders or endings that one message names
+MOST_CLASSES_LISTED = 20
+NO_ENDING, FOLDER_LINK = "without ending", "linked as a folder"  # counted like endings
+BESIDE = "beside the class folders"
+SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
+SIZES_COMPARED = 16
+SECONDS_BEFORE_BAR = 5
+MANY = 10_000  # items that are worth a line before work on them starts
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class FoundPictures(NamedTuple):
+    """The picture files below a folder, and what else lies there."""
+
+    paths: list[str]
+    left_out: Counter[str]  # files that are not read, by ending, and links to folders
+    folders: list[str]  # the folders directly in it, where no picture lies beside them
+
+    def left_out_note(self) -> str:
+        """A line about the files that are not read; empty where there are none."""
+        return _left_out_note({"": self.left_out}) if self.left_out else ""
+
+
+def find_pictures(folder: str | Path) -> FoundPictures:
+    """All pictures in `folder` and below, by extension: folder by folder, in lexicographic order.
+
+    Hidden names are ignored; links to folders below are not followed, but counted. UserError where
+    there are no pictures, or where a folder cannot be listed.
+    """
+    folder = os.fspath(folder)
+    paths: list[str] = []
+    left_out: Counter[str] = Counter()
+    top_folders: list[str] = []
+    for place, folders, files in os.walk(folder, onerror=_refuse_listing):
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        pictures = [name for name in files if name.lower().endswith(EXTENSIONS) and name[0] != "."]
+        if len(pictures) < len(files):
+            others = {*files}.difference(pictures)
+            left_out.update(_ending(name) for name in others if name[0] != ".")
+        links = sum(os.path.islink(os.path.join(place, name)) for name in folders)
+        left_out.update({FOLDER_LINK: links} if links else {})
+        if place == folder and not pictures:
+            top_folders = folders[:]
+        start = os.path.join(place, "")
+        paths += [start + name for name in sorted(pictures)]
+    if not paths:
+        there = f"; {_list_endings(left_out)} there are not read" if left_out else ""
+        raise UserError(f"{folder}: holds no pictures ({', '.join(EXTENSIONS)}){there}")
+    return FoundPictures(paths, left_out, top_folders)
+
+
+def _refuse_listing(error: OSError) -> NoReturn:
+    """Files that cannot be listed must not be left out in silence."""
+    raise UserError(f"{error.filename}: cannot be read as a folder ({error.strerror})") from error
+
+
+def _ending(name: str) -> str:
+    return os.path.splitext(name)[1].lower() or NO_ENDING
+
+
+@dataclass(frozen=True)
+class LabelledFiles:
+    """The paths of picture files, with their labels; label k is `class_names[k]`.
+
+    Arrays instead of a million objects: a loader worker that only counts references to objects
+    would end up with a copy of each.
+    """
+
+    folder: Path
+    names: np.ndarray  # [N], paths below `folder`, as the bytes that the file system stores
+    labels: np.ndarray  # int64 [N]
+    class_names: list[str]
+    notes: list[str]  # what the user should know about the listing
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> str:
+        return os.path.join(self.folder, os.fsdecode(self.names[index]))
+
+    def __iter__(self) -> Iterator[str]:
+        start = os.path.join(self.folder, "")
+        return (start + name for name in map(os.fsdecode, self.names))
+
+    def sizes(self, of_absent: int | None = None) -> Iterator[int]:
+        """Bytes of each file; a missing file counts as `of_absent`, or is a UserError."""
+
+        def size(path: str) -> int:
+            try:
+                return os.stat(path).st_size
+            except OSError as error:
+                if of_absent is not None:
+                    return of_absent
+                raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+
+        found = in_threads(size, self, at_once=100)
+        return with_progress(found, len(self), "reading the sizes of pictures", "file")
+
+    def digest(self, sizes: Iterable[int] | None = None) -> str:
+        """SHA-256 of the pictures' names and sizes, in order."""
+        digest = hashlib.sha256()
+        for name, num_bytes in zip(self.names, sizes or self.sizes(), strict=True):
+            digest.update(b"%b\0%d\0" % (name, num_bytes))
+        return digest.hexdigest()
+
+    def some_sizes(self) -> list[int]:
+        """Bytes of a few files spread over the list, to compare copies by; -1 where one is missing.
+
+        Asking for the sizes of a million files takes long on a network drive.
+        """
+        few = np.unique(np.linspace(0, len(self) - 1, SIZES_COMPARED).astype(np.int64))
+        paths = [self[index] for index in few]
+        return [os.path.getsize(path) if os.path.exists(path) else -1 for path in paths]
+
+
+def class_folders(folder: str | Path) -> LabelledFiles:
+    """The pictures in the class folders of `folder`, class by class, in `find_pictures`' order.
+
+    UserError where there is no class folder, one without pictures, or one that cannot be read.
+    """
+    names = class_names(folder)
+    places = (os.path.join(folder, name) for name in names)
+    print(f"listing the pictures in {folder}", flush=True)
+    listing = with_progress(map(find_pictures, places), len(names), "listing", "class")
+    start = len(os.path.join(folder, ""))
+    parts, counts, subfolders = [], [], {}
+    left_out = {BESIDE: Counter(_ending(e.name) for e in _entries(folder) if not e.is_dir())}
+    for name, found in zip(names, listing, strict=True):
+        # Encoded all at once, which takes a fraction of the time: names hold no zero bytes.
+        encoded = os.fsencode("\0".join(path[start:] for path in found.paths))
+        parts.append(np.array(encoded.split(b"\0")))
+        counts.append(len(found.paths))
+        left_out[name], subfolders[name] = found.left_out, found.folders
+    notes = _nested_notes(Path(folder), subfolders)
+    if left_out := {place: endings for place, endings in left_out.items() if endings}:
+        notes.append(_left_out_note(left_out))
+    labels = np.repeat(np.arange(len(names)), counts)
+    return LabelledFiles(Path(folder), np.concatenate(parts), labels, names, notes)
+
+
+def class_names(folder: str | Path) -> list[str]:
+    """The class folders of `folder` in order: numerical where all names are integers, else by name.
+
+    Hidden names are ignored. UserError where there is no class folder, or a link that leads nowhere
+    and so may have been one.
+    """
+    names = []
+    for entry in _entries(folder):
+        if entry.is_symlink():
+            _check_link(entry.path, os.path.realpath(folder))
+        if entry.is_dir():
+            names.append(entry.name)
+    if not names:
+        raise UserError(
+            f"{folder}: holds no class folders; put the pictures of each class into a folder there"
+        )
+    if all(name.isascii() and name.isdecimal() for name in names):
+        names.sort(key=int)
+    return names
+
+
+def _entries(folder: str | Path) -> list[os.DirEntry]:
+    """What lies in `folder`, in lexicographic order, without hidden names."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((e for e in entries if e.name[0] != "."), key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read as a folder ({error.strerror})") from error
+
+
+def _check_link(path: str, folder: str) -> None:
+    """UserError where a link among the class folders leads nowhere, or to a folder around it."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        raise UserError(f"{path}: this link cannot be followed ({error.strerror})") from error
+    target = os.path.realpath(path)
+    if os.path.commonpath([target, folder]) == target:
+        raise UserError(f"{path}: this link leads to {target}, which it lies in itself")
+
+
+def _nested_notes(folder: Path, subfolders: dict[str, list[str]]) -> list[str]:
+    """A line for each class that holds several folders and no pictures beside them.
+
+    UserError where these are the splits of a data set: the classes are one level further down.
+    """
+    nested = {name: below for name, below in subfolders.items() if below}
+    splits = [name for name in subfolders if name.lower() in SPLITS]
+    is_all = len(splits) == len(subfolders)
+    if meant := [name for name in splits if len(nested.get(name, ())) > (0 if is_all else 1)]:
+        best = next((name for name in meant if name.lower().startswith("train")), meant[0])
+        raise UserError(
+            f"{folder}: {' and '.join(meant)} in it are no classes, but hold them; "
+            f"did you mean {folder / best}?"
+        )
+    notes = [
+        f"class {printable(name)} is made of the folders {', '.join(map(printable, below[:3]))}"
+        f"{', ...' if below[3:] else ''} and no pictures beside them; if these are the classes, "
+        f"use {folder / name}"
+        for name, below in nested.items()
+        if len(below) > 1
+    ]
+    more = f"; and {len(notes) - MOST_NAMED} more classes like it"
+    return notes if len(notes) <= MOST_NAMED else [*notes[: MOST_NAMED - 1], notes[-1] + more]
+
+
+def _left_out_note(left_out: dict[str, Counter[str]]) -> str:
+    """A line about files that are not read, by place."""
+    count = sum(endings.total() for endings in left_out.values())
+    places = [
+        f"{printable(place)} {_list_endings(endings)}".lstrip()
+        for place, endings in left_out.items()
+    ]
+    more = f"; and in {len(places) - MOST_NAMED} more folders" if places[MOST_NAMED:] else ""
+    listed = "; ".join(places[:MOST_NAMED]) + more
+    return f"left out, not read: {count} {'file' if count == 1 else 'files'} ({listed})"
+
+
+def _list_endings(counts: Counter[str]) -> str:
+    """The most frequent endings with their counts."""
+    frequent = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:MOST_NAMED]
+    return ", ".join(f"{count} {printable(ending)}" for ending, count in frequent)
+
+
+def describe_classes(names: Sequence[str], counts: Sequence[int]) -> str:
+    """The classes in order, with their numbers of examples, in one line."""
+    listed = [f"{printable(name)} ({count})" for name, count in zip(names, counts, strict=True)]
+    if len(listed) > MOST_CLASSES_LISTED:
+        listed = [*listed[:3], "...", listed[-1]]
+    classes = "class" if len(names) == 1 else "classes"
+    return f"{sum(counts)} examples of {len(names)} {classes}, in order: {', '.join(listed)}"
+
+
+def printable(name: str) -> str:
+    """A file's `name`, shortened, with `?` for what a terminal cannot show."""
+    text = "".join(letter if letter.isprintable() else "?" for letter in name)
+    return text if len(text) <= 40 else f"{text[:30]}..."
+
+
+def sizes_of_pictures(paths: LabelledFiles | Sequence[str]) -> list[int]:
+    """Bytes of each file; UserError names the first five that are not pictures.
+
+    Affordable for a million files: it reads the first bytes of each, and decodes only those that do
+    not start as a picture does. Damage further on is left for `check_examples`.
+    """
+
+    def look(path: str) -> int | str:
+        try:
+            descriptor = regular_only(path, os.O_RDONLY)
+            try:
+                start = os.read(descriptor, SIGNATURE_BYTES)
+                num_bytes = os.fstat(descriptor).st_size
+            finally:
+                os.close(descriptor)
+        except OSError:
+            return why_unreadable(path)
+        return num_bytes if SIGNATURE.match(start) else why_unreadable(path) or num_bytes
+
+    looks = in_threads(look, paths, at_once=100)
+    sizes, refusals = [], []
+    for seen in with_progress(looks, len(paths), "opening pictures", "file"):
+        if isinstance(seen, int):
+            sizes.append(seen)
+        else:
+            refusals.append(seen)
+        if len(refusals) == MOST_NAMED:
+            break
+    if refusals:
+        raise UserError("; ".join(refusals))
+    return sizes
+
+
+def with_progress(results: Iterable[Result], total: int, doing: str, unit: str) -> Iterator[Result]:
+    """`results`, announced by a line where they are many, with a progress bar on terminals."""
+    if total >= MANY:
+        print(f"{doing}: {total} {unit}s", flush=True)
+    # disable=None: a bar on terminals only
+    yield from tqdm(
+        results, desc=doing, total=total, unit=unit, delay=SECONDS_BEFORE_BAR, disable=None
+    )
+
+
+def in_threads(
+    work: Callable[[Item], Result], items: Iterable[Item], num_threads: int = 16, at_once: int = 1
+) -> Iterator[Result]:
+    """The results of `work` in order. Opening a file on a network drive takes long, but no work.
+
+    A thread takes `at_once` items in a row, which saves time where each takes little. No more than
+    four turns of all threads are queued, however many items there are.
+    """
+
+    def work_on(chunk: list[Item]) -> list[Result]:
+        return [work(item) for item in chunk]
+
+    rest = iter(items)
+    chunks = iter(lambda: list(itertools.islice(rest, at_once)), [])
+    queue: deque[Future[list[Result]]] = deque()
+    with ThreadPoolExecutor(num_threads) as pool:
+        try:
+            for chunk in chunks:
+                queue.append(pool.submit(work_on, chunk))
+                if len(queue) == 4 * num_threads:
+                    yield from queue.popleft().result()
+            while queue:
+                yield from queue.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)

@@ -1,0 +1,270 @@
+"""Folders of pictures: what is listed, in which order, and what is said of the rest."""
+
+import errno
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from commands import ROOT
+
+from support.data import folders
+from support.data.folders import (
+    class_folders,
+    describe_classes,
+    find_pictures,
+    in_threads,
+    sizes_of_pictures,
+)
+from support.system.files import UserError
+
+
+def make_files(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def refusal(work, *arguments):
+    """The one line with which `work` refuses."""
+    with pytest.raises(UserError) as caught:
+        work(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# Order.
+
+
+@pytest.mark.parametrize(
+    ("names", "in_order"),
+    [
+        (["10", "2", "0", "01"], ["0", "01", "2", "10"]),
+        (["10", "2", "x"], ["10", "2", "x"]),
+    ],
+)
+def test_classes_are_in_numerical_order_where_every_name_is_an_integer(tmp_path, names, in_order):
+    make_files(tmp_path, *(f"{name}/{number}.png" for name in names for number in (10, 9)))
+    files = class_folders(tmp_path)
+    assert files.class_names == in_order
+    assert files.labels.tolist() == [label for label in range(len(names)) for _ in (0, 1)]
+    listed = [f"{tmp_path}/{name}/{number}.png" for name in in_order for number in (10, 9)]
+    assert list(files) == [files[index] for index in range(len(files))] == listed
+
+
+def test_pictures_below_a_folder_come_folder_by_folder_without_hidden_names(tmp_path):
+    make_files(tmp_path, "b.png", "a/2.png", "a/1.PNG", "a/deep/0.png", "c.jpg", ".git/x.png")
+    make_files(tmp_path, "._b.png")
+    names = ["b.png", "c.jpg", "a/1.PNG", "a/2.png", "a/deep/0.png"]
+    assert find_pictures(tmp_path).paths == [f"{tmp_path}/{name}" for name in names]
+
+
+def test_names_that_are_no_text_are_listed_and_opened(tmp_path):
+    make_files(tmp_path, "caf\udce9/\udcff.png", "caf\udce9/日本.png")
+    files = class_folders(tmp_path)
+    assert all(os.path.exists(path) for path in files)
+    assert len(files.digest()) == 64
+
+
+# What is left out.
+
+
+def test_files_that_are_not_read_are_counted_by_class_and_ending(tmp_path):
+    make_files(tmp_path, "a/1.png", "b/1.png", "b/2.HEIC", "b/3.heic", "b/deep/x.mov", "b/README")
+    make_files(tmp_path, "b/.DS_Store", "b/.git/x.heic", "labels.csv", "elsewhere/1.png")
+    (tmp_path / "a" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "linked").symlink_to(tmp_path / "elsewhere")  # a class like any other
+    files = class_folders(tmp_path)
+    assert files.labels.tolist() == [0, 1, 2, 3]
+    (note,) = files.notes
+    for said in ("6 files", "class folders 1 .csv", "a 1 linked", "b 2 .heic, 1 .mov, 1 without"):
+        assert said in note
+    (tmp_path / "b" / "1.png").unlink()
+    assert "2 .heic" in refusal(class_folders, tmp_path)
+
+
+def test_of_many_classes_with_files_left_out_five_are_named(tmp_path):
+    for number in range(9):
+        make_files(tmp_path, f"{number}/1.png", f"{number}/a\n.\x1b[31m")
+    (note,) = class_folders(tmp_path).notes
+    assert note.isprintable()
+    assert "9 files" in note
+    assert "4 1 .?[31m" in note
+    assert "5 1 .?[31m" not in note
+
+
+def test_classes_are_described_in_one_line_however_many(tmp_path):
+    few = describe_classes(["cat", "b\n\udcff"], [3, 1])
+    assert few == "4 examples of 2 classes, in order: cat (3), b?? (1)"
+    many = describe_classes([f"n{k:08}" for k in range(1000)], [1300] * 1000)
+    assert "1300000 examples of 1000 classes, in order: n00000000 (1300), " in many
+    assert "n00000999 (1300)" in many
+    assert len(many) < 150
+
+
+def test_folders_without_classes_or_pictures_are_named(tmp_path):
+    assert str(tmp_path) in refusal(class_folders, tmp_path)
+    (tmp_path / "cat").mkdir()
+    assert str(tmp_path / "cat") in refusal(class_folders, tmp_path)
+    assert str(tmp_path / "absent") in refusal(find_pictures, tmp_path / "absent")
+
+
+# One level too high.
+
+
+@pytest.mark.parametrize(
+    ("names", "meant"),
+    [
+        (["train/cat/1.png", "test/cat/1.png"], "train"),
+        (["val/cat/1.png", "val/dog/1.png", "Train/cat/1.png", "Train/dog/1.png"], "Train"),
+        (["train/cat/1.png", "train/dog/1.png", "samples/1.png"], "train"),
+        (["train/cat/1.png"], "train"),
+    ],
+)
+def test_the_folder_above_the_classes_is_refused_and_theirs_is_named(tmp_path, names, meant):
+    make_files(tmp_path, *names)
+    assert str(tmp_path / meant) in refusal(class_folders, tmp_path)
+    class_folders(tmp_path / meant)
+
+
+def test_classes_made_of_folders_alone_are_named_with_what_may_have_been_meant(tmp_path):
+    make_files(tmp_path, "dog/beagle/1.png", "dog/poodle/1.png", "cat/1.png", "cat/old/2.png")
+    make_files(tmp_path, "train/images/1.png", "train/boxes.txt")
+    files = class_folders(tmp_path)
+    assert files.class_names == ["cat", "dog", "train"]
+    note = files.notes[0]
+    assert "beagle, poodle" in note
+    assert str(tmp_path / "dog") in note
+    assert len(files.notes) == 2, "and the file left out"
+    for number in range(9):
+        make_files(tmp_path, f"{number}/a/1.png", f"{number}/b/1.png")
+    assert len(class_folders(tmp_path).notes) == folders.MOST_NAMED + 1
+
+
+# What cannot be listed or followed.
+
+
+AS_ANOTHER = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
+TRY = """
+import json, sys
+from support.data.datasets import DATASETS, DataRequest, build_data, count_classes
+from support.data.folders import find_pictures
+from support.system.files import UserError
+def said(work, *arguments):
+    try:
+        return work(*arguments) and ""
+    except UserError as error:
+        return str(error)
+said_of = {}
+for path in sys.argv[1:]:
+    folder = DataRequest("ImageFolder", 8, path)
+    said_of[path] = [said(find_pictures, path)]
+    said_of[path] += [said(count_classes, folder), said(build_data, folder)]
+    for kind in ("CIFAR10", "FashionMNIST", "Imagenet"):
+        said_of[path].append(said(build_data, DataRequest(kind, DATASETS[kind].size or 32, path)))
+print(json.dumps(said_of))
+"""
+
+
+@pytest.mark.slow
+def test_what_another_user_may_not_list_enter_or_read_is_named(tmp_path):
+    if shutil.which(AS_ANOTHER[0]) is None or os.geteuid():
+        pytest.skip("needs root and setpriv")
+    closed = tmp_path / "closed"
+    make_files(closed, "1.png")
+    data = {name: tmp_path / name for name in ("top", "class", "deep", "class link", "link")}
+    for folder in data.values():
+        make_files(folder, "cat/1.png", "cat/deep/2.png")
+    (data["class link"] / "dog").symlink_to(closed / "dog")
+    (data["link"] / "cat" / "3.png").symlink_to(closed / "1.png")
+    (data["link"] / "cat" / "1.png").write_bytes(b"\x89PNG")
+    (data["link"] / "cat" / "deep" / "2.png").write_bytes(b"\x89PNG")
+    closing = [closed, data["top"], data["class"] / "cat", data["deep"] / "cat" / "deep"]
+    for folder in closing:
+        folder.chmod(0)
+    if b"denied" not in subprocess.run([*AS_ANOTHER, "ls", closed], capture_output=True).stderr:
+        pytest.skip("setpriv has no effect here")
+    command = [*AS_ANOTHER, sys.executable, "-c", TRY, *data.values(), closed / "below"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    for folder in closing:
+        folder.chmod(0o700)
+    assert ended.returncode == 0, ended.stderr
+    said = json.loads(ended.stdout.splitlines()[-1])
+    for named, listed in (
+        (data["top"], [0, 1, 2, 3, 4, 5]),
+        (data["class"] / "cat", [0, 2]),
+        (data["deep"] / "cat" / "deep", [0, 2]),
+        (data["class link"] / "dog", [1, 2]),
+        (data["link"] / "cat" / "3.png", [2]),
+        (closed / "below", [0, 1, 2, 3, 4, 5]),
+    ):
+        (lines,) = (lines for path, lines in said.items() if named.is_relative_to(path))
+        for kind in listed:
+            assert str(named) in lines[kind]
+            assert "\n" not in lines[kind]
+
+
+@pytest.mark.parametrize("target", ["dog", "other", "nowhere", ".", "..", "../data/cat/.."])
+def test_links_among_the_classes_that_lead_nowhere_or_upwards_are_named(tmp_path, target):
+    data = tmp_path / "data"
+    make_files(data, "cat/1.png")
+    (data / "other").symlink_to("dog")
+    (data / "dog").symlink_to(target)
+    line = refusal(class_folders, data)
+    assert str(data / "dog") in line or str(data / "other") in line
+
+
+def test_links_that_loop_below_a_class_are_no_pictures(tmp_path):
+    make_files(tmp_path, "cat/1.png")
+    (tmp_path / "cat" / "2.png").symlink_to("2.png")
+    (tmp_path / "cat" / "more").symlink_to("more")
+    (tmp_path / "cat" / "up").symlink_to("..")
+    files = class_folders(tmp_path)
+    assert "2 files" in files.notes[0]
+    assert str(tmp_path / "cat" / "2.png") in refusal(sizes_of_pictures, files)
+
+
+def test_a_disk_that_fails_while_it_is_listed_is_not_left_out(tmp_path, monkeypatch):
+    make_files(tmp_path, "cat/1.png", "cat/deep/2.png")
+    scan = os.scandir
+
+    def failing(path):
+        if os.fspath(path).endswith("deep"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    assert str(tmp_path / "cat" / "deep") in refusal(class_folders, tmp_path)
+
+
+# Opening.
+
+
+def test_files_that_are_no_pictures_are_named_and_no_more_than_five(tmp_path):
+    make_files(tmp_path, *(f"cat/{number:04}.jpg" for number in range(2000)))
+    line = refusal(sizes_of_pictures, class_folders(tmp_path))
+    assert [f"{number:04}.jpg" in line for number in range(6)] == [True] * 5 + [False]
+
+
+def test_a_lazy_window_of_jobs_is_queued_however_many_items_there_are():
+    drawn = []
+    results = in_threads(
+        lambda item: item**2, (drawn.append(item) or item for item in itertools.count()), 2, 3
+    )
+    assert list(itertools.islice(results, 100)) == [item**2 for item in range(100)]
+    assert len(drawn) < 200
+    results.close()
+
+
+def test_many_items_are_announced_by_a_line_and_few_are_not(tmp_path, monkeypatch, capsys):
+    make_files(tmp_path, "cat/1.png", "cat/2.png")
+    files = class_folders(tmp_path)
+    assert str(tmp_path) in capsys.readouterr().out
+    assert len(list(files.sizes())) == 2
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(folders, "MANY", 2)
+    assert len(list(files.sizes())) == 2
+    assert "2 files" in capsys.readouterr().out
