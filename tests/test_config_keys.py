@@ -10,6 +10,7 @@ from torch import nn
 
 from config import FIELDS, Config
 from models import Objective, SoFlow
+from support.data.datasets import DataRequest
 
 SOURCES = [
     *ROOT.glob("*.py"),
@@ -29,7 +30,7 @@ def reads(tree: ast.AST, owner: str) -> Iterator[str]:
 
 def unread(keys: Iterable[str]) -> list[str]:
     """The keys that no source reads."""
-    found = {part.name for part in dataclasses.fields(Objective)}
+    found = {part.name for kind in (Objective, DataRequest) for part in dataclasses.fields(kind)}
     for path in SOURCES:
         tree = ast.parse(path.read_text())
         if path == DECLARATION:
