@@ -56,7 +56,7 @@ from support.runs.optimizers import build_optimizer
 from support.runs.rehearsal import time_steps, within_memory
 from support.runs.results import Results, is_due
 from support.runs.resume import resume
-from support.runs.signals import Listener, Signalled, listening
+from support.system.signals import Listener, Signalled, listening
 from support.runs.starting import start_from
 from support.runs.trackers import check_installed
 from support.system.files import UserError

@@ -31,8 +31,8 @@ from quickstart.score import score  # noqa: E402
 from quickstart.small_sets import SMALL_SETS, read_samples  # noqa: E402
 from support.data.batches import DataOrder  # noqa: E402
 from support.data.datasets import Selection, digits_split  # noqa: E402
-from support.runs.signals import listening  # noqa: E402
 from support.system.processes import connected  # noqa: E402
+from support.system.signals import listening  # noqa: E402
 
 CHECKPOINTS = 12
 FEW_IMAGES = 200

@@ -5,34 +5,16 @@ import re
 
 import pytest
 import torch
+from checkpoints import fresh_state, save, step
+from safetensors.torch import save_file
 from torch import nn
 
 from support.runs.checkpoint import (
-    TrainState,
     check_weights,
     find_checkpoints,
     read_checkpoint,
-    save_checkpoint,
 )
-from support.runs.resume import newest_usable
 from support.system.files import UserError
-
-
-def fresh_state(width: int = 3, **options) -> TrainState:
-    torch.manual_seed(width)
-    model = nn.Sequential(nn.Linear(2, width), nn.Linear(width, 1))
-    return TrainState.fresh(model, torch.optim.AdamW(model.parameters(), **options))
-
-
-def step(state: TrainState) -> None:
-    state.model(torch.ones(4, 2)).square().sum().backward()
-    state.optimizer.step()
-    state.optimizer.zero_grad()
-    state.finished_steps += 1
-
-
-def save(state: TrainState, path) -> None:
-    save_checkpoint(path, {**state.state_dict(steps_per_epoch=2), "data": {"names": ["a", "b"]}})
 
 
 def test_state_comes_back_and_goes_on_the_same(tmp_path):
@@ -78,23 +60,10 @@ def test_only_whole_numbers_with_the_ending_are_checkpoints(tmp_path):
     assert find_checkpoints(tmp_path / "none") == {}
 
 
-def test_newest_readable_checkpoint_is_chosen(tmp_path):
-    state = fresh_state()
-    for name in (0, 2, 11):
-        state.finished_steps = name
-        save(state, tmp_path / f"{name}.pt")
-    (tmp_path / "11.pt").write_bytes((tmp_path / "11.pt").read_bytes()[:-100])
-    (tmp_path / "30.pt").mkdir()
-    (tmp_path / "20.pt").write_text("not a checkpoint")
-    said: list[str] = []
-
-    path, content = newest_usable(tmp_path, fresh_state(), None, said)
-    assert path.name == "2.pt"
-    assert content["finished_steps"] == 2
-    assert [line.split(":")[1].strip().rpartition("/")[2] for line in said] == [
-        "30.pt", "20.pt", "11.pt",
-    ]  # fmt: skip
-    assert newest_usable(tmp_path / "none", fresh_state(), None, said) == (None, None)
+COMPLETE = {"model": {}, "ema_model": {}, "optimizer": {}} | {
+    "finished_steps": 5,
+    "finished_epochs": 0,
+}
 
 
 class Payload:
@@ -116,7 +85,7 @@ def test_pickled_code_is_never_run(tmp_path, where):
     else:
         content["optimizer"]["state"][0] = Payload(trace)
         torch.save(content, path, _use_new_zipfile_serialization=where == "zip")
-    with pytest.raises(UserError, match=r"1\.pt: not a readable checkpoint"):
+    with pytest.raises(UserError, match=r"1\.pt: "):
         read_checkpoint(path)
     assert not trace.exists()
 
@@ -124,25 +93,48 @@ def test_pickled_code_is_never_run(tmp_path, where):
 def test_absent_step_lists_those_there_are(tmp_path):
     for name in (10, 0, 9):
         save(fresh_state(), tmp_path / f"{name}.pt")
-    with pytest.raises(UserError, match=r"5\.pt: does not exist; .* has the steps 0, 9, 10"):
+    with pytest.raises(UserError, match=r"5\.pt: .* 0, 9, 10$"):
         read_checkpoint(tmp_path / "5.pt")
-    with pytest.raises(UserError, match=r"the folder .*none does not exist"):
+    with pytest.raises(UserError, match=r"none/5\.pt: "):
         read_checkpoint(tmp_path / "none" / "5.pt")
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "named"),
     [
-        ({"model": {}}, "it lacks ema_model, optimizer, finished_steps, finished_epochs"),
-        ([1], "not a training checkpoint"),
-        ({key: {} for key in ("model", "ema_model", "optimizer")}
-         | {"finished_steps": "5", "finished_epochs": 0}, "finished_steps is str"),
+        ({"model": {}}, ["ema_model", "optimizer", "finished_steps", "finished_epochs"]),
+        ([1], ["list"]),
+        (COMPLETE | {"finished_steps": "5"}, ["finished_steps", "str"]),
+        (COMPLETE | {"data": 3}, ["data", "int"]),
     ],
-)  # fmt: skip
-def test_files_that_are_no_training_checkpoint_are_refused(tmp_path, content, message):
+)
+def test_files_that_are_no_training_checkpoint_are_refused(tmp_path, content, named):
     torch.save(content, tmp_path / "1.pt")
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=rf"1\.pt: .*{'.*'.join(named)}"):
         read_checkpoint(tmp_path / "1.pt")
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12345\n"
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda path: path.write_bytes(b""), "empty"),
+        (lambda path: path.write_bytes(LFS), "git lfs pull"),
+        (lambda path: path.write_bytes(b"\n<!DOCTYPE html>\n<html>Not found"), "HTML"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-100]), "cut short"),
+        (lambda path: save_file({"x": torch.ones(3)}, path), "safetensors"),
+        (lambda path: path.write_bytes(pickle.dumps({"x": 3})), "pickle"),
+        (lambda path: path.write_text("not a checkpoint"), "another format"),
+    ],
+)
+def test_a_file_that_is_no_archive_is_refused_as_the_kind_that_it_is(tmp_path, make, named):
+    path = tmp_path / "1.pt"
+    save(fresh_state(), path)
+    make(path)
+    with pytest.raises(UserError, match=rf"1\.pt: .*{named}"):
+        read_checkpoint(path)
 
 
 def test_weights_of_another_model_are_refused_with_the_difference():
@@ -158,17 +150,17 @@ def test_weights_of_another_model_are_refused_with_the_difference():
         r"x.pt: .* 1 .*'1\.weight'.* 2 .*'2\.weight'.* 1 .*0\.weight.*\[5, 2\].*\[3, 2\].*",
         str(refusal.value),
     )
-    with pytest.raises(UserError, match="not a mapping"):
+    with pytest.raises(UserError, match=r"^x\.pt: "):
         check_weights(model, [1], "x.pt")
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda optimizer: optimizer.clear(), "not an optimizer's"),
-        (lambda optimizer: optimizer["param_groups"][0]["params"].pop(), "of 3 parameters, this"),
+        (lambda optimizer: optimizer.clear(), "`optimizer`"),
+        (lambda optimizer: optimizer["param_groups"][0]["params"].pop(), "3 parameters.* 4$"),
         (lambda optimizer: optimizer["state"][0].update(exp_avg=torch.zeros(9)),
-         r"parameter 0 has shape \[9\], the parameter \[3, 2\]"),
+         r"exp_avg of parameter 0 .*\[9\].*\[3, 2\]"),
     ],
 )  # fmt: skip
 def test_optimizer_state_that_does_not_fit_changes_nothing(spoil, message):

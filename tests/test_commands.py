@@ -42,6 +42,16 @@ def test_a_mistake_ends_in_one_line_and_a_status(command):
     assert "nowhere" in finished.stderr
 
 
+@pytest.mark.slow
+def test_our_modules_load_after_tensorflow_and_bring_in_no_package_that_few_need():
+    """Loaded after TensorFlow, triton crashes the process."""
+    modules = ", ".join(name.removesuffix(".py") for name in MISTAKES if "/" not in name)
+    rare = {"triton", "torchvision", "diffusers", "onnx", "sklearn", "torch._dynamo"}
+    script = f"import tensorflow, sys; before = {{*sys.modules}}; import sampling, {modules}; "
+    script += f"print(sorted({rare} & {{*sys.modules}} - before))"
+    assert succeed("-c", script) == "[]\n"
+
+
 @pytest.mark.parametrize(
     ("command", "words"),
     [

@@ -5,18 +5,18 @@ import json
 import pytest
 import standins
 import torch
+from checkpoints import assert_equal, load, numbers_of, state_of
 from commands import digits_settings
 from exact import ExactNetwork
-from test_train import assert_equal, load, numbers_of, state_of
 
-from training import preview
 import train
 from config import load_config
-from training.held_out import BINS, draw_held_out, measure
 from models import METHODS, SoFlow
 from support.data.datasets import ALONE, DataRequest, build_data, digits_split
 from support.system.files import UserError
 from support.system.processes import Processes
+from training import preview
+from training.held_out import BINS, draw_held_out, measure
 
 
 def digits(**settings: object):

@@ -24,10 +24,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from checkpoints import fresh_state, step
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_checkpoint import fresh_state, step
 from test_latents import write_reference_form
 from test_npz import damaged, in_memory
 from tiny_vae import make_tiny_vae

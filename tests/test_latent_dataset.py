@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import standins
 import torch
+from checkpoints import assert_equal, load, state_of
 from commands import ROOT, run, succeed
 from killed_extraction import Killer
 from PIL import Image
-from test_train import assert_equal, load, state_of
 from tiny_vae import make_tiny_vae
 
 import inference

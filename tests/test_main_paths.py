@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from checkpoints import assert_equal, load, state_of
 from commands import ROOT
 from standins import CIFAR_NAMES, write_cifar10
-from test_train import assert_equal, load, state_of
 
 import inference
 import train

@@ -7,10 +7,9 @@ import socket
 import pytest
 import torch
 import worker
+from checkpoints import assert_equal, load, state_of
 from commands import ROOT, digits_settings, run, succeed
-from test_train import assert_equal, load, state_of
 
-from training.draws import draw_batch
 from models import Batch, Samples
 from schedules import ConsistencyTimes
 from support.data.batches import BatchPlan
@@ -19,6 +18,7 @@ from support.system import processes
 from support.system.files import UserError
 from support.system.processes import Processes, reporting_lost_processes
 from support.system.randomness import PerImageStream
+from training.draws import draw_batch
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("several processes")]
 

@@ -4,10 +4,10 @@ import goldens
 import numpy as np
 import pytest
 import torch
+from checkpoints import load
 from commands import ROOT, succeed
 from released import LATENT_KEYS, UNET_KEYS, release
 from standins import write_cifar10
-from test_train import load
 from tiny_vae import make_tiny_vae
 
 import train

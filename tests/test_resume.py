@@ -1,9 +1,11 @@
-"""A checkpoint in several processes: the main one alone checks, hashes and copies it."""
+"""Where a run continues, and in several processes: the main one alone checks and copies."""
+
+import re
 
 import pytest
 import torch
+from checkpoints import fresh_state, save, step
 from commands import digits_settings
-from test_checkpoint import fresh_state, save, step
 
 import inference
 import train
@@ -11,9 +13,47 @@ from config import load_config
 from support.data.batches import BatchPlan
 from support.runs import checkpoint, results
 from support.runs.resume import resume
+from support.system.files import UserError
 from support.system.processes import Processes
 
+ALONE = Processes(0, 0, 1, torch.device("cpu"))
 MAIN, OTHER = (Processes(rank, rank, 2, torch.device("cpu")) for rank in (0, 1))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A run's folder with checkpoints of steps 0, 2 and 11, and some that cannot be read."""
+    (tmp_path / "ckpts").mkdir()
+    state = fresh_state()
+    for state.finished_steps in (0, 2, 11):
+        save(state, tmp_path / "ckpts" / f"{state.finished_steps}.pt")
+    newest = tmp_path / "ckpts" / "11.pt"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    (tmp_path / "ckpts" / "30.pt").mkdir()
+    (tmp_path / "ckpts" / "20.pt").write_text("not a checkpoint")
+    return tmp_path
+
+
+def resumed(folder, compare=lambda content, path: []):
+    return resume(folder, fresh_state(), ALONE, BatchPlan(16, 10, 1, 1), compare)
+
+
+def test_the_newest_usable_checkpoint_is_loaded_and_those_passed_over_are_named(folder):
+    path, notes = resumed(folder)
+    assert path.name == "2.pt"
+    assert [re.search(r"(\d+\.pt):", note)[1] for note in notes] == ["30.pt", "20.pt", "11.pt"]
+
+
+def test_without_checkpoints_a_run_is_fresh(tmp_path):
+    assert resumed(tmp_path) == (None, [])
+
+
+def test_a_refusal_names_the_checkpoints_that_were_passed_over(folder):
+    def refuse(content, path):
+        raise UserError(f"{path}: another experiment")
+
+    with pytest.raises(UserError, match=r"/2\.pt: .*30\.pt.*20\.pt.*11\.pt"):
+        resumed(folder, refuse)
 
 
 @pytest.fixture

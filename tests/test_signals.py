@@ -4,7 +4,7 @@ import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from support.runs.signals import Listener, Signalled
+from support.system.signals import Listener, Signalled
 
 
 class Exchanges:

@@ -2,12 +2,12 @@
 
 import json
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from checkpoints import assert_equal, load, numbers_of, state_of
 from commands import ROOT, digits_settings, succeed
 from PIL import Image
 
@@ -16,32 +16,6 @@ import train
 from passes import Execution
 from support.scores.npz import read_archive
 from support.system.files import UserError, hold_lock, make_folder
-
-
-def load(folder: Path, step: int) -> dict:
-    return torch.load(folder / "ckpts" / f"{step}.pt", weights_only=True)
-
-
-def assert_equal(one, other, at: str = "checkpoint") -> None:
-    """Bit for bit, through all containers."""
-    assert type(one) is type(other), at
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), at
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), at
-        for key in one:
-            assert_equal(one[key], other[key], f"{at}/{key}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), at
-        for index, pair in enumerate(zip(one, other, strict=True)):
-            assert_equal(*pair, f"{at}/{index}")
-    else:
-        assert one == other, at
-
-
-def state_of(checkpoint: dict) -> dict:
-    """What has to be equal: all but the config, whose working_dir differs."""
-    return {key: value for key, value in checkpoint.items() if key != "config"}
 
 
 @pytest.fixture
@@ -67,14 +41,6 @@ def test_six_steps_equal_three_a_new_process_and_three(tmp_path):
     (tmp_path / "parts" / "ckpts" / "6.pt").unlink()
     assert "resumed at step 3" in succeed(*parts)
     assert_equal(state_of(load(tmp_path / "whole", 6)), state_of(load(tmp_path / "parts", 6)))
-
-
-def numbers_of(folder: Path) -> list[dict]:
-    """What metrics.jsonl has, but for what no two runs have in common."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    varying = {"Memory_GB", "Seconds", "Images_Per_Second", "Time"}
-    assert all(varying < line.keys() for line in lines)
-    return [{k: v for k, v in line.items() if k not in varying} for line in lines]
 
 
 def test_metrics_of_a_run_broken_between_two_log_lines_are_those_of_an_unbroken_one(small_run):
@@ -352,7 +318,7 @@ def test_checkpoint_of_another_model_is_refused_with_the_difference(small_run):
     with pytest.raises(UserError) as refusal:
         small_run()
     assert "weights of another model" in str(refusal.value)
-    assert "network.pos_embed [1, 4, 128] in the file, [1, 16, 128] in the model" in str(
+    assert "network.pos_embed: [1, 4, 128] in the file, [1, 16, 128] in the model" in str(
         refusal.value
     )
 

@@ -15,10 +15,10 @@ from support.data.grids import labels_by_row, save_grid
 from support.data.images import ImageBatch
 from support.runs.averages import PowerFunction
 from support.runs.logbook import write_record
-from support.runs.signals import Signalled
 from support.system.digests import weights_digest
 from support.system.files import Stopped
 from support.system.randomness import GivenLabels, PerImageStream
+from support.system.signals import Signalled
 
 if TYPE_CHECKING:
     from train import Run

@@ -22,9 +22,9 @@ from config import Config, load_config
 from gpu_sections.bench import Bench, Task, Value
 from gpu_sections.images import write_pictures
 from models import Batch
-from support.runs.signals import listening
 from support.system.command import STOPPED_STATUS
 from support.system.files import UserError
+from support.system.signals import listening
 from train import Run, build_run, continue_run, open_folder, train
 
 CONFIG = ROOT / "configs" / "small_folder.yaml"

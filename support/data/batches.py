@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from support.data.datasets import RawBatch, TrainingData
-from support.runs.signals import leave_to_parent
 from support.system.files import UserError
 from support.system.randomness import generator
+from support.system.signals import leave_to_parent
 
 # The fields of a BatchPlan, by their names in checkpoints, which older versions chose.
 STORED_NAMES = ("batch_size", "flow_matching_count", "world_size", "accumulation_steps")

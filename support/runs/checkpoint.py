@@ -1,4 +1,4 @@
-"""Training state on disk: whole files only, found by name, refused with a reason."""
+"""Checkpoints: training state in one file, found by its name, checked, and refused with a reason."""
 
 import copy
 import pickle
@@ -12,17 +12,17 @@ import torch
 from torch import nn
 
 from support.runs.metrics import Interval
-from support.system.files import UserError, atomic_write, numbered_files, shorten
+from support.system.files import UserError, atomic_write, identify, numbered_files, shorten
 
 REFERENCE_KEYS = ("model", "ema_model", "optimizer", "finished_steps", "finished_epochs")
-RECORDS = ("config", "data", "parts", "interval", "averages", "started_from")  # what we add
+RECORDS = ("config", "data", "parts", "interval", "averages", "started_from")  # our additions
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass
 class TrainState(Generic[Model]):
-    """All that training changes: the model, its averages, the optimizer and the steps done."""
+    """Everything that training changes: the model, its averages, the optimizer, the step."""
 
     model: Model
     ema_model: Model
@@ -36,7 +36,7 @@ class TrainState(Generic[Model]):
     def fresh(
         cls, model: Model, optimizer: torch.optim.Optimizer, names: Iterable[str] = ()
     ) -> "TrainState[Model]":
-        """The state before the first step: the averages, further ones by name, copy the model."""
+        """The state before the first step: each average, those in `names` too, copies the model."""
 
         def copied() -> Model:
             return copy.deepcopy(model).eval().requires_grad_(False)
@@ -44,12 +44,12 @@ class TrainState(Generic[Model]):
         return cls(model, copied(), optimizer, averages={name: copied() for name in names})
 
     def restart_averages(self) -> None:
-        """Make the averages copies of the model, as they are before the first step."""
+        """Make the averages copies of the model, as before the first step."""
         for averaged in (self.ema_model, *self.averages.values()):
             averaged.load_state_dict(self.model.state_dict())
 
     def state_dict(self, steps_per_epoch: int) -> dict[str, Any]:
-        """The five entries of the reference's checkpoints, and what there is besides."""
+        """The five entries of the reference's checkpoints, and our own where they say something."""
         further = {name: averaged.state_dict() for name, averaged in self.averages.items()}
         return {
             "model": self.model.state_dict(),
@@ -62,12 +62,11 @@ class TrainState(Generic[Model]):
         }
 
     def load_state_dict(self, state: Mapping[str, Any], source: str) -> list[str]:
-        """Take over a checkpoint's state; returns a line for each optimizer setting that differs.
+        """Load a checkpoint's entries; returns a line for each optimizer setting that differs.
 
-        An average that the file lacks starts as its ema_model. Settings (learning rate, betas,
-        weight decay, implementation flags) stay as they are here; only what the optimizer has
-        accumulated comes from the file. UserError where it does not fit; then nothing has been
-        changed.
+        An average that is missing there starts as its ema_model. The optimizer keeps its settings
+        (learning rate, betas, weight decay); the checkpoint gives its moments and step counts.
+        UserError, before anything has changed, where the entries do not fit.
         """
         self.check(state, source)
         settings = self.optimizer.state_dict()["param_groups"]
@@ -77,17 +76,17 @@ class TrainState(Generic[Model]):
         self.optimizer.load_state_dict({"state": saved["state"], "param_groups": settings})
         self.finished_steps = state["finished_steps"]
         self.started_from = state.get("started_from", {})
-        before, now = saved["param_groups"][0], settings[0]
         for name, averaged in self.averages.items():
             averaged.load_state_dict(state.get("averages", {}).get(name, state["ema_model"]))
+        before, now = map(_as_yaml, (saved["param_groups"][0], settings[0]))
         return [
-            f"{key} is {_in_yaml(now[key])} now; it was {_in_yaml(before[key])} in {source}"
+            f"{key} is {now[key]} now; it was {before[key]} in {source}"
             for key in ("lr", "betas", "weight_decay")
-            if key in before and _in_yaml(before[key]) != _in_yaml(now[key])
+            if key in before and before[key] != now[key]
         ]
 
     def check(self, state: Mapping[str, Any], source: str) -> None:
-        """UserError where a checkpoint's state is not one of this model and optimizer."""
+        """UserError where a checkpoint's entries do not fit this model and optimizer."""
         check_weights(self.model, state["model"], source)
         check_weights(self.ema_model, state["ema_model"], source)
         for name in self.averages.keys() & state.get("averages", {}).keys():
@@ -95,59 +94,64 @@ class TrainState(Generic[Model]):
         self._check_optimizer(state["optimizer"], source)
 
     def _check_optimizer(self, saved: Any, source: str) -> None:
-        settings = self.optimizer.state_dict()["param_groups"]
+        parameters = self.optimizer.param_groups[0]["params"]
         try:
-            groups = [list(group["params"]) for group in saved["param_groups"]]
-            shapes = {
-                (index, name): list(entry[name].shape)
+            indices = [list(group["params"]) for group in saved["param_groups"]]
+            moments = {
+                f"{name} of parameter {index}": (index, list(entry[name].shape))
                 for index, entry in saved["state"].items()
                 for name in ("exp_avg", "exp_avg_sq")
             }
         except (KeyError, TypeError, AttributeError):
-            raise UserError(f"{source}: the optimizer state is not an optimizer's") from None
-        if groups != [group["params"] for group in settings]:
+            raise UserError(f"{source}: its entry `optimizer` is no optimizer's state") from None
+        if indices != [list(range(len(parameters)))]:
             raise UserError(
-                f"{source}: the optimizer state is of {sum(map(len, groups))} parameters, "
-                f"this model has {len(settings[0]['params'])}"
+                f"{source}: the optimizer state is of {sum(map(len, indices))} parameters, "
+                f"this model has {len(parameters)}"
             )
-        parameters = enumerate(self.optimizer.param_groups[0]["params"])
-        wanted = {index: list(parameter.shape) for index, parameter in parameters}
-        for (index, name), shape in shapes.items():
-            if shape != wanted.get(index):
+        for name, (index, shape) in moments.items():
+            expected = list(parameters[index].shape) if index in range(len(parameters)) else None
+            if shape != expected:
                 raise UserError(
-                    f"{source}: {name} of the optimizer state of parameter {index} has shape "
-                    f"{shape}, the parameter {wanted.get(index)}"
+                    f"{source}: {name} in the optimizer state has shape {shape}, "
+                    f"the parameter {expected}"
                 )
 
 
-def _in_yaml(value: Any) -> Any:
-    """An optimizer's setting, a pair as a list: that is how published checkpoints have it."""
-    return list(value) if isinstance(value, tuple) else value
+def _as_yaml(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimizer's settings with pairs as lists, as in published checkpoints."""
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in settings.items()}
+
+
+# Names and places
 
 
 def checkpoint_path(folder: Path, finished_steps: int) -> Path:
-    """Where the checkpoint after `finished_steps` steps is, or would be."""
+    """The name of the checkpoint after `finished_steps` steps."""
     return folder / f"{finished_steps}.pt"
 
 
 def find_checkpoints(folder: Path) -> dict[int, Path]:
-    """Finished steps -> file, in ascending order, of all that is named like a checkpoint."""
+    """Finished steps -> file, in ascending order, of everything with a checkpoint's name."""
     return numbered_files(folder, ".pt")
 
 
 def run_of_config(path: Path) -> Path | None:
-    """The folder of the run that a config lies in, beside ckpts/; None where it lies elsewhere."""
+    """The folder of the run whose config this is: it has ckpts/ beside it; else None."""
     return path.parent if (path.parent / "ckpts").is_dir() else None
 
 
 def run_of_checkpoint(path: Path) -> Path | None:
-    """The folder of the run in whose ckpts/ a checkpoint lies; None where it lies elsewhere."""
+    """The folder of the run whose ckpts/ has this checkpoint; else None."""
     folder = path.parent if path.parent.name else path.absolute().parent
     return folder.parent if folder.name == "ckpts" else None
 
 
+# Writing
+
+
 def host_copy(content: Any) -> Any:
-    """`content` with tensors of its own in host memory, which training does not change any more."""
+    """`content` with its tensors copied to host memory, out of the reach of training."""
     if isinstance(content, torch.Tensor):
         return content.detach().to("cpu", copy=True)
     if isinstance(content, Mapping):
@@ -158,15 +162,15 @@ def host_copy(content: Any) -> Any:
 
 
 def refuse_non_finite(content: Mapping[str, Any]) -> None:
-    """UserError where weights that are to be saved are not finite, whatever the gradients were."""
+    """UserError where some of the weights to be saved are not finite."""
     parts = {name: content[name] for name in ("model", "ema_model") if name in content}
     for part, weights in (parts | content.get("averages", {})).items():
         broken = [name for name, value in weights.items() if not value.isfinite().all()]
         if broken:
             raise UserError(
-                f"step {content['finished_steps']}: {len(broken)} of the weights in {part} not "
-                f"finite ({shorten(broken[0])}); nothing of it is saved; what the run went on from "
-                f"may be broken, or the learning_rate too high"
+                f"step {content['finished_steps']}: {len(broken)} of the weights in {part} are not "
+                f"finite ({shorten(broken[0])}); nothing was saved; the checkpoint that the run "
+                "continued from may be broken, or the learning_rate too high"
             )
 
 
@@ -176,32 +180,34 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
         try:
             torch.save(dict(content), file)
         except RuntimeError as error:
-            # Closing its archive, torch raises another error over that of a write.
+            # When torch closes its archive, it raises another error over that of the write.
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
 
 
+# Reading
+
+
 def read_checkpoint(
     path: Path, is_verified: bool = False, needed: Sequence[str] = REFERENCE_KEYS
 ) -> dict[str, Any]:
-    """A checkpoint's entries, on the CPU, unpickling nothing but tensors and plain types.
+    """A checkpoint's entries, on the CPU; unpickles only tensors and plain types.
 
-    Reads all of the file to compare its checksums, unless somebody has just verified it. UserError
-    where the file is absent, damaged, or lacks an entry that is needed.
+    Compares the checksums of the whole file, unless `is_verified`; then tensors are read from the
+    file when they are used. UserError where the file is absent or damaged, or lacks an entry.
     """
     if not path.is_file():
         raise UserError(f"{path}: {_absence(path)}")
     try:
         if not zipfile.is_zipfile(path):
-            raise UserError(f"{path}: not a readable checkpoint (torch.save writes other files)")
+            raise UserError(f"{path}: not a readable checkpoint; it is {identify(path)}")
         if not is_verified:
             _check_sums(path)
-        # Mapped, not held: inference keeps the averaged weights alone.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except UserError:
         raise
-    except pickle.UnpicklingError as error:  # which says how to run what is in the file
+    except pickle.UnpicklingError as error:  # its text tells how to run the code in the file
         raise UserError(
             f"{path}: not a readable checkpoint (it holds more than tensors and plain types)"
         ) from error
@@ -213,19 +219,19 @@ def read_checkpoint(
         raise UserError(f"{path}: not a training checkpoint, but a {type(state).__name__}")
     if missing := [key for key in needed if key not in state]:
         raise UserError(f"{path}: not a training checkpoint, it lacks {', '.join(missing)}")
-    for key in ("finished_steps", "finished_epochs"):
-        if not isinstance(state.get(key, 0), int):
-            raise UserError(f"{path}: {key} is {type(state[key]).__name__}, not a whole number")
-    for key in RECORDS:
-        if not isinstance(state.get(key, {}), dict):
-            raise UserError(f"{path}: its entry `{key}` is damaged")
+    kinds = {"finished_steps": int, "finished_epochs": int} | dict.fromkeys(RECORDS, dict)
+    for key, kind in kinds.items():
+        if not isinstance(state.get(key, kind()), kind):
+            raise UserError(
+                f"{path}: its entry `{key}` is damaged (it is a {type(state[key]).__name__})"
+            )
     return state
 
 
 def _check_sums(path: Path) -> None:
-    """UserError where the bytes are not those that were written, by the archive's own CRC-32s."""
+    """UserError where the file's bytes do not match the CRC-32s of its archive."""
     with zipfile.ZipFile(path) as archive:
-        # Before any of them is read: what is packed can be of any size.
+        # Before any part is read: compressed, it could be of any size.
         if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
             raise UserError(f"{path}: not a readable checkpoint (compressed; torch.save does not)")
         damaged = archive.testzip()
@@ -252,7 +258,7 @@ def check_weights(model: nn.Module, weights: Any, source: str) -> None:
     if not isinstance(weights, Mapping):
         raise UserError(f"{source}: the weights are not a mapping of names to tensors")
     if not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
-        raise UserError(f"{source}: some of the weights are no tensors")
+        raise UserError(f"{source}: some of the weights are not tensors")
     expected = model.state_dict()
     differing = {
         "missing": [shorten(name) for name in expected if name not in weights],

@@ -1,5 +1,6 @@
-"""From where a run goes on: the newest checkpoint of its folder that is whole and of this run."""
+"""Where a run continues: at the newest checkpoint of its folder that is whole and fits the run."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,18 +10,19 @@ from support.runs.checkpoint import TrainState, find_checkpoints, read_checkpoin
 from support.system.files import UserError
 from support.system.processes import Processes
 
-# A line for each change of a run's data and settings since a checkpoint, which is given by its
-# entries (none: a fresh run) and its path; raises UserError where it is of another experiment.
+# Compares a checkpoint's entries (empty for a fresh run), read from a path, with the run. Returns a
+# line for each change of data and settings; UserError where it is another experiment.
 Compare = Callable[[Mapping[str, Any], Path], list[str]]
 
 
 def resume(
     folder: Path, state: TrainState, processes: Processes, plan: BatchPlan, compare: Compare
 ) -> tuple[Path | None, list[str]]:
-    """Bring the state to where the folder's newest checkpoint is; gives that, and what to say.
+    """Load the folder's newest usable checkpoint into `state`; returns its path and lines to log.
 
-    None where there is no checkpoint: then the run is a fresh one. All is checked, nothing is
-    written. UserError where there are checkpoints and none can be used.
+    The path is None for a fresh run, in a folder without checkpoints. Writes nothing. UserError
+    where there are checkpoints and none can be used, or where the newest usable one is of another
+    experiment.
     """
     notes: list[str] = []
     path, content = None, None
@@ -31,28 +33,31 @@ def resume(
         return None, notes + compare({}, folder / "config.yaml")
     if content is None:
         content = read_checkpoint(path, is_verified=True)
-    notes += compare(content, path)
+    try:
+        changes = compare(content, path)
+    except UserError as error:
+        raise UserError("; ".join([str(error), *notes])) from None
     settings = state.load_state_dict(content, str(path))
-    notes += compare_plans(plan, content, path)
+    changes += compare_plans(plan, content, path)
     if content.get("interval"):
         state.interval.load_state_dict(content["interval"], processes)
-    # Where the file has its config, the comparison with that has said it.
-    notes += settings if "config" not in content else []
-    notes += [
+    if "config" not in content:  # else `compare` has reported these
+        changes += settings
+    changes += [
         f"average {name} is not in {path}: it starts as its ema_model"
         for name in state.averages
         if name not in content.get("averages", {})
     ]
-    return path, notes
+    return path, notes + changes
 
 
 def newest_usable(
     folder: Path, state: TrainState, compare: Compare, notes: list[str]
 ) -> tuple[Path | None, dict[str, Any] | None]:
-    """The newest checkpoint that the state can take over; those passed over are noted.
+    """The newest checkpoint that fits the state; adds to `notes` a line for each passed over.
 
-    Nothing where there are no files named like one. UserError, with the newest's reason, where
-    none is left: starting afresh over somebody's run must be their decision.
+    None where no file has a checkpoint's name. UserError with the newest one's reason where all
+    are unusable: only the user may decide to start afresh in that folder.
     """
     found = find_checkpoints(folder)
     reasons = []
@@ -62,7 +67,7 @@ def newest_usable(
             try:
                 state.check(content, str(path))
             except UserError:
-                compare(content, path)  # says more, where it is another experiment
+                compare(content, path)  # its error says more, where it is another experiment
                 raise
             return path, content
         except UserError as error:
@@ -76,7 +81,7 @@ def newest_usable(
 
 
 def compare_plans(plan: BatchPlan, content: Mapping[str, Any], path: Path) -> list[str]:
-    """A line where the batch was cut otherwise before: noise is drawn by microbatch."""
+    """A line where the batch was cut differently before: noise is drawn by microbatch."""
     before = content.get("parts", plan.record())
     if before == plan.record():
         return []

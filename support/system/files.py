@@ -373,6 +373,25 @@ def download(url: str, path: str | Path, timeout_seconds: float = 30) -> None:
         raise UserError(f"{url}: cannot be fetched ({shorten(error)})") from error
 
 
+def identify(path: Path) -> str:
+    """What a file, which is not of the kind that was expected, is by its first bytes."""
+    with open(path, "rb", opener=regular_only) as file:
+        start, size = file.read(MARKED_BYTES), os.fstat(file.fileno()).st_size
+    if not start:
+        return "empty"
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer; `git lfs pull` fetches the file itself"
+    if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return "a web page (HTML), which a server sent instead of the file"
+    if start.startswith(b"PK\x03\x04"):
+        return "a ZIP archive that is cut short"
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < size:
+        return "a safetensors file"
+    if start.startswith(b"\x80"):
+        return "a bare pickle"
+    return "of another format"
+
+
 def sha256_of(path: str | Path) -> str:
     """Hex SHA-256 of a file's bytes, read in pieces."""
     try:
