@@ -43,11 +43,12 @@ from support.data.vae import (
     PIXELS_PER_LATENT,
     VAE_NAME,
     FoundVae,
+    default_encode_batch,
     encode,
-    encoded_at_a_time,
     find_vae,
     load_vae,
     release,
+    scale_notes,
 )
 from support.runs.logbook import code_version, duration
 from support.system.digests import weights_digest
@@ -176,7 +177,7 @@ class PartMaker:
         """Moments [B, 8, S, S] of uint8 [B, 3, H, W]; the time that takes is the VAE's."""
         started = time.monotonic()
         images = to_images(pixels.to(self.progress.processes.device))
-        size = self.arguments.encode_batch_size or encoded_at_a_time(self.plan.image_size)
+        size = self.arguments.encode_batch_size or default_encode_batch(self.plan.image_size)
         moments = encode(self.vae, images, size, self.plan.precision == "bf16")
         if self.plan.precision != "fp32" and not self.is_compared:
             self.is_compared = True
@@ -277,6 +278,9 @@ def run_extraction(
         for note in files.notes:
             say(note)
     found = find_vae(arguments.vae)
+    if processes.is_main:
+        for line in (*scale_notes(found), f"loading the VAE {found.name}"):
+            say(line)
     vae = load_vae(found, processes.device)
     plan = Plan(
         num_images=len(files),

@@ -43,7 +43,7 @@ def write_file(folder: Path) -> None:
     with h5py.File(folder / LATENT_FILE, "w") as file:
         latents = file.create_dataset("latents", (NUM_LATENTS, *ROW), "f4")
         for start in range(0, NUM_LATENTS, 1000):
-            latents[start : start + 1000] = source.random((1000, *ROW), np.float32)
+            latents[start : start + 1000] = 20 * source.random((1000, *ROW), np.float32)
         file["labels"] = source.integers(0, 1000, NUM_LATENTS)
         file["amount"], file["latent_size"] = np.int64(NUM_LATENTS), np.int64(ROW[1])
 

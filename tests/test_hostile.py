@@ -27,8 +27,8 @@ import yaml
 from checkpoints import fresh_state, step
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from latent_files import write_reference_form
 from PIL import Image
-from test_latents import write_reference_form
 from test_npz import damaged, in_memory
 from tiny_vae import make_tiny_vae
 

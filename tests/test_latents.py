@@ -1,4 +1,4 @@
-"""The latent file: read fast and as it is, refused where it is not what it should be."""
+"""The latent file: read fast and as it is, refused if it is not what it should be."""
 
 import os
 import pickle
@@ -7,63 +7,16 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from latent_files import INFO, some_moments, write_ours, write_reference_form
 from loading import batches_of, data_of
 from tiny_vae import make_tiny_vae
 
 from config import config_from_dict
 from support.data.batches import BatchPlan
-from support.data.datasets import count_classes
-from support.data.latents import LATENT_FILE, LatentInfo, LatentReader, locate_latents, write_frame
-from support.data.vae import VAE_NAME, find_vae, load_vae
-from support.system.digests import weights_digest
+from support.data.datasets import compare_data, count_classes
+from support.data.latents import LATENT_FILE, LatentReader, locate_latents
+from support.data.vae import find_vae, vae_digest
 from support.system.files import UserError
-
-INFO = LatentInfo(
-    vae=VAE_NAME,
-    vae_revision="c" * 40,
-    vae_sha256="0" * 64,
-    latent_scale=0.18215,
-    image_size=32,
-    dtype="float32",
-    seed=42,
-    images_sha256="1" * 64,
-    class_names=("cat", "dog", "fish"),
-    class_counts=(4, 4, 4),
-    code_version="test",
-)
-
-
-def some_moments(count=12, size=4):
-    source = np.random.default_rng(0)
-    mean = source.standard_normal((count, 4, size, size))
-    return np.concatenate([mean, np.abs(mean) + 0.1], axis=1).astype(np.float32)
-
-
-def write_reference_form(folder, moments=None, labels=None, **options):
-    """The file as the published code writes it: contiguous, no attributes."""
-    moments = some_moments() if moments is None else moments
-    labels = np.arange(len(moments)) % 3 if labels is None else labels
-    folder.mkdir(exist_ok=True)
-    with h5py.File(folder / LATENT_FILE, "w") as file:
-        file.create_dataset("latents", data=moments, **options)
-        file.create_dataset("labels", data=np.asarray(labels, np.int64))
-        file.create_dataset("amount", data=np.int64(len(moments)))
-        file.create_dataset("latent_size", data=np.int64(moments.shape[-1]))
-    return folder / LATENT_FILE
-
-
-def write_ours(folder, moments=None, **info):
-    """The file as latent_dataset.py writes it."""
-    moments = some_moments() if moments is None else moments
-    folder.mkdir(exist_ok=True)
-    path = folder / LATENT_FILE
-    values = {**vars(INFO), **info}
-    with open(path, "wb") as file:
-        write_frame(file, np.arange(len(moments)) % 3, LatentInfo(**values))
-    with open(path, "r+b") as file:
-        file.seek(locate_latents(path).offset)
-        file.write(moments.astype(values["dtype"]).tobytes())
-    return path
 
 
 def config_of(folder, **values):
@@ -89,7 +42,7 @@ def refusal(folder, **values):
     return str(caught.value)
 
 
-# Reading.
+# Reading
 
 
 LAYOUTS = {
@@ -102,17 +55,18 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_rows_come_in_the_order_asked_for_whatever_the_layout(tmp_path, layout):
+def test_rows_come_in_the_order_asked_for_in_every_layout(tmp_path, layout):
     moments = some_moments()
     reader = LatentReader(write_reference_form(tmp_path, moments, **LAYOUTS[layout]))
     assert reader.is_plain == (layout in ("contiguous", "half"))
     rows = [7, 0, 11, 7, 3]
     expected = torch.from_numpy(moments[rows])
     if layout == "half":
-        assert reader.read(rows).dtype == torch.float16
         expected = expected.half()
+    assert reader.read(rows).dtype == expected.dtype
     assert torch.equal(reader.read(rows), expected)
     assert torch.equal(reader.labels, torch.arange(12) % 3)
+    assert len(reader.read([])) == 0
 
 
 def test_file_behind_a_header_of_the_users_own_is_read(tmp_path):
@@ -140,47 +94,6 @@ def test_loader_workers_open_the_file_for_themselves(tmp_path, layout, num_worke
     assert len({tuple(batch.labels.tolist()) for batch in seen}) > 1
 
 
-def test_value_that_is_not_finite_ends_training_in_one_line_with_workers_too(tmp_path):
-    moments = some_moments(400)
-    moments[5] = np.nan  # not among those that are looked at before
-    write_reference_form(tmp_path, moments)
-    config = config_of(tmp_path, num_workers=2, batch_size=200)
-    loader = batches_of(config, data_of(config), BatchPlan(200, 3, 1, 1))
-    with pytest.raises(UserError, match=r"row 5 has values that are not finite$"):
-        list(loader)
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_file_cut_short_while_training_ends_it_in_one_line(tmp_path, num_workers):
-    path = write_reference_form(tmp_path, some_moments(60))
-    config = config_of(tmp_path, num_workers=num_workers, batch_size=4, total_steps=15)
-    loader = batches_of(config, data_of(config), BatchPlan(4, 3, 1, 1))
-    next(loader)
-    os.truncate(path, locate_latents(path).offset + 20 * 512 + 7)
-    said = rf"^{path}: ends before row [2-5][0-9] of 60 does: it was cut short or replaced"
-    with pytest.raises(UserError, match=said):
-        list(loader)
-
-
-def test_neighbouring_rows_are_read_together_and_any_others_too(tmp_path, monkeypatch):
-    moments, calls = some_moments(600), []
-    reader = LatentReader(write_reference_form(tmp_path, moments))
-
-    def counted(descriptor, buffers, offset):
-        calls.append(len(buffers))
-        return preadv(descriptor, buffers, offset)
-
-    preadv = os.preadv
-    monkeypatch.setattr(os, "preadv", counted)
-    for rows, runs in (([], []), ([7], [1]), ([3, 9, 2, 9, 8, 8], [2, 1, 2, 1])):
-        assert torch.equal(reader.read(rows), torch.from_numpy(moments[np.array(rows, int)]))
-        assert calls == runs
-        calls.clear()
-    rows = list(reversed(range(600)))
-    assert torch.equal(reader.read(rows), torch.from_numpy(moments[rows]))
-    assert calls == [256, 256, 88]
-
-
 @pytest.mark.parametrize("layout", ["contiguous", "chunked"])
 def test_open_file_is_not_shared_with_another_process(tmp_path, layout):
     reader = LatentReader(write_reference_form(tmp_path, **LAYOUTS[layout]))
@@ -195,6 +108,17 @@ def test_open_file_is_not_shared_with_another_process(tmp_path, layout):
     assert torch.equal(copied.read([2]), reader.read([2]))
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_file_cut_short_while_training_ends_it_in_one_line(tmp_path, num_workers):
+    path = write_reference_form(tmp_path, some_moments(60))
+    config = config_of(tmp_path, num_workers=num_workers, batch_size=4, total_steps=15)
+    loader = batches_of(config, data_of(config), BatchPlan(4, 3, 1, 1))
+    next(loader)
+    os.truncate(path, locate_latents(path).offset + 20 * 512 + 7)
+    with pytest.raises(UserError, match=rf"^{path}: .*row [2-5][0-9] of 60"):
+        list(loader)
+
+
 def test_clean_latents_are_drawn_from_the_generator_given(tmp_path):
     write_reference_form(tmp_path)
     data = data_of(config_of(tmp_path))
@@ -205,12 +129,14 @@ def test_clean_latents_are_drawn_from_the_generator_given(tmp_path):
     assert torch.equal(x_0, data.clean(stored, torch.Generator().manual_seed(5)))
 
 
-# What the file says.
+# What the file says
 
 
-def test_reference_form_has_a_thousand_classes(tmp_path):
+def test_reference_form_has_a_thousand_classes_and_no_vae(tmp_path):
     write_reference_form(tmp_path)
-    assert data_of(config_of(tmp_path)).spec.num_classes == 1000
+    data = data_of(config_of(tmp_path))
+    assert data.spec.num_classes == 1000
+    assert not any("vae" in key for key in data.record())
     assert count_classes(config_of(tmp_path).data_request()) == 1000
     assert count_classes(config_of(tmp_path / "absent").data_request()) == 1000
 
@@ -231,6 +157,20 @@ def test_our_file_says_what_it_is_and_has_the_reference_entries(tmp_path):
         assert (file["amount"][()], file["latent_size"][()]) == (12, 4)
 
 
+def test_checkpoints_say_which_vae_made_the_latents_and_its_name_may_change(tmp_path):
+    write_ours(tmp_path)
+    record = data_of(config_of(tmp_path)).record()
+    assert record["vae"] == INFO.vae
+    assert record["vae_revision"] == INFO.vae_revision
+    assert record["vae_sha256"] == INFO.vae_sha256
+    assert record["latent_scale"] == 0.18215
+    assert (
+        compare_data(record, {**record, "vae": "folder", "vae_revision": ""}, "1.pt", False) == []
+    )
+    with pytest.raises(UserError, match=r"1\.pt: .*vae_sha256"):
+        compare_data(record, {**record, "vae_sha256": "1" * 64}, "1.pt", False)
+
+
 def test_many_classes_with_odd_names_are_said(tmp_path):
     names = tuple(f"class é {k}" for k in range(20_000))
     write_ours(tmp_path, class_names=names, class_counts=(0,) * 20_000)
@@ -244,39 +184,53 @@ def test_older_file_of_ours_had_its_pictures_as_they_lay(tmp_path):
     assert LatentReader(path).info.exif == "apply"
     with h5py.File(path, "r+") as file:
         del file.attrs["exif"]
-    assert LatentReader(path).info == INFO
-    assert INFO.exif == "ignore"
+    assert LatentReader(path).info.exif == "ignore"
 
 
 def test_other_size_and_scale_are_refused(tmp_path):
     write_ours(tmp_path)
-    assert f"data_size: 8, and the latents in {tmp_path}" in refusal(tmp_path, data_size=8)
+    assert "data_size: 8" in refusal(tmp_path, data_size=8)
     write_ours(tmp_path, latent_scale=0.13025)
-    assert "made for the scale 0.13025; it must be 0.18215" in refusal(tmp_path)
+    assert "0.13025" in refusal(tmp_path)
+    with h5py.File(write_ours(tmp_path), "r+") as file:
+        file.attrs["image_size"] = 64
+    assert "image_size" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("factor", [0.18215, 1 / 0.18215])
+def test_latents_of_another_scale_are_refused_unless_the_file_says_its_vae(tmp_path, factor):
+    """Scaled already, or divided by the scale once more."""
+    moments = some_moments() * np.float32(factor)
+    deviation = f"{moments[:, :4].std(ddof=1):.2g}"
+    write_reference_form(tmp_path, moments)
+    said = refusal(tmp_path)
+    assert LATENT_FILE in said
+    assert deviation in said
+    write_ours(tmp_path, moments)
+    assert any(deviation in note for note in data_of(config_of(tmp_path)).notes)
 
 
 @pytest.mark.slow
 def test_other_vae_is_refused_and_the_same_under_another_name_is_not(tmp_path):
     tiny, other = make_tiny_vae(tmp_path / "tiny"), make_tiny_vae(tmp_path / "other", seed=1)
-    digest = weights_digest(load_vae(find_vae(str(tiny)), torch.device("cpu")).state_dict())
+    digest = vae_digest(find_vae(str(tiny)))
     write_ours(tmp_path / "data", vae="somebody/tiny", vae_sha256=digest)
     assert data_of(config_of(tmp_path / "data", vae="somebody/tiny"))
     assert data_of(config_of(tmp_path / "data", vae=str(tiny)))
-    said = refusal(tmp_path / "data", vae=str(other))
-    assert "made by the VAE somebody/tiny" in said
-    assert "has other weights; say vae: somebody/tiny" in said
-    said = refusal(tmp_path / "data", vae="/nowhere")
-    assert "made by the VAE somebody/tiny, and vae: /nowhere cannot be compared with it" in said
+    for wrong in (str(other), "/nowhere"):
+        said = refusal(tmp_path / "data", vae=wrong)
+        assert f"vae: {wrong} " in said
+        assert "vae: somebody/tiny" in said
 
 
-# Bad files.
+# Bad files
 
 
 def test_missing_and_foreign_files_are_named(tmp_path):
-    assert f"{tmp_path / LATENT_FILE}: does not exist; latent_dataset.py makes" in refusal(tmp_path)
+    assert str(tmp_path / LATENT_FILE) in refusal(tmp_path)
     (tmp_path / LATENT_FILE).write_text("no HDF5")
-    assert f"{tmp_path / LATENT_FILE}: not a readable HDF5 file" in refusal(tmp_path)
-    assert "dataset_path: not set; Imagenet needs the folder of imagenet_" in refusal(None or "")
+    assert str(tmp_path / LATENT_FILE) in refusal(tmp_path)
+    assert "dataset_path: " in refusal("")
 
 
 def test_file_cut_short_anywhere_is_refused(tmp_path):
@@ -295,7 +249,7 @@ def test_file_that_hides_that_it_was_cut_short_is_refused(tmp_path):
     end = data.index(moments) + len(moments) - 700
     assert data[40:48] == len(data).to_bytes(8, "little")  # the end of the file, in its header
     path.write_bytes(data[:40] + end.to_bytes(8, "little") + data[48:end])
-    assert "invalid dataset size, likely file corruption" in refusal(tmp_path)
+    assert LATENT_FILE in refusal(tmp_path)
 
 
 def test_flipped_bytes_are_refused_or_read_and_nothing_else(tmp_path):
@@ -319,93 +273,90 @@ def test_values_that_are_not_finite_are_refused_with_their_row(tmp_path, layout,
     moments = some_moments(400)
     moments[0, 1, 2, 3] = value
     write_reference_form(tmp_path, moments, **LAYOUTS[layout])
-    assert f"{LATENT_FILE}: row 0 has values that are not finite" in refusal(tmp_path)
+    assert "row 0 " in refusal(tmp_path)
     moments[0, 1, 2, 3] = 0
     moments[5, 1, 2, 3] = value  # not among those that are looked at before
     write_reference_form(tmp_path / "b", moments, **LAYOUTS[layout])
-    data = data_of(config_of(tmp_path / "b"))
+    config = config_of(tmp_path / "b", num_workers=2, batch_size=200)
+    data = data_of(config)
     data[[4, 6]]
-    with pytest.raises(UserError, match="row 5 has values that are not finite"):
+    with pytest.raises(UserError, match="row 5 "):
         data[[4, 5, 6]]
+    with pytest.raises(UserError, match="row 5 "):
+        list(batches_of(config, data, BatchPlan(200, 3, 1, 1)))
 
 
 def test_large_values_are_not_taken_for_infinite_ones(tmp_path):
-    write_reference_form(tmp_path, np.full((12, 8, 4, 4), 3e38, np.float32))
-    data_of(config_of(tmp_path))
+    path = write_reference_form(tmp_path, np.full((12, 8, 4, 4), 3e38, np.float32))
+    assert LatentReader(path).read([0, 1]).isfinite().all()
 
 
-def test_rows_that_were_never_written_are_refused(tmp_path):
-    moments = some_moments()
-    moments[9:] = 0
+@pytest.mark.parametrize(
+    ("change", "row"),
+    [
+        (lambda moments: moments[:9], 9),  # the others were never written
+        (lambda moments: moments[:, [4, 5, 6, 7, 0, 1, 2, 3]], 0),  # no deviations
+    ],
+)
+def test_rows_that_are_not_those_of_a_vae_are_refused(tmp_path, change, row):
+    changed = change(some_moments())
+    moments = np.zeros_like(some_moments())
+    moments[: len(changed)] = changed
     write_reference_form(tmp_path, moments)
-    assert "row 9 is all zeros: the file is not complete" in refusal(tmp_path)
-
-
-def test_values_without_deviations_are_refused(tmp_path):
-    write_reference_form(tmp_path, some_moments()[:, [4, 5, 6, 7, 0, 1, 2, 3]])
-    assert "row 0 has negative standard deviations" in refusal(tmp_path)
+    assert f"row {row} " in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("label", [1000, -1])
 def test_labels_beyond_the_classes_are_refused(tmp_path, label):
     write_reference_form(tmp_path, labels=[0] * 11 + [label])
-    assert f"has a label {label}; its 1000 classes go from 0 to 999" in refusal(tmp_path)
-
-
-def test_labels_beyond_the_named_classes_are_refused(tmp_path):
+    assert f"label {label}" in refusal(tmp_path)
     write_ours(tmp_path, class_names=("cat", "dog"))
-    assert "has a label 2; its 2 classes go from 0 to 1" in refusal(tmp_path)
+    assert "label 2" in refusal(tmp_path)
 
 
-def change(path, **entries):
-    with h5py.File(path, "r+") as file:
+@pytest.mark.parametrize(
+    ("entries", "named"),
+    [
+        ({"latents": None}, "latents"),
+        ({"amount": None}, "amount"),
+        ({"amount": np.int64(11)}, "amount .*12"),
+        ({"latent_size": np.int64(8)}, "latent_size .*4"),
+        ({"latent_size": np.arange(2)}, "latent_size .*4"),
+        ({"labels": np.zeros(11, np.int64)}, r"labels .*\[11\].*\[12\]"),
+        ({"labels": np.zeros(12)}, "labels .*float64"),
+        ({"latents": np.zeros((12, 4, 4, 4), "f4")}, r"latents .*\[12, 4, 4, 4\]"),
+        ({"latents": np.zeros((12, 8, 4, 5), "f4")}, r"latents .*\[12, 8, 4, 5\]"),
+        ({"latents": np.zeros((12, 8), "f4")}, r"latents .*\[12, 8\]"),
+        ({"latents": np.zeros((0, 8, 4, 4), "f4")}, r"latents .*\[0, 8, 4, 4\]"),
+        ({"latents": np.zeros((12, 8, 4, 4), "i4")}, "latents .*int32"),
+        ({"labels": h5py.ExternalLink("/etc/passwd", "x")}, "labels"),
+        ({"labels": h5py.SoftLink("/amount")}, "labels"),
+    ],
+)
+def test_entries_that_are_not_those_of_latents_are_refused(tmp_path, entries, named):
+    with h5py.File(write_reference_form(tmp_path), "r+") as file:
         for name, value in entries.items():
             del file[name]
             if value is not None:
                 file[name] = value
-
-
-@pytest.mark.parametrize(
-    ("entries", "message"),
-    [
-        ({"latents": None}, "has no entry latents"),
-        ({"amount": None}, "has no entry amount"),
-        ({"amount": np.int64(11)}, "amount must be the number 12"),
-        ({"latent_size": np.int64(8)}, "latent_size must be the number 4"),
-        ({"latent_size": np.arange(2)}, "latent_size must be the number 4"),
-        ({"labels": np.zeros(11, np.int64)}, r"labels are int64 \[11\]; they must be int64 \[12\]"),
-        ({"labels": np.zeros(12)}, r"labels are float64 \[12\]; they must be"),
-        ({"latents": np.zeros((12, 4, 4, 4), "f4")}, r"shape \[12, 4, 4, 4\]; it must be"),
-        ({"latents": np.zeros((12, 8, 4, 5), "f4")}, r"shape \[12, 8, 4, 5\]; it must be"),
-        ({"latents": np.zeros((12, 8), "f4")}, r"shape \[12, 8\]; it must be"),
-        ({"latents": np.zeros((0, 8, 4, 4), "f4")}, "latents are empty"),
-        ({"latents": np.zeros((12, 8, 4, 4), "i4")}, "latents are int32; they must be float32"),
-        ({"labels": h5py.ExternalLink("/etc/passwd", "x")}, "labels is not an array in this file"),
-        ({"labels": h5py.SoftLink("/amount")}, "labels is not an array in this file"),
-    ],
-)
-def test_entries_that_are_not_those_of_latents_are_refused(tmp_path, entries, message):
-    change(write_reference_form(tmp_path), **entries)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=f"{LATENT_FILE}: .*{named}"):
         data_of(config_of(tmp_path))
-    refusal(tmp_path)
 
 
 def test_values_kept_in_other_files_are_refused(tmp_path):
     path = write_reference_form(tmp_path)
     (tmp_path / "secret").write_bytes(bytes(12 * 512))
-    with h5py.File(path, "r+") as file:
-        del file["latents"]
-        file.create_dataset(
-            "latents", (12, 8, 4, 4), "f4", external=[(str(tmp_path / "secret"), 0, 12 * 512)]
-        )
-    assert "latents is not an array in this file" in refusal(tmp_path)
+    elsewhere = [(str(tmp_path / "secret"), 0, 12 * 512)]
     layout = h5py.VirtualLayout((12, 8, 4, 4), "f4")
     layout[:] = h5py.VirtualSource(str(tmp_path / "other.hdf5"), "latents", (12, 8, 4, 4))
-    with h5py.File(path, "r+") as file:
-        del file["latents"]
-        file.create_virtual_dataset("latents", layout)
-    assert "latents is not an array in this file" in refusal(tmp_path)
+    for store in (
+        lambda file: file.create_dataset("latents", (12, 8, 4, 4), "f4", external=elsewhere),
+        lambda file: file.create_virtual_dataset("latents", layout),
+    ):
+        with h5py.File(path, "r+") as file:
+            del file["latents"]
+            store(file)
+        assert "latents is not an array in this file" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("options", [{}, {"chunks": (4, 8, 4, 4)}, {"compression": "gzip"}])
@@ -418,7 +369,7 @@ def test_size_that_is_declared_and_not_there_is_refused_before_it_is_read(tmp_pa
         file.create_dataset("latents", (count, 8, 4, 4), "f4", **options)
         file.create_dataset("labels", (count,), "i8")
         file["amount"], file["latent_size"] = np.int64(count), np.int64(4)
-    assert "it is not complete" in refusal(tmp_path)
+    assert f"{LATENT_FILE}: latents [{count}, 8, 4, 4]" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["class_names", "vae_sha256", "latent_scale", "class_counts"])
@@ -426,7 +377,7 @@ def test_odd_attributes_are_refused(tmp_path, name):
     path = write_ours(tmp_path)
     with h5py.File(path, "r+") as file:
         del file.attrs[name]
-    assert "its attributes are not those of a latent file" in refusal(tmp_path)
+    assert LATENT_FILE in refusal(tmp_path)
     with h5py.File(path, "r+") as file:
         file.attrs[name] = h5py.Empty("f")
-    refusal(tmp_path)
+    assert LATENT_FILE in refusal(tmp_path)

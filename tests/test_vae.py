@@ -1,24 +1,34 @@
 """The VAE is found or refused early, and latents go through it and back at one scale."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from commands import run
+from hub import COMMIT, serving
+from safetensors.torch import load_file, save_file
 from tiny_vae import make_tiny_vae
 
 from config import Config
 from sampling import decoder_record, decoding, find_decoder
 from support.data.vae import (
     LATENT_SCALE,
+    WEIGHT_FILES,
     decode,
+    decoder_notes,
+    default_encode_batch,
     draw_latents,
     encode,
-    encoded_at_a_time,
     find_vae,
     load_vae,
+    vae_digest,
 )
 from support.system.files import UserError
 
 CPU = torch.device("cpu")
+SAFETENSORS, PICKLE = WEIGHT_FILES
+NOBODY = "http://127.0.0.1:9"  # where nothing listens
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +45,23 @@ def some_images(count=3):
     return torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
+def refusal(folder):
+    with pytest.raises(UserError) as caught:
+        load_vae(find_vae(str(folder)), CPU)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def with_weights(folder, target, change):
+    """A copy of a VAE in `target` with changed weights."""
+    (target / "config.json").write_bytes((folder / "config.json").read_bytes())
+    save_file(change(load_file(folder / SAFETENSORS)), target / SAFETENSORS)
+    return target
+
+
+# Images and latents
+
+
 def test_moments_are_the_mean_and_then_the_deviation(vae):
     posterior = vae.encode(some_images()).latent_dist
     moments = encode(vae, some_images(), 3)
@@ -48,34 +75,41 @@ def test_latents_are_mean_plus_deviation_times_noise_at_the_scale():
     x_0 = draw_latents(moments, torch.Generator().manual_seed(1))
     noise = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(1))
     assert torch.allclose(x_0, (5 + 0.5 * noise) * 0.18215)
-    assert x_0.dtype == torch.float32
     assert draw_latents(moments.half(), torch.Generator()).dtype == torch.float32
 
 
-def test_decoding_undoes_the_scale_and_takes_some_at_a_time(vae, monkeypatch):
+def test_decoding_undoes_the_scale(vae):
     latents = torch.randn(5, 4, 4, 4, generator=torch.Generator().manual_seed(2))
     expected = torch.cat([vae.decode(latent[None]).sample for latent in latents])
-    sizes = []
-    whole = vae.decode
-    monkeypatch.setattr(vae, "decode", lambda part: (sizes.append(len(part)), whole(part))[1])
-    images = decode(vae, latents * LATENT_SCALE, batch_size=2)
-    assert sizes == [2, 2, 1]
-    assert images.shape == (5, 3, 32, 32)
-    assert torch.allclose(images, expected, atol=1e-5)
+    assert torch.allclose(decode(vae, latents * LATENT_SCALE, 2), expected, atol=1e-5)
 
 
-def test_encoded_mean_drawn_without_spread_is_decoded_as_the_vae_decodes_it(vae):
-    mean, std = encode(vae, some_images(), 8).chunk(2, dim=1)
-    x_0 = draw_latents(torch.cat([mean, 0 * std], dim=1), torch.Generator())
-    assert torch.allclose(decode(vae, x_0, 16), vae.decode(mean).sample, atol=1e-5)
+@pytest.mark.parametrize(
+    ("name", "function", "given"),
+    [("encode", encode, some_images(5)), ("decode", decode, torch.zeros(5, 4, 4, 4))],
+)
+def test_the_vae_gets_a_batch_at_a_time(vae, monkeypatch, name, function, given):
+    whole, sizes = getattr(vae, name), []
+    monkeypatch.setattr(vae, name, lambda part: (sizes.append(len(part)), whole(part))[1])
+    torch.testing.assert_close(
+        function(vae, given, 2), function(vae, given, 5), atol=1e-5, rtol=1e-5
+    )
+    assert sizes == [2, 2, 1, 5]
+    assert [default_encode_batch(size) for size in (256, 512, 8192)] == [32, 8, 1]
+
+
+def test_bf16_is_near_and_not_the_same(vae):
+    exact, coarse = (encode(vae, some_images(), 8, is_bf16) for is_bf16 in (False, True))
+    assert coarse.dtype == torch.float32
+    assert 0 < (coarse - exact).abs().max() < 0.1
 
 
 def test_vae_is_read_once_and_is_on_the_device_while_pixels_are_made(folder, monkeypatch):
     loaded, moved = [], []
     monkeypatch.setattr(
-        "sampling.vae.load_vae", lambda *given: loaded.append(load_vae(*given)) or loaded[-1]
+        "support.data.vae.load_vae", lambda *given: loaded.append(load_vae(*given)) or loaded[-1]
     )
-    config = Config(working_dir="unused", vae=str(folder))
+    config = Config(working_dir="unused", vae=str(make_tiny_vae(folder.parent / "once")))
     find_decoder(config)
     assert not loaded
     x_0 = torch.randn(2, 4, 4, 4)
@@ -87,26 +121,10 @@ def test_vae_is_read_once_and_is_on_the_device_while_pixels_are_made(folder, mon
             assert torch.equal(function(x_0), decode(loaded[0], x_0, 16))
     assert len(loaded) == 1
     assert moved == ["cpu", "cpu", "cpu"]  # back; there and back
-    assert decoder_record(config)["vae"] == str(folder)
+    assert decoder_record(config)["vae"] == config.vae
 
 
-def test_slices_are_encoded_like_the_whole_and_memory_is_bounded_by_them(vae, monkeypatch):
-    assert [encoded_at_a_time(size) for size in (256, 512, 8192)] == [32, 8, 1]
-    whole, sizes = vae.encode, []
-    monkeypatch.setattr(vae, "encode", lambda images: (sizes.append(len(images)), whole(images))[1])
-    images = some_images()
-    moments = encode(vae, images, len(images))
-    torch.testing.assert_close(encode(vae, images, 2), moments, atol=1e-5, rtol=0)
-    assert sizes == [len(images), *[2] * (len(images) // 2), *([1] if len(images) % 2 else [])]
-
-
-def test_bf16_is_near_and_not_the_same(vae):
-    exact, coarse = (encode(vae, some_images(), 8, is_bf16) for is_bf16 in (False, True))
-    assert coarse.dtype == torch.float32
-    assert 0 < (coarse - exact).abs().max() < 0.1
-
-
-def test_images_are_not_decoded():
+def test_pixels_are_not_decoded():
     config = Config(working_dir="unused", dataset_type="Digits", data_size=8, vae="/nowhere")
     images = torch.randn(2, 1, 8, 8)
     with decoding(config, CPU) as function:
@@ -114,47 +132,107 @@ def test_images_are_not_decoded():
     assert decoder_record(config) == {}
 
 
-# Found or refused.
+# Which VAE it is
 
 
-def test_folder_without_weights_is_named(folder, tmp_path):
+def test_digest_is_that_of_the_weights_whatever_file_they_are_in(folder, tmp_path):
+    digest = vae_digest(find_vae(str(folder)))
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
-    with pytest.raises(UserError, match=rf"vae: {tmp_path}: has no weights \(diffusion_pytorch_"):
-        find_vae(str(tmp_path))
+    torch.save(load_file(folder / SAFETENSORS), tmp_path / PICKLE)
+    assert vae_digest(find_vae(str(tmp_path))) == digest
+    assert vae_digest(find_vae(str(make_tiny_vae(tmp_path / "other", seed=1)))) != digest
+
+
+def test_decoder_that_did_not_make_the_latents_is_told_in_a_line(folder):
+    found = find_vae(str(folder))
+    same = {"vae": "somebody/other-name", "vae_sha256": vae_digest(found), "num_examples": 3}
+    assert decoder_notes(found, same) == []
+    assert decoder_notes(found, {}) == []  # latents of the published code
+    (note,) = decoder_notes(found, {**same, "vae_sha256": "0" * 64})
+    assert str(folder) in note
+    assert "somebody/other-name" in note
+
+
+@pytest.mark.parametrize(("said", "is_told"), [(None, 0), (0.18215, 0), (0.13025, 1)])
+def test_another_scaling_factor_in_the_config_is_told_in_a_line(folder, tmp_path, said, is_told):
+    with_weights(folder, tmp_path, lambda weights: weights)
+    settings = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "scaling_factor": said}))
+    notes = decoder_notes(find_vae(str(tmp_path)), {})
+    assert len(notes) == is_told
+    assert all("0.13025" in note and "0.18215" in note for note in notes)
+
+
+# Found or refused
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("kind", "change"),
     [
-        ("", "not the description of a VAE"),
-        ("[]", "not the description of a VAE"),
-        ('{"latent_channels": 4}', "not the description of a VAE .*block_out_channels"),
-        ('{"latent_channels": 16, "block_out_channels": [1, 1, 1, 1]}', "16 channels, 8 pixels"),
-        ('{"latent_channels": 4, "block_out_channels": [1, 1, 1]}', "4 channels, 4 pixels each; n"),
+        ("missing", lambda w: {k: v for k, v in w.items() if not k.startswith("quant_conv.")}),
+        ("unexpected", lambda w: {**w, "quant_conv.gamma": torch.ones(1)}),
+        ("shape", lambda w: {**w, "quant_conv.bias": torch.ones(3)}),
     ],
 )
-def test_vae_of_another_kind_is_refused(tmp_path, text, message):
+def test_weights_that_do_not_fit_are_named(folder, tmp_path, kind, change):
+    said = refusal(with_weights(folder, tmp_path, change))
+    assert str(tmp_path) in said
+    assert kind in said
+    assert "quant_conv." in said
+
+
+def test_vae_with_the_attention_names_of_old_is_loaded(folder, tmp_path):
+    """As sd-vae-ft-mse has them."""
+
+    def with_old_names(weights):
+        pairs = (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn"))
+        renamed = {}
+        for name, value in weights.items():
+            for new, old in pairs:
+                name = name.replace(f".{new}.", f".{old}.")
+            renamed[name] = value
+        assert renamed.keys() != weights.keys()
+        return renamed
+
+    old = with_weights(folder, tmp_path, with_old_names)
+    assert vae_digest(find_vae(str(old))) == vae_digest(find_vae(str(folder)))
+
+
+def test_folder_without_weights_is_named(tmp_path):
+    assert f"vae: {tmp_path}: " in refusal(tmp_path)
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").touch()
+    assert str(tmp_path / "vae") in refusal(tmp_path)  # a whole pipeline
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("", "config.json"),
+        ("[]", "config.json"),
+        ('{"latent_channels": 4}', "block_out_channels"),
+        ('{"latent_channels": 16, "block_out_channels": [1, 1, 1, 1]}', "16 channels and 8"),
+        ('{"latent_channels": 4, "block_out_channels": [1, 1, 1]}', "4 channels and 4"),
+    ],
+)
+def test_vae_of_another_kind_is_refused(tmp_path, text, named):
     (tmp_path / "config.json").write_text(text)
-    (tmp_path / "diffusion_pytorch_model.safetensors").touch()
-    with pytest.raises(UserError, match=message) as caught:
-        find_vae(str(tmp_path))
-    assert "\n" not in str(caught.value)
+    (tmp_path / SAFETENSORS).touch()
+    assert named in refusal(tmp_path)
 
 
-def test_damaged_weights_are_named(folder, tmp_path):
+@pytest.mark.parametrize("kept", [0, 0.01, 0.5])
+def test_damaged_weights_are_named(folder, tmp_path, kept):
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
-    weights = (folder / "diffusion_pytorch_model.safetensors").read_bytes()
-    for size in (0, 100, len(weights) // 2):
-        (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(weights[:size])
-        with pytest.raises(UserError, match=rf"vae: {tmp_path}: cannot be loaded") as caught:
-            load_vae(find_vae(str(tmp_path)), CPU)
-        assert "\n" not in str(caught.value)
+    weights = (folder / SAFETENSORS).read_bytes()
+    (tmp_path / SAFETENSORS).write_bytes(weights[: int(len(weights) * kept)])
+    assert f"vae: {tmp_path}: " in refusal(tmp_path)
 
 
-def test_absent_folder_is_named_and_nothing_is_asked_of_the_hub():
-    for name in ("/nowhere/vae", "./vae", "vae", "a/b/c"):
-        with pytest.raises(UserError, match=rf"vae: {name}: "):
-            find_vae(name)
+@pytest.mark.parametrize("name", ["/nowhere/vae", "./vae", "vae", "a/b/c"])
+def test_absent_folder_is_named_and_nothing_is_asked_of_the_hub(name, monkeypatch):
+    monkeypatch.setattr("socket.socket.connect", lambda *given: pytest.fail("asked the network"))
+    assert f"vae: {name}: " in refusal(name)
 
 
 def hub_cache(home, folder, name):
@@ -168,28 +246,42 @@ def hub_cache(home, folder, name):
     (repository / "refs" / "main").write_text("c" * 40)
 
 
+FIND = """
+import sys
+from support.system.files import UserError
+from support.data.vae import find_vae
+for name in sys.argv[1:]:
+    try: print(find_vae(name))
+    except UserError as error: print("error:", error)
+"""
+
+
+def found_by_name(*names, **settings):
+    """In a process of its own: the hub's client reads its settings when it is imported."""
+    return run("-c", FIND, *names, env=settings).stdout.splitlines()
+
+
 @pytest.mark.slow
-def test_offline_the_cache_of_the_hub_is_used_or_its_lack_explained(folder, tmp_path):
-    """In processes of their own: the hub's client reads its settings when it is imported."""
+def test_vae_is_fetched_from_the_hub_its_two_files_alone(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "hub" / "somebody" / "tiny")
+    (tmp_path / "hub" / "somebody" / "tiny" / PICKLE).touch()
+    shutil.copytree(folder, tmp_path / "hub" / "somebody" / "pipeline" / "vae")
+    with serving(tmp_path / "hub") as (hub, address):
+        settings = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": address, "HF_HUB_DISABLE_XET": "1"}
+        there, pipeline = found_by_name("somebody/tiny", "somebody/pipeline", **settings)
+    assert f"revision='{COMMIT}'" in there
+    assert hub.fetched() == {"config.json", SAFETENSORS}
+    assert pipeline.startswith("error: vae: somebody/pipeline: ")
+    assert "FOLDER/vae" in pipeline
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": NOBODY}])
+def test_without_a_network_the_cache_of_the_hub_is_used_or_its_lack_told(
+    folder, tmp_path, settings
+):
     hub_cache(tmp_path, folder, "somebody/tiny")
-    code = (
-        "import sys\n"
-        "from support.system.files import UserError\n"
-        "from support.data.vae import find_vae\n"
-        "try: print(find_vae(sys.argv[1]))\n"
-        "except UserError as error: print('error:', error)"
-    )
-    settings = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    there = run("-c", code, "somebody/tiny", env=settings)
-    assert there.returncode == 0, there.stderr
-    assert f"revision='{'c' * 40}'" in there.stdout
-    missing = run("-c", code, "somebody/absent", env=settings)
-    (line,) = missing.stdout.splitlines()
-    assert line.startswith("error: vae: somebody/absent: ")
-    assert "HF_HUB_OFFLINE" in line and "`hf download somebody/absent --local-dir FOLDER`" in line
-    unreachable = run(
-        "-c", code, "somebody/absent",
-        env={"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"},
-    )  # fmt: skip
-    (line,) = unreachable.stdout.splitlines()
-    assert line.startswith("error: vae: somebody/absent: ")
+    settings = {"HF_HOME": str(tmp_path), **settings}
+    there, missing = found_by_name("somebody/tiny", "somebody/absent", **settings)
+    assert f"revision='{'c' * 40}'" in there
+    assert missing.startswith("error: vae: somebody/absent: ")

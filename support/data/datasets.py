@@ -26,8 +26,7 @@ from support.data.folders import (
 )
 from support.data.images import SKIPPED_FILE, read_image, to_images, why_unreadable
 from support.data.latents import LATENT_FILE, MOMENT_CHANNELS, LatentInfo, LatentReader
-from support.data.vae import LATENT_CHANNELS, VAE_NAME, draw_latents, find_vae, load_vae
-from support.system.digests import weights_digest
+from support.data.vae import LATENT_CHANNELS, VAE_NAME, draw_latents, find_vae, vae_digest
 from support.system.files import UserError, shorten
 from support.system.processes import Processes
 from support.system.randomness import generator
@@ -38,6 +37,8 @@ DIGITS_TRAINING_COUNT = 1_197
 DIGITS_LEVELS = 16
 KEPT_BYTES = 1 << 27  # of decoded pictures in each process: 10,000 of 64 pixels a side
 CHECKED_AT_ONCE = 256  # latents
+VAE_KEYS = ("vae", "vae_revision", "vae_sha256", "latent_scale")  # as of LatentInfo
+NAMES_OF_VAE = ("vae", "vae_revision")  # its weights are known by their digest
 ALONE = Processes(0, 0, 1, torch.device("cpu"))
 
 
@@ -257,6 +258,12 @@ class LatentData(TrainingData):
         super().__init__(spec, reader.labels)
         self.reader = reader
 
+    def record(self) -> dict[str, Any]:
+        """As for any data set, with the VAE that made the latents if the file says which."""
+        info = self.reader.info
+        made_by = {key: getattr(info, key) for key in VAE_KEYS} if info else {}
+        return {**super().record(), **made_by}
+
     def prepare(self, indices: list[int]) -> RawBatch | list[int]:
         """The batch; from a loader worker its indices, its values being in the system's cache.
 
@@ -403,20 +410,20 @@ def load_latents_data(request: DataRequest) -> TrainingData:
         )
     if reader.info:
         refuse_other_vae(request.vae, reader.path, reader.info)
-    reader.check_values()
-    return LatentData(reader)
+    data = LatentData(reader)
+    data.notes += reader.check_values()
+    return data
 
 
 def refuse_other_vae(vae_name: str, path: Path, info: LatentInfo) -> None:
-    """UserError where the VAE asked for is not the one that made the latents.
+    """UserError if the VAE `vae_name` is not the one that made the latents.
 
-    Under another name it may be the same, which is known by its weights: those are read then.
+    Under another name it may have the same weights, which are then read to find out.
     """
     if vae_name == info.vae:
         return
     try:
-        vae = load_vae(find_vae(vae_name), torch.device("cpu"))
-        if weights_digest(vae.state_dict()) == info.vae_sha256:
+        if vae_digest(find_vae(vae_name)) == info.vae_sha256:
             return
         why = "has other weights"
     except UserError as error:
@@ -620,7 +627,11 @@ def compare_data(
     if "exif" in now and "exif" not in before:
         notes.append("pictures are turned upright by their EXIF data from here on")
     # By what was recorded: older checkpoints say less.
-    changes = {key: value for key, value in before.items() if now.get(key) != value}
+    changes = {
+        key: value
+        for key, value in before.items()
+        if now.get(key) != value and key not in NAMES_OF_VAE
+    }
     if not changes:
         return notes
     listed = "; ".join(
