@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from config import config_from_dict
 from model_card import lacks_licence, model_card
 from models import SoFlow, solution_of
-from sampling import LoadedModel, assemble, find_decoder
+from sampler import find_decoder
+from sampling import LoadedModel, assemble
 from support.data import vae
 from support.data.grids import save_grid
 from support.page.space import APP_FILE, CODE_FOLDER, REQUIREMENTS_FILE, card_lines, write_space

@@ -26,19 +26,16 @@ import torch
 from tqdm import tqdm
 
 from config import Config, add_options, config_from_dict, load_config, override_by
-from sampling import (
+from sampler import (
     SAMPLERS,
-    LoadedModel,
     SampleRequest,
-    assemble,
     check_times,
     decoder_record,
-    decoding,
     find_decoder,
-    refuse_non_finite,
     sample_pixels,
     write_samples,
 )
+from sampling import LoadedModel, assemble
 from support.data.grids import Grid, GridImages, save_grid
 from support.data.images import PNG_MARK, ImageBatch
 from support.runs.checkpoint import checkpoint_path, run_of_checkpoint, run_of_config
@@ -136,7 +133,7 @@ def load_model(
     refuse_other_model(config, stored.config, path)
     loaded = assemble(config, stored, device)
     if not is_main:
-        return loaded
+        return replace(loaded, report=lambda line: None)
     # In the model's order: that of an exported file differs.
     return replace(loaded, weights_sha256=weights_digest(loaded.model.state_dict()))
 
@@ -164,7 +161,7 @@ def run_inference(arguments: argparse.Namespace, sources: Sources, processes: Pr
     loaded = load_model(
         config, sources.checkpoint, processes.device, processes.is_main, arguments.ema
     )
-    with decoding(config, processes.device) as decode:
+    with loaded.decoding() as decode:
         for each in configs_per_nfe(arguments, config):
             make_file(arguments, sources._replace(config=each), loaded, processes, decode)
 
@@ -199,7 +196,7 @@ def make_file(
     labels = choose_labels(arguments.labels, loaded)
     counts = (config.eval_num_samples, config.eval_batch_size, config.eval_NFE)
     stream = choose_stream(arguments.noise_stream, labels, config, loaded, processes)
-    request = SampleRequest(*counts, stream, arguments.times, arguments.sampler)
+    request = SampleRequest(*counts, stream, arguments.times, choose_sampler(arguments, loaded))
 
     def build_record() -> dict[str, Any]:
         return record_of(
@@ -232,9 +229,7 @@ def make_file(
             shown.add(batch)
             bar.update(len(batch.pixels))
 
-        batches = sample_pixels(
-            loaded.model, request, processes, lambda x_0: refuse_non_finite(decode(x_0))
-        )
+        batches = sample_pixels(loaded.model, request, processes, decode)
         write_samples(output, batches, request.num_images, processes.is_main, save_record, report)
     if processes.is_main:
         print(f"{request.num_images} images in {output}")
@@ -242,11 +237,17 @@ def make_file(
             draw(shown.arranged(), Path(arguments.grid), loaded.class_names)
 
 
+def choose_sampler(arguments: argparse.Namespace, loaded: LoadedModel) -> str:
+    """The requested sampler, or the method's own."""
+    return arguments.sampler or getattr(loaded.model, "sampler", "renoise")
+
+
 def nondefault_options(arguments: argparse.Namespace, loaded: LoadedModel) -> dict[str, Any]:
     """The average, sampler and times, where they are not the published ones."""
+    sampler = choose_sampler(arguments, loaded)
     options = {
         "ema": loaded.average,
-        "sampler": arguments.sampler if arguments.sampler != "renoise" else "",
+        "sampler": sampler if sampler != "renoise" else "",
         "times": list(arguments.times or ()),
     }
     return {name: value for name, value in options.items() if value}
@@ -337,9 +338,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--sampler",
         choices=tuple(SAMPLERS),
-        default="renoise",
-        help="renoise (default): the published sampler, each step ends at t = 0 and fresh noise "
-        "leads to the next t; chain: each step starts where the last one ended",
+        help="renoise (SoFlow's default): the published sampler, each step ends at t = 0 and fresh "
+        "noise leads to the next t; chain: each step starts where the last one ended",
     )
     add(
         "--noise-stream",

@@ -25,8 +25,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from training import doctor
-from training import preview
 from config import (
     FIELDS,
     Config,
@@ -38,12 +36,9 @@ from config import (
     refuse_start,
     save_config,
 )
-from training.draws import draw_batch
-from training.held_out import FrozenBatch, draw_held_out, measure
 from models import Batch, Method, build_model
-from training.outputs import make_result, save_and_stop
 from passes import set_options
-from sampling import find_decoder
+from sampler import find_decoder
 from support.data.batches import BatchPlan, build_loader
 from support.data.datasets import MadeUpData, RawBatch, TrainingData, build_data, compare_data
 from support.runs.averages import Average, Exponential
@@ -63,6 +58,10 @@ from support.system.files import UserError
 from support.system.processes import Processes, connected, exchanging_gradients
 from support.system.randomness import derive_seed
 from support.system.settings import suggest
+from training import doctor, preview
+from training.draws import draw_batch
+from training.held_out import FrozenBatch, draw_held_out, measure
+from training.outputs import make_result, save_and_stop
 
 LONG_SECONDS = 10  # for a first step, beyond which a user wonders
 

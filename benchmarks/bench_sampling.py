@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from models import Method
-from sampling import SampleRequest, sample_pixels, write_samples
+from sampler import SampleRequest, sample_pixels, write_samples
 from support.data.grids import GridImages
 from support.system.processes import Processes, connected
 from support.system.randomness import PerImageStream

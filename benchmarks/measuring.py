@@ -16,12 +16,12 @@ import support  # noqa: E402, F401  # before torch: tells its threads how to wai
 import torch  # noqa: E402
 
 from config import Config, load_config  # noqa: E402
-from training.draws import draw_batch  # noqa: E402
 from models import Batch  # noqa: E402
 from support.data.batches import BatchPlan  # noqa: E402
 from support.data.datasets import PixelData, RawBatch  # noqa: E402
 from support.system.processes import Processes, usable_cores  # noqa: E402
 from train import Learner, build_learner  # noqa: E402
+from training.draws import draw_batch  # noqa: E402
 
 NUM_CLASSES = 1000
 

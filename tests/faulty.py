@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-import sampling
+import sampler
 import train
 from support.data import datasets as data
 from support.runs import guard, results
@@ -176,7 +176,7 @@ def watch_files(watch: Watch) -> None:
 
 def watch_training(watch: Watch) -> None:
     """Patch what a run consists of."""
-    real_step, real_sample = train.Learner.step, sampling.sample
+    real_step, real_sample = train.Learner.step, sampler.sample
     real_init = guard.NonFiniteGuard.__init__
     real_clean, real_save = data.PixelData.clean, results.save_checkpoint
 
@@ -202,7 +202,7 @@ def watch_training(watch: Watch) -> None:
         real_save(path, content)
 
     guard.NonFiniteGuard.__init__ = init
-    train.Learner.step, sampling.sample = step, sample
+    train.Learner.step, sampler.sample = step, sample
     data.PixelData.clean, results.save_checkpoint = clean, save
 
 

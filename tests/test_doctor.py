@@ -8,12 +8,12 @@ import pytest
 import torch
 from commands import digits_settings
 
-from training import doctor
 import train
 from support.data.datasets import PixelData
 from support.runs.guard import NonFiniteGuard
 from support.system.files import UserError
 from support.system.processes import Processes
+from training import doctor
 
 PLANTED = 700  # the number of an example
 

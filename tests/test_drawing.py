@@ -5,11 +5,11 @@ import torch
 
 from augmentation import draw_augmentation
 from config import Config, resolve
-from training.draws import draw_batch
 from models import Batch
 from support.data.batches import BatchPlan
 from support.data.datasets import PixelData
 from support.system.randomness import generator
+from training.draws import draw_batch
 
 CPU = torch.device("cpu")
 PLAN = BatchPlan(batch_size=16, first_count=10, world_size=1, accumulation_steps=1)

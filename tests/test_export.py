@@ -13,10 +13,10 @@ from tiny_vae import make_tiny_vae
 from torch import nn
 
 import export
-import sampling
 import train
 from config import config_from_dict
 from models import build_model
+from sampler import decoding
 from sampling import assemble, load
 from support.runs import graphs
 from support.runs.checkpoint import read_checkpoint
@@ -227,7 +227,7 @@ def test_the_decoder_of_latents_goes_into_a_second_graph(tmp_path):
     session = onnxruntime.InferenceSession(tmp_path / "out" / "decoder.onnx")
     x_0 = torch.randn(5, 4, 4, 4)
     (images,) = session.run(None, {"latents": x_0.numpy()})
-    with sampling.decoding(config, export.CPU) as decode:
+    with decoding(config, export.CPU) as decode:
         assert torch.allclose(torch.from_numpy(images), decode(x_0), atol=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""A model in three lines: found, loaded, sampled; what cannot be is said in one line."""
+"""A model in three lines: found, loaded, sampled; invalid arguments raise one clear line."""
 
 import json
 import math
@@ -8,14 +8,13 @@ import pytest
 import torch
 from commands import digits_settings
 from PIL import Image
-from safetensors.torch import save_file
 
+import export
 import inference
 import train
-from sampling import chain, check_times, even_times, load, renoise, sample
-from support.runs.counting import most_bytes
-from support.runs.stored import read_stored
-from support.system.files import UserError, sha256_of
+from sampler import chain, check_times, renoise
+from sampling import even_times, load, sample
+from support.system.files import UserError
 
 
 @pytest.fixture(scope="module")
@@ -27,15 +26,14 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(run):
-    return load(run, device="cpu", report=lambda line: None)
+    return load(run, device="cpu", report=None)
 
 
-def test_what_is_loaded_is_said(run, capsys):
+def test_what_is_loaded_is_reported(run, capsys):
     load(run, device="cpu")
-    assert capsys.readouterr().err == (
-        f"{run / 'ckpts' / '3.pt'}: DiT-Nano-2, 1,323,780 parameters, averaged over 3 steps, "
-        "10 classes, on cpu\n"
-    )
+    said = capsys.readouterr().err
+    assert said.startswith(f"{run / 'ckpts' / '3.pt'}: DiT-Nano-2, 1,323,780 parameters")
+    assert "3 steps" in said and "10 classes" in said and said.endswith("on cpu\n")
 
 
 def test_labels_and_seeds_give_grey_pictures_and_arrays(model):
@@ -47,130 +45,30 @@ def test_labels_and_seeds_give_grey_pictures_and_arrays(model):
     assert images.latents.shape == (3, 1, 8, 8)
 
 
-def test_an_image_is_of_its_seed_in_any_batch_and_at_any_place(model):
-    whole = model.sample(labels=[1, 2, 3, 4, 5], seeds=[9, 8, 7, 6, 5], steps=2)
-    cut = model.sample(labels=[1, 2, 3, 4, 5], seeds=[9, 8, 7, 6, 5], steps=2, batch_size=2)
+def test_an_image_depends_on_its_seed_and_not_on_batch_or_place(model):
+    asked = {"labels": [1, 2, 3, 4, 5], "seeds": [9, 8, 7, 6, 5], "steps": 2}
+    whole, cut = model.sample(**asked), model.sample(**asked, batch_size=2)
     alone = model.sample(labels=3, seeds=7, steps=2)
     torch.testing.assert_close(cut.latents, whole.latents, atol=1e-5, rtol=0)
     torch.testing.assert_close(alone.latents[0], whole.latents[2], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("steps", [1, 2])
-def test_the_image_of_a_seed_is_the_first_that_inference_makes_of_it(run, model, tmp_path, steps):
+def test_the_image_of_a_seed_is_the_first_that_inference_makes(run, model, tmp_path, steps):
     output = tmp_path / "s.npz"
     flags = ["--num-samples=1", "--seed=11", f"--eval-NFE={steps}", f"--output={output}"]
     inference.main([f"--ckpt={run / 'ckpts' / '3.pt'}", *flags, "--set=device=cpu"])
     with np.load(output) as archive:
         first, label = archive["arr_0"], archive["arr_1"]
-    mine = model.sample(seeds=11, steps=steps)
-    np.testing.assert_array_equal(mine.numpy(), first)
+    np.testing.assert_array_equal(model.sample(seeds=11, steps=steps).numpy(), first)
     np.testing.assert_array_equal(model.sample([int(label[0])], 11, steps).numpy(), first)
 
 
-def test_what_a_network_holds_at_most_is_counted_without_its_weights():
-    layers = torch.nn.Sequential(torch.nn.Linear(1000, 2000), torch.nn.Linear(2000, 10))
-    # The input was made inside, too, and lives as long as what is made of it.
-    assert most_bytes(lambda: layers(torch.empty(100, 1000))) == 4 * 100 * (1000 + 2000 + 10)
-
-
-def test_batches_fit_into_the_memory_that_is_given(model):
-    sizes = []  # of the batches; where a memory is given, after one image for counting
-    hook = model.model.network.register_forward_pre_hook(lambda _, x: sizes.append(len(x[0])))
-    try:
-        each = next(gb for gb in (1e-5 * k for k in range(1, 1000)) if can_hold(model, gb))
-        whole = model.sample(labels=1, seeds=range(5))
-        cut = model.sample(labels=1, seeds=range(5), memory_gb=2.5 * each)
-    finally:
-        hook.remove()
-    assert sizes[-5:] == [5, 1, 2, 2, 1]
-    torch.testing.assert_close(cut.latents, whole.latents, atol=1e-5, rtol=0)
-
-
-def can_hold(model, memory_gb: float) -> bool:
-    try:
-        return model.images_within(memory_gb) > 0
-    except UserError:
-        return False
-
-
-def test_noise_may_be_passed_in(model):
+def test_noise_may_be_given(model):
     noise = torch.randn(2, 1, 8, 8)
-    images = model.sample(labels=4, noise=noise)
     expected = sample(model.model, [noise], torch.tensor([4, 4]))
-    assert torch.equal(images.latents, expected)
-
-
-def test_every_place_of_a_model_gives_the_same_images(run, model, tmp_path):
-    stored = read_stored(run)
-    folder = tmp_path / "exported"
-    folder.mkdir()
-    weights = {name: tensor.clone() for name, tensor in stored.weights.items()}
-    save_file(weights, folder / "model.safetensors")
-    digest = sha256_of(folder / "model.safetensors")
-    record = {"config": stored.config, "data": stored.data, "finished_steps": 3}
-    (folder / "config.json").write_text(json.dumps({**record, "file_sha256": digest}))
-    expected = model.sample(seeds=[1, 2])
-    for place in (run / "ckpts" / "3.pt", run / "ckpts", folder, folder / "model.safetensors"):
-        loaded = load(place, device="cpu", report=lambda line: None)
-        assert torch.equal(loaded.sample(seeds=[1, 2]).latents, expected.latents), place
-    with open(folder / "model.safetensors", "r+b") as file:
-        file.seek(-1, 2)
-        file.write(b"\x01")
-    with pytest.raises(UserError, match=r"safetensors: damaged: its SHA-256 is not the one in"):
-        load(folder)
-
-
-@pytest.mark.parametrize(
-    ("asked", "said"),
-    [
-        ({"labels": "threee"}, "labels: 'threee' is not a class; those are 0 to 9"),
-        ({"labels": 10}, "labels: '10' is not a class; those are 0 to 9"),
-        ({"labels": [1, 2], "seeds": [1, 2, 3]}, "labels: 2 for 3 images; give one, or as many"),
-        ({"seeds": []}, r"seeds: \[\] are not whole numbers of 0 or more"),
-        ({"seeds": [-1]}, "seeds: .* are not whole numbers of 0 or more"),
-        ({"steps": 0}, "steps: 0 is not a whole number of 1 or more"),
-        ({"steps": 1.5}, "steps: 1.5 is not a whole number of 1 or more"),
-        ({"times": [1, 0.5, 0.6, 0]}, r"times: \[1, 0.5, 0.6, 0\] do not fall from 1 to 0"),
-        ({"times": [0.9, 0]}, "do not fall from 1 to 0"),
-        ({"times": 3}, "times: 3 is not a list of numbers"),
-        ({"times": [1, "half", 0]}, "times: .* is not a list of numbers"),
-        ({"memory_gb": float("inf")}, "memory_gb: inf is not a number above 0"),
-        ({"memory_gb": 0}, "memory_gb: 0 is not a number above 0"),
-        ({"memory_gb": 1e-6}, "memory_gb: an image of DiT-Nano-2 takes 0.0001 GB"),
-        ({"times": [1, 0], "steps": 5}, "steps: goes without times"),
-        ({"batch_size": 0}, "batch_size: 0 is not a whole number of 1 or more"),
-        ({"steps": True}, "steps: true is not a whole number of 1 or more"),
-        ({"labels": 1.5}, "labels: '1.5' is not a class"),
-        ({"sampler": ["chain"]}, r"sampler: \['chain'\] is not one of renoise, chain"),
-        ({"noise": "noise"}, r"noise: must be a tensor \[N, 1, 8, 8\], not a str"),
-        ({"noise": torch.zeros(0, 1, 8, 8)}, r"must be a tensor .*, not a Tensor \[0, 1, 8, 8\]"),
-        ({"times": [1]}, "do not fall from 1 to 0"),
-        ({"sampler": "euler"}, "sampler: 'euler' is not one of renoise, chain"),
-        ({"noise": torch.zeros(2, 3, 8, 8)}, r"noise: must be a tensor \[N, 1, 8, 8\], not"),
-        ({"noise": torch.zeros(2, 1, 8, 8), "seeds": [1]}, "noise: 2 for 1 seeds"),
-        (
-            {"noise": torch.tensor([0, math.nan, math.inf]).repeat(64, 1).T.view(3, 1, 8, 8)},
-            "2 of 3 images come out as nan or inf",
-        ),
-    ],
-)
-def test_what_cannot_be_sampled_is_a_line(model, asked, said):
-    with pytest.raises(UserError, match=said) as refused:
-        model.sample(**asked)
-    assert isinstance(refused.value, ValueError)
-
-
-@pytest.mark.parametrize(
-    ("how", "said"),
-    [
-        ({"device": "gpu"}, "device: 'gpu' is not available on this machine; there is .*cpu"),
-        ({"dtype": "bfloat16"}, "dtype: 'bfloat16' is not one for weights, such as torch.bfl"),
-        ({"dtype": torch.int8}, "dtype: torch.int8 is not one for weights"),
-    ],
-)
-def test_a_way_of_loading_that_there_is_not_is_a_line(run, how, said):
-    with pytest.raises(UserError, match=said):
-        load(run, **how)
+    assert torch.equal(model.sample(labels=4, noise=noise).latents, expected)
+    assert torch.equal(model.sample(labels=4, noise=noise.double()).latents, expected)
 
 
 def test_arrays_of_labels_and_seeds_are_taken_like_lists(model):
@@ -179,12 +77,122 @@ def test_arrays_of_labels_and_seeds_are_taken_like_lists(model):
     assert torch.equal(arrays.latents, lists.latents)
 
 
-def test_a_place_without_a_model_says_what_is_looked_for(tmp_path, run):
-    with pytest.raises(UserError, match=f"^{tmp_path}/nowhere: "):
-        load(tmp_path / "nowhere")
+def test_every_place_of_a_model_gives_the_same_images(run, model, tmp_path):
+    folder = tmp_path / "exported"
+    export.main([str(run), str(folder)])
+    expected = model.sample(seeds=[1, 2])
+    weights = folder / "model.safetensors"
+    for place in (run / "ckpts" / "3.pt", run / "ckpts", folder, weights, str(folder)):
+        loaded = load(place, device=torch.device("cpu"), report=None)
+        assert torch.equal(loaded.sample(seeds=[1, 2]).latents, expected.latents), place
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(UserError, match=r"model\.safetensors: .*SHA-256"):
+        load(folder)
+
+
+def test_a_damaged_average_is_refused_and_other_damage_does_not_matter(run, model, tmp_path):
+    content = (run / "ckpts" / "3.pt").read_bytes()
+    weights = torch.load(run / "ckpts" / "3.pt", weights_only=True)
+    for part, is_read in (("ema_model", True), ("model", False)):
+        largest = max(weights[part].values(), key=torch.Tensor.numel)
+        place = content.index(largest.numpy().tobytes()) + 40
+        path = tmp_path / f"{part}.pt"
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        if is_read:
+            with pytest.raises(UserError, match=r"ema_model\.pt: .*network\."):
+                load(path)
+        else:
+            loaded = load(path, device="cpu", report=None)
+            assert torch.equal(loaded.sample(seeds=1).latents, model.sample(seeds=1).latents)
+
+
+NOT_NUMBERS = torch.tensor([0, math.nan, math.inf]).repeat(64, 1).T.view(3, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        ({"labels": "threee"}, "labels: 'threee' .*0 to 9"),
+        ({"labels": 10}, "labels: '10' .*0 to 9"),
+        ({"labels": 1.5}, "labels: '1.5'"),
+        ({"labels": []}, "labels: "),
+        ({"labels": np.array([])}, "labels: "),
+        ({"labels": [1, 2], "seeds": [1, 2, 3]}, "labels: 2 for 3 images"),
+        ({"seeds": []}, "seeds: "),
+        ({"seeds": [-1]}, "seeds: -1"),
+        ({"seeds": "1"}, "seeds: '1'"),
+        ({"seeds": [0, None]}, "seeds: null"),
+        ({"seeds": True}, "seeds: true"),
+        ({"steps": 0}, "steps: 0"),
+        ({"steps": 1.5}, "steps: 1.5"),
+        ({"steps": True}, "steps: true"),
+        ({"steps": None}, "steps: null"),
+        ({"steps": 10**12}, "steps: 10{12} .*1,000"),
+        ({"times": [1, 0], "steps": 5}, "steps: .*times"),
+        ({"times": [1, 0.5, 0.6, 0]}, r"times: \[1.0, 0.5, 0.6, 0.0\]"),
+        ({"times": [0.9, 0]}, r"times: \[0.9, 0.0\]"),
+        ({"times": [1]}, r"times: \[1.0\]"),
+        ({"times": 3}, "times: 3"),
+        ({"times": [1, "half", 0]}, "times: .*half"),
+        ({"batch_size": 0}, "batch_size: 0"),
+        ({"batch_size": None}, "batch_size: null"),
+        ({"sampler": ["chain"]}, r"sampler: \['chain'\] .*renoise, chain"),
+        ({"sampler": "euler"}, "sampler: 'euler' .*renoise, chain"),
+        ({"noise": "noise"}, r"noise: .*\[N, 1, 8, 8\].* str"),
+        ({"noise": torch.zeros(0, 1, 8, 8)}, r"noise: .*\[0, 1, 8, 8\]"),
+        ({"noise": torch.zeros(2, 3, 8, 8)}, r"noise: .*\[2, 3, 8, 8\]"),
+        ({"noise": torch.zeros(1, 1, 8, 8).int()}, r"noise: .*int32"),
+        ({"noise": torch.zeros(())}, "noise: "),
+        ({"noise": torch.zeros(2, 1, 8, 8), "seeds": [1]}, "noise: 2 for 1 images"),
+        ({"noise": NOT_NUMBERS}, "2 of 3 images .*nan"),
+    ],
+)
+def test_an_invalid_argument_of_sample_is_one_line_that_names_it(model, asked, named):
+    with pytest.raises(ValueError, match=named) as refused:
+        model.sample(**asked)
+    assert isinstance(refused.value, UserError) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"source": None}, "null"),
+        ({"source": 3}, "3"),
+        ({"source": ""}, "''"),
+        ({"source": b"runs"}, "b'runs'"),
+        ({"source": "nowhere\0"}, "nowhere"),
+        ({"source": "x" * 5000}, "x"),
+        ({"subfolder": None}, "subfolder: null"),
+        ({"device": "gpu"}, "device: 'gpu' .*cpu"),
+        ({"device": "cpu:7"}, "device: 'cpu:7'"),
+        ({"device": torch.device("meta")}, "device: 'meta'"),
+        ({"device": None}, "device: null"),
+        ({"dtype": "bfloat16"}, r"dtype: 'bfloat16' .*torch\.bfloat16"),
+        ({"dtype": torch.int8}, r"dtype: torch\.int8"),
+        ({"dtype": torch.float8_e4m3fn}, r"dtype: torch\.float8_e4m3fn .*torch\.bfloat16"),
+        ({"dtype": None}, "dtype: null"),
+        ({"ema": 0.5}, r"3\.pt: .*'0\.5'.*0\.1"),
+        ({"report": "loud"}, "report: 'loud'"),
+    ],
+)
+def test_an_invalid_argument_of_load_is_one_line_that_names_it(run, given, named):
+    with pytest.raises(ValueError, match=named) as refused:
+        load(**{"source": run, **given})
+    assert isinstance(refused.value, UserError) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_every_dtype_that_is_offered_makes_images(run, model, dtype):
+    images = load(run, device="cpu", dtype=dtype, report=None).sample(1, 2, steps=2)
+    assert images.latents.dtype == torch.float32
+    expected = model.sample(1, 2, steps=2).latents
+    torch.testing.assert_close(images.latents, expected, atol=0.3, rtol=0)
+
+
+def test_a_folder_without_a_model_names_what_it_lacks_and_where_models_are(tmp_path, run):
     with pytest.raises(UserError, match=rf"^{tmp_path}: .*model\.safetensors"):
         load(tmp_path)
-    with pytest.raises(UserError, match=r"digits$"):
+    with pytest.raises(UserError, match=rf"^{run.parent}: .*digits$"):
         load(run.parent)
 
 
@@ -207,26 +215,26 @@ class Flow(torch.nn.Module):
         return (1 - wide) * x_0 + wide * x_1, None
 
 
-def test_jumps_are_those_of_the_sampler_at_the_times_that_are_asked_for():
+def test_each_sampler_takes_its_steps_at_the_given_times():
     noises = [torch.randn(2, 1, 4, 4) for _ in range(3)]
     times = (1.0, 0.8, 0.4, 0.0)
-    for run_it, given, jumps in (
+    for sampler, given, steps in (
         (renoise, noises, [(1.0, 0.0), (0.8, 0.0), (0.4, 0.0)]),
         (chain, noises[:1], [(1.0, 0.8), (0.8, 0.4), (0.4, 0.0)]),
     ):
         flow = Flow(0.25)
-        x_0 = run_it(flow, given, None, times)
-        assert flow.asked == [pytest.approx(pair) for pair in jumps]
+        x_0 = sampler(flow, given, None, times)
+        assert flow.asked == [pytest.approx(pair) for pair in steps]
         torch.testing.assert_close(x_0, torch.full_like(x_0, 0.25))
 
 
-def test_times_are_evenly_apart_by_themselves():
+def test_times_are_evenly_spaced_by_default():
     assert even_times(1) == (1.0, 0.0)
     assert even_times(4) == (1.0, 0.75, 0.5, 0.25, 0.0)
     assert check_times([1, 0.5, 0], "times") == (1.0, 0.5, 0.0)
 
 
-def test_one_jump_is_the_same_by_both_and_a_chain_draws_one_noise(model):
+def test_one_step_is_the_same_by_both_samplers_and_a_chain_draws_one_noise(model):
     one, other = (model.sample(seeds=[1, 2], sampler=name) for name in ("renoise", "chain"))
     assert torch.equal(one.latents, other.latents)
     chained = model.sample(seeds=[1, 2], steps=3, sampler="chain")
@@ -235,7 +243,7 @@ def test_one_jump_is_the_same_by_both_and_a_chain_draws_one_noise(model):
     assert not torch.equal(chained.latents, model.sample(seeds=[1, 2], steps=3).latents)
 
 
-def test_inference_makes_a_file_for_each_number_of_jumps_and_names_other_ways(run):
+def test_inference_makes_a_file_for_each_number_of_steps_and_names_other_options(run):
     start = [f"--ckpt={run / 'ckpts' / '3.pt'}", "--num-samples=3", "--set=device=cpu"]
     inference.main([*start, "--eval-NFE=1,2"])
     inference.main([*start, "--eval-NFE=2", "--sampler=chain"])
@@ -247,9 +255,7 @@ def test_inference_makes_a_file_for_each_number_of_jumps_and_names_other_ways(ru
     record = json.loads((run / "evals" / "3_2NFE_42_1-0.6-0.json").read_text())
     assert (record["NFE"], record["times"]) == (2, [1.0, 0.6, 0.0])
     assert "sampler" not in json.loads((run / "evals" / "3_2NFE_42.json").read_text())
-    with pytest.raises(UserError, match="--grid: "):
-        inference.main([*start, "--eval-NFE=1,2", "--grid=g.png"])
-    with pytest.raises(UserError, match="--eval-NFE: 'x' is not a whole number"):
+    with pytest.raises(UserError, match="--eval-NFE: 'x'"):
         inference.main([*start, "--eval-NFE=1,x"])
     output = str(run / "evals" / "3_2NFE_42.npz")
     with pytest.raises(UserError, match=r"sampler null there, .chain."):

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from models import SoFlow
-from sampling import (
+from sampler import (
     SampleRequest,
     places_of,
     sample,

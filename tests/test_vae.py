@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_vae import make_tiny_vae
 
 from config import Config
-from sampling import decoder_record, decoding, find_decoder
+from sampler import decoder_record, decoding, find_decoder
 from support.data.vae import (
     LATENT_SCALE,
     WEIGHT_FILES,

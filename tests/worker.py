@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config import Config, resolve
 from models import Batch, build_model
-from sampling import SampleRequest, sample_pixels
+from sampler import SampleRequest, sample_pixels
 from support.data.batches import BatchPlan
 from support.system.command import run_command
 from support.system.processes import Processes, connected

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from config import Config, config_from_dict, refuse_another_experiment
-from training.draws import draw_batch
 from models import Batch
 from support.data.batches import BatchPlan, DataOrder
 from support.runs.checkpoint import check_weights
 from support.runs.guard import NonFiniteStep
 from support.system.files import UserError, atomic_write, shorten
+from training.draws import draw_batch
 
 if TYPE_CHECKING:
     from train import Run

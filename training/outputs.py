@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NoReturn
 import numpy as np
 from torch import Tensor
 
-from sampling import SampleRequest, decoder_record, decoding, sample_pixels, write_samples
+from sampler import SampleRequest, decoder_record, decoding, sample_pixels, write_samples
 from support.data.batches import DataOrder
 from support.data.grids import labels_by_row, save_grid
 from support.data.images import ImageBatch

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from gpu_sections.bench import LEAST_BATCH, Bench, Skipped, Task, Value, plural
 from models import Method
-from sampling import SampleRequest, sample, sample_pixels
+from sampler import SampleRequest, sample, sample_pixels
 from support.data.images import to_pixels
 from support.data.vae import decode, encode
 from support.system.hardware import allow_tf32

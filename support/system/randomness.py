@@ -119,3 +119,27 @@ class GivenLabels:
     def draw(self, images: Sequence[int], num_jumps: int) -> ImageDraws:
         labels = torch.tensor([self.labels[image % len(self.labels)] for image in images])
         return self.stream.draw(images, num_jumps)._replace(labels=labels)
+
+
+class PerSeedStream:
+    """Image i is the first image of seeds[i], wherever it stands in a list or batch."""
+
+    def __init__(self, seeds: Sequence[int], num_classes: int | None, shape: tuple[int, int, int]):
+        self._streams = [PerImageStream(seed, num_classes, shape) for seed in seeds]
+
+    def draw(self, images: Sequence[int], num_jumps: int) -> ImageDraws:
+        draws = [self._streams[image].draw([0], num_jumps) for image in images]
+        noises = [torch.cat(step) for step in zip(*(one.noises for one in draws), strict=True)]
+        labels = [one.labels for one in draws if one.labels is not None]
+        return ImageDraws(torch.cat(labels) if labels else None, noises)
+
+
+class GivenNoise:
+    """Another stream's draws with a given first noise, [N, C, H, W]."""
+
+    def __init__(self, stream: SamplingStream, noise: Tensor):
+        self.stream, self.noise = stream, noise
+
+    def draw(self, images: Sequence[int], num_jumps: int) -> ImageDraws:
+        draws = self.stream.draw(images, num_jumps)
+        return draws._replace(noises=[self.noise[list(images)], *draws.noises[1:]])
