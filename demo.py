@@ -21,13 +21,13 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
-from os.path import expanduser
 from typing import Any
 
 from PIL import Image
 
 from sampling import SAMPLERS, LoadedModel, load
 from support.page.assembly import name_of
+from support.runs.stored import add_model_options
 from support.system.files import UserError
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
@@ -194,10 +194,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    source_help = "a run's folder, a checkpoint, an exported folder, or a name on the hub"
-    add("source", type=expanduser, metavar="MODEL", help=source_help)
-    add("--subfolder", default="", metavar="DIR", help="the model's folder within MODEL")
-    add("--ema", default="", metavar="NAME", help="which of several EMAs, such as 0.999")
+    add_model_options(parser)
     host_help = f"the address to listen at ({LOCALHOST}: this machine only; 0.0.0.0: everyone)"
     add("--host", default=HOST, metavar="ADDRESS", help=host_help)
     add("--port", type=int, default=PORT, metavar="N", help=f"({PORT})")

