@@ -1,4 +1,4 @@
-"""Frozen TensorFlow graphs that turn pixels into features: find, fetch, check, run.
+"""Frozen TensorFlow graphs that turn pixels into features: find, download, check, run.
 
 Any graph will do that has the tensors of the 2015 Inception graph: input `ExpandDims:0` (NHWC float
 0..255, RGB), `pool_3:0`, `mixed_6/conv:0`, and class weights as second input of
@@ -9,9 +9,8 @@ import itertools
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -19,25 +18,21 @@ from support.scores.tensorflow_start import import_tensorflow
 from support.system.files import UserError, download, sha256_of, shorten
 
 DEFAULT_NAME = "classify_image_graph_def.pb"
-URL = (
-    "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/"
-    "classify_image_graph_def.pb"
-)
+URL = f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/{DEFAULT_NAME}"
 
 INPUT, POOL, SPATIAL, LOGITS = "ExpandDims", "pool_3", "mixed_6/conv", "softmax/logits/MatMul"
 SPATIAL_CHANNELS = 7
 
-# Features, spatial features and classes of the Inception graph, and the size of its weights. Its
-# digest is not published, so this is how distances are known to deserve the name FID.
+# Numbers of features, spatial features and classes of the Inception graph, and its size in bytes.
+# Its digest is not published, so this decides whether distances may be called FID.
 INCEPTION_WIDTHS = (2048, 7 * 17 * 17, 1008)
 INCEPTION_BYTES = range(80_000_000, 110_000_000)
 
-# What reads or writes files, or runs other code, without being marked as stateful.
+# Operations that read or write files, or run other code, without being marked as stateful.
 IMPURE = re.compile("File|Vocab|PyFunc|Dataset|Reader|Debug|Copy|ImmutableConst|Custom")
 
 
-@dataclass(frozen=True)
-class Features:
+class Features(NamedTuple):
     """Of a batch: `pool` [B, D] and `spatial` [B, 7 h w] (as NHWC), float32."""
 
     pool: np.ndarray
@@ -47,7 +42,7 @@ class Features:
 def find_graph(path: str | Path | None, beside: Path, sha256: str | None = None) -> Path:
     """The graph's file: `path`, or the default name here or in `beside`, or downloaded to here.
 
-    Raises UserError where it is absent and cannot be fetched, or where its digest is not `sha256`.
+    Raises UserError if it is absent and cannot be downloaded, or if its digest is not `sha256`.
     """
     if path is None:
         places = [Path(DEFAULT_NAME), beside / DEFAULT_NAME]
@@ -58,21 +53,22 @@ def find_graph(path: str | Path | None, beside: Path, sha256: str | None = None)
                 download(URL, path)
             except UserError as error:
                 raise UserError(
-                    f"no Inception graph: {error}; fetch {URL} yourself and put it here as "
-                    f"{DEFAULT_NAME}, or name it with --inception"
+                    f"no Inception graph: {error}; download {URL} yourself and put it here as "
+                    f"{DEFAULT_NAME}, or name another with --inception"
                 ) from error
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such graph; --inception names a frozen graph, a .pb file")
+        raise UserError(f"{path}: no such graph; --inception takes a frozen graph, a .pb file")
     if sha256 is not None and (actual := sha256_of(path)) != sha256.lower():
         raise UserError(f"{path}: SHA-256 is {actual}, not {sha256} (--inception_sha256)")
     return path
 
 
 class FeatureGraph:
-    """A loaded graph. `sha256` and `name` say which; `is_inception` whether distances are FID.
+    """A loaded graph for images [height, width, 3].
 
-    `class_weights` is [D, K]; `widths` are (D, spatial width, K) for images [height, width, 3].
+    `sha256` and `name` identify it; `is_inception` says whether its distances are FID.
+    `class_weights` is [D, K]; `widths` are (D, spatial width, K).
     """
 
     def __init__(self, path: Path, image_shape: tuple[int, ...], batch_images: int = 64):
@@ -86,17 +82,15 @@ class FeatureGraph:
         probe = self._run(np.zeros((1, *image_shape[:2], 3), np.uint8))
         self.widths = (probe.pool.shape[1], probe.spatial.shape[1], self.class_weights.shape[1])
         if self.class_weights.shape[0] != self.widths[0]:
-            raise UserError(
-                f"{path}: {POOL} gives {self.widths[0]} features, but {LOGITS} has weights "
-                f"{list(self.class_weights.shape)}"
-            )
+            shape = list(self.class_weights.shape)
+            self._refuse(f"{POOL} gives {self.widths[0]} features, {LOGITS} has weights {shape}")
         self.is_inception = (
             self.widths == INCEPTION_WIDTHS and path.stat().st_size in INCEPTION_BYTES
         )
 
     @property
     def device(self) -> str:
-        """What the graph runs on, in words."""
+        """The device that runs the graph, in words."""
         gpus = self._tf.config.list_physical_devices("GPU")
         return f"{len(gpus)} GPU" if gpus else f"CPU ({os.cpu_count()} cores)"
 
@@ -112,51 +106,46 @@ class FeatureGraph:
                 [f"{POOL}:0", f"{SPATIAL}:0"], {self._input: rgb.astype(np.float32)}
             )
         except self._tf.errors.OpError as error:
-            raise UserError(
-                f"{self.path}: cannot be run on images {list(rgb.shape[1:])}: "
-                f"{shorten(error.message)}"
-            ) from error
+            self._refuse(f"cannot run on images {list(rgb.shape[1:])}: {shorten(error.message)}")
         if pool.size % len(rgb) or spatial.ndim != 4 or len(spatial) != len(rgb):
-            raise UserError(
-                f"{self.path}: for {len(rgb)} images, {POOL} gives {list(pool.shape)} and "
-                f"{SPATIAL} {list(spatial.shape)}, not [N, .., D] and [N, h, w, channels]"
+            self._refuse(
+                f"for {len(rgb)} images, {POOL} gives {list(pool.shape)} and {SPATIAL} "
+                f"{list(spatial.shape)}, not [N, .., D] and [N, h, w, channels]"
             )
         pool = pool.reshape(len(rgb), -1).astype(np.float32, copy=False)
         spatial = spatial[..., :SPATIAL_CHANNELS].reshape(len(rgb), -1)
         if not (np.isfinite(pool).all() and np.isfinite(spatial).all()):
-            raise UserError(
-                f"{self.path}: gives features that are not finite on {self.device}; on a GPU, try "
-                "again with CUDA_VISIBLE_DEVICES= set to nothing"
+            self._refuse(
+                f"gives features that are not finite on {self.device}; on a GPU, try again with "
+                "CUDA_VISIBLE_DEVICES= (empty)"
             )
         return Features(pool, spatial.astype(np.float32, copy=False))
 
     def _read(self) -> Any:
-        """The graph's definition, once nothing in it reaches beyond it."""
+        """The graph's definition, after checking that nothing in it reaches outside."""
         from tensorflow.python.framework import op_def_registry
 
         graph_def = self._tf.compat.v1.GraphDef()
         try:
             graph_def.ParseFromString(self.path.read_bytes())
         except Exception as error:  # protobuf's error classes are not public
-            raise UserError(f"{self.path}: not a frozen graph ({shorten(error)})") from error
+            self._refuse(f"not a frozen graph ({shorten(error)})", error)
         nodes = {node.name: node for node in graph_def.node}
         missing = [name for name in (INPUT, POOL, SPATIAL, LOGITS) if name not in nodes]
         if missing or len(nodes[LOGITS].input) < 2:
-            raise UserError(
-                f"{self.path}: not a graph for scores, it lacks {', '.join(missing) or LOGITS}"
-            )
+            self._refuse(f"not a graph for scores, it lacks {', '.join(missing) or LOGITS}")
         bodies = [function.node_def for function in graph_def.library.function]
         for node in itertools.chain(graph_def.node, *bodies):
             definition = op_def_registry.get(node.op)
             if IMPURE.search(node.op) or (definition and definition.is_stateful):
-                raise UserError(
-                    f"{self.path}: operation {node.op} ({node.name}) could reach outside the "
-                    "graph; only pure, frozen graphs are run"
+                self._refuse(
+                    f"operation {node.op} ({node.name}) could reach outside the graph; only "
+                    "pure, frozen graphs are run"
                 )
         return graph_def
 
     def _load(self, graph_def: Any) -> tuple[Any, Any]:
-        """A session of the graph, and what stands in it for its input.
+        """A session of the graph, and the placeholder that replaces its input.
 
         The published graph takes one image at a time; every operation after its input takes many.
         """
@@ -166,21 +155,22 @@ class FeatureGraph:
             images = v1.placeholder(self._tf.float32, [None, None, None, 3])
             try:
                 self._tf.import_graph_def(graph_def, {f"{INPUT}:0": images}, name="")
-            except Exception as error:  # kinds differ between operations and versions
-                raise UserError(f"{self.path}: not a usable graph ({shorten(error)})") from error
+            except Exception as error:  # the class depends on the operation and the version
+                self._refuse(f"not a usable graph ({shorten(error)})", error)
         config = v1.ConfigProto()
         config.gpu_options.allow_growth = True
         return v1.Session(graph=graph, config=config), images
 
     def _class_weights(self, graph_def: Any) -> np.ndarray:
         logits = next(node for node in graph_def.node if node.name == LOGITS)
+        name = logits.input[1]
         try:
-            name = logits.input[1]
             weights = self._session.run(name if ":" in name else f"{name}:0")
         except (ValueError, KeyError, self._tf.errors.OpError) as error:
-            raise UserError(
-                f"{self.path}: {LOGITS} has no constant weights ({shorten(error)})"
-            ) from error
+            self._refuse(f"{LOGITS} has no constant weights ({shorten(error)})", error)
         if weights.ndim != 2:
-            raise UserError(f"{self.path}: weights of {LOGITS} are {list(weights.shape)}, not 2-D")
+            self._refuse(f"weights of {LOGITS} are {list(weights.shape)}, not 2-D")
         return weights
+
+    def _refuse(self, reason: str, cause: Exception | None = None) -> NoReturn:
+        raise UserError(f"{self.path}: {reason}") from cause

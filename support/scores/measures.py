@@ -1,16 +1,16 @@
-"""The measures of generated images, in numpy: Frechet distance, Inception Score, precision, recall.
+"""Measures of generated images, in numpy: Frechet distance, Inception Score, precision, recall.
 
-They work on features of whatever network; what is called FID is the Frechet distance of Inception
-features. Definitions: Heusel et al. 2017 (FID), Salimans et al. 2016 (Inception Score),
-Kynkaanniemi et al. 2019 (precision and recall); splits, neighbours and names as in ADM's evaluator,
-whose float16 distances can be asked for.
+They work on the features of any network; the Frechet distance of Inception features is called FID.
+Definitions: Heusel et al. 2017 (FID), Salimans et al. 2016 (Inception Score), Kynkaanniemi et al.
+2019 (precision and recall). Splits, neighbours and names are those of ADM's evaluator, and so are
+the float16 distances, which are optional.
 """
 
 # N images, D width of the features, K classes.
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ import numpy as np
 NEIGHBOUR = 3
 SPLIT_IMAGES = 5000
 BLOCK_ROWS = 1000
+ROUNDING = 1e-4  # of a covariance, relative to its largest entry or eigenvalue
 
 
 @dataclass(frozen=True)
@@ -30,28 +31,34 @@ class Statistics:
 
     @functools.cached_property
     def factor(self) -> np.ndarray:
-        """A with A A' = covariance: Cholesky's where all eigenvalues are positive, as it is cheap.
+        """A with A A' = covariance; ValueError where the matrix is no covariance.
 
-        Else, with fewer images than features or dead ones, [D, R] with R positive eigenvalues.
+        The Cholesky factor where all eigenvalues are positive, because it is cheap. Otherwise (fewer
+        images than features, or dead features) A is [D, R], with R positive eigenvalues.
         """
+        asymmetry = np.abs(self.covariance - self.covariance.T).max()
+        if asymmetry > ROUNDING * np.abs(self.covariance).max():
+            raise ValueError(f"is not symmetric, by up to {asymmetry:.3g}")
         with contextlib.suppress(np.linalg.LinAlgError):
             return np.linalg.cholesky(self.covariance)
         values, vectors = np.linalg.eigh(self.covariance)
+        if values[0] < -ROUNDING * values[-1]:
+            raise ValueError(f"is not positive semidefinite, an eigenvalue is {values[0]:.3g}")
         positive = values > 0
         return vectors[:, positive] * np.sqrt(values[positive])
 
 
 class Moments:
-    """Gathers the `Statistics` of features that come in batches, without keeping the features."""
+    """Collects the `Statistics` of features that come in batches, without keeping the features."""
 
     def __init__(self):
         self._count = 0
         self._waiting: list[np.ndarray] = []
 
     def add(self, features: np.ndarray) -> None:
-        """Take in [B, D]."""
+        """Add [B, D]."""
         self._waiting.append(features)
-        # A product of a few rows would spend its time on reading and writing the D x D sums.
+        # A product of few rows would spend its time on reading and writing the D x D sums.
         if sum(map(len, self._waiting)) >= BLOCK_ROWS:
             self._fold()
 
@@ -59,7 +66,7 @@ class Moments:
         rows = np.concatenate(self._waiting).astype(np.float64)
         self._waiting = []
         if self._count == 0:
-            # Sums about a point near the mean lose nothing when the mean is taken out at the end.
+            # Sums about a point near the mean stay exact when the mean is subtracted at the end.
             self._origin = rows.mean(axis=0)
             self._sum = np.zeros_like(self._origin)
             self._products = np.zeros((rows.shape[1], rows.shape[1]))
@@ -69,7 +76,7 @@ class Moments:
         self._products += rows.T @ rows
 
     def statistics(self) -> Statistics:
-        """Mean and covariance of everything added; at least two rows."""
+        """Mean and covariance of everything added; needs at least two rows."""
         if self._waiting:
             self._fold()
         offset = self._sum / self._count
@@ -78,11 +85,11 @@ class Moments:
 
 
 def frechet_distance(samples: Statistics, reference: Statistics) -> float:
-    """|m1 - m2|^2 + tr(S1 + S2 - 2 sqrt(S1 S2)), by eigenvalues of symmetric matrices alone.
+    """|m1 - m2|^2 + tr(S1 + S2 - 2 sqrt(S1 S2)), using eigenvalues of symmetric matrices only.
 
-    With S2 = A A', S1 S2 has the eigenvalues of A' S1 A besides zeros. The latter is symmetric and
-    has no negative ones but by rounding, so nothing turns complex, and singular covariances (fewer
-    images than features) need no special case. The factor A is computed once per reference.
+    With S2 = A A', S1 S2 and A' S1 A have the same eigenvalues besides zeros. The latter is
+    symmetric and positive semidefinite up to rounding, so nothing becomes complex, and singular
+    covariances (fewer images than features) need no special case. A is computed once per reference.
     """
     difference = samples.mean - reference.mean
     product = reference.factor.T @ samples.covariance @ reference.factor
@@ -97,7 +104,8 @@ def inception_score(
 ) -> float:
     """exp of the mean KL(p(class | image) || p(class)), averaged over splits of the images.
 
-    `features` [N, D], `class_weights` [D, K] without a bias. A shorter last split counts as one.
+    `features` [N, D], `class_weights` [D, K] without a bias. A shorter last split counts like the
+    others. The score depends on the order of the images: splits with few classes score low.
     """
     scores = []
     for start in range(0, len(features), split_images):
@@ -115,7 +123,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
 
-# Squared distances are |a|^2 - 2 ab + |b|^2, by one large product of matrices.
+# Squared distances are |a|^2 - 2 ab + |b|^2, with one large matrix product.
 
 
 def _norms(features: np.ndarray) -> np.ndarray:
@@ -124,46 +132,43 @@ def _norms(features: np.ndarray) -> np.ndarray:
 
 
 def _to_float16(values: np.ndarray) -> np.ndarray:
-    """float32 rounded to values that float16 has; what is beyond 65504 becomes infinite."""
+    """float32 rounded to float16 values; beyond 65504 it becomes infinite."""
     with np.errstate(over="ignore"):
         return values.astype(np.float16).astype(np.float32)
 
 
 def _float16_norms(features: np.ndarray) -> np.ndarray:
-    """|a|^2 of each row, squares and sum rounded to float16; float32."""
-    norms = np.empty(len(features), np.float32)
-    for start in range(0, len(features), BLOCK_ROWS):
-        rows = slice(start, start + BLOCK_ROWS)
-        norms[rows] = _to_float16(features[rows] ** 2).sum(axis=1)
-    return _to_float16(norms)
+    """|a|^2 of each row as float32, with squares and sum rounded to float16."""
+    blocks = np.array_split(features, range(BLOCK_ROWS, len(features), BLOCK_ROWS))
+    return _to_float16(np.concatenate([_to_float16(rows**2).sum(axis=1) for rows in blocks]))
 
 
 class Distances(NamedTuple):
-    """How squared distances are computed: the rounding of every operation, |a|^2, least radii."""
+    """How squared distances are computed: rounding after each operation, |a|^2, smallest radii."""
 
     round: Callable[[np.ndarray], np.ndarray]
     norms: Callable[[np.ndarray], np.ndarray]
-    least_radii: Callable[[np.ndarray], np.ndarray]  # squared, of norms
+    least_radii: Callable[[np.ndarray], np.ndarray]  # squared, from norms
 
 
-# exact: in float32. Below 1e-5 of |a|^2 all is rounding, so equal features count as equal.
+# exact: in float32. Below 1e-5 of |a|^2 everything is rounding, so equal features count as equal.
 #
 # float16: features, squares, |a|^2, ab and both sums are rounded to float16, as in ADM's evaluator.
-# A sum or product of two float16 that is computed in float32 and then rounded is that of float16.
-# What this leaves open is as on GPUs: |a|^2 and ab are added up in float32, and the sums are
-# (|a|^2 - 2 ab) + |b|^2. No feature is its own neighbour, wherever its distance to itself is
-# rounded to. Distances below 0 count as 0, which concerns radii alone.
+# Computing the sum or product of two float16 in float32 and then rounding gives the float16 result.
+# Where float16 leaves a choice, we do as GPUs do: |a|^2 and ab accumulate in float32, and the sums
+# are (|a|^2 - 2 ab) + |b|^2. A feature is never its own neighbour, wherever its distance to itself
+# is rounded to. Negative distances count as 0, which only matters for radii.
 DISTANCES = {
     "exact": Distances(lambda values: values, _norms, lambda norms: 1e-5 * norms),
     "float16": Distances(_to_float16, _float16_norms, np.zeros_like),
 }
-# Of |a|^2 in float16, where |a|^2 - 2 ab of an image like this one is not finite any more.
+# |a|^2 in float16 above which |a|^2 - 2 ab of two such images is no longer finite.
 FLOAT16_LIMIT = float(np.finfo(np.float16).max) / 2
 
 
 @dataclass(frozen=True)
 class Manifold:
-    """Features [N, D] float32, each with the ball that reaches to its 3rd nearest neighbour."""
+    """Features [N, D] float32, each with a ball that reaches to its 3rd nearest neighbour."""
 
     features: np.ndarray
     squared_radii: np.ndarray
@@ -176,7 +181,7 @@ class Manifold:
         distances: str = "exact",
         squared_radii: np.ndarray | None = None,
     ) -> "Manifold":
-        """The balls of `features`, at least 4 of them; of radii that are known already, if any."""
+        """The balls of at least 4 features; radii that are already known are not recomputed."""
         if len(features) <= NEIGHBOUR:
             raise ValueError(f"{len(features)} features have no neighbour number {NEIGHBOUR}")
         features = DISTANCES[distances].round(features.astype(np.float32, copy=False))
@@ -185,18 +190,15 @@ class Manifold:
         return cls(features, squared_radii, distances)
 
     @property
-    def norms(self) -> np.ndarray:
-        """|a|^2 of each feature, float32."""
-        return DISTANCES[self.distances].norms(self.features)
-
-    @property
     def num_overflows(self) -> int:
-        """How many features are too long for float16; what it says of their distances is void."""
-        return int((self.norms > FLOAT16_LIMIT).sum()) if self.distances == "float16" else 0
+        """How many features are too long for float16, which makes their distances meaningless."""
+        if self.distances != "float16":
+            return 0
+        return int((_float16_norms(self.features) > FLOAT16_LIMIT).sum())
 
 
 class PrecisionRecall(NamedTuple):
-    """Share of samples inside some reference ball; share of references inside some sample ball."""
+    """Share of samples inside a reference ball; share of references inside a sample ball."""
 
     precision: float
     recall: float
@@ -208,13 +210,8 @@ def precision_recall(samples: Manifold, reference: Manifold) -> PrecisionRecall:
         raise ValueError(f"{samples.distances} distances against {reference.distances} ones")
     sample_inside = np.zeros(len(samples.features), bool)
     reference_inside = np.zeros(len(reference.features), bool)
-    for start, squared in _distance_blocks(
-        samples.features,
-        samples.norms,
-        reference.features,
-        reference.norms,
-        DISTANCES[samples.distances],
-    ):
+    how = DISTANCES[samples.distances]
+    for start, squared in _distance_blocks(samples.features, reference.features, how):
         rows = slice(start, start + len(squared))
         sample_inside[rows] = (squared <= reference.squared_radii).any(axis=1)
         reference_inside |= (squared <= samples.squared_radii[rows, None]).any(axis=0)
@@ -222,31 +219,27 @@ def precision_recall(samples: Manifold, reference: Manifold) -> PrecisionRecall:
 
 
 def _squared_radii(features: np.ndarray, how: Distances) -> np.ndarray:
-    norms = how.norms(features)
     radii = np.empty(len(features), np.float32)
-    for start, squared in _distance_blocks(features, norms, features, norms, how):
+    for start, squared in _distance_blocks(features, features, how):
         rows = np.arange(len(squared))
         squared[rows, start + rows] = np.inf  # itself
         radii[start : start + len(rows)] = _smallest(squared, NEIGHBOUR)
-    return np.maximum(radii, how.least_radii(norms))
+    return np.maximum(radii, how.least_radii(how.norms(features)))
 
 
 def _distance_blocks(
-    rows: np.ndarray,
-    row_norms: np.ndarray,
-    columns: np.ndarray,
-    column_norms: np.ndarray,
-    how: Distances,
-) -> Iterable[tuple[int, np.ndarray]]:
-    """(first row, squared distances [B, columns]) for block after block of rows; float32.
+    rows: np.ndarray, columns: np.ndarray, how: Distances
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, squared distances [B, columns]) for one block of rows after another; float32.
 
-    The caller may change a block, which may be the same piece of memory as the one before.
+    The caller may change a block. The next block may reuse its memory.
     """
+    row_norms, column_norms = how.norms(rows), how.norms(columns)
     memory = np.empty((min(BLOCK_ROWS, len(rows)), len(columns)), np.float32)
     for start in range(0, len(rows), BLOCK_ROWS):
         block = rows[start : start + BLOCK_ROWS]
         squared = how.round(np.matmul(-2 * block, columns.T, out=memory[: len(block)]))
-        with np.errstate(invalid="ignore"):  # in float16, inf - inf is not a number and nobody near
+        with np.errstate(invalid="ignore"):  # in float16, inf - inf is NaN, which is near nobody
             squared += row_norms[start : start + BLOCK_ROWS, None]
             squared = how.round(squared)
             squared += column_norms
@@ -254,9 +247,9 @@ def _distance_blocks(
 
 
 def _smallest(distances: np.ndarray, rank: int) -> np.ndarray:
-    """The value of `rank` (1 is the least) in each row; overwrites the lesser ones.
+    """The value of `rank` (1 is the smallest) in each row; overwrites the smaller ones.
 
-    A few passes of argmin cost a small part of a partition's time, but take NaN for the least.
+    A few passes of argmin take a fraction of a partition's time, but count NaN as the smallest.
     """
     if np.isnan(distances.min()):
         return np.partition(distances, rank - 1, axis=1)[:, rank - 1]

@@ -1,8 +1,8 @@
-"""TensorFlow, loaded without the lines that it writes about itself at its start.
+"""Import TensorFlow without the lines that it prints about itself.
 
-What its C++ code writes to file descriptor 2 meanwhile passes through a process that leaves out the
-lines known to mean nothing; this file is that process's program too, so it imports little. Unlike a
-thread, the process passes on what a crash leaves behind. TF_CPP_MIN_LOG_LEVEL=0 shows everything.
+While TensorFlow loads, file descriptor 2 goes through a second process, which drops lines that are
+known to mean nothing. This file is also that process's program, so it imports little. Unlike a
+thread, the process still passes on what a crash leaves behind. TF_CPP_MIN_LOG_LEVEL=0 shows all.
 """
 
 import contextlib
@@ -12,8 +12,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-# Of information alone; that there is no GPU or driver; one library registered by two parts. The
-# severity stands first, or behind a date.
+# Information, a missing GPU or driver, a library that two parts register. The severity comes first
+# or after a date.
 STARTUP_LINE = re.compile(
     rb"WARNING: All log messages before absl::InitializeLog\(\) is called are written to STDERR"
     rb"|(I\d{4} |[\d-]+ [\d:.]+ I )"
@@ -25,10 +25,10 @@ STARTUP_LINE = re.compile(
 
 
 def import_tensorflow():
-    """The module, its devices found; UserError where it is not installed."""
+    """The module, its devices found; UserError if it is not installed."""
     from support.system.files import UserError, shorten
 
-    # The level has to be set before the import: 1 leaves out information, and keeps warnings.
+    # The level must be set before the import: 1 drops information and keeps warnings.
     level = os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
     with contextlib.nullcontext() if level == "0" else without_startup_lines():
         try:
@@ -38,37 +38,32 @@ def import_tensorflow():
                 f"TensorFlow cannot be loaded ({shorten(error)}); "
                 "pip install -r requirements_soflow_eval.txt"
             ) from error
-        tensorflow.config.list_physical_devices()  # which writes too, when asked first
+        tensorflow.config.list_physical_devices()  # the first call prints lines, too
     return tensorflow
 
 
 @contextlib.contextmanager
 def without_startup_lines() -> Iterator[None]:
-    """A block during which file descriptor 2 leaves out what `STARTUP_LINE` matches."""
+    """A block in which lines that match `STARTUP_LINE` do not reach file descriptor 2."""
     sys.stderr.flush()
     stderr = os.dup(2)
-    # In a session of its own, so that Ctrl-C ends it only with the last line.
+    # In its own session, so that Ctrl-C does not end it before the last line.
     command = [sys.executable, "-I", "-S", __file__]
     sieve = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-    assert sieve.stdin is not None  # a pipe, as asked for
+    assert sieve.stdin is not None
     os.dup2(sieve.stdin.fileno(), 2)
     sieve.stdin.close()
     try:
         yield
     finally:
         sys.stderr.flush()
-        os.dup2(stderr, 2)  # the sieve's input ends here
+        os.dup2(stderr, 2)  # this ends the process's input
         os.close(stderr)
         sieve.wait()
 
 
-def pass_on() -> None:
-    """Copy lines from stdin to stderr, those left out that `STARTUP_LINE` matches."""
+if __name__ == "__main__":
     for line in sys.stdin.buffer:
         if not STARTUP_LINE.match(line):
             sys.stderr.buffer.write(line)
             sys.stderr.buffer.flush()
-
-
-if __name__ == "__main__":
-    pass_on()
