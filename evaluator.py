@@ -2,19 +2,21 @@
 
     python evaluator.py --ref_batch R.npz --sample_batch_dir runs/a/evals
     python evaluator.py --ref_batch R.npz --sample_batch_dir runs/a/evals --watch
+    python evaluator.py --ref_batch R.npz --sample_batch_dir folder-of-png-samples
     python evaluator.py --write_ref R.npz --images folder-of-pictures --image_size 256
     python evaluator.py --write_ref R.npz --images cifar-10-batches-py
 
-Every .npz in the folder (uint8 `arr_0` [N, H, W, C]) gets a line in its eval_results.txt and a
-record in its eval_results.jsonl; what has them is passed over. Needs TensorFlow, with or without a
-GPU, and no torch. Distances are called FID only with the Inception graph, else FD.
+Each .npz in the folder (uint8 `arr_0` [N, H, W, C]) gets a line in the folder's eval_results.txt
+and a record in its eval_results.jsonl, unless it has them. If there is no .npz, the pictures in the
+folder are scored as one set. Needs TensorFlow, with or without a GPU, and no torch. Distances are
+called FID only with the Inception graph, otherwise FD.
 """
 
 from support.system.command import run_command  # isort: skip - first: it attends to the start
 
 import argparse
 import contextlib
-import functools
+import hashlib
 import platform
 import sys
 import time
@@ -24,21 +26,27 @@ from pathlib import Path
 import numpy as np
 
 from support import __version__
+from support.data.folders import find_pictures
+from support.data.images import EXTENSIONS
+from support.scores import image_sets
 from support.scores.graph import DEFAULT_NAME, FeatureGraph, find_graph
+from support.scores.image_sets import ImageSet
 from support.scores.measures import (
     DISTANCES,
+    SPLIT_IMAGES,
     Manifold,
     frechet_distance,
     inception_score,
     precision_recall,
 )
 from support.scores.references import (
+    POOL,
+    SPATIAL,
     Measured,
     Reference,
-    archive_images,
-    find_images,
     load_reference,
     measure,
+    reference_images,
     refuse_to_replace,
     write_reference,
 )
@@ -56,45 +64,53 @@ from support.system.files import UserError, make_folder, natural_key, sha256_of
 COMMON_IMAGES = 50_000  # behind published scores
 
 
-# One file.
+# One set of samples: an .npz, or a folder of pictures.
 
 
-def score_file(path: Path, reference: Reference, graph: FeatureGraph) -> dict:
-    """The record of one sample file: scores by column, and everything they came from.
+def samples_at(path: Path) -> ImageSet:
+    return image_sets.folder_images(path) if path.is_dir() else image_sets.archive_images(path)
 
-    Raises UserError where the file is damaged, changes meanwhile, or is of another size.
+
+def stamp_of(path: Path) -> Stamp:
+    return Stamp.of(*(find_pictures(path).paths if path.is_dir() else [path]))
+
+
+def score_samples(path: Path, samples: ImageSet, reference: Reference, graph: FeatureGraph) -> dict:
+    """The record of the samples at `path`: scores by column, and everything they came from.
+
+    Raises UserError if they are damaged, change meanwhile, or are of another size.
     """
     start_seconds = time.monotonic()
-    images = archive_images(path)
-    if images.size != reference.images.size:
-        raise UserError(
-            f"{path}: images are {images.size}, those of {reference.images.name} are "
-            f"{reference.images.size}"
-        )
-    stamp = Stamp.of(path)
-    sha256, origin = sha256_of(path), origin_of(path, images.num_images)
-    measured = measure(images, graph)
-    manifold = Manifold.of(measured.features, reference.manifold.distances)
-    if Stamp.of(path) != stamp:
+    expected, of = graph.image_shape, "the samples scored first"
+    if reference.images:
+        expected, of = reference.images.image_shape, str(reference.path)
+    if samples.size != image_sets.size_of(expected):
+        size = image_sets.size_of(expected)
+        raise UserError(f"{path}: images are {samples.size}, those of {of} are {size}")
+    stamp, origin = stamp_of(path), origin_of(path, samples.num_images)
+    digest = hashlib.sha256()  # of a folder's pixels
+    sha256 = None if samples.exif else sha256_of(path)
+    measured = measure(samples, graph, digest.update if samples.exif else lambda pixels: None)
+    balls = Manifold.of(measured.features, reference.distances) if reference.manifold else None
+    if stamp_of(path) != stamp:
         raise UserError(f"{path}: changed while it was being scored")
     return {
         "file": path.name,
-        "scores": compare(measured, manifold, reference, graph),
-        "distances": manifold.distances,
-        "num_images": images.num_images,
-        "image_shape": images.image_shape,
+        "scores": compare(measured, balls, reference, graph),
+        "distances": reference.distances,
+        "num_images": samples.num_images,
+        "image_shape": samples.image_shape,
         "step": origin.get("step"),
         "NFE": origin.get("NFE"),
-        "notes": notes(manifold, reference, graph),
-        "size_bytes": stamp.size_bytes,
-        "modified_ns": stamp.modified_ns,
-        "sha256": sha256,
+        "notes": notes(samples, balls, reference, graph),
+        **stamp._asdict(),
+        "sha256": sha256 or digest.hexdigest(),
+        "exif": samples.exif or None,
         "reference": {
-            "name": reference.images.name,
+            "name": str(reference.path),
             "sha256": reference.sha256,
-            "num_images": reference.images.num_images,
-            "statistics_from": reference.origin,
-            "statistics_images": reference.count,
+            "num_images": reference.images.num_images if reference.images else None,
+            "statistics": {kind: source._asdict() for kind, source in reference.sources.items()},
         },
         "graph": {"name": graph.name, "sha256": graph.sha256, "widths": graph.widths},
         "versions": {
@@ -110,39 +126,54 @@ def score_file(path: Path, reference: Reference, graph: FeatureGraph) -> dict:
 
 
 def compare(
-    samples: Measured, manifold: Manifold, reference: Reference, graph: FeatureGraph
+    samples: Measured, balls: Manifold | None, reference: Reference, graph: FeatureGraph
 ) -> dict[str, float]:
-    """The scores by column; distances have the name that the graph gives them."""
+    """The scores by column, as far as the reference allows; the graph names the distances."""
     distance = "FID" if graph.is_inception else "FD"
-    coverage = precision_recall(manifold, reference.manifold)
-    return {
-        "IS": inception_score(samples.features, graph.class_weights),
-        distance: frechet_distance(samples.pool, reference.pool),
-        f"s{distance}": frechet_distance(samples.spatial, reference.spatial),
-        "prec": coverage.precision,
-        "recall": coverage.recall,
-    }
+    scores = {"IS": inception_score(samples.features, graph.class_weights)}
+    for column, kind in ((distance, POOL), (f"s{distance}", SPATIAL)):
+        if kind in reference.statistics:
+            pair = (samples.statistics[kind], reference.statistics[kind])
+            scores[column] = frechet_distance(*pair)
+    if balls and reference.manifold:
+        scores["prec"], scores["recall"] = precision_recall(balls, reference.manifold)
+    return scores
 
 
-def notes(samples: Manifold, reference: Reference, graph: FeatureGraph) -> list[str]:
-    """What a reader of the scores has to know about numbers of images, and of float16."""
+def notes(
+    samples: ImageSet, balls: Manifold | None, reference: Reference, graph: FeatureGraph
+) -> list[str]:
+    """What a reader of the scores has to know."""
     found = []
     width = max(graph.widths[:2])
     frechet = "FID and sFID" if graph.is_inception else "FD and sFD"
+    behind = [source.num_images for source in reference.sources.values() if source.num_images]
     for whose, count, manifold in (
-        ("samples", len(samples.features), samples),
-        ("reference", reference.count, reference.manifold),
+        ("samples", samples.num_images, balls),
+        ("reference", min(behind, default=None), reference.manifold),
     ):
         if count is not None and count < COMMON_IMAGES:
             bias = "biased upwards" if count < FEW_IMAGES else f"above those of {COMMON_IMAGES:,}"
             found.append(f"{whose}: {count:,} images; {frechet} are {bias}")
         if count is not None and count < width + 1:
             found.append(f"{whose}: fewer images than features + 1 = {width + 1}")
-        if overflows := manifold.num_overflows:
+        if manifold and (overflows := manifold.num_overflows):
             found.append(
                 f"{whose}: {overflows:,} images overflow float16; prec and recall mean nothing"
             )
-    if reference.origin == "file" and not (reference.names_graph or graph.is_inception):
+    if reference.images is None:
+        found.append("reference: has no images, which prec and recall need")
+    if SPATIAL not in reference.statistics:
+        found.append(f"reference: has neither images nor mu_s and sigma_s for {frechet.split()[-1]}")
+    if samples.exif:
+        found.append("samples: pictures of a folder; the record's SHA-256 is that of their pixels")
+    if samples.is_by_class:
+        found.append(
+            f"samples: sorted by class; IS is the mean over splits of {SPLIT_IMAGES:,} images, so "
+            "it is lower than in random order"
+        )
+    from_file = [kind for kind, source in reference.sources.items() if source.origin == "file"]
+    if from_file and not (reference.names_graph or graph.is_inception):
         found.append("reference: does not say whether this graph made its statistics")
     return found
 
@@ -157,7 +188,7 @@ MAKING_ONLY = ("write_ref", "images", "image_size", "exif", "ref_images")
 
 
 class Session:
-    """A folder being scored; the graph and the reference are loaded when the first file asks."""
+    """A folder being scored; graph and reference are loaded when the first samples need them."""
 
     def __init__(self, arguments: argparse.Namespace):
         self._arguments = arguments
@@ -165,77 +196,94 @@ class Session:
         if not self._folder.is_dir():
             kind = "is a file, not a folder" if self._folder.exists() else "no such folder"
             raise UserError(f"{self._folder}: {kind} (--sample_batch_dir)")
-        make_folder(self._folder)  # proves that results can be written before hours are spent
-        self._image_shape = archive_images(arguments.ref_batch).image_shape
+        make_folder(self._folder)  # so that hours of work do not end with results unwritten
+        self._reference_images = reference_images(arguments.ref_batch)
         self._graph_path = find_graph_of(arguments)
-        self._reference_sha256 = sha256_of(arguments.ref_batch)
+        self._loaded: tuple[Reference, FeatureGraph] | None = None
         self._distances = arguments.distances or "exact"
-        self.yardstick = Yardstick(
-            self._reference_sha256, sha256_of(self._graph_path), self._distances
-        )
+        self._sha256 = sha256_of(arguments.ref_batch)
+        self.yardstick = Yardstick(self._sha256, sha256_of(self._graph_path), self._distances)
         print(f"graph {self._graph_path}, SHA-256 {self.yardstick.graph_sha256}")
         self.results = Results.open(self._folder)
         self.failed: dict[Path, Stamp] = {}
 
     def files(self) -> dict[Path, Stamp]:
-        """All .npz of the folder in natural order; those that cannot be read are left out."""
+        """All .npz of the folder in natural order, or the folder itself if it has only pictures.
+
+        Files that cannot be read are left out.
+        """
         found = {}
         try:
-            names = [path.name for path in self._folder.iterdir() if path.name.endswith(".npz")]
+            names = sorted((path.name for path in self._folder.iterdir()), key=natural_key)
         except OSError as error:
             raise UserError(f"{self._folder}: cannot be read ({error.strerror})") from error
-        for path in (self._folder / name for name in sorted(names, key=natural_key)):
+        paths = [self._folder / name for name in names if name.endswith(".npz")]
+        paths = [path for path in paths if not path.is_dir()]
+        if not paths and any(name.lower().endswith(EXTENSIONS) for name in names):
+            paths = [self._folder.resolve()]
+        for path in paths:
             with contextlib.suppress(UserError):
-                if not path.is_dir():
-                    found[path] = Stamp.of(path)
+                found[path] = stamp_of(path)
         return found
 
     def score(self, path: Path, stamp: Stamp) -> None:
-        """Score `path` unless that was done or has failed on the same content; say what came."""
+        """Score `path`, unless that was done or has failed on the same content, and print it."""
         if self.failed.get(path) == stamp or self.results.has(path.name, stamp, self.yardstick):
             return
-        reference, graph = self._loaded
         try:
-            record = score_file(path, reference, graph)
+            samples = samples_at(path)
         except UserError as error:
-            self.failed[path] = stamp
-            print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
+            self._fail(path, stamp, error)
+            return
+        reference, graph = self._load(samples)
+        try:
+            record = score_samples(path, samples, reference, graph)
+        except UserError as error:
+            self._fail(path, stamp, error)
             return
         self.results.add(record)
         self.failed.pop(path, None)
         print(f"{printable(path.name)} # {format_scores(record['scores'])}")
         print(f"  {record['num_images']} images in {record['seconds']:.1f} s")
-        print(f"  prec and recall by {record['distances']} distances", flush=True)
+        if "prec" in record["scores"]:
+            print(f"  prec and recall by {record['distances']} distances")
         for note in record["notes"]:
-            print(f"  {note}", flush=True)
-        if self._arguments.delete_evaluated and not path.samefile(self._arguments.ref_batch):
-            try:
-                path.unlink()
-            except OSError as error:
-                raise UserError(
-                    f"{path}: scored, and cannot be deleted ({error.strerror})"
-                ) from error
+            print(f"  {note}")
+        sys.stdout.flush()
+        if self._arguments.delete_evaluated and not samples.exif:
+            self._delete(path)
 
-    @functools.cached_property
-    def _loaded(self) -> tuple[Reference, FeatureGraph]:
-        graph = FeatureGraph(self._graph_path, self._image_shape, self._arguments.batch_size)
-        print(f"TensorFlow {graph.tensorflow_version} on {graph.device}", flush=True)
-        reference = load_reference(
-            self._arguments.ref_batch,
-            self._reference_sha256,
-            graph,
-            self._distances,
-            use_cache=not self._arguments.no_cache,
-        )
-        return reference, graph
+    def _load(self, samples: ImageSet) -> tuple[Reference, FeatureGraph]:
+        """The reference and the graph; for images like these samples if the reference has none."""
+        if self._loaded is None:
+            arguments, images = self._arguments, self._reference_images
+            shape = (images or samples).image_shape
+            graph = FeatureGraph(self._graph_path, shape, arguments.batch_size)
+            print(f"TensorFlow {graph.tensorflow_version} on {graph.device}", flush=True)
+            source = (arguments.ref_batch, images, self._sha256)
+            reference = load_reference(*source, graph, self._distances, not arguments.no_cache)
+            self._loaded = reference, graph
+        return self._loaded
+
+    def _fail(self, path: Path, stamp: Stamp, error: UserError) -> None:
+        self.failed[path] = stamp
+        print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
+
+    def _delete(self, path: Path) -> None:
+        if path.samefile(self._arguments.ref_batch):
+            return
+        try:
+            path.unlink()
+        except OSError as error:
+            raise UserError(f"{path}: scored, but cannot be deleted ({error.strerror})") from error
 
 
 def score_folder(arguments: argparse.Namespace) -> int:
-    """Score every file of the folder; 1 where one could not be scored."""
+    """Score everything in the folder; 1 if something could not be scored."""
     session = Session(arguments)
     files = session.files()
     if not files and arguments.watch is None:
-        raise UserError(f"{arguments.sample_batch_dir}: holds no .npz to score")
+        raise UserError(f"{arguments.sample_batch_dir}: holds no .npz and no pictures to score")
     try:
         for path, stamp in files.items():
             session.score(path, stamp)
@@ -252,7 +300,7 @@ def score_folder(arguments: argparse.Namespace) -> int:
 
 
 def watch_once(session: Session, seconds: float) -> None:
-    """Wait, then score what the wait has not changed: others may still be writing the rest."""
+    """Wait, then score what has not changed meanwhile: the rest may still be being written."""
     before = session.files()
     time.sleep(seconds)
     for path, stamp in session.files().items():
@@ -267,7 +315,7 @@ def find_graph_of(arguments: argparse.Namespace) -> Path:
 
 def make_reference(arguments: argparse.Namespace) -> int:
     """Write the reference file that was asked for."""
-    images = find_images(arguments.images, arguments.image_size, arguments.exif)
+    images = image_sets.find_images(arguments.images, arguments.image_size, arguments.exif)
     if images.left_out_note:
         print(images.left_out_note, flush=True)
     refuse_to_replace(arguments.write_ref)
@@ -281,25 +329,25 @@ def make_reference(arguments: argparse.Namespace) -> int:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    distances_help = "of precision and recall: exact (default), or float16 as in ADM's evaluator"
+    add = parser.add_argument
+    add("--ref_batch", type=expanduser, metavar="R.npz", help="reference file to score against")
+    folder_help = "folder whose .npz files are scored, or whose pictures are"
+    add("--sample_batch_dir", type=expanduser, metavar="DIR", help=folder_help)
+    distances_help = "for precision and recall: exact (default), or float16 as in ADM's evaluator"
+    add("--distances", choices=DISTANCES, help=distances_help)
+    watch_help = "keep scoring new files, looking every so many seconds (60)"
+    add("--watch", type=positive, nargs="?", const=60, metavar="SECONDS", help=watch_help)
+    add("--delete_evaluated", action="store_true", help="delete each .npz once it is scored")
+    add("--no_cache", action="store_true", help="neither read nor write the reference's cache")
+    making_help = "make a reference file from --images"
+    add("--write_ref", type=expanduser, metavar="OUT.npz", help=making_help)
+    source_help = "folder of pictures, of CIFAR-10 or of Fashion-MNIST, or an .npz"
+    add("--images", type=expanduser, metavar="SOURCE", help=source_help)
+    add("--image_size", type=positive, help="centre crop of pictures to this many pixels")
     exif_help = (
         "turn pictures upright as their EXIF data say (apply, the default), or ignore these, as "
         "ImageNet's published recipe does"
     )
-    watch_help = "keep scoring what appears, looking every so many seconds (60)"
-    add = parser.add_argument
-    add("--ref_batch", type=expanduser, metavar="R.npz", help="reference file to score against")
-    folder_help = "folder whose .npz files are scored"
-    add("--sample_batch_dir", type=expanduser, metavar="DIR", help=folder_help)
-    add("--distances", choices=DISTANCES, help=distances_help)
-    add("--watch", type=positive, nargs="?", const=60, metavar="SECONDS", help=watch_help)
-    add("--delete_evaluated", action="store_true", help="delete each file once it is scored")
-    add("--no_cache", action="store_true", help="neither read nor write the reference's cache")
-    source_help = "folder of pictures, of CIFAR-10 or of Fashion-MNIST, or an .npz"
-    making_help = "make a reference file from --images"
-    add("--write_ref", type=expanduser, metavar="OUT.npz", help=making_help)
-    add("--images", type=expanduser, metavar="SOURCE", help=source_help)
-    add("--image_size", type=positive, help="centre crop of pictures to this many pixels")
     add("--exif", choices=("apply", "ignore"), help=exif_help)
     add("--ref_images", type=positive, help="images to keep in the reference file (all)")
     graph_help = f"frozen graph (default: {DEFAULT_NAME})"
@@ -310,9 +358,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     chosen = vars(arguments)
     scoring = all(chosen[key] for key in ("ref_batch", "sample_batch_dir"))
     making = all(chosen[key] for key in ("write_ref", "images"))
-    stray = SCORING_ONLY if making else MAKING_ONLY
     if scoring == making:
         parser.error("give --ref_batch and --sample_batch_dir, or --write_ref and --images")
+    stray = SCORING_ONLY if making else MAKING_ONLY
     if given := [f"--{key}" for key in stray if chosen[key]]:
         parser.error(f"{', '.join(given)}: not used with {'--write_ref' if making else 'scoring'}")
     return arguments

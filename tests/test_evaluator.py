@@ -1,6 +1,5 @@
 """The evaluator scores each file once, with the numbers of plain numpy, whatever it is given."""
 
-import dataclasses
 import json
 import os
 import shutil
@@ -12,10 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.linalg
 import standins
 from PIL import ExifTags, Image
-from test_scores import plain_inception_score, plain_precision_recall
+from plain_scores import plain_frechet, plain_inception_score, plain_precision_recall
 from toy_graph import write_toy_graph
 
 import evaluator
@@ -55,7 +53,7 @@ class Place:
         self.samples.mkdir()
         np.savez(self.reference, some_pixels(0, 70))
 
-    def add(self, name, seed=1, **shape):
+    def add(self, name="a.npz", seed=1, **shape):
         np.savez(open(self.samples / name, "wb"), some_pixels(seed, **shape))  # noqa: SIM115
         return self.samples / name
 
@@ -69,6 +67,18 @@ class Place:
 
     def run(self, *more):
         return evaluator.main(self.arguments(*more))
+
+    def score(self, *more):
+        """The record of the last file that the command scores."""
+        assert self.run(*more) == 0
+        return self.records[-1]
+
+    def refusal(self, *more):
+        """The one line with which the command is refused."""
+        with pytest.raises(UserError) as caught:
+            self.run(*more)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
 
     @property
     def text(self):
@@ -103,18 +113,27 @@ def place(tmp_path, toy):
 
 
 @pytest.fixture
-def count_measured(monkeypatch):
+def through_measure(monkeypatch):
+    """Has `measure` return what `change` makes of it; `change` is set by the test."""
+    real, changes = references.measure, []
+
+    def measure(images, *rest):
+        measured = real(images, *rest)
+        for change in changes:
+            measured = change(images, measured) or measured
+        return measured
+
+    monkeypatch.setattr(references, "measure", measure)
+    monkeypatch.setattr(evaluator, "measure", measure)
+    return changes.append
+
+
+@pytest.fixture
+def measured_names(through_measure):
     """Names of the image sets that went through the graph."""
-    measured = []
-    real = references.measure
-
-    def counting(images, *rest):
-        measured.append(Path(images.name).name)
-        return real(images, *rest)
-
-    monkeypatch.setattr(references, "measure", counting)
-    monkeypatch.setattr(evaluator, "measure", counting)
-    return measured
+    names = []
+    through_measure(lambda images, measured: names.append(Path(images.name).name))
+    return names
 
 
 def plain_features(graph: Path, pixels):
@@ -134,11 +153,10 @@ def plain_features(graph: Path, pixels):
         return np.stack(pools), np.stack(spatials), session.run(weights)
 
 
-def plain_frechet(a, b):
-    covariances = [np.cov(values, rowvar=False) for values in (a, b)]
-    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
-    squared = ((a.mean(axis=0, dtype=float) - b.mean(axis=0, dtype=float)) ** 2).sum()
-    return squared + np.trace(sum(covariances)) - 2 * np.trace(root)
+def statistics_of(pools, spatials):
+    """The arrays of a reference file."""
+    arrays = {"mu": pools.mean(axis=0), "sigma": np.cov(pools, rowvar=False)}
+    return arrays | {"mu_s": spatials.mean(axis=0), "sigma_s": np.cov(spatials, rowvar=False)}
 
 
 # The numbers.
@@ -146,17 +164,14 @@ def plain_frechet(a, b):
 
 @pytest.mark.slow
 def test_scores_are_those_of_plain_numpy(place, toy):
-    samples = some_pixels(1, 400)
-    reference = some_pixels(0, 300)
+    samples, reference = some_pixels(1, 400), some_pixels(0, 300)
     np.savez(place.reference, reference)
     np.savez(place.samples / "a.npz", samples)
-    assert place.run() == 0
+    scores = place.score()["scores"]
     pools, spatials, weights = plain_features(toy, samples)
     reference_pools, reference_spatials, _ = plain_features(toy, reference)
     p = np.exp(pools.astype(float) @ weights)
     p /= p.sum(axis=1, keepdims=True)
-    (record,) = place.records
-    scores = record["scores"]
     assert list(scores) == COLUMNS
     assert scores["IS"] == pytest.approx(plain_inception_score(p, 5000), rel=1e-4)
     assert scores["FD"] == pytest.approx(plain_frechet(pools, reference_pools), rel=1e-4)
@@ -166,20 +181,12 @@ def test_scores_are_those_of_plain_numpy(place, toy):
     assert 0 < scores["prec"] < 1
 
 
-def test_line_has_the_name_and_every_score_in_full_precision(place):
-    place.add("a.npz")
-    place.run()
-    (record,) = place.records
+def test_line_and_record_say_what_the_scores_are_and_what_made_them(place, toy):
+    path = place.add()
+    record = place.score()
     scores = ", ".join(f"{column}: {record['scores'][column]!r}" for column in COLUMNS)
     assert place.text == f"a.npz # {scores}\n"
-
-
-def test_record_says_what_made_the_scores(place, toy):
-    path = place.add("a.npz")
-    place.run()
-    (record,) = place.records
-    assert record["num_images"] == 60
-    assert record["image_shape"] == [8, 8, 3]
+    assert (record["num_images"], record["image_shape"]) == (60, [8, 8, 3])
     assert record["sha256"] == sha256_of(path)
     assert record["reference"]["sha256"] == sha256_of(place.reference)
     assert record["graph"] == {"name": "toy.pb", "sha256": sha256_of(toy), "widths": [16, 112, 10]}
@@ -187,48 +194,52 @@ def test_record_says_what_made_the_scores(place, toy):
     assert record["seconds"] > 0
 
 
-def test_few_images_are_said_on_screen_and_in_the_record(place, capsys):
-    place.add("a.npz")
-    place.run()
-    notes = [
-        "samples: 60 images; FD and sFD are biased upwards",
-        "samples: fewer images than features + 1 = 113",
-        "reference: 70 images; FD and sFD are biased upwards",
-        "reference: fewer images than features + 1 = 113",
-    ]
-    assert place.records[0]["notes"] == notes
+@pytest.mark.parametrize(
+    ("counts", "size", "said"),
+    [
+        ((60, 70), 8, ["60 images", "113", "70 images", "113"]),
+        ((10_000, 10_000), 4, ["50,000", "50,000"]),
+    ],
+)
+def test_few_images_are_said_on_screen_and_in_the_record(place, capsys, counts, size, said):
+    place.add(count=counts[0], size=size)
+    np.savez(place.reference, some_pixels(0, counts[1], size))
+    notes = place.score()["notes"]
+    assert [word in note for word, note in zip(said, notes, strict=True)] == [True] * len(said)
     printed = capsys.readouterr().out
     assert all(note in printed for note in notes)
-    remark = "FD, sFD are biased upwards by fewer than 10,000 images: a.npz"
-    assert printed_table(printed)[1] == [remark]
-    assert printed.count("biased upwards") == 3
+    rows, remarks = printed_table(printed)
+    assert rows["a.npz"]["images"] == str(counts[0])
+    is_few = counts[0] < 10_000
+    assert [remark.endswith(": a.npz") for remark in remarks] == [True] * is_few
 
 
-def test_ten_thousand_images_are_no_longer_few_but_fewer_than_published_ones(place, capsys):
-    np.savez(place.reference, some_pixels(0, 10_000, size=4))
-    np.savez(place.samples / "a.npz", some_pixels(1, 10_000, size=4))
+@pytest.mark.parametrize(("count", "is_noted"), [(5001, True), (5000, False)])
+def test_samples_sorted_by_class_are_noted_where_it_changes_the_inception_score(
+    place, count, is_noted
+):
+    labels = np.arange(count) // 1000
+    for name, order in (("sorted", labels), ("mixed", labels[::-1]), ("other", labels[:3])):
+        np.savez(place.samples / f"{name}.npz", some_pixels(1, count, 2), order)
+    np.savez(place.reference, some_pixels(0, 70, 2))
     place.run()
-    assert place.records[0]["notes"] == [
-        "samples: 10,000 images; FD and sFD are above those of 50,000",
-        "reference: 10,000 images; FD and sFD are above those of 50,000",
-    ]
-    rows, remarks = printed_table(capsys.readouterr().out)
-    assert rows["a.npz"]["images"] == "10000"
-    assert remarks == []
+    noted = [record["file"] for record in place.records if "by class" in str(record["notes"])]
+    assert noted == ["sorted.npz"] * is_noted
 
 
 def test_table_tells_images_step_and_nfe_by_the_record_beside_or_else_by_the_name(place, capsys):
     records = {
-        "1000_2NFE_42": None,
-        "2000": None,
-        "best": {"num_images": 60, "NFE": 4, "checkpoint": "/runs/a/ckpts/3000.pt"},
-        "4000": {"num_images": 60, "NFE": 1, "finished_steps": 4000, "seed": 3},
-        "5000_1NFE_0": {"num_images": 50, "NFE": 8, "finished_steps": 7},  # of another archive
-        "odd": {"num_images": 60, "NFE": "many", "finished_steps": True, "checkpoint": ["x.pt"]},
-        "torn": "{",
-        "list": [1],
+        "1000_2NFE_42": (None, "1000", "2"),
+        "2000": (None, "2000", "-"),
+        "best": ({"num_images": 60, "NFE": 4, "checkpoint": "/a/ckpts/3000.pt"}, "3000", "4"),
+        "4000": ({"num_images": 60, "NFE": 1, "finished_steps": 4000, "seed": 3}, "4000", "1"),
+        # of another archive
+        "5000_1NFE_0": ({"num_images": 50, "NFE": 8, "finished_steps": 7}, "5000", "1"),
+        "odd": ({"num_images": 60, "NFE": "x", "finished_steps": True, "checkpoint": []}, "-", "-"),
+        "torn": ("{", "-", "-"),
+        "list": ([1], "-", "-"),
     }
-    for name, record in records.items():
+    for name, (record, _, _) in records.items():
         place.add(f"{name}.npz")
         if record is not None:
             text = record if isinstance(record, str) else json.dumps(record)
@@ -236,258 +247,262 @@ def test_table_tells_images_step_and_nfe_by_the_record_beside_or_else_by_the_nam
     assert place.run() == 0
     rows, _ = printed_table(capsys.readouterr().out)
     origins = {name: (row["images"], row["step"], row["NFE"]) for name, row in rows.items()}
-    assert origins == {
-        "1000_2NFE_42.npz": ("60", "1000", "2"),
-        "2000.npz": ("60", "2000", "-"),
-        "best.npz": ("60", "3000", "4"),
-        "4000.npz": ("60", "4000", "1"),
-        "5000_1NFE_0.npz": ("60", "5000", "1"),
-        **dict.fromkeys(["odd.npz", "torn.npz", "list.npz"], ("60", "-", "-")),
-    }
+    assert origins == {f"{name}.npz": ("60", *told) for name, (_, *told) in records.items()}
     steps = {record["file"]: (record["step"], record["NFE"]) for record in place.records}
-    assert steps["best.npz"] == (3000, 4)
-    assert steps["odd.npz"] == (None, None)
+    assert (steps["best.npz"], steps["odd.npz"]) == ((3000, 4), (None, None))
 
 
 def test_float16_distances_are_said_everywhere_and_a_file_is_scored_again_by_them(
-    place, count_measured, capsys
+    place, measured_names, capsys
 ):
-    place.add("a.npz", count=300)
-    place.run()
+    place.add(count=300)
+    exact = place.score()
     assert printed_table(capsys.readouterr().out)[0]["a.npz"]["distances"] == "exact"
-    count_measured.clear()
-    place.run("--distances", "float16")
-    assert count_measured == ["a.npz"]  # the reference's features do not depend on it
-    printed = capsys.readouterr().out
-    assert "prec and recall by float16 distances" in printed
-    assert printed_table(printed)[0]["a.npz"]["distances"] == "float16"
-    exact, float16 = place.records
+    float16 = place.score("--distances", "float16")
+    assert measured_names == ["ref.npz", "a.npz", "a.npz"]  # its features do not depend on it
+    assert printed_table(capsys.readouterr().out)[0]["a.npz"]["distances"] == "float16"
     assert [exact["distances"], float16["distances"]] == ["exact", "float16"]
-    assert {**exact["scores"], "prec": 0, "recall": 0} == {
-        **float16["scores"],
-        "prec": 0,
-        "recall": 0,
-    }
-    count_measured.clear()
-    place.run("--distances", "float16")
-    assert count_measured == []
-    place.run()
-    assert count_measured == ["a.npz"]
-    assert place.records[-1]["scores"] == exact["scores"]
+    same = {column: exact["scores"][column] for column in COLUMNS[:3]}
+    assert float16["scores"].items() >= same.items()
+    place.score("--distances", "float16")
+    assert len(measured_names) == 3
+    assert place.score()["scores"] == exact["scores"]
     with read_archive(place.caches[0]) as cache:
-        assert "squared_radii_exact" in cache
-        assert "squared_radii_float16" in cache
+        assert {"squared_radii_exact", "squared_radii_float16"} < {*cache.names}
 
 
-def test_overflow_of_float16_is_said_and_not_kept(place, monkeypatch):
-    real = references.measure
-
-    def large(images, graph, *rest):
-        measured = real(images, graph, *rest)
-        return dataclasses.replace(measured, features=measured.features * 1000)
-
-    monkeypatch.setattr(references, "measure", large)
-    monkeypatch.setattr(evaluator, "measure", large)
-    place.add("a.npz")
-    assert place.run("--distances", "float16") == 0
-    notes = [note for note in place.records[0]["notes"] if "overflow" in note]
-    assert notes == [
-        f"{whose} images overflow float16; prec and recall mean nothing"
-        for whose in ("samples: 60", "reference: 70")
-    ]
+def test_overflow_of_float16_is_said_and_not_kept(place, through_measure):
+    through_measure(lambda images, measured: measured._replace(features=measured.features * 1000))
+    place.add()
+    notes = [note for note in place.score("--distances", "float16")["notes"] if "overflow" in note]
+    assert [note.split(" images")[0] for note in notes] == ["samples: 60", "reference: 70"]
     assert place.caches == []
-    assert place.run() == 0
-    assert not [note for note in place.records[1]["notes"] if "overflow" in note]
+    assert "overflow" not in str(place.score()["notes"])
 
 
 def test_table_names_files_that_were_scored_against_something_else(place, capsys):
-    place.add("a.npz")
+    place.add()
     place.run()
     (place.samples / "a.npz").unlink()
     np.savez(place.reference, some_pixels(3, 70))
     place.add("b.npz")
     place.run()
-    remarks = printed_table(capsys.readouterr().out)[1]
-    assert remarks[-1] == "by another reference or graph, or not known by which: a.npz"
+    assert printed_table(capsys.readouterr().out)[1][-1].endswith(": a.npz")
 
 
-def test_distances_are_called_fid_only_with_the_inception_graph(place, toy, monkeypatch, capsys):
+def test_distances_are_called_fid_only_with_the_inception_graph(place, monkeypatch, capsys):
     place.add("a.npz")
     place.run()
     monkeypatch.setattr(feature_graph, "INCEPTION_WIDTHS", (16, 112, 10))
     place.add("b.npz")
     place.run()
-    assert [sorted(record["scores"])[:2] for record in place.records] == [["FD", "IS"]] * 2
-    monkeypatch.setattr(feature_graph, "INCEPTION_BYTES", range(10_000))
+    monkeypatch.setattr(feature_graph, "INCEPTION_BYTES", range(20_000))
     place.add("c.npz")
     capsys.readouterr()
     place.run()
-    assert ", FID: " in place.text.splitlines()[-1]
-    assert ", sFID: " in place.text.splitlines()[-1]
-    printed = capsys.readouterr().out
-    rows, remarks = printed_table(printed)
+    assert [[*record["scores"]][1:3] for record in place.records] == [
+        *[["FD", "sFD"]] * 2,
+        ["FID", "sFID"],
+    ]
+    rows, remarks = printed_table(capsys.readouterr().out)
     columns = ["images", "step", "NFE", "IS", "FID", "sFID", "FD", "sFD", "prec", "recall"]
     assert list(rows["a.npz"]) == [*columns, "distances"]
     assert [row["FID"] == "-" for row in rows.values()] == [True, True, False]
-    assert remarks[0].startswith("FID, sFID, FD, sFD are biased upwards")
+    assert "FID, sFID, FD, sFD" in remarks[0]
 
 
 def test_batch_size_does_not_change_the_scores(place):
-    place.add("a.npz")
-    place.run("--batch_size", "7", "--no_cache")
-    (place.samples / "eval_results.txt").unlink()
-    place.run("--no_cache")
+    place.add()
+    first = place.score("--batch_size", "7", "--no_cache")
     os.utime(place.samples / "a.npz", (1, 1))
-    place.run("--no_cache")
-    first, last = place.records
+    last = place.score("--no_cache")
     assert first["scores"] == pytest.approx(last["scores"], rel=1e-4)
-    assert place.caches == []
+    assert (len(place.records), place.caches) == (2, [])
 
 
 def test_grey_images_count_as_rgb(place):
     grey = some_pixels(1, channels=1)
     np.savez(place.samples / "grey.npz", grey)
     np.savez(place.samples / "rgb.npz", grey.repeat(3, axis=3))
-    assert place.run() == 0
+    place.run()
     first, last = place.records
     assert first["scores"] == last["scores"]
 
 
-def test_graph_of_2015_with_its_old_operations_is_run(place, tmp_path, toy):
+def test_graph_of_2015_with_its_old_operations_is_run(place, tmp_path):
     old = write_toy_graph(tmp_path / "old.pb", of_2015=True)
-    place.add("a.npz")
+    place.add()
     assert place.run("--inception", old) == 0
+
+
+def test_a_folder_of_pictures_is_scored_as_one_set_and_the_record_says_so(place, measured_names):
+    pixels = some_pixels(1)
+    np.savez(place.samples / "a.npz", pixels)
+    expected = place.score()["scores"]
+    place.samples = place.folder / "pictures"
+    place.samples.mkdir()
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(place.samples / f"{number:02}.png")
+    record = place.score("--delete_evaluated")
+    assert (record["file"], record["exif"], record["num_images"]) == ("pictures", "apply", 60)
+    assert record["scores"] == pytest.approx(expected)
+    place.run()
+    assert measured_names.count("pictures") == 1
+    (place.samples / "07.png").unlink()
+    assert place.score()["num_images"] == 59
 
 
 # Statistics in the reference.
 
 
-def test_statistics_in_the_reference_are_used(place, toy):
+@pytest.mark.parametrize("kept", [["mu", "sigma"], ["mu_s", "sigma_s"], None])
+def test_statistics_in_the_reference_are_used_and_the_record_says_which(place, toy, kept):
     pools, spatials, _ = plain_features(toy, some_pixels(3, 200))
-    statistics = {
-        "mu": pools.mean(axis=0),
-        "sigma": np.cov(pools, rowvar=False),
-        "mu_s": spatials.mean(axis=0),
-        "sigma_s": np.cov(spatials, rowvar=False),
-    }
-    np.savez(place.reference, some_pixels(0, 70), **statistics)
-    samples = some_pixels(1, 200)
-    np.savez(place.samples / "a.npz", samples)
-    assert place.run() == 0
-    sample_pools, sample_spatials, _ = plain_features(toy, samples)
-    (record,) = place.records
-    assert record["scores"]["FD"] == pytest.approx(plain_frechet(sample_pools, pools), rel=1e-4)
-    assert record["scores"]["sFD"] == pytest.approx(
-        plain_frechet(sample_spatials, spatials), rel=1e-4
-    )
-    assert record["reference"]["statistics_from"] == "file"
-    assert record["notes"][-1] == "reference: does not say whether this graph made its statistics"
+    own_pools, own_spatials, _ = plain_features(toy, some_pixels(0, 70))
+    arrays = {**statistics_of(pools, spatials), "count": np.array(200)}
+    arrays = {key: arrays[key] for key in (kept or arrays)}
+    np.savez(place.reference, some_pixels(0, 70), **arrays)
+    place.add(count=200)
+    sample_pools, sample_spatials, _ = plain_features(toy, some_pixels(1, 200))
+    record = place.score()
+    for column, key, kind, of_samples, of_file, of_images in (
+        ("FD", "mu", "pool", sample_pools, pools, own_pools),
+        ("sFD", "mu_s", "spatial", sample_spatials, spatials, own_spatials),
+    ):
+        is_own = key in arrays
+        expected = plain_frechet(of_samples, of_file if is_own else of_images)
+        assert record["scores"][column] == pytest.approx(expected, rel=1e-4)
+        source = {"origin": "file", "num_images": None if kept else 200}
+        computed = {"origin": "images", "num_images": 70}
+        assert record["reference"]["statistics"][kind] == (source if is_own else computed)
+    assert record["notes"][-1].startswith("reference: ")
+
+
+def test_a_reference_without_images_gives_what_needs_none(place, toy, capsys):
+    place.add(count=200)
+    expected = place.score()["scores"]
+    arrays = statistics_of(*plain_features(toy, some_pixels(0, 70))[:2])
+    for columns in (["FD", "sFD"], ["FD"]):
+        keys = [*arrays][: 2 * len(columns)]
+        np.savez(place.reference, **{key: arrays[key] for key in keys})
+        record = place.score()
+        assert list(record["scores"]) == ["IS", *columns]
+        assert record["scores"]["FD"] == pytest.approx(expected["FD"], rel=1e-4)
+        assert record["reference"]["num_images"] is None
+        assert "prec" in str(record["notes"])
+        assert "prec" not in printed_table(capsys.readouterr().out)[0]["a.npz"]
+    place.add("b.npz", size=16)
+    np.savez(place.reference, **arrays)
+    assert place.run() == 1  # b is of another size than a
+
+
+NEGATIVE = np.diag([*[1.0] * 15, -0.1])
 
 
 @pytest.mark.parametrize(
-    ("arrays", "line"),
+    ("arrays", "words"),
     [
-        ({"mu": np.zeros(16)}, "has no sigma"),
-        ({"mu": np.zeros(5), "sigma": np.eye(5)}, r"mu: must be float \[16\], not float64 \[5\]"),
-        ({"mu": np.zeros(16), "sigma": np.eye(16) * np.nan}, "sigma: .* not finite"),
-        ({"graph_sha256": np.array("0" * 64)}, "statistics were made by another graph"),
+        ({"mu": np.zeros(16)}, ["sigma"]),
+        ({"mu": np.zeros(5), "sigma": np.eye(5)}, ["mu", "[16]", "[5]"]),
+        ({"mu": np.zeros(16), "sigma": np.eye(5)}, ["sigma", "[16, 16]", "[5, 5]"]),
+        ({"mu": np.zeros(16), "sigma": np.eye(16) * np.nan}, ["sigma: ", "finite"]),
+        ({"mu": np.zeros(16), "sigma": np.triu(np.ones((16, 16)))}, ["sigma: ", "symmetric"]),
+        ({"mu": np.zeros(16), "sigma": NEGATIVE}, ["sigma: ", "-0.1"]),
+        ({"mu": np.zeros(16), "sigma": -np.eye(16)}, ["sigma: ", "-1"]),
+        ({"mu_s": np.zeros(112), "sigma_s": -np.eye(112)}, ["sigma_s: ", "-1"]),
+        ({"graph_sha256": np.array("0" * 64)}, ["another graph"]),
     ],
 )
-def test_statistics_that_do_not_fit_are_refused(place, arrays, line):
-    place.add("a.npz")
+def test_statistics_that_do_not_fit_are_refused(place, arrays, words):
+    place.add()
     np.savez(place.reference, some_pixels(0), **arrays)
-    with pytest.raises(UserError, match=rf"ref\.npz: .*{line}"):
-        place.run()
+    refusal = place.refusal()
+    assert all(word in refusal for word in ["ref.npz", *words])
+
+
+def test_rounding_of_a_covariance_is_no_reason_to_refuse_it(place, toy):
+    pools, spatials, _ = plain_features(toy, some_pixels(0, 10))  # fewer than features
+    arrays = {k: v.astype(np.float32) for k, v in statistics_of(pools, spatials).items()}
+    np.savez(place.reference, some_pixels(0), **arrays)
+    place.add()
+    assert place.score()["scores"]["FD"] > 0
+
+
+def test_keys_of_a_reference_that_mean_nothing_are_named(place, capsys):
+    place.add()
+    np.savez(place.reference, some_pixels(0), mean=np.zeros(16))
+    place.run()
+    assert f"{place.reference}: not used: mean\n" in capsys.readouterr().out
+    np.savez(place.reference, mean=np.zeros(16), cov=np.eye(16))
+    refusal = place.refusal()
+    assert all(word in refusal for word in ("ref.npz", "arr_0", "mu", "sigma", "cov, mean"))
 
 
 # Order, skipping, scoring again.
 
 
 def test_files_are_scored_in_natural_order_whatever_their_names(place):
-    names = ["10.npz", "2.npz", " lead.npz", "a # IS: 3.npz", "a,b.npz", "ünï.npz", ".npz"]
-    for name in names:
+    names = [" lead.npz", ".npz", "2.npz", "10.npz", "a # IS: 3.npz", "a,b.npz", "ünï.npz"]
+    for name in reversed(names):
         place.add(name)
+    shutil.copy(place.samples / "2.npz", os.fsencode(place.samples) + b"/\xff.npz")
     (place.samples / "folder.npz").mkdir()
     (place.samples / "notes.txt").touch()
     assert place.run() == 0
-    expected = [" lead.npz", ".npz", "2.npz", "10.npz", "a # IS: 3.npz", "a,b.npz", "ünï.npz"]
-    names_in_records = [record["file"] for record in place.records]
-    assert sorted(names_in_records) == sorted(expected)
-    assert names_in_records.index("2.npz") < names_in_records.index("10.npz")
-    before = place.text
+    scored = [record["file"] for record in place.records]
+    assert sorted(scored) == sorted([*names, "\udcff.npz"])
+    assert scored.index("2.npz") < scored.index("10.npz")
+    before = (place.samples / "eval_results.txt").read_bytes()
+    assert before.count(b"\xff.npz # IS") == 1
     assert place.run() == 0
-    assert place.text == before
+    assert (place.samples / "eval_results.txt").read_bytes() == before
 
 
-def test_name_that_is_not_utf8_is_scored_once(place):
-    path = os.fsencode(place.samples) + b"/\xff.npz"
-    shutil.copy(place.add("a.npz"), path)
-    assert place.run() == 0
-    assert place.run() == 0
-    assert (place.samples / "eval_results.txt").read_bytes().count(b"\xff.npz # IS") == 1
-
-
-def test_what_is_scored_is_not_scored_again_and_nothing_is_deleted(place, count_measured, capsys):
-    place.add("a.npz")
-    place.add("b.npz")
+def test_scored_files_are_not_scored_again_and_nothing_is_deleted(place, measured_names, capsys):
+    for name in ("a.npz", "b.npz"):
+        place.add(name)
     place.run()
-    capsys.readouterr()
-    count_measured.clear()
+    measured_names.clear()
     assert place.run() == 0
-    assert count_measured == []
+    assert measured_names == []
     assert place.names == ["a.npz", "b.npz"]
     assert list(printed_table(capsys.readouterr().out)[0]) == ["a.npz", "b.npz"]
     assert (place.samples / "a.npz").exists()
 
 
 def test_a_changed_file_is_scored_again_and_its_last_line_counts(place, capsys):
-    place.add("a.npz")
+    place.add()
     place.run()
-    place.add("a.npz", seed=5)
-    capsys.readouterr()
-    place.run()
+    place.add(seed=5)
+    last = place.score()["scores"]
     assert place.names == ["a.npz", "a.npz"]
-    last = place.records[-1]["scores"]
     assert place.records[0]["scores"] != last
-    rows, _ = printed_table(capsys.readouterr().out)
-    assert [rows["a.npz"][column] for column in COLUMNS] == [
-        f"{last[column]:.4f}" for column in COLUMNS
-    ]
+    row = printed_table(capsys.readouterr().out)[0]["a.npz"]
+    assert [row[column] for column in COLUMNS] == [f"{last[column]:.4f}" for column in COLUMNS]
 
 
-def test_old_result_file_is_understood(place, capsys):
-    place.add("25000.npz")
-    place.add("50000.npz")
-    place.add("a b # c.npz")
+def test_result_file_of_another_program_is_understood(place, capsys):
+    for name in ("25000.npz", "50000.npz", "a b # c.npz", "torn.npz"):
+        place.add(name)
     (place.samples / "eval_results.txt").write_text(
         "\n25000.npz # IS: 9.5, FID: 3.25, sFID: 4.5, prec: 0.5, recall: 0.625\n\n"
         "something else\r\n"
         "a b # c.npz # IS: 1, FID: 2e-05, sFID: nan, prec: , recall: x\r\n"
         "deleted.npz # IS: 1.0, FID: 2.0, sFID: 3.0, prec: 0.1, recall: 0.2\n"
+        "torn.npz # IS: 1.0, FID: 2.0, sFID: 3.0, prec: 0.1, recall: 0.2"
     )
     assert place.run() == 0
-    assert [record["file"] for record in place.records] == ["50000.npz"]
+    assert [record["file"] for record in place.records] == ["50000.npz", "torn.npz"]
+    assert place.names.count("torn.npz") == 2
     rows, remarks = printed_table(capsys.readouterr().out)
     cells = "- 25000 - 9.5000 3.2500 4.5000 - - 0.5000 0.6250 -"
     assert list(rows["25000.npz"].values()) == cells.split()
     assert list(rows["deleted.npz"].values())[3:5] == ["1.0000", "2.0000"]
-    assert remarks[-1].endswith("not known by which: 25000.npz, a b # c.npz, deleted.npz")
-
-
-def test_old_result_file_that_ends_in_the_middle_of_a_number_does_not_count(place):
-    place.add("a.npz")
-    place.add("b.npz")
-    (place.samples / "eval_results.txt").write_text(
-        "a.npz # IS: 1.0, FID: 2.0, sFID: 3.0, prec: 0.1, recall: 0.25\n"
-        "b.npz # IS: 1.0, FID: 2.0, sFID: 3.0, prec: 0.1, recall: 0.2"
-    )
-    assert place.run() == 0
-    assert [record["file"] for record in place.records] == ["b.npz"]
-    assert place.names == ["a.npz", "b.npz", "b.npz"]
+    assert remarks[-1].endswith(": 25000.npz, a b # c.npz, deleted.npz")
 
 
 def test_another_reference_or_graph_scores_again(place, other_toy):
-    place.add("a.npz")
+    place.add()
     place.run()
     place.run("--inception", other_toy)
     np.savez(place.reference, some_pixels(4))
@@ -506,68 +521,56 @@ def test_delete_evaluated_deletes_what_it_scored_and_never_the_reference(place):
     place.run("--delete_evaluated")
     assert sorted(path.name for path in place.samples.glob("*.npz")) == ["a.npz", "ref.npz"]
     assert place.names == ["a.npz", "b.npz", "ref.npz"]
-    assert place.run() == 0
-    assert len(place.names) == 3
 
 
-def test_file_that_changes_while_it_is_scored_is_not_recorded(place, monkeypatch, capsys):
-    path = place.add("a.npz")
-    real = evaluator.measure
-
-    def changing(images, graph):
-        os.utime(path, (1, 1))
-        return real(images, graph)
-
-    monkeypatch.setattr(evaluator, "measure", changing)
+def test_file_that_changes_while_it_is_scored_is_not_recorded(place, through_measure, capsys):
+    path = place.add()
+    through_measure(lambda images, _: images.name == str(path) and os.utime(path, (1, 1)))
     assert place.run() == 1
-    assert "changed while it was being scored" in capsys.readouterr().err
+    assert "a.npz" in capsys.readouterr().err
     assert not (place.samples / "eval_results.jsonl").exists()
 
 
 # The cache.
 
 
-def test_reference_is_measured_once_and_then_read_from_the_cache(place, count_measured):
+def test_reference_is_measured_once_and_then_read_from_the_cache(place, measured_names):
     place.add("1.npz")
     place.add("2.npz")
-    place.run()
-    assert count_measured == ["ref.npz", "1.npz", "2.npz"]
-    scores = place.records[0]["scores"]
-    (place.samples / "eval_results.jsonl").unlink()
-    (place.samples / "eval_results.txt").unlink()
-    count_measured.clear()
-    place.run()
-    assert count_measured == ["1.npz", "2.npz"]
-    assert place.records[0]["scores"] == scores
+    scores = place.score()["scores"]
+    assert measured_names == ["ref.npz", "1.npz", "2.npz"]
+    for name in ("eval_results.jsonl", "eval_results.txt"):
+        (place.samples / name).unlink()
+    measured_names.clear()
+    assert place.score()["scores"] == scores
+    assert measured_names == ["1.npz", "2.npz"]
     assert len(place.caches) == 1
 
 
-def test_changed_reference_is_noticed_though_size_and_time_are_the_same(place, count_measured):
-    place.add("a.npz")
+def test_changed_reference_is_noticed_though_size_and_time_are_the_same(place, measured_names):
+    place.add()
     place.run()
     status = place.reference.stat()
     np.savez(place.reference, some_pixels(9, 70))
     os.utime(place.reference, ns=(status.st_atime_ns, status.st_mtime_ns))
-    count_measured.clear()
+    measured_names.clear()
     place.run()
-    assert count_measured == ["ref.npz", "a.npz"]
+    assert measured_names == ["ref.npz", "a.npz"]
     assert len(place.caches) == 1
 
 
 @pytest.mark.parametrize("damage", ["cut", "foreign"])
-def test_damaged_cache_is_rebuilt(place, count_measured, damage, capsys):
-    place.add("a.npz")
-    place.run()
-    scores = place.records[0]["scores"]
+def test_damaged_cache_is_rebuilt(place, measured_names, damage, capsys):
+    place.add()
+    scores = place.score()["scores"]
     (cache,) = place.caches
     whole = cache.read_bytes()
     cache.write_bytes(whole[:9999] if damage == "cut" else place.reference.read_bytes())
-    place.add("a.npz")
-    count_measured.clear()
-    assert place.run() == 0
-    assert count_measured == ["ref.npz", "a.npz"]
-    assert place.records[-1]["scores"] == scores
-    assert "cache computed again" in capsys.readouterr().err
+    place.add()
+    measured_names.clear()
+    assert place.score()["scores"] == scores
+    assert measured_names == ["ref.npz", "a.npz"]
+    assert cache.name in capsys.readouterr().err
     assert len(cache.read_bytes()) == len(whole)
 
 
@@ -585,8 +588,9 @@ def run_in_process(place, *more):
 
 @pytest.mark.slow
 def test_killed_in_the_middle_it_goes_on_with_the_next_file_and_imports_no_torch(place):
-    for number in range(12):
-        place.add(f"{number}.npz", count=3000, size=16)
+    expected = [f"{number}.npz" for number in range(12)]
+    for name in expected:
+        place.add(name, count=3000, size=16)
     np.savez(place.reference, some_pixels(0, 300, 16))
     process = run_in_process(place)
     records = place.samples / "eval_results.jsonl"
@@ -599,9 +603,7 @@ def test_killed_in_the_middle_it_goes_on_with_the_next_file_and_imports_no_torch
     process = run_in_process(place)
     output, errors = process.communicate(timeout=100)
     assert (process.returncode, errors) == (0, b"")
-    expected = [f"{number}.npz" for number in range(12)]
-    assert [record["file"] for record in place.records] == expected
-    assert place.names == expected
+    assert [record["file"] for record in place.records] == place.names == expected
     assert f"\n{scored}.npz # IS".encode() in output
     assert b"\n0.npz # IS" not in output
 
@@ -627,8 +629,11 @@ def test_lines_torn_by_a_kill_are_passed_over_and_their_files_scored(place, torn
         assert len(place.records) == 2
 
 
-def test_watch_scores_what_appears_once_it_is_whole(place, monkeypatch, capsys):
+def test_watch_scores_what_appears_once_it_is_whole_and_tells_of_damage_once(
+    place, monkeypatch, capsys
+):
     place.add("1.npz")
+    (place.samples / "bad.npz").write_bytes(b"half")
     steps = []
 
     def sleep(seconds):
@@ -642,22 +647,11 @@ def test_watch_scores_what_appears_once_it_is_whole(place, monkeypatch, capsys):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(evaluator.time, "sleep", sleep)
-    assert place.run("--watch", "7") == 0
+    assert place.run("--watch", "7") == 1
     assert steps == [["1.npz"], ["1.npz"], ["1.npz"], ["1.npz", "2.npz"]]
-    assert list(printed_table(capsys.readouterr().out)[0]) == ["1.npz", "2.npz"]
-
-
-def test_watch_tells_of_a_damaged_file_once(place, monkeypatch, capsys):
-    (place.samples / "bad.npz").write_bytes(b"half")
-    naps = iter([None] * 3)
-
-    def sleep(_):
-        if next(naps, "over") == "over":
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(evaluator.time, "sleep", sleep)
-    assert place.run("--watch") == 1
-    assert capsys.readouterr().err.count("error:") == 1
+    printed = capsys.readouterr()
+    assert list(printed_table(printed.out)[0]) == ["1.npz", "2.npz"]
+    assert printed.err.count("error:") == 1
 
 
 # References of one's own.
@@ -671,27 +665,26 @@ def make_reference(place, source, *more):
         return dict(archive)
 
 
+def write_pictures(folder: Path, pixels, **options):
+    """Each image as a PNG: {number}.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{number}.png", **options)
+    return folder
+
+
 def test_own_reference_from_an_npz_scores_like_its_images(place, toy):
-    place.add("a.npz")
-    place.run()
+    place.add()
+    expected = place.score()["scores"]
     own = make_reference(place, place.reference)
     np.testing.assert_array_equal(own["arr_0"], some_pixels(0, 70))
-    pools, spatials, _ = plain_features(toy, own["arr_0"])
-    for name, expected in {
-        "mu": pools.mean(axis=0),
-        "sigma": np.cov(pools, rowvar=False),
-        "mu_s": spatials.mean(axis=0),
-        "sigma_s": np.cov(spatials, rowvar=False),
-    }.items():
-        np.testing.assert_allclose(own[name], expected, rtol=1e-3, atol=1e-6)
+    for name, values in statistics_of(*plain_features(toy, own["arr_0"])[:2]).items():
+        np.testing.assert_allclose(own[name], values, rtol=1e-3, atol=1e-6)
     assert str(own["graph_sha256"]) == sha256_of(toy)
     assert int(own["count"]) == 70
     assert own["image_shape"].tolist() == [8, 8, 3]
     place.reference = place.folder / "own.npz"
-    place.run()
-    first, last = place.records
-    assert last["scores"] == pytest.approx(first["scores"], rel=1e-6)
-    assert last["reference"]["statistics_from"] == "file"
+    assert place.score()["scores"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_own_reference_may_keep_fewer_images_but_counts_all(place):
@@ -703,11 +696,11 @@ def test_own_reference_may_keep_fewer_images_but_counts_all(place):
 
 
 def test_own_reference_of_another_graph_is_refused(place, other_toy):
-    place.add("a.npz")
+    place.add()
     make_reference(place, place.reference)
     place.reference = place.folder / "own.npz"
-    with pytest.raises(UserError, match=r"own\.npz: its statistics were made by toy\.pb"):
-        place.run("--inception", other_toy)
+    refusal = place.refusal("--inception", other_toy)
+    assert all(word in refusal for word in ("own.npz", "toy.pb", "other.pb"))
 
 
 def test_own_reference_from_pictures_of_classes_grey_ones_as_rgb(place):
@@ -722,57 +715,42 @@ def test_own_reference_from_pictures_of_classes_grey_ones_as_rgb(place):
 
 
 def test_pictures_of_different_sizes_need_a_crop(place):
-    (place.folder / "pictures").mkdir()
-    for index, size in enumerate((8, 12, 20, 40)):
-        picture = Image.fromarray(some_pixels(index, 1, size)[0])
-        picture.save(place.folder / "pictures" / f"{index}.png")
-    flags = ["--write_ref", "x.npz", "--images", place.folder / "pictures"]
-    with pytest.raises(UserError, match=r"1\.png: is \[12, 12, 3\], 0\.png is \[8, 8, 3\].*crop"):
-        evaluator.main(list(map(str, [*flags, "--inception", place.graph])))
-    own = make_reference(place, place.folder / "pictures", "--image_size", 8)["arr_0"]
+    folder = write_pictures(
+        place.folder / "pictures",
+        [some_pixels(i, 1, size)[0] for i, size in enumerate((8, 12, 20, 40))],
+    )
+    with pytest.raises(UserError, match=r"1\.png.*\[12, 12, 3\], 0\.png.*\[8, 8, 3\]"):
+        make_reference(place, folder)
+    own = make_reference(place, folder, "--image_size", 8)["arr_0"]
     np.testing.assert_array_equal(own[3], centre_crop(some_pixels(3, 1, 40)[0], 8))
 
 
 def test_own_reference_turns_pictures_upright_unless_told_not_to_and_records_it(place):
-    folder, turned = place.folder / "pictures", Image.Exif()
+    turned = Image.Exif()
     turned[ExifTags.Base.Orientation] = 3
-    folder.mkdir()
-    for index, pixels in enumerate(some_pixels(0, 4)):
-        Image.fromarray(pixels).save(folder / f"{index}.png", exif=turned)
+    folder = write_pictures(place.folder / "pictures", some_pixels(0, 4), exif=turned)
     for flags, exif, step in (([], "apply", -1), (["--exif", "ignore"], "ignore", 1)):
         own = make_reference(place, folder, *flags)
         np.testing.assert_array_equal(own["arr_0"], some_pixels(0, 4)[:, ::step, ::step])
         assert str(own["exif"]) == exif
-    with pytest.raises(UserError, match=r"ref\.npz: --exif is for folders of pictures"):
+    with pytest.raises(UserError, match=r"ref\.npz: --exif"):
         make_reference(place, place.reference, "--exif", "ignore")
 
 
 def test_own_reference_says_which_files_of_a_folder_are_left_out(place, capsys):
-    folder = place.folder / "pictures"
-    (folder / "below").mkdir(parents=True)
-    for index, pixels in enumerate(some_pixels(0, 4)):
-        Image.fromarray(pixels).save(folder / f"{index}.png")
+    folder = write_pictures(place.folder / "pictures", some_pixels(0, 4))
+    (folder / "below").mkdir()
     for name in ("a.heic", "below/b.HEIC", "notes.txt"):
         (folder / name).touch()
     make_reference(place, folder)
-    assert "left out, not read: 3 files (2 .heic, 1 .txt)\n" in capsys.readouterr().out
+    assert "3 files (2 .heic, 1 .txt)\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("source", "line"),
-    [
-        ("missing", r"missing: no such file or folder \(--images\)"),
-        ("0.png", r"0\.png: --images takes a folder of pictures, not a single one"),
-        ("empty", "empty: holds no pictures"),
-        ("one", "one: too few images, 1 of at least 4"),
-    ],
-)
-def test_images_that_are_none_are_named(place, source, line):
-    for name in ("0.png", "one/0.png"):
-        (place.folder / "one").mkdir(exist_ok=True)
-        Image.fromarray(some_pixels(0, 1)[0]).save(place.folder / name)
+@pytest.mark.parametrize("source", ["missing", "one/0.png", "empty", "one"])
+def test_images_that_are_none_are_named(place, source):
+    write_pictures(place.folder / "one", some_pixels(0, 1))
     (place.folder / "empty").mkdir()
-    with pytest.raises(UserError, match=line):
+    with pytest.raises(UserError, match=f"{place.folder / source}: "):
         make_reference(place, place.folder / source)
 
 
@@ -782,7 +760,7 @@ def test_own_reference_replaces_an_own_one_and_nothing_else(place):
     content = place.reference.read_bytes()
     flags = ["--images", place.folder / "own.npz", "--inception", place.graph]
     for name in ("ref.npz", "samples"):
-        with pytest.raises(UserError, match=rf"{name}: (exists and was not|is a folder)"):
+        with pytest.raises(UserError, match=f"{name}: "):
             evaluator.main(list(map(str, ["--write_ref", place.folder / name, *flags])))
     assert place.reference.read_bytes() == content
 
@@ -796,52 +774,39 @@ def test_own_reference_from_cifar10_holds_its_training_images_in_order(place, mo
 # Bad input: one clear line, the other files scored, and the status says so.
 
 
-# What else can be wrong in an archive is refused by its reader.
+# Other defects of archives are tested with their reader.
 BAD_ARCHIVES = {
     "cut": lambda path: path.write_bytes(path.read_bytes()[:5000]),
     "floats": lambda path: np.savez(path, some_pixels(1) / 255),
     "three": lambda path: np.savez(path, some_pixels(1, 3)),
     "rgba": lambda path: np.savez(path, some_pixels(1, channels=4)),
+    "size": lambda path: np.savez(path, some_pixels(1, size=16)),
 }
 
 
 @pytest.mark.parametrize("kind", BAD_ARCHIVES)
-def test_bad_sample_file_is_named_and_the_others_are_scored(place, kind, capsys):
+def test_bad_file_is_named_and_the_others_are_scored(place, kind, capsys):
     place.add("1.npz")
     place.add("3.npz")
     BAD_ARCHIVES[kind](place.add("2.npz"))
     assert place.run() == 1
     assert place.names == ["1.npz", "3.npz"]
     lines = capsys.readouterr().err.splitlines()
-    assert len([line for line in lines if line.startswith("error:") and "2.npz" in line]) == 1
+    (error,) = [line for line in lines if line.startswith("error:") and "2.npz" in line]
+    if kind == "size":
+        assert all(word in error for word in ("16 x 16", "ref.npz", "8 x 8"))
     assert lines[-1] == "not scored: 2.npz"
-
-
-def test_samples_and_reference_of_different_size_are_refused_with_both_named(place, capsys):
-    place.add("a.npz", size=16)
-    assert place.run() == 1
-    error = capsys.readouterr().err
-    assert "a.npz: images are 16 x 16 RGB" in error
-    assert "ref.npz are 8 x 8 RGB" in error
-
-
-@pytest.mark.parametrize("kind", BAD_ARCHIVES)
-def test_bad_reference_is_named(place, kind):
-    place.add("a.npz")
     BAD_ARCHIVES[kind](place.reference)
-    with pytest.raises(UserError, match=r"ref\.npz"):
-        place.run()
+    if kind != "size":
+        assert "ref.npz" in place.refusal()
 
 
-def test_folder_without_archives_or_no_folder_is_named(place):
-    with pytest.raises(UserError, match=r"samples: holds no \.npz to score"):
-        place.run()
+def test_folder_without_samples_or_no_folder_is_named(place):
+    assert str(place.samples) in place.refusal()
     place.samples.rmdir()
-    with pytest.raises(UserError, match="samples: no such folder"):
-        place.run()
+    assert str(place.samples) in place.refusal()
     place.samples.touch()
-    with pytest.raises(UserError, match="samples: is a file, not a folder"):
-        place.run()
+    assert str(place.samples) in place.refusal()
 
 
 def rewritten(toy, change):
@@ -872,64 +837,60 @@ def logits_without_weights(nodes, _):
 
 
 @pytest.mark.parametrize(
-    ("content", "line"),
+    ("content", "word"),
     [
-        (b"\xff" * 1000, "not a frozen graph"),
-        (b"", "lacks ExpandDims, pool_3, mixed_6/conv, softmax/logits/MatMul"),
-        (b"hello", "not a frozen graph"),
-        (without_pool, "lacks pool_3"),
-        (with_operation("ReadFile"), r"operation ReadFile \(between\) could reach outside"),
-        # These are not marked as reaching beyond the graph.
-        (with_operation("DebugIdentity"), "DebugIdentity .* could reach outside"),
-        (with_operation("Copy"), "Copy .* could reach outside"),
-        (with_operation("ImmutableConst"), "ImmutableConst .* could reach outside"),
-        (with_operation("NoSuchOperation"), "not a usable graph"),
-        (dangling_input, "not a usable graph"),
-        (logits_without_weights, "lacks softmax/logits/MatMul"),
+        (b"\xff" * 1000, ""),
+        (b"", "ExpandDims, pool_3, mixed_6/conv, softmax/logits/MatMul"),
+        (b"hello", ""),
+        (without_pool, "pool_3"),
+        (with_operation("ReadFile"), "ReadFile (between)"),
+        # These are not marked as reaching outside the graph.
+        *[(with_operation(name), name) for name in ("DebugIdentity", "Copy", "ImmutableConst")],
+        (with_operation("NoSuchOperation"), "NoSuchOperation"),
+        (dangling_input, "nowhere"),
+        (logits_without_weights, "softmax/logits/MatMul"),
     ],
 )
-def test_graph_that_cannot_serve_is_named(place, toy, content, line):
-    place.add("a.npz")
+def test_graph_that_cannot_serve_is_named(place, toy, content, word):
+    place.add()
     bad = place.folder / "bad.pb"
     bad.write_bytes(rewritten(toy, content) if callable(content) else content)
-    with pytest.raises(UserError, match=rf"bad\.pb: .*{line}") as caught:
-        place.run("--inception", bad)
-    assert "\n" not in str(caught.value)
+    refusal = place.refusal("--inception", bad)
+    assert refusal.startswith(f"{bad}: ")
+    assert word in refusal
 
 
 def test_absent_graph_or_another_digest_is_refused(place, toy):
-    place.add("a.npz")
-    with pytest.raises(UserError, match=r"absent\.pb: no such graph"):
-        place.run("--inception", place.folder / "absent.pb")
-    with pytest.raises(UserError, match=r"toy\.pb: SHA-256 is .*, not 00"):
-        place.run("--inception_sha256", "00")
+    place.add()
+    assert "absent.pb" in place.refusal("--inception", place.folder / "absent.pb")
+    refusal = place.refusal("--inception_sha256", "00")
+    assert all(word in refusal for word in ("toy.pb", sha256_of(toy), "not 00"))
     assert place.run("--inception_sha256", sha256_of(toy).upper()) == 0
 
 
 def test_graph_is_looked_for_here_then_beside_the_script_then_downloaded(
     tmp_path, toy, monkeypatch
 ):
-    here, beside = tmp_path / "here", tmp_path / "beside"
+    here, beside, name = tmp_path / "here", tmp_path / "beside", feature_graph.DEFAULT_NAME
     here.mkdir()
     beside.mkdir()
     monkeypatch.chdir(here)
     monkeypatch.setattr(feature_graph, "URL", toy.as_uri())
     assert feature_graph.find_graph(None, beside).resolve().parent == here  # downloaded
-    assert (here / feature_graph.DEFAULT_NAME).read_bytes() == toy.read_bytes()
-    (here / feature_graph.DEFAULT_NAME).unlink()
-    shutil.copy(toy, beside / feature_graph.DEFAULT_NAME)
+    assert (here / name).read_bytes() == toy.read_bytes()
+    (here / name).rename(beside / name)
     assert feature_graph.find_graph(None, beside).parent == beside
-    shutil.copy(toy, here / feature_graph.DEFAULT_NAME)
+    shutil.copy(toy, here / name)
     assert feature_graph.find_graph(None, beside).resolve().parent == here
 
 
-def test_offline_the_line_says_what_to_fetch_and_where_to_put_it(tmp_path, monkeypatch):
+def test_offline_the_line_says_what_to_download_and_where_to_put_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(feature_graph, "URL", "http://127.0.0.1:9/graph.pb")
     with pytest.raises(UserError, match="refused") as caught:
         feature_graph.find_graph(None, tmp_path)
-    assert "fetch http://127.0.0.1:9/graph.pb yourself" in str(caught.value)
-    assert f"put it here as {feature_graph.DEFAULT_NAME}" in str(caught.value)
+    assert str(caught.value).count("http://127.0.0.1:9/graph.pb") == 2
+    assert feature_graph.DEFAULT_NAME in str(caught.value)
     assert os.listdir(tmp_path) == []
 
 
@@ -940,16 +901,13 @@ def in_namespace(script, place):
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
         pytest.skip("this system denies the namespaces that such places need")
     command = " ".join([sys.executable, str(ROOT / "evaluator.py"), *place.arguments()])
-    return subprocess.run(
-        ["unshare", "-rm", "sh", "-c", script.format(place.folder, command)],
-        capture_output=True,
-        text=True,
-    )
+    script = script.format(place.folder, command)
+    return subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True)
 
 
 @pytest.mark.slow
 def test_read_only_place_of_the_reference_means_no_cache_and_no_failure(place):
-    place.add("a.npz")
+    place.add()
     script = (
         "mount --bind {0}/samples {0}/samples && mount --bind {0} {0} && "
         "mount -o remount,bind,ro {0} && mount -t tmpfs none /mnt && cp {0}/samples/a.npz /mnt && "
@@ -957,51 +915,46 @@ def test_read_only_place_of_the_reference_means_no_cache_and_no_failure(place):
     )
     result = in_namespace(script, place)
     assert result.returncode == 0, result.stderr
-    assert "Read-only file system" in result.stderr
-    assert result.stderr.count("no cache") == 1
+    assert result.stderr.count("Read-only file system") == 1
     assert result.stdout.splitlines()[-1].startswith("a.npz # IS")
     assert place.caches == []
 
 
 def test_read_only_folder_of_samples_is_one_line_before_any_work(place):
-    place.add("a.npz")
-    script = "mount --bind {0} {0} && mount -o remount,bind,ro {0} && {1}"
-    result = in_namespace(script, place)
+    place.add()
+    result = in_namespace("mount --bind {0} {0} && mount -o remount,bind,ro {0} && {1}", place)
     assert result.returncode == 1
-    assert result.stderr == (
-        f"error: {place.samples}: not a writable folder (Read-only file system)\n"
-    )
+    assert result.stderr.startswith(f"error: {place.samples}: ")
+    assert result.stderr.count("\n") == 1
 
 
 # The command line.
 
 
 @pytest.mark.parametrize(
-    ("arguments", "line"),
+    ("arguments", "words"),
     [
-        ([], "give --ref_batch and --sample_batch_dir, or --write_ref and --images"),
-        (["--ref_batch", "r.npz"], "give --ref_batch and --sample_batch_dir"),
-        (["--write_ref", "r", "--images", "i", "--watch"], "--watch: not used with --write_ref"),
-        (
-            ["--ref_batch", "r", "--sample_batch_dir", "e", "--image_size", "8"],
-            "--image_size: not used with scoring",
-        ),
-        (["--write_ref", "r", "--images", "i", "--batch_size", "0"], "whole number above 0, not 0"),
+        ("", ["--ref_batch", "--sample_batch_dir", "--write_ref", "--images"]),
+        ("--ref_batch r.npz", ["--sample_batch_dir"]),
+        ("--write_ref r --images i --watch", ["--watch: "]),
+        ("--ref_batch r --sample_batch_dir e --image_size 8", ["--image_size: "]),
+        ("--write_ref r --images i --batch_size 0", ["--batch_size: ", "not 0"]),
     ],
 )
-def test_commands_that_ask_for_nothing_or_too_much_are_refused(arguments, line, capsys):
+def test_commands_that_ask_for_nothing_or_too_much_are_refused(arguments, words, capsys):
     with pytest.raises(SystemExit) as exit_:
-        evaluator.main(arguments)
+        evaluator.main(arguments.split())
     assert exit_.value.code == 2
-    assert line in capsys.readouterr().err
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert all(word in line for word in words)
 
 
 def test_options_are_understood_with_hyphens_too(place):
-    place.add("a.npz")
-    arguments = [word.replace("_", "-", 2) for word in place.arguments("--no_cache")[::2]]
-    assert "--sample-batch-dir" in arguments
-    values = place.arguments()[1::2]
-    pairs = [f"{option}={value}" for option, value in zip(arguments, values, strict=False)]
+    place.add()
+    words = place.arguments()
+    options = [word.replace("_", "-", 2) for word in words[::2]]
+    assert "--sample-batch-dir" in options
+    pairs = [f"{option}={value}" for option, value in zip(options, words[1::2], strict=True)]
     assert evaluator.main([*pairs, "--no-cache"]) == 0
     assert place.names == ["a.npz"]
 

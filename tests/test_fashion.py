@@ -11,7 +11,7 @@ from torchvision.datasets import FashionMNIST
 
 from support.data import fashion
 from support.data.datasets import DataRequest, build_data
-from support.scores.references import find_images
+from support.scores.image_sets import find_images
 from support.system.files import UserError
 
 TRAINING_COUNT, OWN_COUNT, TEST_COUNT = 50, 20, 30  # of all training images, of the classifier's

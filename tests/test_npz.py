@@ -12,8 +12,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from support.scores.image_sets import archive_images
 from support.scores.npz import read_archive, write_images
-from support.scores.references import archive_images
 from support.system.files import UserError
 
 

@@ -74,7 +74,7 @@ class FeatureGraph:
     def __init__(self, path: Path, image_shape: tuple[int, ...], batch_images: int = 64):
         self._tf = import_tensorflow()
         self.path, self.name, self.sha256 = path, path.name, sha256_of(path)
-        self.batch_images = batch_images
+        self.image_shape, self.batch_images = image_shape, batch_images
         self.tensorflow_version = self._tf.__version__
         graph_def = self._read()
         self._session, self._input = self._load(graph_def)

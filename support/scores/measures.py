@@ -31,9 +31,9 @@ class Statistics:
 
     @functools.cached_property
     def factor(self) -> np.ndarray:
-        """A with A A' = covariance; ValueError where the matrix is no covariance.
+        """A with A A' = covariance; ValueError if the matrix is not a covariance.
 
-        The Cholesky factor where all eigenvalues are positive, because it is cheap. Otherwise (fewer
+        The Cholesky factor if all eigenvalues are positive, because it is cheap. Otherwise (fewer
         images than features, or dead features) A is [D, R], with R positive eigenvalues.
         """
         asymmetry = np.abs(self.covariance - self.covariance.T).max()

@@ -1,16 +1,16 @@
-"""What samples are held against: image sets, their features, reference files and the cache.
+"""References: what a graph sees in the images that samples are compared with.
 
-A reference file is an .npz with uint8 `arr_0` [N, H, W, C] and, if it likes, the statistics `mu`,
-`sigma` (pool features) and `mu_s`, `sigma_s` (spatial features). Ours also say which graph made
-these (`graph`, `graph_sha256`) and of how many images (`count`, `image_shape`); where these were
-pictures in a folder, also what was done about their EXIF rotation (`exif`, apply or ignore).
+A reference file is an .npz with images (uint8 `arr_0` [N, H, W, C]), with statistics, or with both.
+The statistics are `mu`, `sigma` of the pool features and `mu_s`, `sigma_s` of the spatial features.
+Statistics that a file with images lacks are computed from them; a file without images gives no
+precision and recall. Files made by `write_reference` also record the graph (`graph`,
+`graph_sha256`), the number of images (`count`), `image_shape` and, for pictures, `exif`.
 """
 
 # N images, D width of the features.
 
-import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,130 +18,24 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from support.data import cifar10, fashion
-from support.data.folders import find_pictures
-from support.data.images import EXTENSIONS, read_image
 from support.scores.graph import FeatureGraph
+from support.scores.image_sets import ImageSet, archive_images
 from support.scores.measures import DISTANCES, NEIGHBOUR, Manifold, Moments, Statistics
-from support.scores.npz import ArchiveReader, read_archive, write_images
+from support.scores.npz import IMAGES, LABELS, ArchiveReader, read_archive, write_images
 from support.system.files import UserError, atomic_write, check_writable
 
-READ_IMAGES = 256
 CACHE_VERSION = 2
-STATISTICS = (("mu", "sigma"), ("mu_s", "sigma_s"))  # of pool and of spatial features
+POOL, SPATIAL = "pool", "spatial"
+KEYS = {POOL: ("mu", "sigma"), SPATIAL: ("mu_s", "sigma_s")}
+KNOWN_KEYS = {IMAGES, LABELS, *KEYS[POOL], *KEYS[SPATIAL]}
+KNOWN_KEYS |= {"graph", "graph_sha256", "count", "image_shape", "exif"}
 
 
-@dataclass(frozen=True)
-class ImageSet:
-    """Images of one shape [H, W, 1 or 3] from somewhere; `batches()` streams them as uint8."""
-
-    name: str
-    num_images: int
-    image_shape: tuple[int, ...]
-    batches: Callable[[], Iterator[np.ndarray]]
-    exif: str = ""  # of pictures: whether EXIF rotation was applied or ignored
-    left_out_note: str = ""  # of a folder: a line on the files in it that are not read
-
-    def __post_init__(self):
-        if self.image_shape[2] not in (1, 3):
-            raise UserError(
-                f"{self.name}: images must be [H, W, 1 or 3], not {list(self.image_shape)}"
-            )
-        if self.num_images <= NEIGHBOUR:
-            raise UserError(
-                f"{self.name}: too few images, {self.num_images} of at least {NEIGHBOUR + 1}"
-            )
-
-    @property
-    def size(self) -> str:
-        """Sides and colours, as errors name them; grey counts as RGB."""
-        return f"{self.image_shape[1]} x {self.image_shape[0]} RGB"
-
-
-def archive_images(path: str | Path) -> ImageSet:
-    """The images of an .npz."""
-    with read_archive(path) as archive:
-        num_images, *image_shape = archive.images_header().shape
-
-    def batches() -> Iterator[np.ndarray]:
-        with read_archive(path) as archive:
-            yield from archive.batches(READ_IMAGES)
-
-    return ImageSet(str(path), num_images, tuple(image_shape), batches)
-
-
-def folder_images(
-    folder: str | Path, image_size: int | None = None, exif: str = "apply"
-) -> ImageSet:
-    """The pictures in `folder` and below, RGB; with `image_size`, their centre crops.
-
-    Turned upright as their EXIF data say, unless `exif` is "ignore".
-    """
-    found = find_pictures(folder)
-    paths = found.paths
-    read = functools.partial(read_image, crop_size=image_size, apply_exif=exif == "apply")
-    image_shape = read(paths[0]).shape
-
-    def picture(path: str) -> np.ndarray:
-        pixels = read(path)
-        if pixels.shape != image_shape:
-            raise UserError(
-                f"{path}: is {list(pixels.shape)}, {Path(paths[0]).name} is {list(image_shape)}; "
-                "--image_size crops all to one size"
-            )
-        return pixels
-
-    def batches() -> Iterator[np.ndarray]:
-        for start in range(0, len(paths), READ_IMAGES):
-            yield np.stack([picture(path) for path in paths[start : start + READ_IMAGES]])
-
-    note = found.left_out_note()
-    return ImageSet(str(folder), len(paths), image_shape, batches, exif, note)
-
-
-# Data sets of files: where a copy lies, and what samples are held against. CIFAR-10's training
-# images are customary; on Fashion-MNIST's test images neither a run nor our classifier trains.
-DATA_SETS = (
-    (cifar10.find_copy, cifar10.load_training_set),
-    (fashion.find_copy, fashion.load_test_set),
-)
-
-
-def array_images(name: str, pixels: np.ndarray) -> ImageSet:
-    """Images in memory, uint8 [N, H, W, C]."""
-
-    def batches() -> Iterator[np.ndarray]:
-        for start in range(0, len(pixels), READ_IMAGES):
-            yield pixels[start : start + READ_IMAGES]
-
-    return ImageSet(name, len(pixels), pixels.shape[1:], batches)
-
-
-def find_images(
-    source: str | Path, image_size: int | None = None, exif: str | None = None
-) -> ImageSet:
-    """The images of `source`: an .npz, a folder with a data set of files, or one of pictures."""
-    source = Path(source)
-    if not source.exists():
-        raise UserError(f"{source}: no such file or folder (--images)")
-    load = next((load for find, load in DATA_SETS if source.is_dir() and find(source)), None)
-    if source.is_dir() and load is None:
-        return folder_images(source, image_size, exif or "apply")
-    if source.is_file() and source.name.lower().endswith(EXTENSIONS):
-        raise UserError(f"{source}: --images takes a folder of pictures, not a single one")
-    for flag, value in (("image_size", image_size), ("exif", exif)):
-        if value is not None:
-            raise UserError(f"{source}: --{flag} is for folders of pictures")
-    return array_images(str(source), load(source).pixels) if load else archive_images(source)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What a graph sees in an image set: pool features [N, D] float32, and both statistics."""
+class Measured(NamedTuple):
+    """What a graph sees in an image set: pool features [N, D] float32, and statistics by kind."""
 
     features: np.ndarray
-    pool: Statistics
-    spatial: Statistics
+    statistics: dict[str, Statistics]
 
 
 def measure(
@@ -149,12 +43,9 @@ def measure(
     graph: FeatureGraph,
     each_batch: Callable[[np.ndarray], object] = lambda pixels: None,
 ) -> Measured:
-    """Run `graph` over all images; `each_batch` sees every batch of pixels on its way.
-
-    Only the pool features are kept, N D float32.
-    """
+    """Run `graph` over all images; `each_batch` is called with every batch of pixels."""
     features = np.empty((images.num_images, graph.widths[0]), np.float32)
-    pool, spatial = Moments(), Moments()
+    moments = {POOL: Moments(), SPATIAL: Moments()}
     done = 0
     # disable=None: a progress bar on terminals only
     with tqdm(total=images.num_images, desc=images.name, unit="img", disable=None) as progress:
@@ -162,32 +53,18 @@ def measure(
             each_batch(pixels)
             for batch in graph.features(pixels):
                 features[done : done + len(batch.pool)] = batch.pool
-                pool.add(batch.pool)
-                spatial.add(batch.spatial)
+                moments[POOL].add(batch.pool)
+                moments[SPATIAL].add(batch.spatial)
                 done += len(batch.pool)
                 progress.update(len(batch.pool))
-    return Measured(features, pool.statistics(), spatial.statistics())
+    return Measured(features, {kind: found.statistics() for kind, found in moments.items()})
 
 
-# Reference files.
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A reference file, ready to be compared with."""
-
-    images: ImageSet
-    sha256: str
-    count: int | None  # images behind the statistics, None where the file does not say
-    origin: str  # of the statistics: "file" or "images"
-    names_graph: bool  # whether the file says which graph made its statistics
-    manifold: Manifold
-    pool: Statistics
-    spatial: Statistics
+# Writing a reference file.
 
 
 def refuse_to_replace(path: str | Path) -> None:
-    """UserError where a reference could not be written, or would replace what is none of ours."""
+    """UserError if a reference cannot be written to `path`, or would replace a foreign file."""
     check_writable(path)
     if not Path(path).exists():
         return
@@ -205,25 +82,24 @@ def write_reference(
 ) -> None:
     """Write a reference file: statistics of all `images`, and `keep_images` of them (or all).
 
-    The kept ones are spread evenly, so that a folder sorted by class keeps some of every class.
+    The images to keep are spread evenly, so that a folder sorted by class keeps some of each class.
     """
     num_images = images.num_images
     kept = keep_images or num_images
     if not NEIGHBOUR < kept <= num_images:
         raise UserError(f"--ref_images {kept}: must be in {NEIGHBOUR + 1}..{num_images}")
-    wanted = np.zeros(num_images, bool)
-    wanted[np.arange(kept) * num_images // kept] = True
+    is_kept = np.zeros(num_images, bool)
+    is_kept[np.arange(kept) * num_images // kept] = True
     with write_images(path, kept) as writer:
         seen = 0
 
         def keep(pixels: np.ndarray) -> None:
             nonlocal seen
-            writer.append(pixels[wanted[seen : seen + len(pixels)]])
+            writer.append(pixels[is_kept[seen : seen + len(pixels)]])
             seen += len(pixels)
 
-        measured = measure(images, graph, keep)
         writer.further_arrays.update(
-            _named_statistics(measured),
+            _by_key(measure(images, graph, keep)),
             graph=np.array(graph.name),
             graph_sha256=np.array(graph.sha256),
             count=np.array(num_images),
@@ -233,45 +109,80 @@ def write_reference(
             writer.further_arrays["exif"] = np.array(images.exif)
 
 
+def _by_key(measured: Measured) -> dict[str, np.ndarray]:
+    """The statistics under the keys that files have for them."""
+    arrays = {}
+    for kind, (mean, covariance) in KEYS.items():
+        arrays[mean] = measured.statistics[kind].mean
+        arrays[covariance] = measured.statistics[kind].covariance
+    return arrays
+
+
+# Reading a reference file.
+
+
+class Source(NamedTuple):
+    """Where statistics come from."""
+
+    origin: str  # "file", or "images" if they were computed from the file's images
+    num_images: int | None  # behind them; None if the file does not say
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A reference file, ready to be compared with."""
+
+    path: Path
+    sha256: str
+    distances: str  # a key of DISTANCES
+    images: ImageSet | None
+    statistics: dict[str, Statistics]  # by kind; pool at least
+    sources: dict[str, Source]  # of the statistics
+    manifold: Manifold | None  # of the images
+    names_graph: bool  # whether the file says which graph made its statistics
+
+
+def reference_images(path: str | Path) -> ImageSet | None:
+    """The images of a reference file, None if it has only statistics; UserError if neither."""
+    with read_archive(path) as archive:
+        if unknown := sorted({*archive.names} - KNOWN_KEYS):
+            print(f"{path}: not used: {', '.join(unknown)}", flush=True)
+        if IMAGES not in archive and not any(key in archive for key in KEYS[POOL]):
+            raise UserError(
+                f"{path}: has neither images (arr_0) nor statistics (mu, sigma) ({archive.found})"
+            )
+        return archive_images(path) if IMAGES in archive else None
+
+
 def load_reference(
     path: str | Path,
+    images: ImageSet | None,
     sha256: str,
     graph: FeatureGraph,
     distances: str = "exact",
     use_cache: bool = True,
 ) -> Reference:
-    """The reference at `path` as `graph` sees it, from the cache beside it where that fits.
+    """The reference at `path` with its `images`, as `graph` sees it.
 
-    `sha256` is the file's digest, the key of the cache. Raises UserError where the file is damaged,
-    or its statistics are another graph's.
+    What the graph sees in the images is read from a cache beside the file, if it fits. `sha256` is
+    the file's digest. Raises UserError if the file is damaged or its statistics do not fit.
     """
     path = Path(path)
-    images = archive_images(path)
     with read_archive(path) as archive:
         _refuse_other_graph(archive, graph)
-        own_pool, own_spatial = _read_statistics(archive, graph)
+        statistics = _read_statistics(archive, graph)
         count = archive.integer("count") if "count" in archive else None
         names_graph = "graph_sha256" in archive
-    origin = "file" if own_pool and own_spatial else "images"
-    if origin == "images":
-        count = images.num_images
-    # Not an .npz, lest it be scored.
-    cache = path.with_name(f"{path.name}.{graph.sha256[:12]}.cache")
-    key = f"{CACHE_VERSION} {sha256} {graph.sha256}"
-    cached = _read_cache(cache, key, images.num_images, graph) if use_cache else None
-    if cached is None:
-        measured = measure(images, graph)
-        pool, spatial = own_pool or measured.pool, own_spatial or measured.spatial
-        cached = Cached(Measured(measured.features, pool, spatial), {})
-    measured, radii = cached
-    manifold = Manifold.of(measured.features, distances, radii.get(distances))
-    # What float16 could not hold is not kept: all that is read back has to be finite.
-    if use_cache and distances not in radii and np.isfinite(manifold.squared_radii).all():
-        radii[distances] = manifold.squared_radii
-        _write_cache(cache, key, cached)
-    return Reference(
-        images, sha256, count, origin, names_graph, manifold, measured.pool, measured.spatial
-    )
+    sources = {kind: Source("file", count) for kind in statistics}
+    manifold = None
+    if images is not None:
+        # Not an .npz, lest it be scored.
+        cache = path.with_name(f"{path.name}.{graph.sha256[:12]}.cache") if use_cache else None
+        measured, manifold = _measure_once(images, graph, sha256, distances, cache)
+        statistics = measured.statistics | statistics
+        computed = Source("images", images.num_images)
+        sources = {kind: sources.get(kind, computed) for kind in statistics}
+    return Reference(path, sha256, distances, images, statistics, sources, manifold, names_graph)
 
 
 def _refuse_other_graph(archive: ArchiveReader, graph: FeatureGraph) -> None:
@@ -286,37 +197,43 @@ def _refuse_other_graph(archive: ArchiveReader, graph: FeatureGraph) -> None:
         )
 
 
-def _read_statistics(archive: ArchiveReader, graph: FeatureGraph) -> list[Statistics | None]:
-    """Those of pool and of spatial features, None where neither mean nor covariance is there."""
-    return [
-        Statistics(archive.floats(mean, (width,)), archive.floats(covariance, (width, width)))
-        if mean in archive or covariance in archive
-        else None
-        for (mean, covariance), width in zip(STATISTICS, graph.widths, strict=False)
-    ]
+def _read_statistics(archive: ArchiveReader, graph: FeatureGraph) -> dict[str, Statistics]:
+    """The statistics in a file, by kind; UserError where the graph cannot have made them."""
+    found = {}
+    for (kind, (mean, covariance)), width in zip(KEYS.items(), graph.widths, strict=False):
+        if mean in archive or covariance in archive:
+            found[kind] = Statistics(
+                archive.floats(mean, (width,)), archive.floats(covariance, (width, width))
+            )
+            try:
+                _ = found[kind].factor
+            except ValueError as error:
+                raise UserError(f"{archive.path}: {covariance}: {error}; no covariance") from error
+    return found
 
 
-def _named_statistics(measured: Measured) -> dict[str, np.ndarray]:
-    """Both statistics under the names that files have for them."""
-    both = zip(STATISTICS, (measured.pool, measured.spatial), strict=True)
-    return {
-        name: array
-        for names, statistics in both
-        for name, array in zip(names, (statistics.mean, statistics.covariance), strict=True)
-    }
+# The cache: when few files are scored, most of the time goes into the reference's features and
+# radii.
 
 
-# The cache: features and radii are most of the time of a run with few files.
+def _measure_once(
+    images: ImageSet, graph: FeatureGraph, sha256: str, distances: str, cache: Path | None
+) -> tuple[Measured, Manifold]:
+    """What the graph sees in a reference's images; from the cache, or written to it."""
+    key = f"{CACHE_VERSION} {sha256} {graph.sha256}"
+    found = _read_cache(cache, key, images.num_images, graph) if cache else None
+    measured, radii = found or (measure(images, graph), {})
+    manifold = Manifold.of(measured.features, distances, radii.get(distances))
+    # Features too long for float16 have infinite radii, which the cache does not take.
+    if cache and distances not in radii and np.isfinite(manifold.squared_radii).all():
+        _write_cache(cache, key, measured, radii | {distances: manifold.squared_radii})
+    return measured, manifold
 
 
-class Cached(NamedTuple):
-    """What the graph sees in a reference, and the squared radii [N] by kind of distances."""
-
-    measured: Measured
-    squared_radii: dict[str, np.ndarray]
-
-
-def _read_cache(path: Path, key: str, num_images: int, graph: FeatureGraph) -> Cached | None:
+def _read_cache(
+    path: Path, key: str, num_images: int, graph: FeatureGraph
+) -> tuple[Measured, dict[str, np.ndarray]] | None:
+    """The measured features and statistics, and squared radii [N] by kind of distances."""
     if not path.exists():
         return None
     try:
@@ -329,19 +246,18 @@ def _read_cache(path: Path, key: str, num_images: int, graph: FeatureGraph) -> C
                 for kind in DISTANCES
                 if f"squared_radii_{kind}" in archive
             }
-            pool, spatial = _read_statistics(archive, graph)
+            statistics = _read_statistics(archive, graph)
     except UserError as error:
         print(f"cache computed again: {error}", file=sys.stderr)
         return None
-    return Cached(Measured(features, pool, spatial), radii) if pool and spatial else None
+    return (Measured(features, statistics), radii) if len(statistics) == len(KEYS) else None
 
 
-def _write_cache(path: Path, key: str, cached: Cached) -> None:
-    measured, radii = cached
+def _write_cache(path: Path, key: str, measured: Measured, radii: dict[str, np.ndarray]) -> None:
     arrays: dict[str, Any] = {
         "key": np.array(key),
         "features": measured.features,
-        **_named_statistics(measured),
+        **_by_key(measured),
         **{f"squared_radii_{kind}": values for kind, values in radii.items()},
     }
     try:

@@ -1,7 +1,8 @@
-"""What is known of a folder of samples: scores as lines, as records and as a table."""
+"""What is known about the sample files of a folder: scores as lines, as records and as a table."""
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,8 +11,28 @@ from typing import NamedTuple
 
 from support.system.files import UserError, append_line, natural_key, regular_only
 
+
+class ScoreKind(NamedTuple):
+    """What a score says, and whether "lower" or "higher" values are better."""
+
+    better: str
+    sentence: str
+
+
+# All scores there are, in the order of columns.
+SCORES = {
+    "IS": ScoreKind(
+        "higher", "Inception Score: clear and varied samples score high."
+    ),
+    "FID": ScoreKind("lower", "Distance between samples and reference in Inception's features."),
+    "sFID": ScoreKind("lower", "The same in spatial features, which keep positions in the image."),
+    "FD": ScoreKind("lower", "Distance between samples and reference in the graph's features."),
+    "sFD": ScoreKind("lower", "The same in spatial features, which keep positions in the image."),
+    "prec": ScoreKind("higher", "Precision: the share of samples that look real."),
+    "recall": ScoreKind("higher", "Recall: the share of the real variety that the samples cover."),
+}
+COLUMNS = tuple(SCORES)
 FRECHET = ("FID", "sFID", "FD", "sFD")
-COLUMNS = ("IS", *FRECHET, "prec", "recall")
 LINE = re.compile(r"(?P<file>.+) # (?P<scores>IS: .+)", re.DOTALL)
 SAMPLES_NAME = re.compile(r"(?P<step>[0-9]{1,18})(_(?P<NFE>[0-9]{1,18})NFE_[0-9]+)?")  # no .npz
 CHECKPOINT_NAME = re.compile(r"(.*/)?(?P<step>[0-9]{1,18})\.pt", re.DOTALL)
@@ -19,24 +40,24 @@ FEW_IMAGES = 10_000  # with fewer, Frechet distances are far too large
 RECORD_LIMIT_BYTES = 1 << 20
 
 
-@dataclass(frozen=True)
-class Stamp:
-    """Size and time of a file: what tells whether it is the one that was scored."""
+class Stamp(NamedTuple):
+    """Size and time of files, which tell whether they are still those that were scored."""
 
     size_bytes: int
     modified_ns: int
 
     @classmethod
-    def of(cls, path: Path) -> "Stamp":
+    def of(cls, *paths: str | Path) -> "Stamp":
+        """The total size and the latest time."""
         try:
-            status = path.stat()
+            found = [os.stat(path) for path in paths]
         except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-        return cls(status.st_size, status.st_mtime_ns)
+            raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
+        return cls(sum(s.st_size for s in found), max(s.st_mtime_ns for s in found))
 
 
 class Yardstick(NamedTuple):
-    """What scores are made by; those of the same yardstick can be compared."""
+    """What measured the scores; scores of the same yardstick can be compared."""
 
     reference_sha256: str | None
     graph_sha256: str | None
@@ -44,17 +65,18 @@ class Yardstick(NamedTuple):
 
     @classmethod
     def of(cls, record: Mapping) -> "Yardstick":
-        """The one of a record; records know their distances since there is a choice."""
+        """The yardstick of a record."""
         reference, graph = (_part(record, key).get("sha256") for key in ("reference", "graph"))
         return cls(reference, graph, record.get("distances", "exact"))
 
 
 @dataclass
 class Results:
-    """eval_results.txt, which people read and older runs left, and eval_results.jsonl, the truth.
+    """eval_results.jsonl, the records, and eval_results.txt, a line for each, for people.
 
-    A record is written before its line; a line that a killed process did not write is added when
-    the folder is opened again.
+    A record is written before its line. A line that a killed process did not write is added when
+    the folder is opened again. Files with a line but no record (of another program) count as
+    scored.
     """
 
     folder: Path
@@ -74,15 +96,12 @@ class Results:
         return results
 
     def has(self, name: str, stamp: Stamp, yardstick: Yardstick) -> bool:
-        """Whether a file is scored: by a line without a record, or by a record that still fits."""
+        """Whether a file has a score: a line without a record, or a record that still fits."""
         record = self.records.get(name)
         if record is None:
             return name in self.lines
-        return (
-            record.get("size_bytes") == stamp.size_bytes
-            and record.get("modified_ns") == stamp.modified_ns
-            and Yardstick.of(record) == yardstick
-        )
+        known = (record.get("size_bytes"), record.get("modified_ns"), Yardstick.of(record))
+        return known == (*stamp, yardstick)
 
     def add(self, record: dict) -> None:
         """Keep a new record and its line."""
@@ -96,7 +115,7 @@ class Results:
         self.lines.setdefault(name, []).append(text)
 
     def table(self, yardstick: Yardstick) -> str:
-        """All files with their last scores, in natural order, and what to know when reading it."""
+        """All files with their last scores, in natural order, with remarks for the reader."""
         rows = {name: self._row(name) for name in sorted(self.lines, key=natural_key)}
         columns = [column for column in COLUMNS if any(column in row for row in rows.values())]
         header = ["images", "step", "NFE", *columns, "distances"]
@@ -109,18 +128,17 @@ class Results:
         ]
         frechet = ", ".join(column for column in columns if column in FRECHET)
         remarks = {
-            f"{frechet} are biased upwards by fewer than {FEW_IMAGES:,} images": self._few_images(),
+            f"fewer than {FEW_IMAGES:,} images bias {frechet} upwards": self._few_images(),
             "by another reference or graph, or not known by which": self._foreign(yardstick),
         }
         lines += [f"{remark}: {_listed(names)}" for remark, names in remarks.items() if names]
         return printable("\n".join(lines))
 
     def _row(self, name: str) -> dict[str, float | str | None]:
-        """A file's row by column; of older lines not all is known."""
+        """A file's row by column; a line without a record does not tell everything."""
         record = self.records.get(name)
         if record is None:
-            scores = parse_scores(self.lines[name][-1])
-            return {**origin_of(self.folder / name), **scores}
+            return {**origin_of(self.folder / name), **parse_scores(self.lines[name][-1])}
         return {
             "images": record.get("num_images"),
             "step": record.get("step"),
@@ -130,17 +148,18 @@ class Results:
         }
 
     def _few_images(self) -> list[str]:
-        """Files with few images themselves, or in what they were compared with."""
-        counts = {
-            name: (record.get("num_images"), _part(record, "reference").get("statistics_images"))
-            for name, record in self.records.items()
-        }
-        # Of some references it is not known.
-        known = {name: list(filter(None, both)) for name, both in counts.items()}
-        return [name for name, both in known.items() if min(both, default=FEW_IMAGES) < FEW_IMAGES]
+        """Files with few images of their own, or behind the statistics of their reference."""
+        few = []
+        for name, record in self.records.items():
+            sources = _part(_part(record, "reference"), "statistics").values()
+            behind = [source.get("images") for source in sources if isinstance(source, dict)]
+            counts = [n for n in (record.get("num_images"), *behind) if isinstance(n, int)]
+            if min(counts, default=FEW_IMAGES) < FEW_IMAGES:
+                few.append(name)
+        return few
 
     def _foreign(self, yardstick: Yardstick) -> list[str]:
-        """Files whose scores cannot be compared with those by `yardstick`, as far as is known."""
+        """Files whose scores cannot be compared with those by `yardstick`, or may not be."""
         wanted = yardstick[:2]
         return [
             name for name in self.lines if Yardstick.of(self.records.get(name, {}))[:2] != wanted
@@ -148,7 +167,7 @@ class Results:
 
 
 def read_records(folder: Path) -> dict[str, dict]:
-    """The last record of each file that a folder's eval_results.jsonl tells of."""
+    """The last record of each file in a folder's eval_results.jsonl."""
     found = map(_parse_record, _whole_lines(folder / "eval_results.jsonl"))
     return {record["file"]: record for record in found if record}
 
@@ -165,9 +184,9 @@ def _listed(names: list[str]) -> str:
 
 
 def origin_of(path: Path, num_images: int | None = None) -> dict[str, int]:
-    """`step` and `NFE` of a sample file where they are known, from its record or else its name.
+    """`step` and `NFE` of a sample file, as far as its record or else its name tells.
 
-    The record is {stem}.json beside it; it has to tell of as many images, if that is known.
+    The record is {stem}.json beside it. It is ignored if it is about another number of images.
     """
     match = SAMPLES_NAME.fullmatch(path.stem)
     origin = {key: int(text) for key, text in match.groupdict().items() if text} if match else {}
@@ -181,11 +200,11 @@ def origin_of(path: Path, num_images: int | None = None) -> dict[str, int]:
 
 
 def read_record(path: Path) -> dict:
-    """What a .json records of a result; empty where there is none that can be read."""
+    """The record in a .json; empty if there is none that can be read."""
     try:
         with open(path, "rb", opener=regular_only) as file:
             record = json.loads(file.read(RECORD_LIMIT_BYTES))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}
 
@@ -196,7 +215,7 @@ def format_scores(scores: dict[str, float]) -> str:
 
 
 def parse_scores(text: str) -> dict[str, float]:
-    """The inverse of `format_scores`; what it does not understand is left out."""
+    """The inverse of `format_scores`; parts that are not understood are left out."""
     scores = {}
     for column, number in re.findall(r"(\w+): ([^\s,]+)", text):
         with contextlib.suppress(ValueError):
@@ -205,7 +224,7 @@ def parse_scores(text: str) -> dict[str, float]:
 
 
 def _whole_lines(path: Path) -> list[str]:
-    """Lines of a file that end; what follows the last line end was torn by a killed process."""
+    """The complete lines of a file; a killed process may have left a part of one at the end."""
     try:
         text = path.read_bytes().decode(errors="surrogateescape") if path.exists() else ""
     except OSError as error:
@@ -214,12 +233,12 @@ def _whole_lines(path: Path) -> list[str]:
 
 
 def _parse_record(text: str) -> dict | None:
-    """A record as `score_file` makes it, or None: torn lines and other content are passed over."""
+    """A record as `Results.add` writes it; None for torn lines and other content."""
     try:
         record = json.loads(text)
         scores = {column: float(value) for column, value in record["scores"].items()}
         return {**record, "file": str(record["file"]), "scores": scores}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -229,5 +248,5 @@ def _part(record: Mapping, key: str) -> dict:
 
 
 def printable(text: str) -> str:
-    """`text` with those bytes of file names replaced that are not UTF-8."""
+    """`text` with a replacement for bytes of file names that are not UTF-8."""
     return text.encode(errors="replace").decode()
