@@ -44,7 +44,8 @@ from support.runs.stored import (
 )
 from support.system import hub
 from support.system.digests import weights_digest
-from support.system.files import UserError, atomic_folder
+from support.system.files import UserError
+from support.system.folders import atomic_folder
 
 CARD_FILE, GRID_FILE = "README.md", "samples.png"
 ONNX_FILE, DECODER_FILE = "model.onnx", "decoder.onnx"

@@ -25,7 +25,7 @@ import sampler
 import train
 from support.data import datasets as data
 from support.runs import guard, results
-from support.system import files
+from support.system import files, locks
 from support.system.command import run_command
 from support.system.files import UserError
 
@@ -171,7 +171,7 @@ def watch_files(watch: Watch) -> None:
         return open(path, *arguments, **options)
 
     os.fdopen, os.fsync, os.replace, os.unlink = fdopen, fsync, replace, unlink
-    files.open = opened
+    files.open = locks.open = opened
 
 
 def watch_training(watch: Watch) -> None:

@@ -16,7 +16,7 @@ import pytest
 import standins
 from torchvision.datasets import CIFAR10
 
-import support.system.files
+import support.system.locks
 from support.data.cifar10 import find_copy, load_training_set
 from support.system.files import UserError, temporary_path
 
@@ -67,7 +67,7 @@ def test_missing_torchvision_is_one_line(copy, monkeypatch):
 
 def test_whole_copy_is_read_where_nothing_can_be_written(copy, monkeypatch):
     monkeypatch.setattr(
-        support.system.files, "one_at_a_time", lambda _: pytest.fail("took the lock")
+        support.system.locks, "one_at_a_time", lambda _: pytest.fail("took the lock")
     )
     before = sorted(os.walk(copy.parent))
     load_training_set(copy.parent)

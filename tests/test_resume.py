@@ -11,7 +11,7 @@ import inference
 import train
 from config import load_config
 from support.data.batches import BatchPlan
-from support.runs import checkpoint, results
+from support.runs import checkpoint, results, stored
 from support.runs.resume import resume
 from support.system.files import UserError
 from support.system.processes import Processes
@@ -66,6 +66,7 @@ def calls(monkeypatch):
         monkeypatch.setattr(place, name, lambda *given: found.append(name) or real(*given))
 
     count(checkpoint, "_check_sums")
+    count(stored, "check_sums")
     count(inference, "weights_digest")
     count(results, "host_copy")
     return found
@@ -105,8 +106,8 @@ def test_sampling_checks_and_hashes_in_the_main_process_alone(tmp_path, calls):
     path = tmp_path / "run" / "ckpts" / "1.pt"
     calls.clear()
     models = [inference.load_model(config, path, MAIN.device, is_main=True)]
-    assert calls == ["_check_sums", "weights_digest"]
+    assert calls == ["check_sums", "weights_digest"]
     models.append(inference.load_model(config, path, MAIN.device, is_main=False))
-    assert calls == ["_check_sums", "weights_digest"]
+    assert calls == ["check_sums", "weights_digest"]
     weights = [[*loaded.model.parameters()] for loaded in models]
     assert all(map(torch.equal, *weights))

@@ -15,7 +15,8 @@ import inference
 import train
 from passes import Execution
 from support.scores.npz import read_archive
-from support.system.files import UserError, hold_lock, make_folder
+from support.system.files import UserError, make_folder
+from support.system.locks import hold_lock
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from support.system.files import UserError, atomic_write, done_by_one, download, make_folder
+from support.system.files import UserError, atomic_write, download, make_folder
+from support.system.locks import done_by_one
 
 FOLDER = "cifar-10-batches-py"
 

@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from support.system.files import UserError, done_by_one, download, regular_only
+from support.system.files import UserError, download, regular_only
+from support.system.locks import done_by_one
 
 FOLDER = Path("FashionMNIST", "raw")
 DEBIANS_FOLDER = "fashion-mnist"

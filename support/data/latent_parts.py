@@ -26,11 +26,11 @@ from support.data.latents import LATENT_FILE, LatentInfo, LatentReader, locate_l
 from support.system.files import (
     UserError,
     atomic_write,
-    hold_lock,
     make_folder,
     shorten,
     sync_folder,
 )
+from support.system.locks import hold_lock
 
 PART_IMAGES = 256  # the work that a killed process loses is less than this
 KEPT = "what is finished is kept: mend this, and the same command goes on from there"

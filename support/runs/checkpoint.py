@@ -1,4 +1,4 @@
-"""Checkpoints: training state in one file, found by its name, checked, and refused with a reason."""
+"""Checkpoints: training state in one file, found by name, checked, refused with a reason."""
 
 import copy
 import pickle

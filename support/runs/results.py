@@ -10,7 +10,8 @@ from support.data.images import SKIPPED_FILE
 from support.runs.background import Background, background
 from support.runs.checkpoint import host_copy, refuse_non_finite, save_checkpoint
 from support.runs.logbook import record_of, write_record
-from support.system.files import atomic_write, delete_superseded, hold_lock, make_folder
+from support.system.files import UserError, atomic_write, make_folder, numbered_files
+from support.system.locks import hold_lock
 from support.system.processes import Processes
 
 SUFFIXES = {"ckpts": ".pt", "averages": ".pt", "figs": ".png", "evals": ".npz"}  # by folder
@@ -128,6 +129,21 @@ class Results:
         return record_of(path, self.settings, self.processes, self.seed, **details)
 
     def delete_superseded(self, kind: str, newest: int) -> None:
-        """Delete what is not to be kept, once `newest` is whole."""
-        keep = (self.keep_last, self.keep_every_steps)
-        delete_superseded(self.folder / kind, SUFFIXES[kind], newest, *keep)
+        """Delete older results with their records, once that of step `newest` is whole.
+
+        The last `keep_last` up to `newest` stay (None: all), and those at multiples of
+        `keep_every_steps`; so do those beyond `newest`, which are of another branch of the run.
+        """
+        if self.keep_last is None:
+            return
+        found = numbered_files(self.folder / kind, SUFFIXES[kind])
+        upto = [step for step in found if step <= newest]
+        for step in upto[: -self.keep_last]:
+            if self.keep_every_steps and step % self.keep_every_steps == 0:
+                continue
+            try:
+                # The record first: a kill in between leaves a result, which is found again.
+                found[step].with_suffix(".json").unlink(missing_ok=True)
+                found[step].unlink()
+            except OSError as error:
+                raise UserError(f"{found[step]}: cannot be deleted ({error.strerror})") from error

@@ -1,6 +1,5 @@
 """Where a run continues: at the newest checkpoint of its folder that is whole and fits the run."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any

@@ -1,6 +1,6 @@
-"""Files that are whole or absent, digests, natural order, and errors that a user can mend.
+"""Files that are whole or absent, and errors that a user can fix.
 
-Imports neither torch nor numpy: the evaluator's environment may have no torch.
+Needs the standard library alone: the evaluator's environment may have no torch.
 """
 
 import contextlib
@@ -11,34 +11,31 @@ import http.client
 import json
 import os
 import re
-import shutil
-import socket
 import stat
 import sys
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-MARKED_BYTES = 1024  # in which a file says what has made it
+MARKED_BYTES = 1024  # at the start of a file, which tell what made it
 PAGE_MARK = b"Whoever opens this page can be sure"  # in the pages of report.py and page.py
 
 
 class UserError(ValueError):
-    """Something the user can mend; its text is the one line that they see."""
+    """An error that the user can fix; its text is the one line that they see."""
 
     def __str__(self) -> str:
-        # Names that come from files and command lines may hold line ends.
+        # Names from files and command lines may contain line ends.
         return " ".join(super().__str__().splitlines())
 
 
 class Stopped(Exception):  # noqa: N818 - no error
-    """The end of work that was asked to stop early and goes on when started again."""
+    """Work ended early because it was asked to; started again, it continues."""
 
 
 def shorten(value: Any) -> str:
-    """One short line: the first of an error's text, or a value as a user would write it."""
+    """One short line: an error's first line, or a value as a user would write it."""
     if isinstance(value, BaseException):
         lines = str(value).strip().splitlines()
         return lines[0][:200] if lines else type(value).__name__
@@ -52,7 +49,7 @@ def shorten(value: Any) -> str:
 
 
 def temporary_path(path: Path) -> Path:
-    """Where `path` is written until it is whole: one name, so that leftovers are overwritten."""
+    """Where `path` is written until it is whole: a fixed name, so leftovers are overwritten."""
     return path.with_name(f".{path.name}.tmp")
 
 
@@ -60,9 +57,9 @@ def temporary_path(path: Path) -> Path:
 def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
     """A seekable binary file that appears as `path` only when the block ends without an error.
 
-    The bytes are on the disk before the name is (fsync, then os.replace). A file that stood there
-    before stays as it was until then, and stays for good when the block raises. Raises UserError
-    where the place cannot be written or another process is writing the same file.
+    The bytes reach the disk before the name does (fsync, then os.replace). A file that was there
+    before stays until then, and for good when the block raises. UserError where the place cannot
+    be written or another process is writing the same file.
     """
     path = Path(path)
     partial = temporary_path(path)
@@ -72,7 +69,7 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
     with os.fdopen(descriptor, "r+b") as file:
-        if not _lock(file, partial):
+        if not try_lock(file, partial):
             raise UserError(f"{path}: another process is writing this file")
         try:
             file.truncate(0)
@@ -85,183 +82,29 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
             with contextlib.suppress(OSError):  # the folder may be read-only by now
                 partial.unlink()
             with contextlib.suppress(OSError):
-                file.close()  # here, where what a full disk does not take any more harms nothing
+                file.close()  # flushes, which may fail on a full disk; the file is gone already
             if isinstance(error, OSError):
                 raise UserError(f"{path}: not written ({error.strerror or error})") from error
             raise
 
 
-def _lock(file: IO[bytes], path: Path) -> bool:
-    """Whether `file`, open at `path`, is now ours alone."""
+def try_lock(file: IO[bytes], path: Path) -> bool:
+    """Lock `file`, which is open at `path`; False where another process holds it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
-        return True  # a file system without locks: os.replace alone has to do
-    # The former owner may have taken the name away between our opening and our locking the file.
+        return True  # a file system without locks: os.replace must suffice
+    # The former holder may have removed the name between our opening and our locking.
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
         return False
 
 
-_open_locks: set[IO[bytes]] = set()
-# A forked loader worker that outlives its killed parent would go on holding them.
-os.register_at_fork(after_in_child=lambda: [file.close() for file in _open_locks])
-
-
-@contextlib.contextmanager
-def _hold(path: Path, wait: Callable[[IO[bytes]], None]) -> Iterator[IO[bytes]]:
-    """A block that holds the lock `path`, a file that is there while somebody does.
-
-    Dying unlocks it; where the file system has no locks, all hold it. `wait` is called with the
-    open file for as long as another process holds that.
-    """
-    while True:
-        try:
-            file = open(path, "a+b")  # noqa: SIM115 - closed below
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror})") from error
-        _open_locks.add(file)
-        try:
-            with file:
-                if not _lock(file, path):
-                    wait(file)
-                    continue  # the former owner has removed this file: lock the next one
-                try:
-                    yield file
-                finally:
-                    # An unlocked file that stays locks nobody out.
-                    with contextlib.suppress(OSError):
-                        path.unlink()
-                return
-        finally:
-            _open_locks.discard(file)
-
-
-@contextlib.contextmanager
-def hold_lock(path: str | Path, refusal: str, patience_seconds: float = 120) -> Iterator[None]:
-    """A block that holds the lock `path`; UserError(refusal) where another process keeps it.
-
-    A live process of this machine is not waited for, any other is: on a file system that machines
-    share, the lock of a dead machine stays for a while.
-    """
-    deadline = 0.0
-
-    def wait(file: IO[bytes]) -> None:
-        nonlocal deadline
-        holder, is_here = _holder(file)
-        now = time.monotonic()
-        if is_here or 0 < deadline <= now:
-            raise UserError(f"{refusal} ({holder})")
-        if not deadline:
-            deadline = now + patience_seconds
-            print(f"{refusal} ({holder}); waits for it, {patience_seconds:g} s at most", flush=True)
-        time.sleep(min(1, patience_seconds))
-
-    with _hold(Path(path), wait) as file:
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        note = {"host": socket.gethostname(), "process": os.getpid(), "since": since}
-        with contextlib.suppress(OSError):  # on a full disk it holds all the same
-            os.ftruncate(file.fileno(), 0)
-            os.write(file.fileno(), json.dumps(note).encode())
-        yield
-
-
-def _holder(file: IO[bytes]) -> tuple[str, bool]:
-    """Who holds a lock, in words, and whether that is a live process of this machine."""
-    try:
-        note = json.loads(os.pread(file.fileno(), 1000, 0))
-        said = f"process {note['process']} on {note['host']}, since {note['since']}"
-        is_alive = note["host"] == socket.gethostname() and _is_alive(note["process"])
-    except (OSError, ValueError, KeyError):
-        return "it cannot be told whose", False
-    return said, is_alive
-
-
-def _is_alive(pid: int) -> bool:
-    """Whether a process of this machine is there, ours or another user's."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-@contextlib.contextmanager
-def one_at_a_time(path: str | Path) -> Iterator[bool]:
-    """A block that one process at a time enters; True for those that had to wait for another."""
-    has_waited = False
-
-    def wait(file: IO[bytes]) -> None:
-        nonlocal has_waited
-        has_waited = True
-        fcntl.flock(file, fcntl.LOCK_EX)
-
-    with _hold(Path(path), wait):
-        yield has_waited
-
-
-def done_by_one(
-    lock: Path,
-    work: Callable[[], None],
-    is_due: Callable[[], bool],
-    refusal: Callable[[], UserError],
-) -> None:
-    """Let one of the processes do `work` where it is due; the others wait for it.
-
-    Whoever waited does not try in turn, for what failed once would fail again, and without a
-    network that adds up: `refusal()` is raised. Where nothing is due, nothing is written.
-    """
-    if not is_due():
-        return
-    make_folder(lock.parent)
-    with one_at_a_time(lock) as has_waited:
-        if is_due():
-            if has_waited:
-                raise refusal()
-            work()
-
-
-@contextlib.contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """A folder to be filled that appears as `path` only when the block ends without an error.
-
-    What stood there before stays until then, and for good when the block raises. UserError where
-    the place cannot be written or another process is making the same folder.
-    """
-    path = Path(path).resolve()  # a link stays one
-    partial, before = temporary_path(path), path.with_name(f".{path.name}.old")
-    make_folder(path.parent)
-    with hold_lock(path.with_name(f".{path.name}.lock"), f"{path}: another process is making it"):
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            yield partial
-            for made in [*filter(Path.is_file, partial.rglob("*")), partial]:
-                _sync(made)
-            if path.exists():
-                shutil.rmtree(before, ignore_errors=True)
-                path.rename(before)
-            partial.rename(path)
-            sync_folder(path.parent)
-        except BaseException as error:
-            if before.exists() and not path.exists():
-                before.rename(path)
-            if isinstance(error, OSError):
-                raise UserError(f"{path}: not written ({error.strerror or error})") from error
-            raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-            if path.exists():  # else it is all that is left
-                shutil.rmtree(before, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Bring what is at `path` to the disk."""
+def sync(path: Path) -> None:
+    """Flush the file or folder at `path` to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -270,7 +113,7 @@ def _sync(path: Path) -> None:
 
 
 def regular_only(path: str | os.PathLike[str], flags: int) -> int:
-    """An `opener` for `open`: OSError for what is no file, without waiting for a pipe's writer."""
+    """An `opener` for `open`: OSError for pipes, devices and folders, without waiting."""
     descriptor = os.open(path, flags | os.O_NONBLOCK)
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode):
@@ -282,13 +125,13 @@ def regular_only(path: str | os.PathLike[str], flags: int) -> int:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` durable, where the system lets a folder be synced."""
+    """Make a rename in `folder` durable, where the system can sync folders."""
     with contextlib.suppress(OSError):
-        _sync(folder)
+        sync(folder)
 
 
 def make_folder(folder: str | Path) -> Path:
-    """`folder`, created with its parents if need be and proven writable; else UserError."""
+    """Create `folder` and its parents if needed; UserError where nothing can be written there."""
     folder = Path(folder)
     probe = folder / f".writable-{os.getpid()}"
     try:
@@ -301,7 +144,7 @@ def make_folder(folder: str | Path) -> Path:
 
 
 def check_writable(path: str | Path) -> None:
-    """UserError where a file could not be written at `path`; makes the folder it is to be in."""
+    """UserError where no file can be written at `path`; creates its folder."""
     path = Path(path)
     make_folder(path.parent)
     if path.is_dir():
@@ -309,7 +152,7 @@ def check_writable(path: str | Path) -> None:
 
 
 def refuse_foreign(path: Path, mark: bytes, way_out: str) -> None:
-    """UserError where a file is at `path` that does not hold `mark` near its start, as ours do."""
+    """UserError where a file at `path` lacks `mark` near its start, which ours have."""
     if not path.is_file():
         return
     try:
@@ -318,15 +161,13 @@ def refuse_foreign(path: Path, mark: bytes, way_out: str) -> None:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     if not is_ours:
-        raise UserError(
-            f"{path}: exists, and is not a file of this kind that was made here; {way_out}"
-        )
+        raise UserError(f"{path}: exists, and was not made by this command; {way_out}")
 
 
 def append_line(path: str | Path, line: str) -> None:
-    """Append `line`, whole: where that fails, the file keeps what it held and UserError is raised.
+    """Append `line` as a whole; where that fails, the file stays as it was: UserError.
 
-    A last line without its end, left by a killed process, is closed first, so that it stays alone.
+    If a killed process left a last line without its end, that end is written first.
     """
     try:
         with open(path, "a+b", buffering=0) as file:
@@ -348,9 +189,9 @@ def append_line(path: str | Path, line: str) -> None:
 
 
 def download(url: str, path: str | Path, timeout_seconds: float = 30) -> None:
-    """Fetch `url` to `path`, with progress on stderr; whole or not at all.
+    """Fetch `url` to `path`, as a whole or not at all, with progress on stderr.
 
-    Raises UserError where the server cannot be reached, refuses, or ends early.
+    UserError where the server cannot be reached, refuses, or ends early.
     """
     try:
         with (
@@ -374,7 +215,7 @@ def download(url: str, path: str | Path, timeout_seconds: float = 30) -> None:
 
 
 def identify(path: Path) -> str:
-    """What a file, which is not of the kind that was expected, is by its first bytes."""
+    """What a file of an unexpected kind is, by its first bytes; completes "it is ..."."""
     with open(path, "rb", opener=regular_only) as file:
         start, size = file.read(MARKED_BYTES), os.fstat(file.fileno()).st_size
     if not start:
@@ -393,7 +234,7 @@ def identify(path: Path) -> str:
 
 
 def sha256_of(path: str | Path) -> str:
-    """Hex SHA-256 of a file's bytes, read in pieces."""
+    """Hex SHA-256 of a file's bytes."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -402,7 +243,7 @@ def sha256_of(path: str | Path) -> str:
 
 
 def numbered_files(folder: Path, suffix: str) -> dict[int, Path]:
-    """Number -> file, in ascending order, of all that is named {number}{suffix} in `folder`."""
+    """Number -> file, in ascending order, of every {number}{suffix} in `folder`."""
     if not folder.is_dir():
         return {}
     name = re.compile(rf"(0|[1-9][0-9]*){re.escape(suffix)}", re.ASCII)
@@ -411,29 +252,6 @@ def numbered_files(folder: Path, suffix: str) -> dict[int, Path]:
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror})") from error
     return dict(sorted((int(match[1]), path) for match, path in matches if match))
-
-
-def delete_superseded(
-    folder: Path, suffix: str, newest: int, keep_last: int | None, keep_every: int | None
-) -> None:
-    """Delete older files of `numbered_files`, with their records, once `newest` is whole.
-
-    Kept are the last `keep_last` up to `newest` (None: all), multiples of `keep_every`, and those
-    beyond `newest`, which are of another branch of the run.
-    """
-    if keep_last is None:
-        return
-    found = numbered_files(folder, suffix)
-    upto = [number for number in found if number <= newest]
-    for number in upto[:-keep_last]:
-        if not keep_every or number % keep_every:
-            try:
-                # The record first: a file that a kill left without one is found again, not so a
-                # record without its file.
-                found[number].with_suffix(".json").unlink(missing_ok=True)
-                found[number].unlink()
-            except OSError as error:
-                raise UserError(f"{found[number]}: cannot be deleted ({error.strerror})") from error
 
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:
