@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from models import BACKBONES, METHODS, backbone_of
-from schedules import GAP_SCHEDULES, PATHS, SOLUTION_FORMS, gap_fraction, warmed_up
+from schedules import GAP_SCHEDULES, PATHS, SOLUTION_FORMS, TIME_SAMPLING, gap_fraction, warmed_up
 from support.data.batches import BatchPlan
 from support.data.datasets import DATASETS, DataRequest
 from support.data.vae import PIXELS_PER_LATENT, VAE_NAME
@@ -42,7 +42,6 @@ from support.system.settings import (
     either,
     key,
     listed,
-    may_change,
     parse_yaml,
     read_yaml,
     suggest,
@@ -145,6 +144,9 @@ class Config(BaseModel):
         1.0, "exponent of the adaptive loss weight 1 / (squared error + eps)^p", ge=0, le=10
     )
     eps: Decimal = key(0.01, "keeps the adaptive loss weight finite", gt=0)
+    time_sampling: Annotated[str, Choice(TIME_SAMPLING)] = key(
+        "LogitNormal", f"how t, s and l are drawn: {either(TIME_SAMPLING)}"
+    )
     time_mean: Annotated[tuple[Logit, Logit, Logit], Three] = key(
         (-0.2, -1.0, 0.2), "logit-normal means of: flow matching t, consistency s, consistency t"
     )
@@ -556,27 +558,7 @@ def _of_data(config: Config) -> Iterator[tuple[str, str]]:
         yield "data_size", f"must be {dataset.size} for {config.dataset_type}"
 
 
-def refuse_start(config: Config) -> None:
-    """UserError where no run should start so, though what such a one has made can be used."""
-    if config.init_from == "":
-        raise UserError("init_from: '' names no model; null starts from fresh weights")
-    if DATASETS[config.dataset_type].has_files and config.dataset_path:
-        data, results = (
-            Path(os.path.expanduser(path)).resolve()
-            for path in (config.dataset_path, config.working_dir)
-        )
-        # Folders whose names start with a dot are no classes.
-        if data in [results, *results.parents] and not str(results).startswith(f"{data}/."):
-            raise UserError(
-                f"working_dir: {config.working_dir} lies in dataset_path, where every folder is a "
-                "class; say another"
-            )
-
-
 # A run's recorded config
-
-
-OF_THE_WEIGHTS = ("dataset_type", "model_type", "data_size")  # which decide their shapes
 
 
 def as_yaml(config: Config) -> str:
@@ -588,25 +570,3 @@ def save_config(config: Config, path: Path) -> None:
     """Write the resolved config, every key of it."""
     with atomic_write(path) as file:
         file.write(f"# The resolved config of this run.\n{as_yaml(config)}".encode())
-
-
-def refuse_another_experiment(
-    old: Config, new: Config, allowed: Sequence[str], source: str
-) -> list[str]:
-    """One line per key that changed; UserError where that makes it another experiment.
-
-    `allowed` names the keys whose change the user has agreed to.
-    """
-    before, after = old.to_dict(), new.to_dict()
-    changes = {
-        key: f"{before[key]!r} -> {after[key]!r}" for key in FIELDS if before[key] != after[key]
-    }
-    refused = [key for key in changes if not may_change(FIELDS[key]) and key not in allowed]
-    if refused:
-        listed = ", ".join(f"{key} {changes[key]}" for key in refused)
-        flags = " ".join(f"--allow-changed {key}" for key in refused)
-        way_out = f"use another working_dir, or say {flags} to continue all the same"
-        if any(key in OF_THE_WEIGHTS for key in refused):
-            way_out = "its weights do not fit; use another working_dir"
-        raise UserError(f"{source} is of another experiment: {listed}; {way_out}")
-    return [f"{key} changed: {change}" for key, change in changes.items()]

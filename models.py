@@ -1,4 +1,4 @@
-"""SoFlow's mathematics around a network: the solution, the guided velocity and the two losses.
+"""SoFlow around a network: the solution, the guided velocity, the two losses.
 
 Solution Flow Models, arXiv 2512.15657. Time runs from data (t = 0) to noise (t = 1):
 
@@ -6,16 +6,17 @@ Solution Flow Models, arXiv 2512.15657. Time runs from data (t = 0) to noise (t 
     v_t = alpha'(t) x_0 + beta'(t) x_1      the conditional velocity
     f(x, t, s) = a(t, s) x + b(t, s) F(x, t, s)
 
-F is the network, f(x, t, s) the solution at time s of the probability-flow ODE through x at time t,
-and s <= l < t. Everything here is a deterministic function of a batch already drawn; the only
-randomness is the network's dropout.
+F is the network. f(x, t, s) is the solution at time s of the probability-flow ODE through x at
+time t, with s <= l < t. The losses are deterministic functions of a batch that is already drawn;
+the only randomness left is dropout, and the batch carries the seeds of its masks.
 
-Where a loss says `yield`, it asks the network: it hands out passes and gets their outputs back. The
-passes that both losses ask for at the same time share a call where they may (see `passes`).
+`SoFlow.losses` is the training step's mathematics, from top to bottom. To change the method, derive
+from SoFlow and override one of the methods it calls.
 """
 
+import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,16 +24,16 @@ from torch import Tensor, nn
 
 from backbone import Backbone, NetworkRequest
 from dit import DiT
-from passes import Execution, Pass, Passes, check_times, run_passes, run_together
-from schedules import PATHS, SOLUTION_FORMS, ConsistencyTimes, guidance_decay
+from schedules import PATHS, SOLUTION_FORMS, guidance_decay
 from unet import UNet
 
-# B batch, K of its samples are guided, C channels, H = W side; times are [B] until widened
+# B samples of a microbatch: V for flow matching, then B - V for consistency. K of the B keep their
+# label. C channels, H = W side. Times are [B] until `widen` makes them [B, 1, 1, 1].
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised: guidance w, mix m, decay time tau, and the loss weight's p and eps.
+    """The objective's settings: CFG scale w, mix m, decay time tau, loss weight p and eps.
 
     With w = 1 there is no guidance, and m and tau have no effect.
     """
@@ -44,64 +45,79 @@ class Objective:
     eps: float = 0.01
 
 
-class LossTerms(NamedTuple):
-    """A loss, the mean square of its error and its weight: of each sample, [B], or their means.
+@dataclass(frozen=True)
+class Execution:
+    """How the network runs. It affects cost and rounding, and nothing else."""
 
-    The weights of the two losses are defined differently, and are not to be compared.
+    # The dtype of autocast where low precision is safe; None: the weights' own dtype everywhere.
+    autocast_dtype: torch.dtype | None = None
+    # Guidance takes every row, those with dropped labels too: a compiled network needs one shape.
+    fixed_shapes: bool = False
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One microbatch, with all its draws: rows [:V] for flow matching, the others for consistency.
+
+    A row of flow matching has s = l = t. `null_mask` marks the rows whose label is dropped; None
+    drops none. It stays on the CPU: the number of rows in the guidance call follows from it, and
+    must not cost a wait for the device.
+    """
+
+    x_0: Tensor  # [B, C, H, W] clean data
+    x_1: Tensor  # [B, C, H, W] noise
+    t: Tensor  # [B]
+    l: Tensor  # [B]  # noqa: E741 - the paper's letter
+    s: Tensor  # [B]
+    flow_matching_rows: int  # V
+    # The sizes of both parts of the global batch, over all processes and microbatches.
+    global_flow_matching_count: int
+    global_consistency_count: int
+    labels: Tensor | None = None  # [B] int64
+    null_mask: Tensor | None = None  # [B] bool
+    augment_labels: Tensor | None = None  # [B, 6]
+    dropout_seeds: tuple[int, int] = (0, 0)  # of flow matching and of consistency
+
+    def parts(self) -> tuple["Batch", "Batch"]:
+        """The rows for flow matching and the rows for consistency."""
+        V = self.flow_matching_rows
+        return self.rows(slice(None, V), V), self.rows(slice(V, None), 0)
+
+    def rows(self, chosen: slice | list[int], flow_matching_rows: int) -> "Batch":
+        """Some of the rows, of which the first so many are for flow matching."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        cut: Any = {name: v[chosen] for name, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **cut, flow_matching_rows=flow_matching_rows)
+
+
+class LossTerms(NamedTuple):
+    """A loss of each sample, [B] each: the value, the mean square of its error, the loss weight.
+
+    The two losses define their weights differently; do not compare them.
     """
 
     loss: Tensor
     squared_error: Tensor
     weight: Tensor
 
-    def share(self, global_count: int) -> "LossTerms":
-        """Of terms of [B] each, their share of the mean over the global batch's samples."""
-        return LossTerms(*(term.sum() / max(global_count, 1) for term in self))
-
 
 class StepTerms(NamedTuple):
-    """A step's objective and its metrics by name; sums over microbatches are the step's values.
+    """The objective of a step and its metrics by name; summed over microbatches, the step's values.
 
-    The objective is for its gradient: its value, with the surrogate in it, says nothing.
+    Use the objective for its gradient alone: it contains the surrogate, whose value means nothing.
     """
 
     loss: Tensor
     metrics: dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class Samples:
-    """Samples of one loss, all drawn but their times.
-
-    null_mask marks dropped labels. It stays on the CPU: from it follows how many samples the
-    guidance passes take, which must not cost a wait for the device. None drops no label.
-    """
-
-    x_0: Tensor  # [B, C, H, W] clean data
-    x_1: Tensor  # [B, C, H, W] noise
-    labels: Tensor | None = None  # [B] int64
-    null_mask: Tensor | None = None  # [B] bool
-    augment_labels: Tensor | None = None  # [B, 6]
-    # One of the global generator's, unless it is given.
-    dropout_seed: int = field(default_factory=lambda: int(torch.randint(2**62, ())))
+# The formulas
 
 
-@dataclass(frozen=True)
-class Batch:
-    """One microbatch of a step's global batch, drawn: the samples and times of each loss.
-
-    The counts are those of the whole batch.
-    """
-
-    flow_matching: Samples
-    flow_matching_t: Tensor  # [B] of these samples
-    consistency: Samples
-    consistency_times: ConsistencyTimes
-    global_flow_matching_count: int
-    global_consistency_count: int
-
-
-# The mathematics
+def check_times(times: Tensor, x: Tensor) -> None:
+    """ValueError unless `times` are [B], one for each sample of x [B, C, H, W]."""
+    if times.shape != x.shape[:1]:
+        raise ValueError(f"times must be [{len(x)}], one per sample, not {list(times.shape)}")
 
 
 def widen(times: Tensor, x: Tensor) -> Tensor:
@@ -128,79 +144,17 @@ def velocity_of(x: Tensor, F: Tensor, a_s: Tensor, b_s: Tensor) -> Tensor:
     return widen(a_s, x) * x + widen(b_s, x) * F
 
 
-@torch.no_grad()
-def guided_velocity(
-    v_t: Tensor, v_null: Tensor, v_label: Tensor | None, kappa: Tensor, objective: Objective
-) -> Tensor:
-    """v*, [K, C, H, W], of samples that keep their label; kappa is [K].
-
-    v_null and v_label are the network's velocities without and with the label; the latter is not
-    needed where mix_ratio is 1.
-    """
-    w, m = objective.cfg_scale, objective.mix_ratio
-    # v_g = v_t + kappa(t) (w - 1) (v_t - v_null)
-    v_g = v_t + widen(kappa * (w - 1), v_t) * (v_t - v_null)
-    # v* = m v_g + (1 - m) v_label
-    return v_g if v_label is None or m == 1 else torch.lerp(v_label, v_g, m)
-
-
-def target_velocity(
-    v_t: Tensor,
-    t: Tensor,
-    kept: Tensor,
-    v_null: Tensor,
-    v_label: Tensor | None,
-    objective: Objective,
-) -> Tensor:
-    """v*, [B, C, H, W]: guided at the K places `kept`, and v_t where the label is dropped."""
-    if len(kept) == 0:
-        return v_t
-    kappa = guidance_decay(t[kept], objective.cfg_decay_time)
-    return v_t.index_copy(0, kept, guided_velocity(v_t[kept], v_null, v_label, kappa, objective))
-
-
-def flow_matching_terms(
-    velocity: Tensor, v_star: Tensor, b_s: Tensor, objective: Objective
-) -> LossTerms:
-    """The flow matching loss of each sample, [B] each; b_s is that of (t, t)."""
-    # e = mean of (v(x_t, t) - v*)^2
-    error = sample_mean((velocity - v_star).square())
-    with torch.no_grad():
-        # weight = 1 / (|b_s(t, t)| (e + eps)^p)
-        weight = 1 / (b_s.abs() * (error + objective.eps) ** objective.p)
-    return LossTerms(weight * error, error.detach(), weight)
-
-
-def consistency_terms(
-    F_t: Tensor, f_t: Tensor, f_l: Tensor, gap: Tensor, b: Tensor, objective: Objective
-) -> LossTerms:
-    """The solution consistency loss of each sample, [B] each; gap is t - l and b that of (t, s).
-
-    The loss is a surrogate, the mean of sign(b) F_t weight q with all but F_t held constant. It has
-    the gradient of weight (f_t - f_l)^2 / (2 |b| (t - l)), weight and f_l held constant: of
-    d f_t / d F_t = b and 1 / |b| the sign is left, so that nothing is divided by b, which may be
-    small. The value may be negative and says nothing; the mean of q^2 does.
-    """
-    with torch.no_grad():
-        # q = (f(x_t, t, s) - f(x_l, l, s)) / (t - l)
-        q = (f_t - f_l) / widen(gap, f_t)
-        squared_error = sample_mean(q.square())
-        # weight = 1 / (mean of q^2 + eps)^p
-        weight = 1 / (squared_error + objective.eps) ** objective.p
-        slope = widen(b.sign() * weight, q) * q
-    # mean of sign(b(t, s)) F_t weight q
-    return LossTerms(sample_mean(F_t * slope), squared_error, weight)
-
-
 # Methods
 
 
 class Method(nn.Module):
-    """A way to train a network and to jump with it: what SoFlow is, and what a new one has to be.
+    """What is trained around a network, and how a trained one goes from t to s.
 
-    It holds the network as `network` (the names in checkpoints start so), and defines `forward`,
-    from a batch already drawn to its StepTerms, and `jump`. It stands in METHODS under its name.
+    `network` holds the network, as the names in checkpoints say. A method defines `forward`, from a
+    drawn batch to its StepTerms, and `jump`. METHODS lists the methods that configs may name.
     """
+
+    sampler = "renoise"  # the sampler that images are made by unless another is asked for
 
     def __init__(
         self, network: nn.Module, noising_type: str = "Linear", coefficient_type: str = "Euler"
@@ -213,22 +167,49 @@ class Method(nn.Module):
         self.execution = Execution()
 
     def configure(self, settings: Mapping[str, Any]) -> None:
-        """Take from a config's keys what the loss depends on, or the jumps."""
-
-    def loss(self, batch: Batch) -> StepTerms:
-        """The objective on one microbatch: `forward`, which DistributedDataParallel calls."""
-        return self(batch)
+        """Take the settings that the objective or the sampler needs from a config's keys."""
 
     def jump(self, x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
-        """x_s, [B, C, H, W], of x_t; times are [B], labels [B] or None for the null class."""
+        """x_s, [B, C, H, W], from x_t; times are [B], labels [B] or None for the null label."""
         raise NotImplementedError
 
-    # What `squared_errors` gives; a method without can be trained, and has no held-out loss.
+    # The losses that `squared_errors` measures. A method without them has no held-out loss.
     error_names: tuple[str, ...] = ()
 
     def squared_errors(self, batch: Batch) -> dict[str, Tensor]:
-        """The squared error of each sample, [B], in each of the losses, unweighted."""
+        """The unweighted squared error of each row of each loss, by its name."""
         raise NotImplementedError
+
+    def evaluate(
+        self,
+        x: Tensor,
+        t: Tensor,
+        s: Tensor,
+        labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+        dropout_seed: int | None = None,
+        autocast_ok: bool = False,
+    ) -> Tensor:
+        """F(x, t, s), [B, C, H, W], in the dtype of x; ValueError unless times are [B].
+
+        labels are [B] int64 or None for the null label, augment_labels [B, 6]. Equal dropout seeds
+        give equal masks. `autocast_ok` says that low precision does no harm here.
+        """
+        check_times(t, x)
+        check_times(s, x)
+        if len(x) == 0:
+            return x
+        given = {"labels": labels, "augment_labels": augment_labels}
+        if dropout_seed is not None and self._takes_dropout_seed():
+            given["dropout_seed"] = torch.tensor(dropout_seed)
+        given = {name: value for name, value in given.items() if value is not None}
+        dtype = self.execution.autocast_dtype if autocast_ok else None
+        with torch.autocast(x.device.type, dtype) if dtype else contextlib.nullcontext():
+            return self.network(x, t, t - s, **given).to(x.dtype)
+
+    def _takes_dropout_seed(self) -> bool:
+        """Whether the network drops out now, with masks from a seed."""
+        return self.network.training and getattr(self.network, "uses_dropout_seed", False)
 
     def interpolate(self, x_0: Tensor, x_1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """x_t and v_t, [B, C, H, W] each."""
@@ -239,18 +220,26 @@ class Method(nn.Module):
         v_t = alpha_prime * x_0 + beta_prime * x_1
         return x_t, v_t
 
-    def drop_labels(self, samples: Samples) -> Tensor | None:
-        """The labels, [B], with the null class where the mask says so."""
-        if samples.labels is None or samples.null_mask is None:
-            return samples.labels
-        null_mask = samples.null_mask.to(samples.labels.device, non_blocking=True)
-        return torch.where(null_mask, self.null_labels(samples.labels), samples.labels)
+    def drop_labels(self, batch: Batch) -> Batch:
+        """The batch with the null label in the rows that null_mask marks."""
+        if batch.labels is None or batch.null_mask is None:
+            return batch
+        null_mask = batch.null_mask.to(batch.labels.device, non_blocking=True)
+        labels = torch.where(null_mask, self.null_labels(batch.labels), batch.labels)
+        return replace(batch, labels=labels)
 
     def null_labels(self, like: Tensor) -> Tensor:
-        """The label of the null class for each of `like`, [B]."""
+        """The null label for each row of `like`, [B]."""
         if self.null_label is None:
-            raise ValueError("labels are dropped, but the network has no null class")
+            raise ValueError("labels are dropped, but the network has no null label")
         return torch.full_like(like, self.null_label, dtype=torch.int64)
+
+
+class Guidance(NamedTuple):
+    """The network's velocities for classifier-free guidance, [B, C, H, W]; right in kept rows."""
+
+    v_null: Tensor  # under the null label
+    v_label: Tensor | None  # under the row's own label; None where mix_ratio is 1
 
 
 class SoFlow(Method):
@@ -262,145 +251,164 @@ class SoFlow(Method):
         self.objective = Objective(**{f.name: settings[f.name] for f in fields(Objective)})
 
     def forward(self, batch: Batch) -> StepTerms:
-        """One step's objective on one microbatch, normalised by the global counts.
+        """The objective of one microbatch: the mean of both losses over the global batch's samples.
 
-        Each loss is weighted by its share of the global batch: every sample counts alike. Summed
-        over all microbatches, `loss` and its gradients are the batch's. The network is called three
-        times, or two without guidance, where precision and dropout allow both losses in one:
-
-            guidance:       v_null            v_null, v_label
-            with gradient:  F(x_t, t, t)      F(x_t, t, s)
-            without:                          F(x_l, l, s)
+        Dividing by global counts makes the objective independent of how the batch is cut over
+        processes and accumulation steps: losses and metrics of all microbatches add up.
         """
-        flow_matching, consistency = self._both(batch)
-        counts = (batch.global_flow_matching_count, batch.global_consistency_count)
-        loss = (flow_matching.loss.sum() + consistency.loss.sum()) / sum(counts)
-        vel, con = flow_matching.share(counts[0]), consistency.share(counts[1])
+        flow_matching, consistency = self.losses(batch)
+        num_vel, num_con = batch.global_flow_matching_count, batch.global_consistency_count
+        loss = (flow_matching.loss.sum() + consistency.loss.sum()) / (num_vel + num_con)
         metrics = {
-            "Vel_MSE": vel.squared_error,
-            "Vel_Weight": vel.weight,
-            "Con_MSE": con.squared_error,
-            "Con_Weight": con.weight,
+            "Vel_MSE": flow_matching.squared_error.sum() / max(num_vel, 1),
+            "Vel_Weight": flow_matching.weight.sum() / max(num_vel, 1),
+            "Con_MSE": consistency.squared_error.sum() / max(num_con, 1),
+            "Con_Weight": consistency.weight.sum() / max(num_con, 1),
         }
         return StepTerms(loss, metrics)
+
+    def losses(self, batch: Batch) -> tuple[LossTerms, LossTerms]:
+        """The flow matching loss, [V], and the solution consistency loss, [B - V], of each row.
+
+        The network is called three times at most, each time with all the rows that need it.
+        """
+        batch = self.drop_labels(batch)
+        vel, con = batch.parts()
+        V = batch.flow_matching_rows
+        x_t, v_t = self.interpolate(batch.x_0, batch.x_1, batch.t)
+
+        # 1. Without gradient, where there is guidance: v(x_t, t) under the null label and the own
+        guidance = self.guidance(x_t, batch)
+
+        # 2. With gradient: F(x_t, t, s), where s = t for flow matching
+        F_vel, F_con = self.predict(x_t, batch)
+        form = self.solution_form(vel.t, vel.t)
+        velocity = velocity_of(x_t[:V], F_vel, form.a_s, form.b_s)
+        v_star = self.target_velocity(v_t, guidance, velocity.detach(), batch)
+        flow_matching = self.flow_matching_loss(velocity, v_star[:V], form.b_s)
+
+        # 3. Stop-gradient: F(x_l, l, s) with the dropout masks of 2., a little down the path:
+        #    x_l = x_t + v* (l - t)
+        x_l = x_t[V:] + v_star[V:] * widen(con.l - con.t, x_t[V:])
+        with torch.no_grad():
+            F_l = self.evaluate(
+                x_l, con.l, con.s, con.labels, con.augment_labels, con.dropout_seeds[1]
+            )
+        at_t, at_l = self.solution_form(con.t, con.s), self.solution_form(con.l, con.s)
+        f_t = solution_of(x_t[V:], F_con.detach(), at_t.a, at_t.b)
+        f_l = solution_of(x_l, F_l, at_l.a, at_l.b)
+        return flow_matching, self.consistency_loss(F_con, f_t, f_l, con.t - con.l, at_t.b)
+
+    def predict(self, x_t: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """F(x_t, t, t) of the rows for flow matching, F(x_t, t, s) of those for consistency.
+
+        In one call, unless the two differ: flow matching tolerates autocast, and consistency
+        divides a difference of two outputs by t - l, which does not. So do their dropout masks.
+        """
+        V = batch.flow_matching_rows
+        if self.execution.autocast_dtype is None and not self._takes_dropout_seed():
+            F = self.evaluate(x_t, batch.t, batch.s, batch.labels, batch.augment_labels)
+            return F[:V], F[V:]
+        vel, con = batch.parts()
+        vel_seed, con_seed = batch.dropout_seeds
+        return (
+            self.evaluate(x_t[:V], vel.t, vel.s, vel.labels, vel.augment_labels, vel_seed, True),
+            self.evaluate(x_t[V:], con.t, con.s, con.labels, con.augment_labels, con_seed),
+        )
+
+    @torch.no_grad()
+    def guidance(self, x_t: Tensor, batch: Batch) -> Guidance | None:
+        """v(x_t, t) under the null label and under the row's own, in one call; None without CFG.
+
+        Only rows that keep their label need them. Flow matching predicts v under its own label
+        anyway: it gets it from there, and `v_label` of its rows stays empty here.
+        """
+        V, needs_label = batch.flow_matching_rows, self.objective.mix_ratio < 1
+        kept = self.kept_rows(batch)
+        if batch.labels is None or not kept:
+            return None
+        null_rows = [*range(len(x_t))] if self.execution.fixed_shapes else kept
+        label_rows = [row for row in null_rows if row >= V and needs_label]
+        sizes = [len(null_rows), len(label_rows)]
+        rows = torch.tensor(null_rows + label_rows).to(x_t.device, non_blocking=True)
+        nulls, own = rows.split(sizes)
+
+        labels = torch.cat([self.null_labels(nulls), batch.labels[own]])
+        x, t, seed = x_t[rows], batch.t[rows], batch.dropout_seeds[0]
+        F, form = self.evaluate(x, t, t, labels, None, seed, True), self.solution_form(t, t)
+        v_null, v_label = velocity_of(x, F, form.a_s, form.b_s).split(sizes)
+        empty = torch.zeros_like(x_t)
+        return Guidance(
+            empty.index_copy(0, nulls, v_null),
+            empty.index_copy(0, own, v_label) if needs_label else None,
+        )
+
+    def kept_rows(self, batch: Batch) -> list[int]:
+        """The rows that keep their label; none without guidance."""
+        if self.objective.cfg_scale <= 1:
+            return []
+        if batch.null_mask is None:
+            return [*range(len(batch.x_0))]
+        return [row for row, is_null in enumerate(batch.null_mask.tolist()) if not is_null]
+
+    @torch.no_grad()
+    def target_velocity(
+        self, v_t: Tensor, guidance: Guidance | None, velocity: Tensor, batch: Batch
+    ) -> Tensor:
+        """v*, [B, C, H, W]: guided in rows that keep their label, v_t in the others.
+
+        `velocity` is flow matching's own prediction, [V, C, H, W].
+        """
+        if guidance is None:
+            return v_t
+        w, m = self.objective.cfg_scale, self.objective.mix_ratio
+        kappa = guidance_decay(batch.t, self.objective.cfg_decay_time)
+        # v_g = v_t + kappa(t) (w - 1) (v_t - v_null)
+        v_star = v_t + widen(kappa * (w - 1), v_t) * (v_t - guidance.v_null)
+        if guidance.v_label is not None:
+            # v* = m v_g + (1 - m) v_label
+            v_label = torch.cat([velocity, guidance.v_label[len(velocity) :]])
+            v_star = torch.lerp(v_label, v_star, m)
+        if batch.null_mask is None:
+            return v_star
+        null_mask = batch.null_mask.to(v_t.device, non_blocking=True)
+        return torch.where(null_mask.view(-1, 1, 1, 1), v_t, v_star)
+
+    def loss_weight(self, squared_error: Tensor, scale: Tensor | float = 1) -> Tensor:
+        """The adaptive loss weight of each sample, [B]."""
+        # weight = 1 / (scale (e + eps)^p)
+        return 1 / (scale * (squared_error + self.objective.eps) ** self.objective.p)
+
+    def flow_matching_loss(self, velocity: Tensor, v_star: Tensor, b_s: Tensor) -> LossTerms:
+        """The weighted squared error of the velocity, [V] each; b_s is that of (t, t)."""
+        # e = mean of (v(x_t, t) - v*)^2;  weight = 1 / (|b_s(t, t)| (e + eps)^p)
+        error = sample_mean((velocity - v_star).square())
+        weight = self.loss_weight(error.detach(), b_s.abs())
+        return LossTerms(weight * error, error.detach(), weight)
+
+    def consistency_loss(
+        self, F_t: Tensor, f_t: Tensor, f_l: Tensor, gap: Tensor, b: Tensor
+    ) -> LossTerms:
+        """The solution consistency loss, [B - V] each; gap is t - l and b that of (t, s).
+
+        The loss is a surrogate, the mean of sign(b) F_t weight q with all but F_t held constant. It
+        has the gradient of weight (f_t - f_l)^2 / (2 |b| (t - l)), with weight and f_l held
+        constant: of d f_t / d F_t = b and 1 / |b| only the sign is left. So nothing is divided by
+        b, which may be small. The value may be negative and means nothing; the mean of q^2 does.
+        """
+        # q = (f(x_t, t, s) - f(x_l, l, s)) / (t - l);  weight = 1 / (mean of q^2 + eps)^p
+        q = (f_t - f_l) / widen(gap, f_t)
+        error = sample_mean(q.square())
+        weight = self.loss_weight(error)
+        # mean of sign(b(t, s)) F_t weight q
+        slope = widen(b.sign() * weight, q) * q
+        return LossTerms(sample_mean(F_t * slope), error, weight)
 
     error_names = ("velocity", "consistency")
 
     def squared_errors(self, batch: Batch) -> dict[str, Tensor]:
-        both = (terms.squared_error for terms in self._both(batch))
-        return dict(zip(self.error_names, both, strict=True))
-
-    def _both(self, batch: Batch) -> list[LossTerms]:
-        """Both losses of each sample, in passes that they share."""
-        return run_together(
-            self.network,
-            self.execution,
-            self._flow_matching(batch.flow_matching, batch.flow_matching_t, self.objective),
-            self._consistency(batch.consistency, batch.consistency_times, self.objective),
-        )
-
-    def _flow_matching(
-        self, samples: Samples, t: Tensor, objective: Objective
-    ) -> Passes[LossTerms]:
-        """The flow matching loss of each sample: the velocity is to be v*."""
-        x_t, v_t = self.interpolate(samples.x_0, samples.x_1, t)
-        labels, kept = self.drop_labels(samples), kept_places(samples, objective)
-        (v_null,) = yield from self._velocities(x_t, t, kept, objective, None)
-
-        conditions = (labels, samples.augment_labels, samples.dropout_seed)
-        (F_t,) = yield (Pass(x_t, t, t, *conditions, may_be_coarse=True),)
-        form = self.solution_form(t, t)
-        velocity = velocity_of(x_t, F_t, form.a_s, form.b_s)
-        # v_label is what is predicted here anyway, without its gradient: it costs no pass.
-        v_star = target_velocity(v_t, t, kept, v_null, velocity.detach()[kept], objective)
-        return flow_matching_terms(velocity, v_star, form.b_s, objective)
-
-    def _consistency(
-        self, samples: Samples, times: ConsistencyTimes, objective: Objective
-    ) -> Passes[LossTerms]:
-        """The consistency loss of each sample: f at s is to be the same from x_t and from x_l."""
-        t, l, s = times  # noqa: E741
-        x_t, v_t = self.interpolate(samples.x_0, samples.x_1, t)
-        labels, kept = self.drop_labels(samples), kept_places(samples, objective)
-        label_sets = (None, labels) if objective.mix_ratio < 1 else (None,)
-        v_null, *v_label = yield from self._velocities(x_t, t, kept, objective, *label_sets)
-        v_star = target_velocity(v_t, t, kept, v_null, v_label[0] if v_label else None, objective)
-
-        # The same conditions and dropout masks at t and at l: f must not be of two networks. And
-        # full precision: their difference is divided by t - l.
-        conditions = (labels, samples.augment_labels, samples.dropout_seed)
-        (F_t,) = yield (Pass(x_t, t, s, *conditions),)
-        # x_l = x_t + v* (l - t)
-        x_l = x_t + v_star * widen(l - t, x_t)
-        (F_l,) = yield (Pass(x_l, l, s, *conditions, needs_gradient=False),)
-
-        at_t, at_l = self.solution_form(t, s), self.solution_form(l, s)
-        f_t = solution_of(x_t, F_t.detach(), at_t.a, at_t.b)
-        f_l = solution_of(x_l, F_l, at_l.a, at_l.b)
-        return consistency_terms(F_t, f_t, f_l, t - l, at_t.b, objective)
-
-    def _velocities(
-        self,
-        x_t: Tensor,
-        t: Tensor,
-        places: Tensor,
-        objective: Objective,
-        *label_sets: Tensor | None,
-    ) -> Passes[list[Tensor]]:
-        """The velocities, [K, C, H, W], at K places of x_t under each of these labels [B].
-
-        For guidance, and none is asked for without it: without gradient, and in lower precision
-        where that will do. No dropout seed and no augmentation labels are given: our networks with
-        labels have neither.
-        """
-        if objective.cfg_scale <= 1:
-            return [x_t[places] for _ in label_sets]
-        null_labels = self.null_labels(t)
-        label_sets = tuple(null_labels if labels is None else labels for labels in label_sets)
-        outputs = yield tuple(
-            Pass(x_t, t, t, labels, wanted=places, needs_gradient=False, may_be_coarse=True)
-            for labels in label_sets
-        )
-        form = self.solution_form(t[places], t[places])
-        return [velocity_of(x_t[places], F, form.a_s, form.b_s) for F in outputs]
-
-    # For callers who have one loss, one velocity or one jump to compute
-
-    def flow_matching_loss(
-        self,
-        x_0: Tensor,
-        x_1: Tensor,
-        t: Tensor,
-        labels: Tensor | None,
-        null_mask: Tensor | None,
-        objective: Objective,
-        augment_labels: Tensor | None = None,
-    ) -> LossTerms:
-        """The weighted squared error of the velocity, guided where the objective says so."""
-        samples = Samples(x_0, x_1, labels, null_mask, augment_labels)
-        loss = self._flow_matching(samples, t, objective)
-        (terms,) = run_together(self.network, self.execution, loss)
-        return terms.share(len(x_0))
-
-    def consistency_loss(
-        self,
-        x_0: Tensor,
-        x_1: Tensor,
-        t: Tensor,
-        l: Tensor,  # noqa: E741
-        s: Tensor,
-        labels: Tensor | None,
-        null_mask: Tensor | None,
-        objective: Objective,
-        augment_labels: Tensor | None = None,
-    ) -> LossTerms:
-        """The surrogate of the consistency loss, which divides by no b; see `consistency_terms`."""
-        # Both passes are to drop the same.
-        seed = int(torch.randint(2**62, ())) if self.training else 0
-        samples = Samples(x_0, x_1, labels, null_mask, augment_labels, seed)
-        loss = self._consistency(samples, ConsistencyTimes(t, l, s), objective)
-        (terms,) = run_together(self.network, self.execution, loss)
-        return terms.share(len(x_0))
+        errors = (terms.squared_error for terms in self.losses(batch))
+        return dict(zip(self.error_names, errors, strict=True))
 
     def velocity(
         self,
@@ -410,8 +418,7 @@ class SoFlow(Method):
         augment_labels: Tensor | None = None,
     ) -> Tensor:
         """d/ds f(x, t, s) at s = t, which is a_s(t, t) x + b_s(t, t) F(x, t, t)."""
-        (F,) = run_passes(self.network, self.execution, [Pass(x_t, t, t, labels, augment_labels)])
-        form = self.solution_form(t, t)
+        F, form = self.evaluate(x_t, t, t, labels, augment_labels), self.solution_form(t, t)
         return velocity_of(x_t, F, form.a_s, form.b_s)
 
     def solution(
@@ -423,23 +430,11 @@ class SoFlow(Method):
         augment_labels: Tensor | None = None,
     ) -> Tensor:
         """f(x, t, s): where the path that is at x_t at time t is at time s."""
-        (F,) = run_passes(self.network, self.execution, [Pass(x_t, t, s, labels, augment_labels)])
-        form = self.solution_form(t, s)
+        F, form = self.evaluate(x_t, t, s, labels, augment_labels), self.solution_form(t, s)
         return solution_of(x_t, F, form.a, form.b)
 
     def jump(self, x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
         return self.solution(x_t, t, s, labels)
-
-
-def kept_places(samples: Samples, objective: Objective) -> Tensor:
-    """[K] places of the samples that keep their label, on which guidance acts; none without it."""
-    device = samples.x_0.device
-    if objective.cfg_scale <= 1 or len(samples.x_0) == 0:
-        return torch.arange(0, device=device)
-    if samples.null_mask is None:
-        return torch.arange(len(samples.x_0), device=device)
-    # Counted on the CPU, where it waits for no device.
-    return torch.nonzero(~samples.null_mask).squeeze(1).to(device, non_blocking=True)
 
 
 # Building

@@ -4,7 +4,7 @@ Times run from data (t = 0) to noise (t = 1); `models` says what the letters mea
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -100,17 +100,46 @@ def warmed_up(learning_rate: float, warmup_steps: int | None, step: int) -> floa
     return learning_rate * min(1.0, (step + 1) / warmup_steps)
 
 
-class ConsistencyTimes(NamedTuple):
-    """Times of the consistency loss, [B] each: s <= l < t."""
+class Times(NamedTuple):
+    """The times of a microbatch, [B] each; s = l = t for flow matching, s <= l < t else."""
 
     t: Tensor
     l: Tensor  # noqa: E741 - the paper's letter
     s: Tensor
 
 
-def consistency_times(drawn_t: Tensor, drawn_s: Tensor, ratio: float) -> ConsistencyTimes:
-    """The times made of two independent draws in (0, 1) and the gap fraction r."""
+def logit_normal_times(
+    num_flow_matching: int,
+    num_consistency: int,
+    gap_fraction: float,
+    mean: Sequence[float],
+    std: Sequence[float],
+    source: Callable[[str], torch.Generator],
+) -> Times:
+    """Logit-normal times, on the CPU: those of flow matching first, then those of consistency.
+
+    `mean` and `std` are of flow matching's t, consistency's s and consistency's t. `source` gives
+    the generator of a purpose, which is always the same for the same step.
+    """
+
+    def draw(purpose: str, count: int, index: int) -> Tensor:
+        normal = torch.randn(count, generator=source(purpose))
+        return torch.sigmoid(std[index] * normal + mean[index])
+
+    flow_matching_t = draw("flow matching t", num_flow_matching, 0)
+    drawn_s = draw("consistency s", num_consistency, 1)
+    drawn_t = draw("consistency t", num_consistency, 2)
+    consistency = consistency_times(drawn_t, drawn_s, gap_fraction)
+    return Times(*(torch.cat([flow_matching_t, times]) for times in consistency))
+
+
+def consistency_times(drawn_t: Tensor, drawn_s: Tensor, ratio: float) -> Times:
+    """Ordered times made of two independent draws in (0, 1) and the gap fraction r, [B] each."""
     t = drawn_t.clamp(min=MIN_TIME_GAP)
     s = torch.minimum(drawn_s, t - MIN_TIME_GAP)
     between = torch.minimum(t + (s - t) * ratio, t - MIN_TIME_GAP)
-    return ConsistencyTimes(t, between, s)
+    return Times(t, between, s)
+
+
+# How a microbatch's t, l and s are drawn: `time_sampling` in a config.
+TIME_SAMPLING = {"LogitNormal": logit_normal_times}

@@ -22,7 +22,7 @@ from arena.results import add_rows
 from config import load_config
 from support.data.batches import build_loader
 from support.system.processes import Processes
-from train import build_run, draw_batches
+from training.run import build_run, draw_batches
 
 ALONE = Processes(0, 0, 1, torch.device("cpu"))
 TURNS, STEPS_OF_MEMORY = 15, 5

@@ -18,8 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 # isort: split
 import arena.objectives as arena
 from config import Config
-from models import Batch, Method, Samples, SoFlow, StepTerms, build_model
-from schedules import consistency_times
+from models import Batch, Method, SoFlow, StepTerms, build_model
 
 # B samples of the whole batch, both parts together
 
@@ -28,34 +27,17 @@ class FlowMatching(arena.FlowMatching):
     """The arena's, on both parts of the batch."""
 
     def forward(self, batch: Batch) -> StepTerms:
-        samples, t, _ = whole(batch)
-        x_t, v_t = self.interpolate(samples.x_0, samples.x_1, t)
-        return terms_of((self.velocity(x_t, t, self.drop_labels(samples)) - v_t).square().mean())
+        batch = self.drop_labels(batch)
+        x_t, v_t = self.interpolate(batch.x_0, batch.x_1, batch.t)
+        return terms_of((self.velocity(x_t, batch.t, batch.labels) - v_t).square().mean())
 
 
 class MeanFlow(arena.MeanFlow):
     """The arena's, with the derivative of all samples, also where s = t (algorithm 1 there)."""
 
     def forward(self, batch: Batch) -> StepTerms:
-        errors = self.errors(*whole(batch))
+        errors = self.errors(self.drop_labels(batch))
         return terms_of((errors / (errors.detach() + self.eps) ** self.p).mean())
-
-
-def whole(batch: Batch) -> tuple[Samples, Tensor, Tensor]:
-    """The samples of both parts together, and their t and s."""
-    parts = (batch.flow_matching, batch.consistency)
-    samples = Samples(
-        torch.cat([part.x_0 for part in parts]),
-        torch.cat([part.x_1 for part in parts]),
-        *(_cat([getattr(part, name) for part in parts]) for name in ("labels", "null_mask")),
-    )
-    t = torch.cat([batch.flow_matching_t, batch.consistency_times.t])
-    s = torch.cat([batch.flow_matching_t, batch.consistency_times.s])
-    return samples, t, s
-
-
-def _cat(tensors: list[Tensor | None]) -> Tensor | None:
-    return None if tensors[0] is None else torch.cat(tensors)
 
 
 def terms_of(loss: Tensor) -> StepTerms:
@@ -96,27 +78,18 @@ def count_flops(config: Config, name: str) -> Flops:
     batch = exact_batch(config, count, device)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as of_step:
         STEPS[name](model)(batch).loss.backward()
-    parts = (batch.flow_matching, batch.consistency)
-    x = torch.cat([part.x_0 for part in parts])
-    labels = torch.cat([part.labels for part in parts]) if config.is_conditional else None
+    x, t = batch.x_0, batch.t
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as of_forward:
-        model.eval().solution(x, x[:, 0, 0, 0], x[:, 0, 0, 0], labels)
+        model.eval().solution(x, t, t, batch.labels)
     return Flops(of_step.get_total_flops() / count, of_forward.get_total_flops() / count)
 
 
 def exact_batch(config: Config, count: int, device: str) -> Batch:
     """Samples on `device`, of which exactly a tenth have dropped labels where there are labels."""
     V = int(count * config.velocity_loss_ratio)
-
-    def samples(count: int) -> Samples:
-        shape = (count, *data_shape(config))
-        x_0, x_1 = torch.empty(shape, device=device), torch.empty(shape, device=device)
-        if not config.is_conditional:
-            return Samples(x_0, x_1, dropout_seed=1)
-        null_mask = torch.arange(count) < count // 10  # on the CPU, as always
+    x = torch.empty(count, *data_shape(config), device=device)
+    t, labels, null_mask = torch.empty(count, device=device), None, None
+    if config.is_conditional:
         labels = torch.empty(count, dtype=torch.int64, device=device)
-        return Samples(x_0, x_1, labels, null_mask)
-
-    t = torch.empty(count, device=device)
-    times = consistency_times(t[V:], t[V:], 0.1)
-    return Batch(samples(V), t[:V], samples(count - V), times, V, count - V)
+        null_mask = torch.arange(count) % 10 == 0  # on the CPU, as always
+    return Batch(x, x, t, t, t, V, V, count - V, labels, null_mask, dropout_seeds=(1, 1))

@@ -33,6 +33,7 @@ from support.data.batches import DataOrder  # noqa: E402
 from support.data.datasets import Selection, digits_split  # noqa: E402
 from support.system.processes import connected  # noqa: E402
 from support.system.signals import listening  # noqa: E402
+from training.run import build_run, continue_run, open_folder  # noqa: E402
 
 CHECKPOINTS = 12
 FEW_IMAGES = 200
@@ -62,13 +63,13 @@ def train_one(name: str, folder: Path, steps: int) -> None:
     flags = [f"{key}={value}" for key, value in settings.items()]
     config = load_config(ROOT / "configs" / "digits.yaml", flags)
     with connected("cpu", config.timeout_minutes) as processes:
-        run = train.build_run(config, processes)
+        run = build_run(config, processes)
         if "images" in name:
             run.data = Selection(run.data, torch.arange(FEW_IMAGES))
             assert DataOrder(len(run.data), config.batch_size, config.seed).steps_per_epoch == 1
         with run.results.claimed(), listening() as run.listener:
-            train.continue_run(run, ["data"])
-            train.open_folder(run)
+            continue_run(run, ["data"])
+            open_folder(run)
             train.train(run)
 
 

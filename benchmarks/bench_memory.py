@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from support.system.processes import connected
-from train import Learner
+from training.learner import Learner
 
 MOST_BYTES, MOST_TIME = 0.35, 1.4
 

@@ -35,7 +35,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from config import Config
 from support.system.processes import connected
-from train import Learner
+from training.learner import Learner
 
 
 def step_of(learner: Learner, name: str):

@@ -20,8 +20,8 @@ from models import Batch  # noqa: E402
 from support.data.batches import BatchPlan  # noqa: E402
 from support.data.datasets import PixelData, RawBatch  # noqa: E402
 from support.system.processes import Processes, usable_cores  # noqa: E402
-from train import Learner, build_learner  # noqa: E402
 from training.draws import draw_batch  # noqa: E402
+from training.learner import Learner, build_learner  # noqa: E402
 
 NUM_CLASSES = 1000
 

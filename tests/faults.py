@@ -37,12 +37,12 @@ from faulty import AS_ON_A_GPU, BALLAST, GONE, Fault, Moment, Watch, work
 from PIL import Image
 from tqdm import tqdm
 
-import train
 from config import load_config
 from support.runs.checkpoint import find_checkpoints, read_checkpoint, save_checkpoint
 from support.scores.npz import read_archive
 from support.system.command import STOPPED_STATUS, run_command
 from support.system.processes import Processes
+from training.run import build_run, continue_run
 
 TESTS = ROOT / "tests"
 LIMIT_SECONDS = 60  # for a process that should have ended by itself
@@ -515,8 +515,8 @@ def requests_to_save(tries: int, folder: Path) -> Tally:
 def used(folder: Path) -> tuple[int, list[str], object]:
     """The step that a run in `folder` would go on from, what it would say, and the state."""
     config = load_config(*_split(options_of(folder)))
-    run = train.build_run(config, ALONE)
-    train.continue_run(run, [])
+    run = build_run(config, ALONE)
+    continue_run(run, [])
     state = run.learner.state
     return state.finished_steps, run.notes, state.state_dict(100)
 

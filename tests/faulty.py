@@ -28,6 +28,7 @@ from support.runs import guard, results
 from support.system import files, locks
 from support.system.command import run_command
 from support.system.files import UserError
+from training import learner
 
 BALLAST = "ballast"
 GONE = ".gone"
@@ -176,7 +177,7 @@ def watch_files(watch: Watch) -> None:
 
 def watch_training(watch: Watch) -> None:
     """Patch what a run consists of."""
-    real_step, real_sample = train.Learner.step, sampler.sample
+    real_step, real_sample = learner.Learner.step, sampler.sample
     real_init = guard.NonFiniteGuard.__init__
     real_clean, real_save = data.PixelData.clean, results.save_checkpoint
 
@@ -202,7 +203,7 @@ def watch_training(watch: Watch) -> None:
         real_save(path, content)
 
     guard.NonFiniteGuard.__init__ = init
-    train.Learner.step, sampler.sample = step, sample
+    learner.Learner.step, sampler.sample = step, sample
     data.PixelData.clean, results.save_checkpoint = clean, save
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,8 +17,7 @@ from arena.plan import read_plan
 from arena.results import FILES, add_rows, read_rows
 from arena.run import recorded_of
 from config import Config
-from models import Batch, Samples, build_model
-from schedules import ConsistencyTimes
+from models import Batch, build_model
 from support.system.files import UserError
 
 # B batch; points of the plane are images [B, 2, 1, 1]
@@ -28,8 +28,9 @@ SETTINGS = {**Config().to_dict(), "cfg_scale": 1.0, "p": 0.0}  # all samples wei
 
 def batch_of(x_0: Tensor, x_1: Tensor, t: Tensor, l: Tensor, s: Tensor) -> Batch:  # noqa: E741
     """The same samples and t for both parts."""
-    samples = Samples(x_0, x_1, dropout_seed=1)
-    return Batch(samples, t, samples, ConsistencyTimes(t, l, s), len(t), len(t))
+    x_0, x_1 = torch.cat([x_0, x_0]), torch.cat([x_1, x_1])
+    t, l, s = (torch.cat([t, time]) for time in (t, l, s))  # noqa: E741
+    return Batch(x_0, x_1, t, l, s, len(t) // 2, len(t) // 2, len(t) // 2, dropout_seeds=(1, 1))
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -149,7 +150,7 @@ def test_on_a_gaussian_mixture_two_true_half_steps_are_a_true_step():
     for is_true in (True, False):
         method = OBJECTIVES["Shortcut"](TrueMap(is_true))
         method.interpolate = lambda x_0, x_1, t: (x_1, x_1)  # x_t as it is given
-        errors[is_true] = method.self_consistency(Samples(x, x), t, d)
+        errors[is_true] = method.self_consistency(Batch(x, x, t, t, t, 0, 0, len(x)), t, d)
     assert errors[True].max() < 1e-9
     assert errors[False].mean() > 1e-3
 
@@ -186,9 +187,10 @@ def test_a_batch_in_two_parts_gives_the_gradient_of_the_whole_one(name):
     def gradients(*parts: slice) -> list[Tensor]:
         method.zero_grad()
         for rows in parts:
-            samples = Samples(x_0[rows], x_1[rows], labels[rows], null_mask[rows])
-            times = ConsistencyTimes(t[rows], 0.9 * t[rows], 0.5 * t[rows])
-            method(Batch(samples, t[rows], samples, times, 6, 6)).loss.backward()
+            batch = batch_of(x_0[rows], x_1[rows], t[rows], 0.9 * t[rows], 0.5 * t[rows])
+            told = {"labels": labels[rows].repeat(2), "null_mask": null_mask[rows].repeat(2)}
+            counts = {"global_flow_matching_count": 6, "global_consistency_count": 6}
+            method(replace(batch, **told, **counts)).loss.backward()
         return [p.grad.clone() for p in method.parameters() if p.grad is not None]
 
     whole, halves = gradients(slice(None)), gradients(slice(4), slice(4, None))

@@ -12,11 +12,11 @@ from config import (
     Config,
     config_from_dict,
     load_config,
-    refuse_another_experiment,
     save_config,
 )
 from support.system.files import UserError
 from support.system.settings import may_change
+from training.identity import refuse_another_experiment
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 import support.data.datasets
 import train
-from config import config_from_dict, refuse_start
+from config import config_from_dict
 from support.data.batches import BatchPlan
 from support.data.datasets import (
     DataRequest,
@@ -33,6 +33,7 @@ from support.data.folders import SIZES_COMPARED, class_folders
 from support.data.images import read_image
 from support.system.files import UserError
 from support.system.processes import Processes
+from training.identity import refuse_start
 
 
 def config_of(dataset_type, path=None, **values):

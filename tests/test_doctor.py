@@ -14,6 +14,7 @@ from support.runs.guard import NonFiniteGuard
 from support.system.files import UserError
 from support.system.processes import Processes
 from training import doctor
+from training import run as training_run
 
 PLANTED = 700  # the number of an example
 
@@ -65,14 +66,14 @@ def test_a_planted_image_is_found_by_its_loss_its_t_and_its_batch(
 
 
 def test_a_planted_infinite_weight_is_found_in_its_block(tmp_path, monkeypatch, capsys):
-    build = train.build_learner
+    build = training_run.build_learner
 
     def planted(*arguments):
         learner, notes = build(*arguments)
         learner.state.model.network.blocks[2].mlp.fc1.weight.data[0, 0] = torch.inf
         return learner, notes
 
-    monkeypatch.setattr(train, "build_learner", planted)
+    monkeypatch.setattr(training_run, "build_learner", planted)
     # Such weights are refused by the first checkpoint, too, which is written beside training.
     monkeypatch.setattr(train, "make_result", lambda run, path: None)
     said = broken_run(tmp_path)

@@ -29,12 +29,7 @@ def draw(drawn_config: Config, step: int = 0, microbatch: int = 0, plan: BatchPl
 
 def tensors(batch: Batch) -> dict[str, torch.Tensor]:
     """All that was drawn, by name."""
-    found = {"t": batch.flow_matching_t, "times": torch.stack(batch.consistency_times)}
-    for loss in ("flow_matching", "consistency"):
-        for name, value in vars(getattr(batch, loss)).items():
-            if isinstance(value, torch.Tensor):
-                found[f"{loss}.{name}"] = value
-    return found
+    return {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
 
 
 def test_the_same_step_is_drawn_the_same_and_nothing_global_moves():
@@ -51,32 +46,33 @@ def test_the_same_step_is_drawn_the_same_and_nothing_global_moves():
 def test_another_step_or_seed_is_drawn_otherwise(other):
     one = draw(config())
     two = draw(**{"drawn_config": config(), **other})
-    drawn = ("flow_matching.x_1", "consistency.x_1", "flow_matching.null_mask", "t", "times")
-    for name in drawn:
+    for name in ("x_1", "null_mask", "t", "l", "s"):
         assert not torch.equal(tensors(one)[name], tensors(two)[name]), name
-    assert one.flow_matching.dropout_seed != two.flow_matching.dropout_seed
-    assert torch.equal(one.flow_matching.x_0, two.flow_matching.x_0)
+    assert one.dropout_seeds != two.dropout_seeds
+    assert torch.equal(one.x_0, two.x_0)
 
 
 def test_parts_draw_otherwise_and_the_two_losses_drop_otherwise():
     plan = BatchPlan(32, 20, 2, 1)
     one, two = (draw(config(), microbatch=microbatch, plan=plan) for microbatch in (0, 1))
-    assert not torch.equal(one.flow_matching.x_1, two.flow_matching.x_1)
-    assert one.flow_matching.dropout_seed != one.consistency.dropout_seed
+    assert not torch.equal(one.x_1, two.x_1)
+    assert one.dropout_seeds[0] != one.dropout_seeds[1]
 
 
 def test_the_first_samples_are_for_flow_matching_and_the_counts_are_global():
     batch = draw(config())
-    assert len(batch.flow_matching.x_0) == len(batch.flow_matching_t) == 10
-    assert len(batch.consistency.x_0) == len(batch.consistency_times.t) == 6
+    assert batch.flow_matching_rows == 10
+    vel, con = batch.parts()
+    assert torch.equal(vel.t, vel.l)
+    assert torch.equal(vel.t, vel.s)
+    assert (len(con.x_0), (con.s <= con.l).all(), (con.l < con.t).all()) == (6, True, True)
     assert (batch.global_flow_matching_count, batch.global_consistency_count) == (10, 6)
-    labels = torch.cat([batch.flow_matching.labels, batch.consistency.labels])
-    assert labels.tolist() == [index % 10 for index in range(16)]
+    assert batch.labels.tolist() == [index % 10 for index in range(16)]
 
 
 def test_gap_of_the_times_follows_the_schedule():
     def ratio(step: int) -> torch.Tensor:
-        times = draw(config(total_steps=100, l_schedule="Exponent"), step=step).consistency_times
+        _, times = draw(config(total_steps=100, l_schedule="Exponent"), step=step).parts()
         return ((times.t - times.l) / (times.t - times.s)).median()
 
     assert ratio(0) == pytest.approx(0.1, rel=1e-3)
@@ -88,10 +84,11 @@ def test_each_time_has_its_own_mean_and_is_drawn_for_itself():
     means = (2.0, -3.0, 1.0)
     narrow = draw(config(time_mean=means, time_std=(1e-3, 1e-3, 1e-3), l_schedule="Const"))
     t, s, later_t = (torch.sigmoid(torch.tensor(mean)) for mean in means)
-    assert torch.allclose(narrow.flow_matching_t, t, atol=1e-3)
-    assert torch.allclose(narrow.consistency_times.s, s, atol=1e-3)
-    assert torch.allclose(narrow.consistency_times.t, later_t, atol=1e-3)
-    wide = draw(config(time_mean=(0.0, -9.0, 0.0), time_std=(1.0, 1.0, 1.0))).consistency_times
+    vel, con = narrow.parts()
+    assert torch.allclose(vel.t, t, atol=1e-3)
+    assert torch.allclose(con.s, s, atol=1e-3)
+    assert torch.allclose(con.t, later_t, atol=1e-3)
+    _, wide = draw(config(time_mean=(0.0, -9.0, 0.0), time_std=(1.0, 1.0, 1.0))).parts()
     ranks = [torch.argsort(torch.argsort(time)).tolist() for time in (wide.t, wide.s)]
     assert ranks[0] != ranks[1]
 
@@ -100,32 +97,28 @@ def test_a_unet_on_cifar_gets_augmented_images_and_what_was_done_to_them():
     plain = config(model_type="UNet", cfg_scale=1.0, cfg_drop_rate=0.0)
     assert plain.augment_probability == 0.12
     batch = draw(plain.model_copy(update={"augment_probability": 1.0}))
-    assert batch.flow_matching.labels is None
-    assert batch.flow_matching.null_mask is None
-    assert batch.consistency.augment_labels.shape == (6, 6)
+    assert batch.labels is None
+    assert batch.null_mask is None
     # Flip and scale are drawn for all at probability 1: the labels say by how much.
     source = generator(plain.seed, "augmentation", 0, 0)
     parameters = draw_augmentation(16, 1.0, source)
-    assert torch.equal(batch.flow_matching.augment_labels, parameters.labels[:10])
-    assert torch.equal(batch.consistency.augment_labels, parameters.labels[10:])
+    assert torch.equal(batch.augment_labels, parameters.labels)
     assert parameters.labels.abs().sum() > 1
     untouched = draw(plain.model_copy(update={"augment_probability": 0.0}))
-    assert untouched.consistency.augment_labels is None
-    assert not torch.allclose(batch.flow_matching.x_0, untouched.flow_matching.x_0, atol=0.1)
+    assert untouched.augment_labels is None
+    assert not torch.allclose(batch.x_0, untouched.x_0, atol=0.1)
 
 
 def test_half_the_pictures_are_flipped_on_request_and_nothing_else_changes():
     folder = {"dataset_type": "ImageFolder", "augment_probability": 0.0}
     plain, flipped = (draw(config(horizontal_flips=on, **folder)) for on in (False, True))
-    x_0, mirrored = (
-        torch.cat([batch.flow_matching.x_0, batch.consistency.x_0]) for batch in (plain, flipped)
-    )
+    x_0, mirrored = (batch.x_0 for batch in (plain, flipped))
     is_flipped = (mirrored == x_0.flip(-1)).flatten(1).all(dim=1)
     assert torch.equal(mirrored, torch.where(is_flipped[:, None, None, None], x_0.flip(-1), x_0))
     assert 0 < is_flipped.sum() < len(x_0)
     again = draw(config(horizontal_flips=True, **folder))
     later = draw(config(horizontal_flips=True, **folder), step=1)
-    assert torch.equal(again.flow_matching.x_0, flipped.flow_matching.x_0)
-    assert not torch.equal(later.flow_matching.x_0, flipped.flow_matching.x_0)
+    assert torch.equal(again.x_0, flipped.x_0)
+    assert not torch.equal(later.x_0, flipped.x_0)
     for name, value in tensors(plain).items():
         assert name.endswith("x_0") or torch.equal(value, tensors(flipped)[name]), name

@@ -80,9 +80,9 @@ def test_every_stretch_of_t_has_its_share_and_times_are_those_of_the_last_gap():
     assert [len(bins) for _, bins in frozen] == [30, 30, 30, 10]
     bins = torch.cat([bins for _, bins in frozen])
     assert torch.bincount(bins).tolist() == [25] * BINS
+    consistency = [batch.parts()[1] for batch, _ in frozen]
     t, l, s = (  # noqa: E741
-        torch.cat(values)
-        for values in zip(*(batch.consistency_times for batch, _ in frozen), strict=True)
+        torch.cat([getattr(batch, name) for batch in consistency]) for name in "tls"
     )
     assert torch.equal(bins, (t * BINS).long())
     torch.testing.assert_close((t - l) / (t - s), torch.full((100,), 0.01), atol=1e-4, rtol=1e-2)
@@ -97,7 +97,7 @@ def test_draws_are_those_of_the_seed_however_many_processes_share_them():
         for rank in range(world_size):
             processes = Processes(rank, rank, world_size, torch.device("cpu"))
             frozen = draw_held_out(config, data, processes)
-            noise = torch.cat([batch.flow_matching.x_1 for batch, _ in frozen])
+            noise = torch.cat([batch.parts()[0].x_1 for batch, _ in frozen])
             found |= dict(zip(range(rank, 12, world_size), noise, strict=True))
         return found
 
@@ -106,8 +106,8 @@ def test_draws_are_those_of_the_seed_however_many_processes_share_them():
     again, other = (
         draw_held_out(c, data, ALONE)[0].batch for c in (config, digits(held_out=12, seed=7))
     )
-    assert torch.equal(again.flow_matching.x_1[0], one[0])
-    assert not torch.equal(other.flow_matching.x_1[0], one[0])
+    assert torch.equal(again.x_1[0], one[0])
+    assert not torch.equal(other.x_1[0], one[0])
 
 
 def test_the_exact_network_has_no_error_and_a_wrong_one_has_it_where_it_is_wrong():
@@ -115,7 +115,7 @@ def test_the_exact_network_has_no_error_and_a_wrong_one_has_it_where_it_is_wrong
     frozen = draw_held_out(config, held_out_of(config), ALONE)
     image = torch.zeros(1, 8, 8)
     for batch, _ in frozen:
-        batch.flow_matching.x_0.copy_(image.expand_as(batch.flow_matching.x_0))
+        batch.x_0.copy_(image.expand_as(batch.x_0))
     exact = SoFlow(ExactNetwork(image))
     errors = measure(exact, frozen, ALONE)
     assert errors.keys() == {"velocity", "consistency"}

@@ -16,18 +16,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from worker import CONFIG as GUIDED
 
 import dit
-import passes
 from config import Config, resolve
-from models import Batch, Objective, Samples, build_model
-from passes import Execution
-from schedules import ConsistencyTimes, consistency_times
+from models import Batch, Execution, Objective, build_model
+from schedules import consistency_times
 from support.data.batches import BatchPlan
 from support.runs.checkpoint import TrainState
 from support.runs.optimizers import OPTIMIZERS
 from support.system import hardware
 from support.system.files import UserError
 from support.system.processes import Processes, exchanging_gradients
-from train import Learner, build_learner
+from training import execution
+from training.learner import Learner, build_learner
 
 CPU = Processes(0, 0, 1, torch.device("cpu"))
 PIXELS = Config(
@@ -58,26 +57,18 @@ def draw(config: Config, seed: int = 2) -> Batch:
     """A whole batch for it, with seed - 1 dropped labels in each loss where there are labels."""
     source = torch.Generator().manual_seed(seed)
     is_unet = config.model_type == "UNet"
-    V = config.flow_matching_count
-
-    def samples(count: int, dropout_seed: int) -> Samples:
-        x_0, x_1 = torch.randn(2, count, 3 if is_unet else 1, 8, 8, generator=source)
-        if is_unet:
-            augment_labels = torch.randn(count, 6, generator=source)
-            return Samples(x_0, x_1, augment_labels=augment_labels, dropout_seed=dropout_seed)
-        labels = torch.randint(10, (count,), generator=source)
-        return Samples(x_0, x_1, labels, torch.arange(count) < seed - 1, dropout_seed=dropout_seed)
-
-    C = config.batch_size - V
-    t, s = torch.rand(C, generator=source), torch.rand(C, generator=source)
-    return Batch(
-        samples(V, 100 * seed),
-        torch.rand(V, generator=source),
-        samples(C, 100 * seed + 50),
-        consistency_times(t, s, 0.1),
-        V,
-        C,
-    )
+    V, B = config.flow_matching_count, config.batch_size
+    x_0, x_1 = torch.randn(2, B, 3 if is_unet else 1, 8, 8, generator=source)
+    vel_t, t, s = (torch.rand(count, generator=source) for count in (V, B - V, B - V))
+    times = [torch.cat([vel_t, con]) for con in consistency_times(t, s, 0.1)]
+    if is_unet:
+        told = {"augment_labels": torch.randn(B, 6, generator=source)}
+    else:
+        rows = torch.cat([torch.arange(V), torch.arange(B - V)])
+        labels = torch.randint(10, (B,), generator=source)
+        told = {"labels": labels, "null_mask": rows < seed - 1}
+    seeds = (100 * seed, 100 * seed + 50)
+    return Batch(x_0, x_1, *times, V, V, B - V, **told, dropout_seeds=seeds)
 
 
 def gradients(made: Learner, batch: Batch) -> torch.Tensor:
@@ -100,21 +91,15 @@ def test_a_step_takes_the_arithmetic_of_four_and_three_eighths_forwards_and_neve
     with torch.device("meta"):
         model = build_model("DiT-B-4", 4, 32, 1000, 0.1)
 
-    def samples(count: int) -> Samples:
-        x_0, x_1 = torch.empty(2, count, 4, 32, 32, device="meta")
-        labels = torch.empty(count, dtype=torch.int64, device="meta")
-        return Samples(x_0, x_1, labels, torch.arange(count) < count // 10)
-
-    t = torch.empty(40, device="meta")
-    times = ConsistencyTimes(t[30:], t[30:], t[30:])
-    batch = Batch(samples(30), t[:30], samples(10), times, 30, 10)
-    x, labels = torch.empty(40, 4, 32, 32, device="meta"), t.long()
+    x, t = torch.empty(40, 4, 32, 32, device="meta"), torch.empty(40, device="meta")
+    null_mask = torch.cat([torch.arange(30) < 3, torch.arange(10) < 1])
+    batch = Batch(x, x, t, t, t, 30, 30, 10, t.long(), null_mask)
     # The counter does not see the fused attention of a CPU.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as of_step:
         model.objective = Objective(3.0, 0.25, 0.8, 1.0, 0.01)
         model(batch).loss.backward()
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as of_forward:
-        model.solution(x, t, t, labels)
+        model.solution(x, t, t, t.long())
     assert of_step.get_total_flops() / of_forward.get_total_flops() == pytest.approx(
         4.375, abs=5e-3
     )
@@ -170,7 +155,7 @@ def test_a_step_that_is_not_finite_is_held_back_on_the_device(optimizer, is_mask
     trained = [p for p in made.state.model.parameters() if p.requires_grad]
     assert counts["masked_fill_"] == (len(trained) if is_masked else 0)
     before, broken = all_of(made.state), draw(GUIDED)
-    broken.flow_matching.x_0[0] = torch.nan
+    broken.x_0[0] = torch.nan
     for batch in (broken, draw(GUIDED)):  # and nothing that follows is applied either
         step_as_on_a_gpu(made, batch)
     assert is_masked or all(map(torch.equal, all_of(made.state), before))
@@ -371,8 +356,8 @@ def test_clipping_shortens_a_long_gradient_and_leaves_a_short_one():
 
 
 def test_an_option_that_the_device_cannot_do_is_said_and_left_out(monkeypatch):
-    monkeypatch.setattr(passes, "obstacle_to_bf16", lambda device: "too old")
-    monkeypatch.setattr(passes, "obstacle_to_compiling", lambda device: "no compiler")
+    monkeypatch.setattr(execution, "obstacle_to_bf16", lambda device: "too old")
+    monkeypatch.setattr(execution, "obstacle_to_compiling", lambda device: "no compiler")
     made, notes = make_learner(GUIDED, precision="bf16", compile=True)
     assert notes == [
         "precision: goes on without bf16 (too old)",
@@ -397,12 +382,12 @@ def test_a_missing_compiler_is_found_out(monkeypatch, tmp_path):
 def test_tf32_is_allowed_on_cuda_unless_fp32_is_asked_for(monkeypatch, precision, is_allowed):
     flags = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [flag.allow_tf32 for flag in flags]
-    monkeypatch.setattr(passes, "obstacle_to_bf16", lambda device: None)
+    monkeypatch.setattr(execution, "obstacle_to_bf16", lambda device: None)
     model = build_model("DiT-Nano-4", 1, 8, 10, 0.1)
     try:
         for flag in flags:
             flag.allow_tf32 = not is_allowed
-        passes.set_options(model.network, torch.device("cuda"), precision, False, False)
+        execution.set_options(model.network, torch.device("cuda"), precision, False, False)
         assert [flag.allow_tf32 for flag in flags] == [is_allowed, is_allowed]
     finally:
         for flag, value in zip(flags, before, strict=True):
@@ -417,5 +402,5 @@ def test_cudnn_times_the_convolutions_of_a_network_whose_shapes_stay(
         monkeypatch.setattr(torch.backends.cudnn, name, False)
     with torch.device("meta"):
         model = build_model(model_type, 3, 8, 10, 0.1)
-    passes.set_options(model.network, torch.device("cuda"), "fp32", False, False)
+    execution.set_options(model.network, torch.device("cuda"), "fp32", False, False)
     assert torch.backends.cudnn.benchmark == is_timed

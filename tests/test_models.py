@@ -10,9 +10,8 @@ from torch import nn
 
 import dit
 import schedules
-from models import Batch, LossTerms, Objective, Samples, SoFlow, build_model, guided_velocity
-from passes import Execution
-from schedules import ConsistencyTimes, consistency_times, gap_fraction, guidance_decay
+from models import Batch, Execution, Guidance, LossTerms, Objective, SoFlow, build_model
+from schedules import Times, consistency_times, gap_fraction, guidance_decay
 
 OUTPUT_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
@@ -41,16 +40,17 @@ def golden(request):
     return model, arrays, meta
 
 
-def terms_of(model: SoFlow, objective: Objective, times, x_0, x_1, *rest) -> LossTerms:
+def terms_of(model: SoFlow, objective: Objective, times, x_0, x_1, *rest, seed=0) -> LossTerms:
     """The loss of samples that are all for flow matching at t, or for consistency at (t, l, s)."""
     model.objective = objective
-    nothing, samples = Samples(x_0[:0], x_1[:0], dropout_seed=0), Samples(x_0, x_1, *rest)
     if isinstance(times, torch.Tensor):
-        no_times = ConsistencyTimes(*[times[:0]] * 3)
-        loss, metrics = model(Batch(samples, times, nothing, no_times, len(x_0), 0))
-        return LossTerms(loss, metrics["Vel_MSE"], metrics["Vel_Weight"])
-    loss, metrics = model(Batch(nothing, times[0][:0], samples, times, 0, len(x_0)))
-    return LossTerms(loss, metrics["Con_MSE"], metrics["Con_Weight"])
+        V, times = len(x_0), Times(times, times, times)
+    else:
+        V = 0
+    batch = Batch(x_0, x_1, *times, V, V, len(x_0) - V, *rest, dropout_seeds=(seed, seed))
+    loss, metrics = model(batch)
+    name = "Vel" if V else "Con"
+    return LossTerms(loss, metrics[f"{name}_MSE"], metrics[f"{name}_Weight"])
 
 
 def conditions(arrays) -> dict:
@@ -85,7 +85,7 @@ def test_losses_and_gradients_equal_the_reference(golden, loss):
     objective = Objective(
         **{key: meta[key] for key in ("cfg_scale", "mix_ratio", "cfg_decay_time", "p", "eps")}
     )
-    times = ConsistencyTimes(arrays["in_t"], arrays["in_l"], arrays["in_s"])
+    times = Times(arrays["in_t"], arrays["in_l"], arrays["in_s"])
     samples = [
         arrays.get(f"in_{name}") for name in ("x0", "x1", "labels", "cfg_mask", "augment_labels")
     ]
@@ -300,10 +300,12 @@ def test_guided_target_is_the_stated_mixture():
     wide = kappa.view(-1, 1, 1, 1)
     expected = velocity_t + wide * (GUIDED.cfg_scale - 1) * (velocity_t - v_null)
     expected = 0.25 * expected + 0.75 * v_label
-    target = guided_velocity(velocity_t, v_null, v_label, kappa, GUIDED)
+    expected[1] = velocity_t[1]  # the dropped label's
+    model.objective = GUIDED
+    batch = Batch(x_0, x_1, *times, 0, 0, 4, labels, null_mask)
+    target = model.target_velocity(velocity_t, Guidance(v_null, v_label), v_label[:0], batch)
     assert torch.allclose(target, expected)
     assert not target.requires_grad
-    expected[1] = velocity_t[1]  # the dropped label's
 
     error = (v_label - expected)[[0, 2, 3]].square().flatten(1).mean(1)
     dropped = (v_null[1] - velocity_t[1]).square().mean()
@@ -365,7 +367,7 @@ def test_dropped_labels_without_a_null_class_are_refused():
     model = build_model("DiT-Nano-2", 2, 4, 3, cfg_drop_rate=0.0)
     with pytest.raises(ValueError, match="no null class"):
         model.velocity(x_0.float(), times.t.float())
-    with pytest.raises(ValueError, match="no null class"):
+    with pytest.raises(ValueError, match="no null label"):
         terms_of(
             model, UNGUIDED, times.t, x_0, x_1, torch.tensor([0, 1]), torch.tensor([True, False])
         )
@@ -400,37 +402,10 @@ def test_gap_fraction_runs_from_init_to_end():
 
 def part(x_0, x_1, times, labels, null_mask, rows, V, counts) -> Batch:
     """A `Batch` of some rows, of which those below V are for flow matching."""
-    fm = [row for row in rows if row < V]
-    con = [row for row in rows if row >= V]
-    return Batch(
-        Samples(x_0[fm], x_1[fm], labels[fm], null_mask[fm]),
-        times.t[fm],
-        Samples(x_0[con], x_1[con], labels[con], null_mask[con]),
-        ConsistencyTimes(*(time[con] for time in times)),
-        *counts,
-    )
-
-
-def test_each_loss_by_itself_is_what_a_batch_of_it_alone_has():
-    model = toy_model()
-    x_0, x_1, times = draws(4)
-    given = (torch.arange(4) % 3, torch.tensor([False, True, False, False]))
-    expected = terms_of(model, GUIDED, times.t, x_0, x_1, *given)
-    samples = Samples(x_0, x_1, *given)
-    batch = Batch(samples, times.t, samples, times, 4, 4)
-    assert torch.equal(model.loss(batch).loss, model(batch).loss)
-    model.objective = Objective()  # what is asked for counts
-    for name, found in zip(
-        LossTerms._fields,
-        model.flow_matching_loss(x_0, x_1, times.t, *given, GUIDED),
-        strict=True,
-    ):
-        assert torch.equal(found, getattr(expected, name)), name
-    expected = terms_of(model, GUIDED, times, x_0, x_1, *given)
-    for name, found in zip(
-        LossTerms._fields, model.consistency_loss(x_0, x_1, *times, *given, GUIDED), strict=True
-    ):
-        assert torch.equal(found, getattr(expected, name)), name
+    is_vel = torch.arange(len(x_0)) < V
+    l, s = (torch.where(is_vel, times.t, time) for time in (times.l, times.s))  # noqa: E741
+    whole = Batch(x_0, x_1, times.t, l, s, V, *counts, labels, null_mask)
+    return whole.rows(list(rows), sum(row < V for row in rows))
 
 
 def test_parts_of_a_batch_add_up_to_the_whole_and_to_the_weighted_losses():
@@ -460,7 +435,7 @@ def test_parts_of_a_batch_add_up_to_the_whole_and_to_the_weighted_losses():
         [v[rows] for v in (x_0, x_1, labels, null_mask)] for rows in (slice(V), slice(V, None))
     )
     velocity = terms_of(model, GUIDED, times.t[:V], *first)
-    consistency = terms_of(model, GUIDED, ConsistencyTimes(*(v[V:] for v in times)), *rest)
+    consistency = terms_of(model, GUIDED, Times(*(v[V:] for v in times)), *rest)
     expected = 5 / 8 * velocity.loss + 3 / 8 * consistency.loss
     assert torch.allclose(whole, torch.stack([expected, *velocity[1:], *consistency[1:]]))
 
@@ -496,7 +471,7 @@ def test_both_consistency_passes_of_a_unet_drop_the_same_and_leave_the_global_st
     t, s = torch.tensor([0.7, 0.4]), torch.tensor([0.3, 0.1])
     for seed in (5, 6):
         before = torch.get_rng_state()
-        terms_of(model, UNGUIDED, ConsistencyTimes(t, t, s), x_0, x_1, None, None, None, seed)
+        terms_of(model, UNGUIDED, Times(t, t, s), x_0, x_1, seed=seed)
         assert torch.equal(torch.get_rng_state(), before)
     one, same, other, other_same = outputs
     assert torch.equal(one, same)

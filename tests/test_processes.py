@@ -10,8 +10,7 @@ import worker
 from checkpoints import assert_equal, load, state_of
 from commands import ROOT, digits_settings, run, succeed
 
-from models import Batch, Samples
-from schedules import ConsistencyTimes
+from models import Batch
 from support.data.batches import BatchPlan
 from support.data.datasets import PixelData, RawBatch
 from support.system import processes
@@ -42,25 +41,10 @@ def cut(batch: Batch, num_microbatches: int) -> list[Batch]:
     """The batch in parts, as the plan cuts it."""
     plan = BatchPlan(16, 10, num_microbatches, 1)
 
-    def rows(samples: Samples, chosen: range) -> Samples:
-        fields = (samples.x_0, samples.x_1, samples.labels, samples.null_mask)
-        return Samples(*(field[list(chosen)] for field in fields))
-
-    parts = []
-    for part in range(num_microbatches):
-        velocity = plan.first_samples(part)
-        consistency = [place - 10 for place in plan.other_samples(part)]
-        parts.append(
-            Batch(
-                rows(batch.flow_matching, velocity),
-                batch.flow_matching_t[list(velocity)],
-                rows(batch.consistency, consistency),
-                ConsistencyTimes(*(time[consistency] for time in batch.consistency_times)),
-                10,
-                6,
-            )
-        )
-    return parts
+    return [
+        batch.rows(plan.samples(part), len(plan.first_samples(part)))
+        for part in range(num_microbatches)
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ import train
 from backbone import Backbone, NetworkRequest
 from config import config_from_dict
 from models import BACKBONES, METHODS, Batch, Method, SoFlow, StepTerms
-from passes import Pass, run_passes
 from schedules import GAP_SCHEDULES
 from support.data.datasets import DATASETS, DataRequest, DataSet, PixelData, TrainingData
 from support.system.files import UserError
@@ -112,16 +111,15 @@ class FlowMatching(Method):
     """Flow matching without guidance; it jumps along the velocity."""
 
     def forward(self, batch: Batch) -> StepTerms:
-        samples, t = batch.flow_matching, batch.flow_matching_t
-        x_t, v_t = self.interpolate(samples.x_0, samples.x_1, t)
-        asked = Pass(x_t, t, t, self.drop_labels(samples), dropout_seed=samples.dropout_seed)
-        (v,) = run_passes(self.network, self.execution, [asked])
+        vel, _ = self.drop_labels(batch).parts()
+        x_t, v_t = self.interpolate(vel.x_0, vel.x_1, vel.t)
+        v = self.evaluate(x_t, vel.t, vel.t, vel.labels, dropout_seed=vel.dropout_seeds[0])
         error = (v - v_t).square().flatten(1).mean(1)
         loss = error.sum() / batch.global_flow_matching_count
         return StepTerms(loss, {"Error": loss.detach()})
 
     def jump(self, x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
-        (v,) = run_passes(self.network, self.execution, [Pass(x_t, t, t, labels)])
+        v = self.evaluate(x_t, t, t, labels)
         return x_t + (s - t).view(-1, 1, 1, 1) * v
 
 
@@ -139,7 +137,8 @@ class Watched(SoFlow):
     def forward(self, batch: Batch) -> StepTerms:
         terms = super().forward(batch)
         count = batch.global_flow_matching_count
-        brightness = batch.flow_matching.x_0.flatten(1).mean(1).sum() / count
+        vel, _ = batch.parts()
+        brightness = vel.x_0.flatten(1).mean(1).sum() / count
         return terms._replace(metrics={**terms.metrics, "Brightness": brightness})
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 import inference
 import train
-from passes import Execution
+from models import Execution
 from support.scores.npz import read_archive
 from support.system.files import UserError, make_folder
 from support.system.locks import hold_lock

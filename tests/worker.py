@@ -14,7 +14,7 @@ from support.data.batches import BatchPlan
 from support.system.command import run_command
 from support.system.processes import Processes, connected
 from support.system.randomness import PerImageStream, ReferenceStream
-from train import Learner
+from training.learner import Learner
 
 SHAPE = (1, 8, 8)
 CONFIG = resolve(

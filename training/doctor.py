@@ -4,29 +4,26 @@ A step is a function of the weights and of its draws, which belong to seed and s
 made again: with every sample's error looked at, and with every block's numbers printed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from config import Config, config_from_dict, refuse_another_experiment
+from config import Config, config_from_dict
 from models import Batch
 from support.data.batches import BatchPlan, DataOrder
 from support.runs.checkpoint import check_weights
 from support.runs.guard import NonFiniteStep
 from support.system.files import UserError, atomic_write, shorten
 from training.draws import draw_batch
-
-if TYPE_CHECKING:
-    from train import Run
+from training.identity import refuse_another_experiment
+from training.run import Run
 
 
 class BrokenLoss(NamedTuple):
@@ -98,7 +95,8 @@ def broken_losses(run: Run, step: int, indices: list[int]) -> list[BrokenLoss]:
     model = run.learner.state.model
     mine: dict[str, list[float]] = {}
     for batch in microbatches(run, step, indices):
-        times = {"velocity": batch.flow_matching_t, "consistency": batch.consistency_times.t}
+        V = batch.flow_matching_rows
+        times = {"velocity": batch.t[:V], "consistency": batch.t[V:]}
         errors = model.squared_errors(batch) if model.error_names else {}
         for name in errors.keys() & times.keys():
             broken = times[name][~errors[name].isfinite()].tolist()

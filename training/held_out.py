@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from config import Config
-from models import Batch, Method, Samples
-from schedules import ConsistencyTimes
+from models import Batch, Method
 from support.data.datasets import TrainingData
 from support.system.processes import Processes
 from support.system.randomness import generator
@@ -48,21 +47,29 @@ def _freeze(
 ) -> FrozenBatch:
     """The draws of these images, each from a generator of its own."""
     raw = data[list(images)]
-    x_0, x_1, t, s = [], [], [], []
+    x_0, x_1, drawn_t, drawn_s = [], [], [], []
     for place, image in enumerate(images):
         source = generator(config.seed, "held-out image", image)
         x_0.append(data.clean(raw.stored[place : place + 1], source))
         x_1.append(torch.randn(x_0[-1].shape, generator=source))
         # One t in each of N equal stretches, so that the bins are equally full.
-        t.append((order[image] + torch.rand((), generator=source)) / len(data))
-        s.append(t[-1] * torch.rand((), generator=source))
-    times, ends = torch.stack(t), torch.stack(s)
-    l = times + (ends - times) * config.l_end_ratio  # noqa: E741
-    labels = raw.labels.to(device) if config.is_conditional else None
-    samples = Samples(torch.cat(x_0).to(device), torch.cat(x_1).to(device), labels)
-    on_device = ConsistencyTimes(times.to(device), l.to(device), ends.to(device))
-    batch = Batch(samples, on_device.t, samples, on_device, len(images), len(images))
-    return FrozenBatch(batch, (on_device.t * BINS).long().clamp(max=BINS - 1))
+        drawn_t.append((order[image] + torch.rand((), generator=source)) / len(data))
+        drawn_s.append(drawn_t[-1] * torch.rand((), generator=source))
+    t, s = torch.stack(drawn_t), torch.stack(drawn_s)
+    l = t + (s - t) * config.l_end_ratio  # noqa: E741
+    batch = Batch(
+        x_0=torch.cat(2 * x_0).to(device),
+        x_1=torch.cat(2 * x_1).to(device),
+        t=torch.cat([t, t]).to(device),
+        l=torch.cat([t, l]).to(device),
+        s=torch.cat([t, s]).to(device),
+        labels=torch.cat(2 * [raw.labels]).to(device) if config.is_conditional else None,
+        flow_matching_rows=len(images),
+        global_flow_matching_count=len(images),
+        global_consistency_count=len(images),
+    )
+    bins = (t.to(device) * BINS).long().clamp(max=BINS - 1)
+    return FrozenBatch(batch, bins)
 
 
 def forwards(config: Config) -> int:

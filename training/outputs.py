@@ -1,10 +1,8 @@
 """What a run makes of what it has learned: checkpoints, pictures of samples, samples to score."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import numpy as np
 from torch import Tensor
@@ -14,14 +12,58 @@ from support.data.batches import DataOrder
 from support.data.grids import labels_by_row, save_grid
 from support.data.images import ImageBatch
 from support.runs.averages import PowerFunction
-from support.runs.logbook import write_record
+from support.runs.logbook import duration, peak_memory_gb, write_record
+from support.runs.metrics import Interval
 from support.system.digests import weights_digest
 from support.system.files import Stopped
 from support.system.randomness import GivenLabels, PerImageStream
 from support.system.signals import Signalled
+from training.held_out import measure
+from training.run import Run
 
-if TYPE_CHECKING:
-    from train import Run
+LONG_SECONDS = 10  # for a first step, beyond which a user wonders
+
+
+def log_first_step(run: Run, seconds: float) -> None:
+    """A line on a first step that somebody may have waited for."""
+    is_compiled = run.learner.state.model.execution.fixed_shapes
+    if is_compiled or seconds > LONG_SECONDS:
+        compiling = ", compiling included" if is_compiled else ""
+        run.logbook.line(f"first step: {seconds:.3g} s{compiling}")
+
+
+def log_metrics(run: Run) -> None:
+    """The means since the last line, and what the schedules gave the step just done."""
+    config, state = run.config, run.learner.state
+    means, seconds, steps = state.interval.close(run.processes)
+    state.interval = Interval()
+    finished, total = state.finished_steps, config.total_steps
+    numbers = {
+        **means,
+        "Gap_Fraction": config.gap_fraction_at(finished - 1),
+        "Learning_Rate": config.learning_rate_at(finished - 1),
+        "Memory_GB": peak_memory_gb(run.processes.device),
+        "Seconds": seconds,
+        "Images_Per_Second": steps * config.batch_size / seconds,
+    }
+    run.metrics.add(finished, numbers)
+    metrics = ", ".join(f"{name}: {mean:.4f}" for name, mean in means.items())
+    run.logbook.line(
+        f"Step: {finished}/{total} ({100 * finished / total:.1f}%), {metrics}, "
+        f"Gap_Fraction: {numbers['Gap_Fraction']:.4g}, "
+        f"Learning_Rate: {numbers['Learning_Rate']:.4g}, "
+        f"Memory: {numbers['Memory_GB']:.2f} GB, Seconds: {seconds:.1f}, "
+        f"Images/s: {numbers['Images_Per_Second']:.1f}, "
+        f"ETA: {duration(seconds / steps * (total - finished))}"
+    )
+
+
+def log_held_out(run: Run) -> None:
+    """The held-out loss of the weights and of their average."""
+    state = run.learner.state
+    models = {"weights": state.model, "average": state.ema_model}
+    errors = {name: measure(model, run.held_out, run.processes) for name, model in models.items()}
+    run.metrics.add_held_out(state.finished_steps, errors)
 
 
 def make_result(run: Run, path: Path) -> None:

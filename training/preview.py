@@ -1,20 +1,24 @@
-"""What a run needs, estimated before it starts. Opens no device, allocates and writes nothing."""
+"""What a run needs, before it starts: estimated on any machine, or timed on this one."""
+
+import itertools
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from config import Config, as_yaml
 from models import Method, build_model
-from passes import set_options
 from support.data.batches import BatchPlan
 from support.data.datasets import DATASETS, MadeUpData, count_classes
 from support.data.vae import PIXELS_PER_LATENT
 from support.runs.budget import count_parameters, describe_disk, describe_memory
 from support.runs.counting import activation_bytes
+from support.runs.rehearsal import time_steps, within_memory
 from support.system.command import is_first_process
-from support.system.processes import world_size_asked_for
+from support.system.processes import connected, world_size_asked_for
 from training.draws import draw_batch
+from training.execution import set_options
 from training.held_out import forwards
+from training.run import assemble_run, draw_batches
 
 FORWARDS = 4.4  # of a sample in a training step, about
 COUNTED_IMAGES = 40  # activations are counted for so many, and grow in proportion
@@ -23,7 +27,7 @@ EPOCH_IMAGES = {"CIFAR10": 50_000, "Digits": 1_197, "FashionMNIST": 60_000, "Ima
 
 
 def describe(config: Config) -> None:
-    """Print the resolved config, and what the run needs."""
+    """Print the resolved config, and what the run needs. Opens no device and writes nothing."""
     model, averages = meta_model(config), config.num_averages
     plan = config.batch_plan(world_size_asked_for())
     microbatch = plan.batch_size // plan.num_microbatches
@@ -41,6 +45,26 @@ def describe(config: Config) -> None:
         *describe_held_out(config),
     ):
         say(f"# {line}")
+
+
+def rehearse(config: Config) -> None:
+    """Time a few steps of the config here, on made-up data; nothing is written."""
+    with (
+        connected(config.device, config.timeout_minutes) as processes,
+        within_memory(processes.device),
+    ):
+        plan = config.batch_plan(processes.world_size)
+        data = MadeUpData(config.data_request(), plan.batch_size // plan.num_microbatches)
+        run = assemble_run(config, processes, plan, data)
+        loader = itertools.repeat(data.whole())
+
+        def step() -> None:
+            run.learner.step(draw_batches(run, loader))
+
+        lines = time_steps(step, processes.device, config.total_steps, config.batch_size)
+        for line in itertools.chain(run.notes, lines):
+            say(f"# {line}")
+        run.learner.guard.refuse()
 
 
 def describe_length(config: Config) -> str:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from models import Batch, Method, StepTerms, sample_mean, solution_of, widen
-from passes import Pass, run_passes
 
 # B batch, C channels, H = W side
 
@@ -32,16 +31,15 @@ class ConsistencyTraining(Method):
         self.p, self.eps = settings["p"], settings["eps"]
 
     def forward(self, batch: Batch) -> StepTerms:
-        samples, times = batch.consistency, batch.consistency_times
-        t, share = times.t, (times.t - times.l) / (times.t - times.s)
+        _, con = self.drop_labels(batch).parts()
+        t, share = con.t, (con.t - con.l) / (con.t - con.s)
         l = t * (1 - share)  # noqa: E741
         # The same data and noise at both times.
-        x_t, _ = self.interpolate(samples.x_0, samples.x_1, t)
-        x_l, _ = self.interpolate(samples.x_0, samples.x_1, l)
-        labels = self.drop_labels(samples)
-        f_t = self.f(x_t, t, labels)
+        x_t, _ = self.interpolate(con.x_0, con.x_1, t)
+        x_l, _ = self.interpolate(con.x_0, con.x_1, l)
+        f_t = self.f(x_t, t, con.labels)
         with torch.no_grad():
-            f_l = self.f(x_l, l, labels)
+            f_l = self.f(x_l, l, con.labels)
         q = (f_t - f_l) / widen(t - l, x_t)
         error = sample_mean(q.square())
         weight = 1 / (error.detach() + self.eps) ** self.p
@@ -52,7 +50,7 @@ class ConsistencyTraining(Method):
     def f(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         """f(x, t, 0), [B, C, H, W]."""
         zero = torch.zeros_like(t)
-        (F,) = run_passes(self.network, self.execution, [Pass(x, t, zero, labels)])
+        F = self.evaluate(x, t, zero, labels)
         form = self.solution_form(t, zero)
         return solution_of(x, F, form.a, form.b)
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from models import Batch, Method, StepTerms, sample_mean, widen
-from passes import Pass, run_passes
 
 # B batch, C channels, H = W side
 
@@ -28,16 +27,15 @@ class FlowMatching(Method):
         self.cfg_scale = settings["cfg_scale"]
 
     def forward(self, batch: Batch) -> StepTerms:
-        samples, t = batch.flow_matching, batch.flow_matching_t
-        x_t, v_t = self.interpolate(samples.x_0, samples.x_1, t)
-        velocity = self.velocity(x_t, t, self.drop_labels(samples))
+        vel, _ = self.drop_labels(batch).parts()
+        x_t, v_t = self.interpolate(vel.x_0, vel.x_1, vel.t)
+        velocity = self.velocity(x_t, vel.t, vel.labels)
         error = sample_mean((velocity - v_t).square())
         loss = error.sum() / batch.global_flow_matching_count
         return StepTerms(loss, {"Vel_MSE": loss.detach()})
 
     def velocity(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        (velocity,) = run_passes(self.network, self.execution, [Pass(x_t, t, t, labels)])
-        return velocity
+        return self.evaluate(x_t, t, t, labels)
 
     def jump(self, x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
         if self.cfg_scale == 1 or labels is None:

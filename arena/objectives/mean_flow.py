@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models import Batch, Method, Samples, StepTerms, sample_mean, widen
-from passes import Pass, run_passes
+from models import Batch, Method, StepTerms, sample_mean, widen
 
 # B batch, C channels, H = W side
 
@@ -38,9 +37,8 @@ class MeanFlow(Method):
         self.p, self.eps = settings["p"], settings["eps"]
 
     def forward(self, batch: Batch) -> StepTerms:
-        times = batch.consistency_times
-        instant = self.errors(batch.flow_matching, batch.flow_matching_t, None)
-        average = self.errors(batch.consistency, times.t, times.s)
+        vel, con = self.drop_labels(batch).parts()
+        instant, average = self.errors(vel, is_instant=True), self.errors(con)
         total = batch.global_flow_matching_count + batch.global_consistency_count
         errors = torch.cat([instant, average])
         weight = 1 / (errors.detach() + self.eps) ** self.p
@@ -50,15 +48,15 @@ class MeanFlow(Method):
         }
         return StepTerms((weight * errors).sum() / total, metrics)
 
-    def errors(self, samples: Samples, t: Tensor, s: Tensor | None) -> Tensor:
-        """The squared error of each sample, [B]; s None stands for s = t."""
+    def errors(self, batch: Batch, is_instant: bool = False) -> Tensor:
+        """The squared error of each sample, [B]; `is_instant` says that all have s = t."""
+        t, s, labels = batch.t, batch.s, batch.labels
         if len(t) == 0:
             return t
-        x_t, v_t = self.interpolate(samples.x_0, samples.x_1, t)
-        labels = self.drop_labels(samples)
-        v = self.guided_velocity(samples, x_t, t, v_t)
-        if s is None:
-            (u,) = run_passes(self.network, self.execution, [Pass(x_t, t, t, labels)])
+        x_t, v_t = self.interpolate(batch.x_0, batch.x_1, t)
+        v = self.guided_velocity(batch, x_t, v_t)
+        if is_instant:
+            u = self.evaluate(x_t, t, t, labels)
             return sample_mean((u - v).square())
         u, du_dt = self.with_derivative(x_t, s, t, v, labels)
         return sample_mean((u - (v - widen(t - s, x_t) * du_dt).detach()).square())
@@ -79,23 +77,20 @@ class MeanFlow(Method):
         return value, derivative
 
     @torch.no_grad()
-    def guided_velocity(self, samples: Samples, x_t: Tensor, t: Tensor, v_t: Tensor) -> Tensor:
+    def guided_velocity(self, batch: Batch, x_t: Tensor, v_t: Tensor) -> Tensor:
         """v~, [B, C, H, W]; v_t where the label is dropped."""
-        if self.cfg_scale <= 1 or samples.labels is None:
+        if self.cfg_scale <= 1 or batch.labels is None:
             return v_t
         omega, kappa = self.mix_ratio * self.cfg_scale, 1 - self.mix_ratio
-        label, null = run_passes(
-            self.network,
-            self.execution,
-            [Pass(x_t, t, t, samples.labels, needs_gradient=False),
-             Pass(x_t, t, t, self.null_labels(samples.labels), needs_gradient=False)],
-        )  # fmt: skip
+        both = torch.cat([batch.labels, self.null_labels(batch.labels)])
+        x_2, t_2 = torch.cat([x_t, x_t]), torch.cat([batch.t, batch.t])
+        label, null = self.evaluate(x_2, t_2, t_2, both).chunk(2)
         guided = omega * v_t + kappa * label + (1 - omega - kappa) * null
-        if samples.null_mask is None:
+        if batch.null_mask is None:
             return guided
-        return torch.where(widen(samples.null_mask.to(t.device), x_t), v_t, guided)
+        return torch.where(widen(batch.null_mask.to(x_t.device), x_t), v_t, guided)
 
     def jump(self, x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
-        (u,) = run_passes(self.network, self.execution, [Pass(x_t, t, s, labels)])
+        u = self.evaluate(x_t, t, s, labels)
         # x_s = x_t - (t - s) u(x_t, s, t)
         return x_t - widen(t - s, x_t) * u

@@ -24,8 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models import Batch, Method, Samples, StepTerms, sample_mean, widen
-from passes import Pass, run_passes
+from models import Batch, Method, StepTerms, sample_mean, widen
 
 # B batch, C channels, H = W side
 
@@ -41,11 +40,11 @@ class Shortcut(Method):
         self.cfg_scale = settings["cfg_scale"]
 
     def forward(self, batch: Batch) -> StepTerms:
-        samples, t = batch.flow_matching, batch.flow_matching_t
-        x_t, v_t = self.interpolate(samples.x_0, samples.x_1, t)
-        F = self.ask(x_t, t, torch.zeros_like(t), self.drop_labels(samples))
+        vel, con = self.drop_labels(batch).parts()
+        x_t, v_t = self.interpolate(vel.x_0, vel.x_1, vel.t)
+        F = self.evaluate(x_t, vel.t, vel.t, vel.labels)
         velocity = sample_mean((F - v_t).square())
-        consistency = self.self_consistency(batch.consistency, *draw_steps(batch.consistency))
+        consistency = self.self_consistency(con, *draw_steps(con))
         counts = (batch.global_flow_matching_count, batch.global_consistency_count)
         metrics = {
             "Vel_MSE": velocity.detach().sum() / max(counts[0], 1),
@@ -53,10 +52,10 @@ class Shortcut(Method):
         }
         return StepTerms((velocity.sum() + consistency.sum()) / sum(counts), metrics)
 
-    def self_consistency(self, samples: Samples, t: Tensor, d: Tensor) -> Tensor:
+    def self_consistency(self, batch: Batch, t: Tensor, d: Tensor) -> Tensor:
         """The squared error of each sample, [B], over a step of 2d from t."""
-        x_t, _ = self.interpolate(samples.x_0, samples.x_1, t)
-        labels = self.drop_labels(samples)
+        x_t, _ = self.interpolate(batch.x_0, batch.x_1, t)
+        labels = batch.labels
         with torch.no_grad():
             F_1 = self.guided(x_t, t, d, labels)
             F_2 = self.guided(x_t - widen(d, x_t) * F_1, t - d, d, labels)
@@ -74,19 +73,18 @@ class Shortcut(Method):
         return torch.where(widen(is_finest, x), null + self.cfg_scale * (label - null), label)
 
     def ask(self, x: Tensor, t: Tensor, d: Tensor, labels: Tensor | None) -> Tensor:
-        (F,) = run_passes(self.network, self.execution, [Pass(x, t, t - d, labels)])
-        return F
+        return self.evaluate(x, t, t - d, labels)
 
     def jump(self, x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
         # x_s = x_t - d F(x_t, t, s)
         return x_t - widen(t - s, x_t) * self.ask(x_t, t, t - s, labels)
 
 
-def draw_steps(samples: Samples) -> tuple[Tensor, Tensor]:
+def draw_steps(batch: Batch) -> tuple[Tensor, Tensor]:
     """t and d, [B] each: of the microbatch's own seed, as its dropout masks would be."""
-    source = torch.Generator().manual_seed(samples.dropout_seed)
-    count = len(samples.x_0)
+    source = torch.Generator().manual_seed(batch.dropout_seeds[1])
+    count = len(batch.x_0)
     levels = SMALLEST.bit_length() - 1  # 2d = 1, 1/2, ..., 2 / SMALLEST
     step = 0.5 ** torch.randint(levels, (count,), generator=source)
     t = step * (1 + (torch.rand(count, generator=source) / step).floor())
-    return t.to(samples.x_0), (step / 2).to(samples.x_0)
+    return t.to(batch.x_0), (step / 2).to(batch.x_0)

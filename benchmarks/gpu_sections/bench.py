@@ -18,7 +18,7 @@ import torch
 from support.system.files import shorten
 from support.system.hardware import is_out_of_memory
 from support.system.processes import Processes
-from train import Learner
+from training.learner import Learner
 
 Result = TypeVar("Result")
 

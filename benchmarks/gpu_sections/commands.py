@@ -25,7 +25,8 @@ from models import Batch
 from support.system.command import STOPPED_STATUS
 from support.system.files import UserError
 from support.system.signals import listening
-from train import Run, build_run, continue_run, open_folder, train
+from train import train
+from training.run import Run, build_run, continue_run, open_folder
 
 CONFIG = ROOT / "configs" / "small_folder.yaml"
 LONGEST_WAIT_SECONDS = 120
@@ -121,8 +122,7 @@ def broken_step(bench: Bench) -> Iterator[Value]:
 
 def without_numbers(batch: Batch) -> Batch:
     """The batch with data that are not numbers."""
-    samples = batch.flow_matching
-    return replace(batch, flow_matching=replace(samples, x_0=samples.x_0 * float("nan")))
+    return replace(batch, x_0=batch.x_0 * float("nan"))
 
 
 def stop_and_resume(bench: Bench) -> Iterator[Value]:

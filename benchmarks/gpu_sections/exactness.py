@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gpu_sections.bench import Bench, Task, Value
 from models import Method, SoFlow, build_model
-from schedules import ConsistencyTimes
+from schedules import Times
 from support.system.hardware import allow_tf32
 
 sys.path.append(str(ROOT / "tests"))
@@ -91,7 +91,7 @@ def quotient(bench: Bench, precision: str, r: float) -> Iterator[Value]:
     with precision_of(bench, precision):
         model, exact, x, labels = quotient_models(bench)
         t, s = x.new_tensor([0.7, 0.5, 0.9, 0.3]), x.new_tensor([0.2, 0.3, 0.1, 0.05])
-        times = ConsistencyTimes(t, t + (s - t) * r, s)
+        times = Times(t, t + (s - t) * r, s)
         actual = quotient_of(model, x, labels, times)
     expected = quotient_of(exact, x.double(), labels, times)
     error = goldens.relative_error(actual.double(), expected)
@@ -111,7 +111,7 @@ def quotient_models(bench: Bench) -> tuple[Method, Method, Tensor, Tensor]:
     return model, copy.deepcopy(model).double(), x, labels
 
 
-def quotient_of(model: Method, x_t: Tensor, labels: Tensor, times: ConsistencyTimes) -> Tensor:
+def quotient_of(model: Method, x_t: Tensor, labels: Tensor, times: Times) -> Tensor:
     """The quotient along a velocity that is the same in all precisions."""
     t, l, s = (time.to(x_t.dtype) for time in times)  # noqa: E741
     x_l = x_t * (1 + (l - t)).view(-1, 1, 1, 1)

@@ -19,7 +19,7 @@ from gpu_sections.bench import (
     training_step,
 )
 from support.system.hardware import is_out_of_memory
-from train import Learner
+from training.learner import Learner
 
 MOST_STEPS = 300
 MOST_BATCH = 4096

@@ -42,13 +42,15 @@ class NonFiniteGuard:
         metrics: Mapping[str, Tensor],
         optimizer: torch.optim.Optimizer,
     ) -> None:
-        """Keep `optimizer` from a step whose norm, which all processes share, is not finite.
+        """Keep `optimizer` from a step in which any process has a metric that is not finite.
 
-        Without waiting for the device, where that takes time: then from all that follow, too,
-        until `refuse` is asked. Where it takes none, the run ends here.
+        The gradient's norm is one of this process's metrics. On a GPU this
+        does not wait for the device: it holds back all later steps too, until `refuse` is asked. On
+        the CPU the run ends here.
         """
-        is_first = ~norm.isfinite() & (self._step < 0)
         values = torch.stack([*metrics.values()])
+        num_broken = self.processes.sum_over_ranks((~values.isfinite()).sum())
+        is_first = (num_broken > 0) & (self._step < 0)
         self._step = torch.where(is_first, step, self._step)
         # Up to the first that is not finite, which is not among them.
         newer = torch.cat([self._norms[1:], norm.reshape(1)])

@@ -1,0 +1,51 @@
+"""What a run may be: where it may start, and what makes it another experiment."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from config import FIELDS, Config
+from support.data.datasets import DATASETS
+from support.system.files import UserError
+from support.system.settings import may_change
+
+DECIDES_SHAPES = ("dataset_type", "model_type", "data_size")  # of the weights
+
+
+def refuse_start(config: Config) -> None:
+    """UserError where no run should start so, though what such a one has made can be used."""
+    if config.init_from == "":
+        raise UserError("init_from: '' names no model; null starts from fresh weights")
+    if DATASETS[config.dataset_type].has_files and config.dataset_path:
+        data, results = (
+            Path(os.path.expanduser(path)).resolve()
+            for path in (config.dataset_path, config.working_dir)
+        )
+        # Folders whose names start with a dot are no classes.
+        if data in [results, *results.parents] and not str(results).startswith(f"{data}/."):
+            raise UserError(
+                f"working_dir: {config.working_dir} lies in dataset_path, where every folder is a "
+                "class; say another"
+            )
+
+
+def refuse_another_experiment(
+    old: Config, new: Config, allowed: Sequence[str], source: str
+) -> list[str]:
+    """One line per key that changed; UserError where that makes it another experiment.
+
+    `allowed` names the keys whose change the user has agreed to.
+    """
+    before, after = old.to_dict(), new.to_dict()
+    changes = {
+        key: f"{before[key]!r} -> {after[key]!r}" for key in FIELDS if before[key] != after[key]
+    }
+    refused = [key for key in changes if not may_change(FIELDS[key]) and key not in allowed]
+    if refused:
+        listed = ", ".join(f"{key} {changes[key]}" for key in refused)
+        flags = " ".join(f"--allow-changed {key}" for key in refused)
+        way_out = f"use another working_dir, or say {flags} to continue all the same"
+        if any(key in DECIDES_SHAPES for key in refused):
+            way_out = "its weights do not fit; use another working_dir"
+        raise UserError(f"{source} is of another experiment: {listed}; {way_out}")
+    return [f"{key} changed: {change}" for key, change in changes.items()]

@@ -1,0 +1,144 @@
+"""One run: what it works on and where it stands; made fresh, continued, its folder opened."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from config import Config, config_from_dict, load_config, save_config
+from models import Batch
+from sampler import find_decoder
+from support.data.batches import BatchPlan
+from support.data.datasets import RawBatch, TrainingData, build_data, compare_data
+from support.runs.budget import count_parameters
+from support.runs.logbook import Logbook, device_name
+from support.runs.metrics import Metrics
+from support.runs.results import Results
+from support.runs.resume import resume
+from support.runs.starting import start_from
+from support.runs.trackers import check_installed
+from support.system.processes import Processes
+from support.system.signals import Listener
+from training.draws import draw_batch
+from training.held_out import FrozenBatch, draw_held_out
+from training.identity import refuse_another_experiment, refuse_start
+from training.learner import Learner, build_learner
+
+
+@dataclass
+class Run:
+    """One run in one process: what is asked for, what it works on, and where it stands."""
+
+    config: Config
+    processes: Processes
+    data: TrainingData
+    learner: Learner
+    results: Results
+    logbook: Logbook
+    metrics: Metrics
+    held_out: list[FrozenBatch]
+    notes: list[str]  # what is to be said at the start
+    listener: Listener = field(default_factory=Listener)
+
+
+def build_run(config: Config, processes: Processes, check_data: bool = False) -> Run:
+    """A fresh run, its data and model checked; nothing is read of its folder, nothing written."""
+    refuse_start(config)
+    plan = config.batch_plan(processes.world_size)
+    if config.result_schedule().has_images:
+        find_decoder(config)
+    check_installed(config.log_to)
+    return assemble_run(
+        config, processes, plan, build_data(config.data_request(), processes, check_data)
+    )
+
+
+def assemble_run(config: Config, processes: Processes, plan: BatchPlan, data: TrainingData) -> Run:
+    """A fresh run on these data."""
+    folder = Path(config.working_dir)
+    learner, notes = build_learner(
+        config, processes, plan, data.spec.channels, data.spec.num_classes
+    )
+    results = Results(
+        folder,
+        processes,
+        config.result_schedule(),
+        config.to_dict(),
+        config.seed,
+        config.keep_last,
+        config.keep_every_steps,
+    )
+    logbook = Logbook(folder / "log.txt", processes.is_main)
+    images_per_epoch = len(data) // config.batch_size * config.batch_size
+    metrics = Metrics(folder, config.batch_size, images_per_epoch, processes.is_main, logbook.line)
+    held_out = draw_held_out(config, data.held_out, processes) if data.held_out else []
+    notes = [*data.notes, *notes]
+    return Run(config, processes, data, learner, results, logbook, metrics, held_out, notes)
+
+
+def continue_run(run: Run, allowed: Sequence[str]) -> None:
+    """Bring the run to where its folder's newest checkpoint is; nothing is written."""
+    folder, learner = run.results.folder, run.learner
+
+    def compare(content: Mapping[str, Any], source: Path) -> list[str]:
+        notes = []
+        if "data" in content:
+            is_allowed = "data" in allowed
+            notes = compare_data(content["data"], run.data.record(), str(source), is_allowed)
+        if "config" in content:
+            before = config_from_dict(content["config"], str(source))
+        elif (source := folder / "config.yaml").exists():
+            before = load_config(source)
+        else:
+            return notes
+        return notes + refuse_another_experiment(before, run.config, allowed, str(source))
+
+    path, notes = resume(folder, learner.state, run.processes, learner.plan, compare)
+    started = f"fresh run in {folder}"
+    if path is None and run.config.init_from:
+        notes += start_from_another(run)
+    if path:
+        started = f"resumed at step {learner.state.finished_steps} from {path}"
+    size = f"{run.config.model_type}, {count_parameters(learner.state.model)}"
+    works_on = f"{size} on {device_name(run.processes.device)}; batch {learner.plan}"
+    run.notes = [started, *run.notes, *notes, works_on]
+
+
+def start_from_another(run: Run) -> list[str]:
+    """Take the weights that `init_from` names, as far as they fit; gives lines that say it."""
+    source, state = run.config.init_from, run.learner.state
+    assert source is not None
+    network = state.model.network
+    names, null_label = run.data.spec.class_names, state.model.null_label
+    label_table = getattr(network, "label_table", "")
+    record, notes = run.processes.on_rank0(
+        lambda: start_from(source, network, label_table, null_label, names)
+    )
+    run.processes.broadcast_(state.model.state_dict().values())
+    state.restart_averages()
+    state.started_from = record
+    return notes
+
+
+def open_folder(run: Run) -> None:
+    """Make the places of results, record the config, and say in the log what starts here."""
+    if not run.processes.is_main:
+        return
+    results = run.results
+    results.open(run.data.skipped if run.config.skip_bad else None)
+    if not (results.folder / "config.yaml").exists():
+        save_config(run.config, results.folder / "config.yaml")
+    for note in run.notes:
+        run.logbook.line(note)
+    run.metrics.open(run.config.log_to, run.config.to_dict(), run.learner.state.finished_steps)
+    # What a run killed between a save and the deletions after it has left.
+    for kind in ("ckpts", "evals"):
+        results.delete_superseded(kind, run.learner.state.finished_steps)
+
+
+def draw_batches(run: "Run", loader: Iterator[RawBatch]) -> Iterator[Batch]:
+    """This process's microbatches of the next global batch, with noise, times and masks."""
+    plan, step = run.learner.plan, run.learner.state.finished_steps
+    for microbatch in plan.microbatches_of(run.processes.rank):
+        stored = next(loader)
+        yield draw_batch(run.config, plan, run.data, stored, step, microbatch, run.processes.device)
