@@ -107,8 +107,7 @@ def draw_images(
         raise gr.Error(str(error), print_exception=False) from error
     milliseconds = 1000 * (time.perf_counter() - start) / count
     pictures = [(enlarge(image), f"seed {n}") for image, n in zip(images, seeds, strict=True)]
-    each = "1 step" if steps == 1 else f"{steps} steps"
-    return pictures, f"{milliseconds:.3g} ms per image of {each}"
+    return pictures, f"{milliseconds:.3g} ms per image"
 
 
 def enlarge(image: Image.Image) -> Image.Image:

@@ -42,14 +42,15 @@ COMPARED_IMAGES = 64  # of fp16 and fp32
 
 def write_page(arguments: argparse.Namespace) -> None:
     """Write the page of the model that the command line names."""
-    refuse_foreign(arguments.output, PAGE_MARK, "name another file")
+    output = Path(arguments.output)
+    refuse_foreign(output, PAGE_MARK, "name another file")
     loaded = load(arguments.source, arguments.subfolder, device="cpu", ema=arguments.ema)
     if reason := unfit(loaded, arguments.fp16):
         options = {"--subfolder": arguments.subfolder, "--ema": arguments.ema}
         given = [f"{name}={value}" for name, value in options.items() if value]
         command = shlex.join(["python", "demo.py", arguments.source, *given])
         raise UserError(f"{arguments.source}: {reason}; `{command}` serves it to a browser")
-    runtime = read_runtime(arguments.ort)
+    runtime = read_runtime(Path(arguments.ort) if arguments.ort else None)
     with tempfile.TemporaryDirectory() as place:
         path = Path(place, "model.onnx")
         write_solution(loaded, path)
@@ -59,9 +60,9 @@ def write_page(arguments: argparse.Namespace) -> None:
     made = f"{loaded.config.model_type}, {count_parameters(loaded.model)}, {size}x{size} pixels."
     title = arguments.title or name_of(arguments.source, arguments.subfolder)
     page = assemble_page(title, [made, stored], describe_model(loaded), graph, runtime)
-    with atomic_write(arguments.output) as file:
+    with atomic_write(output) as file:
         file.write(page.encode())
-    print(stored, f"{arguments.output}: {len(page) / 1e6:.1f} MB, opens in any browser", sep="\n")
+    print(stored, f"{output}: {len(page) / 1e6:.1f} MB, opens in any browser", sep="\n")
 
 
 def unfit(loaded: LoadedModel, is_fp16: bool) -> str | None:
@@ -72,7 +73,7 @@ def unfit(loaded: LoadedModel, is_fp16: bool) -> str | None:
     if size > MAX_PIXELS:
         return f"makes images of {size}x{size}; a page takes up to {MAX_PIXELS}x{MAX_PIXELS}"
     if channels not in (1, 3):
-        return f"makes images of {channels} channels; a page shows 1 (grey) or 3 (color)"
+        return f"makes images of {channels} channels; a page shows 1 (grey) or 3 (colour)"
     if not isinstance(loaded.model, SoFlow):
         return f"is of the method {loaded.config.method}, which has no graph"
     megabytes = weight_bytes(loaded.model) / 1e6 / (2 if is_fp16 else 1)
@@ -126,14 +127,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add: Any = parser.add_argument
-    path = lambda text: Path(expanduser(text))  # noqa: E731
     add_model_options(parser)
-    add("output", type=path, metavar="FILE", help="the page, such as digits.html")
+    add("output", type=expanduser, metavar="FILE", help="the page, such as digits.html")
     add("--title", metavar="TEXT", help="the page's title (the model's name)")
     add("--fp16", action="store_true", help="store the weights in half the bytes, and say the cost")
-    add("--ort", type=path, metavar="FOLDER", help="the unpacked npm package onnxruntime-web")
+    add("--ort", type=expanduser, metavar="FOLDER", help="the unpacked npm package onnxruntime-web")
     arguments = parser.parse_args(argv)
-    if arguments.output.suffix not in (".html", ".htm"):
+    if not arguments.output.endswith((".html", ".htm")):
         parser.error(f"{arguments.output}: name an .html file for the page")
     return arguments
 

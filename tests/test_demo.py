@@ -56,7 +56,7 @@ def test_images_are_those_of_sample(model):
     expected = model.sample(3, [7, 8], 2, sampler="chain").numpy()[..., 0]
     assert np.array_equal([levels(picture) for picture, _ in pictures], expected)
     assert [text for _, text in pictures] == ["seed 7", "seed 8"]
-    assert "2 steps" in speed
+    assert " ms " in speed
     [(drawn, _)], _ = demo.draw_images(model, "", 7, 1, 1, "renoise")
     assert np.array_equal(levels(drawn), model.sample(None, [7]).numpy()[0, ..., 0])
 
@@ -75,24 +75,17 @@ def free_port() -> int:
         return tried.getsockname()[1]
 
 
-def test_an_address_that_nothing_can_listen_at_is_refused():
+def test_the_address_to_open_is_said_with_who_can_open_it():
     with socket.create_server((demo.LOCALHOST, 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=f"--host {demo.LOCALHOST} --port {port}: "):
-            demo.find_address(demo.LOCALHOST, port)
-    with pytest.raises(UserError, match=r"--host 203\.0\.113\.1"):
-        demo.find_address("203.0.113.1", port)
-
-
-def test_the_address_to_open_is_said_with_who_can_open_it():
-    port = free_port()
-    local, ipv6, everyone = (
-        demo.find_address(host, port) for host in ("localhost", "::1", "0.0.0.0")
-    )
-    assert local.startswith(f"http://localhost:{port} ") and "only" in local
-    assert ipv6.startswith(f"http://[::1]:{port} ") and "only" in ipv6
-    assert "0.0.0.0" not in everyone and "localhost" not in everyone
-    assert "everyone" in everyone and re.match(rf"http://[\w.-]+:{port} ", everyone)
+        for host in (demo.LOCALHOST, "203.0.113.1"):
+            with pytest.raises(UserError, match=f"--host {host} --port {port}"):
+                demo.find_address(host, port)
+    for host, shown in (("localhost", "localhost"), ("::1", "[::1]")):
+        found = demo.find_address(host, port)
+        assert found.startswith(f"http://{shown}:{port} ") and "only" in found
+    everyone = demo.find_address("0.0.0.0", port)
+    assert re.match(rf"http://(?!0\.0|localhost)[\w.-]+:{port} .*everyone", everyone)
 
 
 # The server

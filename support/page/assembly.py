@@ -13,7 +13,6 @@ from support.page.runtime import PACKAGE, VERSION, Runtime
 
 HERE = Path(__file__).parent
 WORKER = ("stream.js", "engine.js", "worker.js")  # joined to one script, here and in tests
-NOWHERE = "http://localhost/"  # the address of onnxruntime's script, which fetches nothing from it
 
 
 def assemble_page(
@@ -37,9 +36,10 @@ def assemble_page(
 def as_expression(module: str) -> str:
     """An ES module as an expression: the object of its exports.
 
-    The worker of a page that is a local file cannot be a module, nor import one.
+    The worker of a page that is a local file cannot be a module, nor import one. The script gets an
+    address for its own, but fetches nothing from it.
     """
-    body, exports = module.replace("import.meta.url", f'"{NOWHERE}"').rsplit("export{", 1)
+    body, exports = module.replace("import.meta.url", '"http://localhost/"').rsplit("export{", 1)
     pairs = [name.split(" as ") for name in exports[: exports.index("}")].split(",")]
     members = ", ".join(f"{pair[-1]}: {pair[0]}" for pair in pairs)
     return f"(() => {{{body}\nreturn {{{members}}};}})()"
