@@ -164,7 +164,9 @@ def notes(
     if reference.images is None:
         found.append("reference: has no images, which prec and recall need")
     if SPATIAL not in reference.statistics:
-        found.append(f"reference: has neither images nor mu_s and sigma_s for {frechet.split()[-1]}")
+        found.append(
+            f"reference: has neither images nor mu_s and sigma_s for {frechet.split()[-1]}"
+        )
     if samples.exif:
         found.append("samples: pictures of a folder; the record's SHA-256 is that of their pixels")
     if samples.is_by_class:

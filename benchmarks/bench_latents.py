@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 # isort: split
 from config import config_from_dict
 from support.data.batches import BatchPlan, DataOrder, build_loader
-from support.data.datasets import build_data
+from support.data.build import build_data
 from support.data.latent_parts import Part, PartsFolder, Plan
 from support.data.latents import LATENT_FILE, LatentInfo
 

@@ -1,11 +1,11 @@
-"""Judge sampled digits or clothes by training images: are they the class asked for, and copies?
+"""Compare sampled digits or clothes with training images: are they the right class, or copies?
 
     python quickstart/check_samples.py runs/digits/evals/1000_1NFE_42.npz [MORE.npz ...]
     python quickstart/check_samples.py SAMPLES.npz --data data/fashion
 
-Prints, per archive, the share whose class by a vote of the 3 nearest training images is the one
-asked for (the labels in the archive), and the median distance to the nearest training image, beside
-both figures of images that training never saw.
+For each archive it prints the share of samples whose 3 nearest training images vote for the class
+that was requested (the labels in the archive), and the median distance to the nearest training
+image; and both numbers for images that training never saw.
 """
 
 import argparse
@@ -19,7 +19,8 @@ from sklearn.neighbors import NearestNeighbors
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from quickstart.small_sets import DEFAULT_FOLDER, Images, read_samples, set_of
+from quickstart.small_sets import DEFAULT_FOLDER, read_samples, set_of
+from support.data.images import LabelledImages
 from support.system.command import run_command
 
 NUM_NEIGHBOURS = 3
@@ -30,7 +31,9 @@ def flatten(pixels: np.ndarray) -> np.ndarray:
     return pixels.reshape(len(pixels), -1) / np.float32(255)
 
 
-def judge(neighbours: NearestNeighbors, known: Images, images: Images) -> tuple[float, float]:
+def judge(
+    neighbours: NearestNeighbors, known: LabelledImages, images: LabelledImages
+) -> tuple[float, float]:
     """The share classified as labelled, and the median distance to the nearest known image."""
     distances, nearest = neighbours.kneighbors(flatten(images.pixels))
     voted = mode(known.labels[nearest], axis=1).mode
@@ -49,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     samples = {path: read_samples(path) for path in arguments.samples}
     split = small.load(arguments.data)
     neighbours = NearestNeighbors(n_neighbors=NUM_NEIGHBOURS).fit(flatten(split.training.pixels))
-    held_out = split.held_out.first(small.scored_count)
+    held_out = split.held_out.part(slice(small.scored_count))
     rows = {f"{len(held_out.labels)} held-out {small.noun}": held_out}
     rows |= {f"{len(images.labels)} in {path}": images for path, images in samples.items()}
     width = max(map(len, rows))

@@ -1,14 +1,14 @@
-"""Score sampled digits or clothes against held-out ones: FD, sFD, precision, recall, right class.
+"""Score sampled digits or clothes against held-out images: FD, sFD, precision, recall, class.
 
     python quickstart/score.py runs/digits/evals/1000_1NFE_42.npz [MORE.npz ...]
     python quickstart/score.py runs/digits/evals
     python quickstart/score.py runs/fashion/evals --data data/fashion
 
-600 digits a row against 600, or 5,000 clothes against Fashion-MNIST's 10,000 test images: each
-archive's first ones, then training images (what good looks like) and Gaussian noise (what bad looks
-like). Features of the classifier beside this script, by evaluator.py; `class` is the share that it
-finds to be of the class asked for. Of a folder all archives are scored whole, and the scores stay
-there, for report.py to draw.
+Each row compares 600 digits with the 600 held-out ones, or 5,000 clothes with Fashion-MNIST's
+10,000 test images: the first images of each archive, then training images (how good it can get)
+and Gaussian noise (how bad). evaluator.py computes the scores from the features of the classifier
+beside this script; `class` is the share of images that it assigns to the requested class. In a
+folder, all archives are scored on all their images, and the scores stay there for report.py.
 """
 
 import argparse
@@ -24,8 +24,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import evaluator
-from quickstart.small_sets import DEFAULT_FOLDER, Images, SmallSet, read_samples, set_of
-from support.data.images import to_pixels
+from quickstart.small_sets import DEFAULT_FOLDER, SmallSet, read_samples, set_of
+from support.data.images import LabelledImages, to_pixels
 from support.scores.graph import FeatureGraph
 from support.scores.npz import write_images
 from support.scores.table import Results
@@ -36,7 +36,7 @@ COLUMNS = ("FD", "sFD", "prec", "recall", "class")
 
 
 def score(
-    rows: Mapping[str, Images], reference: np.ndarray, graph: Path
+    rows: Mapping[str, LabelledImages], reference: np.ndarray, graph: Path
 ) -> dict[str, dict[str, float]]:
     """Scores by row and column, from one run of the evaluator over all rows."""
     with tempfile.TemporaryDirectory() as place:
@@ -53,15 +53,15 @@ def score(
     return scores
 
 
-def right_class(images: Images, classifier: FeatureGraph) -> float:
-    """The share of images that the classifier finds to be of the class of their label."""
+def right_class(images: LabelledImages, classifier: FeatureGraph) -> float:
+    """The share of images that the classifier assigns to the class of their label."""
     features = np.concatenate([batch.pool for batch in classifier.features(images.pixels)])
     found = (features @ classifier.class_weights).argmax(axis=1)
     return float((found == images.labels).mean())
 
 
 def score_folder(folder: Path, reference: np.ndarray, graph: Path) -> None:
-    """Have evaluator.py score the archives of a folder, whose scores stay there."""
+    """Let evaluator.py score the archives of a folder; the scores stay there."""
     with tempfile.TemporaryDirectory() as place:
         path = Path(place, "held_out.npz")
         write(path, reference)
@@ -75,19 +75,19 @@ def write(path: Path, pixels: np.ndarray) -> None:
         writer.append(pixels)
 
 
-def noise_like(images: Images) -> Images:
-    """Gaussian noise of their shape, under their labels."""
+def noise_like(images: LabelledImages) -> LabelledImages:
+    """Gaussian noise in the shape of `images`, with their labels."""
     noise = np.random.RandomState(0).standard_normal(images.pixels.shape)
-    return Images(to_pixels(noise), images.labels)
+    return LabelledImages(to_pixels(noise), images.labels)
 
 
 def print_table(paths: list[Path], small: SmallSet, folder: Path) -> None:
-    """A row for each archive, and two to compare them with."""
+    """A row for each archive, and two rows to compare them with."""
     count = small.scored_count
     rows = {str(path): read_samples(path, count) for path in paths}
     split = small.load(folder)
-    rows[f"training {small.noun}"] = split.training.first(count)
-    rows["Gaussian noise"] = noise_like(split.held_out.first(count))
+    rows[f"training {small.noun}"] = split.training.part(slice(count))
+    rows["Gaussian noise"] = noise_like(split.held_out.part(slice(count)))
     scores = score(rows, split.held_out.pixels, small.graph)
     lines: dict[str, tuple[str, ...]] = {f"{count} images a row": COLUMNS}
     lines |= {name: tuple(f"{scores[name][column]:.3f}" for column in COLUMNS) for name in rows}

@@ -1,6 +1,6 @@
-"""The small data sets that samples are scored on without a download: their splits and classifiers.
+"""The small data sets whose samples are scored without a download: their splits and classifiers.
 
-Samples say by their shape which of the sets they are of.
+The shape of samples says which of the sets they belong to.
 """
 
 from collections.abc import Callable
@@ -10,58 +10,47 @@ from typing import NamedTuple
 
 import numpy as np
 
-from support.data import fashion
-from support.data.datasets import digits_split
+from support.data import digits, fashion
+from support.data.images import LabelledImages
 from support.scores.npz import read_archive
 from support.system.files import UserError
 
 READ_IMAGES = 1_000
-
-
-class Images(NamedTuple):
-    """`pixels` uint8 [N, H, W, 1], `labels` int64 [N]."""
-
-    pixels: np.ndarray
-    labels: np.ndarray
-
-    def first(self, count: int) -> "Images":
-        return Images(self.pixels[:count], self.labels[:count])
+HERE = Path(__file__).resolve().parent
+DEFAULT_FOLDER = Path("data/fashion")  # as in configs/fashion.yaml; digits need none
 
 
 class Split(NamedTuple):
-    """What is trained on, what the classifier is trained on, and what both never see."""
+    """What runs train on, what the classifier trains on, and what neither sees."""
 
-    training: Images
-    classifier: Images
-    held_out: Images
+    training: LabelledImages
+    classifier: LabelledImages
+    held_out: LabelledImages
 
 
 @dataclass(frozen=True)
 class SmallSet:
-    """A data set of grey images, known by their shape [H, W, 1]."""
+    """A data set of grey images, recognised by their shape [H, W, 1]."""
 
-    noun: str  # of its images
+    noun: str  # for its images
     shape: tuple[int, int, int]
-    graph: Path  # its classifier, frozen
-    scored_count: int  # images of each row of a table
-    load: Callable[[Path], Split]  # of the folder that it lies in, where it lies in one
+    graph: Path  # its classifier, as a frozen graph
+    scored_count: int  # images in each row of a table
+    load: Callable[[Path], Split]  # from its folder, if it has one
 
 
 def load_digits(folder: Path) -> Split:
-    """scikit-learn's; with so few of them, the classifier is trained on what runs train on."""
-    split = digits_split()
-    training = Images(split.training_pixels, split.training_labels)
-    return Split(training, training, Images(split.held_out_pixels, split.held_out_labels))
+    """There are so few digits that the classifier trains on the same ones as runs."""
+    training = digits.load_training_set()
+    return Split(training, training, digits.load_test_set())
 
 
 def load_fashion(folder: Path) -> Split:
-    """Fashion-MNIST, of whose training images the classifier has 10,000 for itself."""
+    """The classifier has 10,000 of the training images to itself."""
     loads = (fashion.load_training_set, fashion.load_classifier_set, fashion.load_test_set)
-    parts = [load(folder) for load in loads]
-    return Split(*(Images(part.pixels, part.labels) for part in parts))
+    return Split(*(load(folder) for load in loads))
 
 
-HERE = Path(__file__).resolve().parent
 SMALL_SETS = {
     "Digits": SmallSet("digits", (8, 8, 1), HERE / "digit_classifier.pb", 600, load_digits),
     "FashionMNIST": SmallSet(
@@ -72,14 +61,13 @@ SMALL_SETS = {
         load_fashion,
     ),
 }
-DEFAULT_FOLDER = Path("data/fashion")  # as in configs/fashion.yaml; digits need none
 
 
 def set_of(paths: list[Path]) -> SmallSet:
-    """The small set that all these archives hold images of; UserError where there is none."""
-    first = _set_of(paths[0])
-    for path in paths[1:]:
-        if (other := _set_of(path)) is not first:
+    """The small set that all these archives belong to; UserError where there is none."""
+    first, *others = map(_set_of, paths)
+    for path, other in zip(paths[1:], others, strict=True):
+        if other is not first:
             raise UserError(
                 f"{path}: holds {other.noun}, and {paths[0]} {first.noun}; "
                 "name archives of one kind"
@@ -97,8 +85,8 @@ def _set_of(path: Path) -> SmallSet:
     raise UserError(f"{path}: holds images of {list(shape)}, neither {known}")
 
 
-def read_samples(path: Path, count: int | None = None) -> Images:
-    """The first `count` images of an archive, or all, and the labels they were sampled for.
+def read_samples(path: Path, count: int | None = None) -> LabelledImages:
+    """The first `count` images of an archive, or all, with the labels they were sampled for.
 
     UserError where it holds fewer, or no labels.
     """
@@ -110,5 +98,5 @@ def read_samples(path: Path, count: int | None = None) -> Images:
             raise UserError(f"{path}: holds no labels (arr_1), as samples do now; sample it again")
         labels = archive.labels(held)
         if count:
-            return Images(next(archive.batches(count)), labels[:count])
-        return Images(np.concatenate(list(archive.batches(READ_IMAGES))), labels)
+            return LabelledImages(next(archive.batches(count)), labels[:count])
+        return LabelledImages(np.concatenate(list(archive.batches(READ_IMAGES))), labels)

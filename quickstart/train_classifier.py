@@ -1,12 +1,12 @@
-"""Train the small classifier whose features score samples of a set; writes it as a frozen graph.
+"""Train the small classifier whose features score samples of a data set, and freeze its graph.
 
     python quickstart/train_classifier.py Digits
     python quickstart/train_classifier.py FashionMNIST --data data/fashion
 
 Writes digit_classifier.pb or fashion_classifier.pb beside this script, with the tensor names of the
-Inception graph (see support/scores/graph.py), and prints its accuracy. Trained on the 1,197
+Inception graph (see support/scores/graph.py), and prints its accuracy. It is trained on the 1,197
 training digits, or on the 10,000 clothes that no run trains on and none is scored against. The
-graphs are kept in the repository: scores are comparable only by the same one.
+graphs are kept in the repository, because scores are comparable only with the same graph.
 """
 
 import argparse
@@ -20,7 +20,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from quickstart.small_sets import DEFAULT_FOLDER, SMALL_SETS, Images
+from quickstart.small_sets import DEFAULT_FOLDER, SMALL_SETS
+from support.data.images import LabelledImages
 from support.scores.tensorflow_start import import_tensorflow
 from support.system.command import run_command
 from support.system.files import atomic_write
@@ -32,7 +33,7 @@ BATCH, LEARNING_RATE, WEIGHT_DECAY, SEED = 64, 2e-3, 1e-4, 0
 
 
 class Layer(NamedTuple):
-    """A convolution of 3 x 3, and how its result is called in the graph."""
+    """A 3 x 3 convolution, with the name of its result in the graph."""
 
     channels: int
     stride: int
@@ -43,9 +44,9 @@ class Layer(NamedTuple):
 class Recipe:
     """A classifier, and how it is trained."""
 
-    layers: tuple[Layer, ...]  # the last one's channels are the features
+    layers: tuple[Layer, ...]  # the channels of the last one are the features
     epochs: int
-    largest_shift: int = 0  # pixels by which each batch is moved at most
+    largest_shift: int = 0  # in pixels, drawn for each batch
 
 
 SPATIAL = "mixed_6/conv"
@@ -54,7 +55,7 @@ RECIPES = {
     "FashionMNIST": Recipe(
         (Layer(32, 1), Layer(32, 2), Layer(64, 1), Layer(64, 2, SPATIAL), Layer(64, 1)),
         epochs=40,
-        largest_shift=2,  # what was added to the pictures on each side: nothing gets lost
+        largest_shift=2,  # the padding on each side, so that nothing is lost
     ),
 }
 
@@ -62,7 +63,7 @@ RECIPES = {
 
 
 def initial_weights(layers: Sequence[Layer]) -> list[np.ndarray]:
-    """Filter and bias of each convolution, then class weights: He's initialisation."""
+    """Filter and bias of each convolution, then class weights, by He's initialisation."""
     random_state = np.random.RandomState(SEED)
     weights, fan_in = [], 1
     for layer in layers:
@@ -90,8 +91,8 @@ def as_rgb(pixels: np.ndarray) -> tf.Tensor:
     return tf.constant(pixels.repeat(3, axis=3), tf.float32)
 
 
-def train(images: Images, recipe: Recipe) -> list[tf.Variable]:
-    """Weights after all epochs of Adam with a cosine learning rate; the same on one machine."""
+def train(images: LabelledImages, recipe: Recipe) -> list[tf.Variable]:
+    """Weights after all epochs of AdamW with a cosine learning rate; the same on one machine."""
     weights = [tf.Variable(array) for array in initial_weights(recipe.layers)]
     steps = recipe.epochs * (len(images.labels) // BATCH)
     schedule = tf.keras.optimizers.schedules.CosineDecay(LEARNING_RATE, steps)
@@ -119,8 +120,8 @@ def train(images: Images, recipe: Recipe) -> list[tf.Variable]:
     return weights
 
 
-def accuracy(images: Images, layers: Sequence[Layer], weights: list) -> float:
-    """The share of images recognised."""
+def accuracy(images: LabelledImages, layers: Sequence[Layer], weights: list) -> float:
+    """The share of images classified correctly."""
     right = 0
     for start in range(0, len(images.labels), 1_000):
         chosen = slice(start, start + 1_000)
@@ -144,12 +145,12 @@ def freeze(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train, judge, write."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("set", choices=SMALL_SETS)
-    parser.add_argument("--data", type=Path, default=DEFAULT_FOLDER, help="its folder (clothes)")
+    parser.add_argument("--data", type=Path, default=DEFAULT_FOLDER, help="folder of the clothes")
     arguments = parser.parse_args(argv)
     small, recipe = SMALL_SETS[arguments.set], RECIPES[arguments.set]
     tf.config.experimental.enable_op_determinism()
@@ -158,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     weights = train(split.classifier, recipe)
     own = accuracy(split.classifier, recipe.layers, weights)
     held_out = accuracy(split.held_out, recipe.layers, weights)
-    print(f"recognised: {own:.4f} of the {small.noun} it knows, {held_out:.4f} of held-out ones")
+    print(f"accuracy: {own:.4f} on its training {small.noun}, {held_out:.4f} on held-out ones")
     freeze([weight.numpy() for weight in weights], recipe.layers, small.shape, small.graph)
     print(f"{small.graph}: {small.graph.stat().st_size} bytes")
 

@@ -3,14 +3,14 @@
 from collections.abc import Iterator
 
 from config import Config
-from support.data import datasets
 from support.data.batches import BatchPlan, build_loader
+from support.data.build import build_data
 from support.data.datasets import RawBatch, TrainingData
 
 
 def data_of(config: Config, *further, **options) -> TrainingData:
-    """The data set; what follows goes to `build_data`."""
-    return datasets.build_data(config.data_request(), *further, **options)
+    """The data set; further arguments go to `build_data`."""
+    return build_data(config.data_request(), *further, **options)
 
 
 def batches_of(

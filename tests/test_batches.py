@@ -32,11 +32,10 @@ def test_parts_are_equal_and_take_every_sample_once(part_size, world_size, accum
     batch_size = part_size * world_size * accumulation
     count = int(share * batch_size)
     microbatches = all_parts(BatchPlan(batch_size, count, world_size, accumulation))
-    assert {len(first) + len(second) for first, second in microbatches} == {part_size}
-    flow_matching = [place for first, _ in microbatches for place in first]
-    consistency = [place for _, second in microbatches for place in second]
-    assert flow_matching == list(range(count))
-    assert consistency == list(range(count, batch_size))
+    assert {len(first) + len(other) for first, other in microbatches} == {part_size}
+    assert [place for first, _ in microbatches for place in first] == list(range(count))
+    others = [place for _, other in microbatches for place in other]
+    assert others == list(range(count, batch_size))
     sizes = [len(first) for first, _ in microbatches]
     assert max(sizes) - min(sizes) <= 1
 
@@ -51,10 +50,8 @@ def test_plan_is_said_in_one_line():
     assert str(BatchPlan(256, 192, 1, 1)) == "256 = 1 process x 256 x 1 accumulation"
 
 
-def test_batch_that_cannot_be_cut_is_refused_with_its_arithmetic():
-    with pytest.raises(
-        UserError, match=r"batch_size: 10 .* 2 processes x 2 accumulation_steps = 4"
-    ):
+def test_batch_that_cannot_be_cut_is_refused_by_its_key():
+    with pytest.raises(UserError, match=r"batch_size: 10 .* 2 .*accumulation_steps = 4"):
         BatchPlan(10, 5, 2, 2)
 
 
@@ -114,7 +111,7 @@ def test_examples_of_a_step_do_not_depend_on_how_it_is_cut(cut):
         assert Counter(examples) == Counter(order.global_batch(step).tolist())
 
 
-def test_flow_matching_samples_come_first_in_each_part():
+def test_samples_of_the_first_kind_come_first_in_each_microbatch():
     order, plan = DataOrder(60, 8, 1), BatchPlan(8, 6, 2, 1)
     batch = order.global_batch(0).tolist()
     first, second = (next(iter(MicrobatchIndices(order, plan, rank, range(1)))) for rank in (0, 1))
@@ -172,25 +169,17 @@ class Unreadable(TrainingData):
 
     def stored(self, indices):
         if 3 in indices:
-            raise UserError("cat/3.png: not a readable picture (truncated)")
+            raise UserError("cat/3.png: damaged")
         return torch.zeros(len(indices), 1, 2, 2, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_error_that_a_user_can_mend_leaves_a_worker_as_it_was_raised(num_workers):
-    microbatches = loader_of(Unreadable(), num_workers)
-    with pytest.raises(UserError, match=r"^cat/3\.png: not a readable picture \(truncated\)$"):
-        list(microbatches)
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_batches_before_the_one_that_cannot_be_read_are_given(num_workers):
+def test_an_unreadable_example_is_a_user_error_when_its_batch_comes(num_workers):
     order, plan = DataOrder(40, 8, 42), BatchPlan(8, 6, 2, 1)
-    readable = [
-        3 not in microbatch for microbatch in MicrobatchIndices(order, plan, 0, range(12))
-    ].index(False)
+    in_turn = MicrobatchIndices(order, plan, 0, range(12))
+    readable = [3 in microbatch for microbatch in in_turn].index(True)
     microbatches = loader_of(Unreadable(), num_workers)
     for _ in range(readable):
         next(microbatches)
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=r"^cat/3\.png: damaged$"):  # as it was raised
         next(microbatches)

@@ -15,18 +15,17 @@ from commands import ROOT, run
 from loading import batches_of, data_of
 from PIL import Image
 
-import support.data.datasets
 import train
 from config import config_from_dict
+from support.data import datasets, digits
 from support.data.batches import BatchPlan
+from support.data.build import build_data, compare_data
 from support.data.datasets import (
+    DATASETS,
     DataRequest,
     DataSet,
     PixelData,
-    build_data,
-    compare_data,
     count_classes,
-    digits_split,
     list_pictures,
 )
 from support.data.folders import SIZES_COMPARED, class_folders
@@ -54,31 +53,28 @@ def config_of(dataset_type, path=None, **values):
     )
 
 
-def refusal(config):
+def refusal(work, *arguments, **options):
+    """The one line with which `work` refuses."""
     with pytest.raises(UserError) as caught:
-        data_of(config)
+        work(*arguments, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
-
-
-def first_steps(config, data):
-    return batches_of(config, data, BatchPlan(4, 3, 1, 1))
 
 
 # Digits.
 
 
-def test_split_of_the_digits_is_fixed_and_disjoint():
-    split = digits_split()
-    assert split.training_pixels.shape == (1197, 8, 8, 1)
-    assert split.held_out_pixels.shape == (600, 8, 8, 1)
-    digest = hashlib.sha256(b"".join(array.tobytes() for array in split))
+def test_halves_of_the_digits_are_fixed_and_disjoint():
+    training, held_out = digits.load_training_set(), digits.load_test_set()
+    assert training.pixels.shape == (1197, 8, 8, 1)
+    assert held_out.pixels.shape == (600, 8, 8, 1)
+    digest = hashlib.sha256(b"".join(array.tobytes() for array in (*training, *held_out)))
     assert digest.hexdigest() == "8264a8e50e2102390e2c09b3018a37a6961705131b3d51460f22262a0d10148e"
     # Some of the digits look the same pixel for pixel; as a multiset the halves are the whole.
     from sklearn.datasets import load_digits
 
     whole = np.round(load_digits().images * (255 / 16)).astype(np.uint8).reshape(1797, 64)
-    halves = np.concatenate([split.training_pixels, split.held_out_pixels]).reshape(1797, 64)
+    halves = np.concatenate([training.pixels, held_out.pixels]).reshape(1797, 64)
     assert sorted(map(bytes, whole)) == sorted(map(bytes, halves))
 
 
@@ -94,7 +90,8 @@ def test_digits_are_grey_images_from_black_to_white():
     raw = data[[5, 0, 5]]
     assert raw.stored.shape == (3, 1, 8, 8)
     assert torch.equal(raw.stored[0], raw.stored[2])
-    np.testing.assert_array_equal(raw.stored[1, 0], digits_split().training_pixels[0, :, :, 0])
+    pixels = digits.load_training_set().pixels
+    np.testing.assert_array_equal(raw.stored[1, 0], pixels[0, :, :, 0])
     images = data.clean(data[range(1197)].stored, torch.Generator())
     assert images.dtype == torch.float32
     assert images.aminmax() == (-1, 1)
@@ -117,13 +114,6 @@ def test_cifar10_is_bytes_in_memory_with_channels_first(tmp_path, monkeypatch):
     assert raw.labels.dtype == torch.int64
 
 
-def test_damaged_cifar10_is_refused_with_its_file(tmp_path, monkeypatch):
-    standins.write_cifar10(tmp_path, monkeypatch)
-    path = tmp_path / standins.CIFAR_FOLDER / "data_batch_4"
-    path.write_bytes(path.read_bytes()[:-1])
-    assert refusal(config_of("CIFAR10", tmp_path)).startswith(f"{path}: not the published file")
-
-
 # Folders of pictures.
 
 
@@ -132,6 +122,12 @@ def photographs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("photographs")
     standins.write_image_folder(folder)
     return folder
+
+
+def damage(*paths):
+    """Cut pictures short, far enough in to begin as pictures do."""
+    for path in paths:
+        path.write_bytes(path.read_bytes()[:500])
 
 
 def test_folder_alone_makes_a_data_set(photographs):
@@ -160,7 +156,6 @@ def test_every_kind_of_picture_becomes_rgb_of_one_size(tmp_path):
     for name, picture in kinds.items():
         (tmp_path / "cat" / name).parent.mkdir(parents=True, exist_ok=True)
         picture.save(tmp_path / "cat" / name)
-    (tmp_path / "cat" / "notes.txt").write_text("not a picture, and not named like one")
     data = data_of(config_of("ImageFolder", tmp_path))
     raw = data[list(range(5))]
     assert raw.stored.shape == (5, 3, 16, 16)
@@ -172,21 +167,6 @@ def test_every_kind_of_picture_becomes_rgb_of_one_size(tmp_path):
     assert torch.equal(grey[0], grey[2])
 
 
-@pytest.mark.parametrize(
-    ("names", "in_order"),
-    [(["10", "2", "0"], ("0", "2", "10")), (["10", "2", "b"], ("10", "2", "b"))],
-)
-def test_classes_are_numeric_only_if_all_names_are(tmp_path, names, in_order):
-    for level, name in enumerate(names):
-        (tmp_path / name).mkdir()
-        Image.new("RGB", (16, 16), (level, 0, 0)).save(tmp_path / name / "a.png")
-    data = data_of(config_of("ImageFolder", tmp_path, batch_size=3))
-    assert data.spec.class_names == in_order
-    raw = data[[0, 1, 2]]
-    assert raw.labels.tolist() == [0, 1, 2]
-    assert raw.stored[:, 0, 0, 0].tolist() == [names.index(name) for name in in_order]
-
-
 def test_names_that_are_not_text_are_read(tmp_path):
     folder = tmp_path / "caf\udce9"
     folder.mkdir()
@@ -195,23 +175,15 @@ def test_names_that_are_not_text_are_read(tmp_path):
     assert data[[0]].stored.shape == (1, 3, 16, 16)
 
 
-def test_files_that_are_no_pictures_are_named_at_the_start(photographs, tmp_path):
-    standins.write_image_folder(tmp_path / "photographs")
-    folder = tmp_path / "photographs"
-    (folder / "cat" / "page.jpg").write_text("<html>not found</html>")
-    (folder / "cup" / "empty.png").touch()
-    (folder / "cup" / "link.png").symlink_to(folder / "absent.png")
-    said = refusal(config_of("ImageFolder", folder))
+def test_files_that_are_no_pictures_are_named_at_the_start(tmp_path):
+    standins.write_image_folder(tmp_path)
+    (tmp_path / "cat" / "page.jpg").write_text("<html>not found</html>")
+    (tmp_path / "cup" / "empty.png").touch()
+    (tmp_path / "cup" / "link.png").symlink_to(tmp_path / "absent.png")
+    said = refusal(data_of, config_of("ImageFolder", tmp_path))
     for name in ("cat/page.jpg", "cup/empty.png", "cup/link.png"):
-        assert f"{folder / name}: not a readable picture (" in said
-    assert said.count("not a readable picture") == 3
-
-
-def test_of_very_many_files_that_are_no_pictures_five_are_named(tmp_path):
-    (tmp_path / "cat").mkdir()
-    for number in range(2000):
-        (tmp_path / "cat" / f"{number}.jpg").touch()
-    assert refusal(config_of("ImageFolder", tmp_path)).count("not a readable picture") == 5
+        assert str(tmp_path / name) in said
+    assert said.count(str(tmp_path)) == 3
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -220,53 +192,43 @@ def test_picture_damaged_further_on_is_named_when_its_batch_comes(tmp_path, num_
     path = tmp_path / "cup" / "broken.png"
     Image.fromarray(standins.photographs()["cup"]).save(path)
     path.write_bytes(path.read_bytes()[:5000])
+    prefetch_factor = num_workers or None
     config = config_of(
-        "ImageFolder", tmp_path, num_workers=num_workers, prefetch_factor=num_workers or None
+        "ImageFolder", tmp_path, num_workers=num_workers, prefetch_factor=prefetch_factor
     )
-    data = data_of(config)
-    go_on = "--set skip_bad=true --allow-changed data$"
-    with pytest.raises(UserError, match=f"^{path}: not a readable picture [^\n]*{go_on}"):
-        list(first_steps(config, data))
+    batches = batches_of(config, data_of(config), BatchPlan(4, 3, 1, 1))
+    said = refusal(list, batches)
+    for named in (str(path), "--set skip_bad=true", "--allow-changed data"):
+        assert named in said
 
 
 def test_small_folders_are_decoded_once_and_large_ones_are_not_kept(photographs, monkeypatch):
     read = []
     monkeypatch.setattr(
-        support.data.datasets,
-        "read_image",
-        lambda path, *how: read.append(path) or read_image(path, *how),
+        datasets, "read_image", lambda path, *how: read.append(path) or read_image(path, *how)
     )
     data = data_of(config_of("ImageFolder", photographs))
     first, second = data[[3, 8, 3]], data[[8, 3, 3]]
     assert len(read) == 2
     assert torch.equal(first.stored, second.stored[[1, 0, 2]])
-    monkeypatch.setattr(support.data.datasets, "KEPT_BYTES", 24 * 3 * 16**2 - 1)
+    monkeypatch.setattr(datasets, "KEPT_BYTES", 24 * 3 * 16**2 - 1)
     data = data_of(config_of("ImageFolder", photographs))
     assert torch.equal(data[[3, 8, 3]].stored, first.stored)
     assert len(read) == 5
 
 
-def damage(*paths):
-    """Cut pictures short, far enough in to begin as pictures do."""
-    for path in paths:
-        path.write_bytes(path.read_bytes()[:500])
-
-
-def test_every_picture_is_checked_on_request_and_the_bad_ones_are_named(tmp_path):
+def test_every_picture_is_checked_on_request_and_the_bad_ones_are_named(tmp_path, capsys):
     standins.write_image_folder(tmp_path)
     config = config_of("ImageFolder", tmp_path)
-    assert "checked: 24 examples can be read" in data_of(config, check_data=True).notes
+    assert "24 examples" in data_of(config, check_data=True).notes[-1]
+    assert "24 examples" in capsys.readouterr().out, "said before it starts"
     damage(*(tmp_path / "cup").iterdir(), tmp_path / "cat" / "3.jpg")
     data_of(config)
-    with pytest.raises(UserError) as caught:
-        data_of(config, check_data=True)
-    said = str(caught.value)
-    assert said.startswith(f"7 of 24 pictures cannot be read: {tmp_path / 'cat' / '3.jpg'}: not a")
-    assert said.count("not a readable picture") == 5
-    assert said.endswith(
-        "; and 2 more; mend or delete them, or leave them out by --set skip_bad=true"
-    )
-    assert "\n" not in said
+    said = refusal(data_of, config, check_data=True)
+    assert said.startswith(f"7 of 24 pictures cannot be read: {tmp_path / 'cat' / '3.jpg'}: ")
+    assert said.count(str(tmp_path)) == 5
+    assert "2 more" in said
+    assert "--set skip_bad=true" in said
 
 
 def test_bad_pictures_are_left_out_on_request(tmp_path):
@@ -276,24 +238,20 @@ def test_bad_pictures_are_left_out_on_request(tmp_path):
     (tmp_path / "flower" / "gone.jpg").symlink_to("nowhere")
     data = data_of(config_of("ImageFolder", tmp_path, skip_bad=True))
     assert data.skipped == ["cat/0.jpg", "china/page.jpg", "cup/1.jpg", "flower/gone.jpg"]
-    assert data.notes == [
-        "10 examples of 4 classes, in order: cat (2), china (3), cup (2), flower (3)",
-        "left out 4 of 14 pictures, which cannot be read: see skipped_images.txt",
-        "checked: 10 examples can be read",
-    ]
+    described, left_out, checked = data.notes
+    assert "cat (2), china (3), cup (2), flower (3)" in described
+    assert "4 of 14 pictures" in left_out and "skipped_images.txt" in left_out
+    assert "10 examples" in checked
     assert data.labels.tolist() == [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]
     assert data.record()["class_counts"] == [2, 3, 2, 3]
-    assert data.record()["num_examples"] == 10
+    assert data.record()["num_examples"] == len(data) == 10
+    assert "files_sha256" in data.record()
     raw = data[list(range(10))]
     expected = read_image(tmp_path / "cup" / "2.jpg", 16)
     np.testing.assert_array_equal(raw.stored[6].permute(1, 2, 0), expected)
-
-
-def test_class_that_loses_all_its_pictures_is_refused(tmp_path):
-    standins.write_image_folder(tmp_path, per_class=3)
     damage(*(tmp_path / "cup").iterdir())
-    said = refusal(config_of("ImageFolder", tmp_path, skip_bad=True))
-    assert said == f"{tmp_path / 'cup'}: none of its pictures can be read"
+    said = refusal(data_of, config_of("ImageFolder", tmp_path, skip_bad=True))
+    assert str(tmp_path / "cup") in said, "a class that loses all its pictures"
 
 
 def test_processes_check_a_share_each_and_come_to_one_list(tmp_path, monkeypatch):
@@ -307,9 +265,9 @@ def test_processes_check_a_share_each_and_come_to_one_list(tmp_path, monkeypatch
         "gather",
         lambda own, value: found.update(value) or [value] if isinstance(value, dict) else [value],
     )
-    why = support.data.datasets.why_unreadable
+    why = datasets.why_unreadable
     monkeypatch.setattr(
-        support.data.datasets, "why_unreadable", lambda path, *how: tried.append(path) or why(path)
+        datasets, "why_unreadable", lambda path, *how: tried.append(path) or why(path)
     )
     config = config_of("ImageFolder", tmp_path)
     for rank in range(5):
@@ -348,24 +306,21 @@ def test_the_main_process_alone_lists_and_opens_pictures(tmp_path, monkeypatch):
     data_of(config, other)
     assert calls["scandir"] == 1, "of dataset_path itself"
     assert calls["open"] == 0
-    assert calls["stat"] <= 2 * SIZES_COMPARED + 1  # and of the folder itself
+    assert calls["stat"] <= 2 * SIZES_COMPARED
     sizes.clear()
     sent.append(class_folders(tmp_path))
     sizes.append([1])
-    with pytest.raises(UserError, match=f"{tmp_path}: process 1 sees other pictures there than"):
-        list_pictures(tmp_path, other)
+    assert "process 1" in refusal(list_pictures, tmp_path, other)
 
 
 @pytest.mark.parametrize("key", ["skip_bad", "horizontal_flips"])
 def test_keys_for_folders_of_pictures_are_refused_elsewhere(key):
-    with pytest.raises(UserError, match=f"test: {key}: true is for dataset_type ImageFolder, not"):
-        config_of("Digits", **{key: True})
+    assert f"test: {key}: true" in refusal(config_of, "Digits", **{key: True})
 
 
 def test_flips_are_not_asked_for_twice(tmp_path):
     values = {"model_type": "UNet", "augment_probability": 0.1, "horizontal_flips": True}
-    with pytest.raises(UserError, match="horizontal_flips: true must be false where augment_prob"):
-        config_of("ImageFolder", tmp_path, **values)
+    assert "horizontal_flips: true" in refusal(config_of, "ImageFolder", tmp_path, **values)
 
 
 def test_pictures_of_phones_are_trained_on_upright(tmp_path):
@@ -379,39 +334,22 @@ def test_pictures_of_phones_are_trained_on_upright(tmp_path):
     assert torch.equal(*data[[0, 1]].stored)
 
 
-def test_folders_without_classes_or_pictures_are_refused(tmp_path):
-    config = config_of("ImageFolder", tmp_path)
-    assert "holds no class folders; put the pictures of each class" in refusal(config)
-    (tmp_path / "cat").mkdir()
-    assert refusal(config).startswith(f"{tmp_path / 'cat'}: holds no pictures")
-    absent = config_of("ImageFolder", tmp_path / "absent")
-    assert "absent: cannot be read as a folder" in refusal(absent)
-
-
 # What all have in common.
 
 
-@pytest.mark.parametrize("dataset_type", ["CIFAR10", "ImageFolder", "Imagenet"])
-def test_a_file_in_place_of_a_folder_is_refused(tmp_path, dataset_type):
+@pytest.mark.parametrize("dataset_type", ["CIFAR10", "FashionMNIST", "ImageFolder", "Imagenet"])
+def test_a_dataset_path_that_is_a_file_or_not_set_is_refused(tmp_path, dataset_type):
     (tmp_path / "file").touch()
-    request = DataRequest(dataset_type, 32, str(tmp_path / "file"))
-    with pytest.raises(UserError, match=r"dataset_path.*/file "):
-        build_data(request)
-
-
-@pytest.mark.parametrize("dataset_type", ["CIFAR10", "ImageFolder"])
-@pytest.mark.parametrize("path", [None, ""])
-def test_path_that_is_not_set_is_asked_for(dataset_type, path):
-    said = refusal(config_of(dataset_type, path))
-    assert said.startswith(f"dataset_path: not set; {dataset_type} needs a folder")
+    for path in (str(tmp_path / "file"), None, ""):
+        said = refusal(build_data, DataRequest(dataset_type, 32, path))
+        assert said.startswith("dataset_path: ")
+        assert (path or dataset_type) in said
 
 
 def test_data_smaller_than_a_batch_are_refused(photographs):
-    said = refusal(config_of("ImageFolder", photographs, batch_size=25))
-    assert said == (
-        f"batch_size: 25 is more than the 24 examples of {photographs}; lower it: "
-        "--set batch_size=24 at most"
-    )
+    said = refusal(data_of, config_of("ImageFolder", photographs, batch_size=25))
+    for named in ("batch_size: 25", str(photographs), "--set batch_size=24"):
+        assert named in said
 
 
 @pytest.mark.parametrize("label", [-1, 3])
@@ -419,9 +357,28 @@ def test_label_out_of_range_is_refused_before_it_reaches_a_device(monkeypatch, l
     data = PixelData(
         torch.zeros(5, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 2, 0, label]), (*"abc",)
     )
-    monkeypatch.setitem(support.data.datasets.DATASETS, "Digits", DataSet(1, 3, lambda _: data))
-    said = refusal(config_of("Digits"))
-    assert said == f"Digits: has a label {label}; its 3 classes go from 0 to 2"
+    monkeypatch.setitem(DATASETS, "Digits", DataSet(1, 3, lambda _: data))
+    assert f"Digits: has a label {label};" in refusal(data_of, config_of("Digits"))
+
+
+def test_other_data_are_refused_and_other_classes_whatever_is_allowed():
+    before = {"channels": 3, "class_names": ["a", "b"], "num_examples": 4, "class_counts": [2, 2]}
+    fewer = {**before, "num_examples": 3, "class_counts": [2, 1]}
+    renamed = {**fewer, "class_names": ["a", "c"]}
+    assert compare_data(before, before, "1.pt", False) == []
+    older = {key: before[key] for key in ("channels", "class_names", "num_examples")}
+    assert compare_data(older, before, "1.pt", False) == []
+    said = refusal(compare_data, before, fewer, "1.pt", False)
+    for named in ("1.pt: ", "num_examples 4 then, 3 now", "--allow-changed data"):
+        assert named in said
+    (line,) = compare_data(before, fewer, "1.pt", True)
+    assert "num_examples 4 then, 3 now; class_counts " in line
+    for is_allowed in (True, False):
+        said = refusal(compare_data, before, renamed, "1.pt", is_allowed)
+        assert "class_names ['a', 'b'] then" in said
+        assert "working_dir" in said
+    (line,) = compare_data(before, {**before, "exif": "apply"}, "1.pt", is_allowed=False)
+    assert "EXIF" in line, "a run of a time when pictures were not turned is told that they are now"
 
 
 # In training.
@@ -460,16 +417,16 @@ def test_other_pictures_of_the_same_number_are_refused_until_they_are_allowed(tm
         if change == "swapped":
             cup.write_bytes(one)
     again = options(run, folder, "--allow-changed=total_steps", total_steps=2)
-    with pytest.raises(UserError, match="trained on other data: other names or sizes of pictures;"):
-        train.main(again)
+    assert "--allow-changed data" in refusal(train.main, again)
     train.main([*again, "--allow-changed=data"])
-    assert "data changed: other names or sizes of pictures" in (run / "log.txt").read_text()
+    assert "other names or sizes" in (run / "log.txt").read_text()
 
 
 @pytest.mark.parametrize("place", ["", "run", "cat/run", "./run/../run"])
 def test_results_cannot_lie_among_the_classes(photographs, place):
-    with pytest.raises(UserError, match=r"working_dir: .* lies in dataset_path, where every fol"):
-        train.main(options(photographs / place, photographs))
+    said = refusal(train.main, options(photographs / place, photographs))
+    assert said.startswith("working_dir: ")
+    assert "dataset_path" in said
     for elsewhere in (photographs / ".runs" / "x", photographs.parent / "photographs-run"):
         refuse_start(config_of("ImageFolder", photographs, working_dir=str(elsewhere)))
 
@@ -479,70 +436,44 @@ def test_a_class_that_is_held_out_as_a_whole_is_named(tmp_path):
     (tmp_path / "alone").mkdir()
     shutil.copy(tmp_path / "cat" / "0.jpg", tmp_path / "alone")
     said = [
-        data_of(config_of("ImageFolder", tmp_path, held_out=12, seed=seed)).notes
+        data_of(config_of("ImageFolder", tmp_path, held_out=12, seed=seed)).notes[1:]
         for seed in range(5)
     ]
-    named = ["held out: all images of alone: no step trains" in " ".join(notes) for notes in said]
+    named = ["alone" in " ".join(notes) for notes in said]
     assert True in named and False in named
 
 
-def test_photographs_train_to_a_grid_and_their_classes_are_recorded(photographs, tmp_path):
-    train.main(options(tmp_path, photographs))
-    assert (tmp_path / "figs" / "2.png").exists()
-    checkpoint = torch.load(tmp_path / "ckpts" / "2.pt", weights_only=True)
+def test_photographs_train_to_a_grid_and_their_classes_are_recorded(photographs, tmp_path, capsys):
+    train.main(options(tmp_path / "run", photographs, "--dry-run"))
+    assert "DiT-Nano-4, " in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+    train.main(options(tmp_path / "run", photographs))
+    assert (tmp_path / "run" / "figs" / "2.png").exists()
+    checkpoint = torch.load(tmp_path / "run" / "ckpts" / "2.pt", weights_only=True)
     assert checkpoint["data"]["class_names"] == ["cat", "china", "cup", "flower"]
     assert checkpoint["data"]["channels"] == 3
     table = checkpoint["model"]["network.y_embedder.embedding_table.weight"]
     assert len(table) == 4 + 1, "the classes and the null class"
 
 
-def test_bad_picture_met_on_the_way_is_left_out_when_that_is_agreed_to(tmp_path, capsys):
+def test_bad_picture_met_on_the_way_is_left_out_when_that_is_agreed_to(tmp_path):
     folder, run_folder = tmp_path / "photographs", tmp_path / "run"
     standins.write_image_folder(folder)
     train.main(options(run_folder, folder, total_steps=4, ckpt_saving_steps=2, num_workers=0))
     (run_folder / "ckpts" / "4.pt").unlink()
     damage(folder / "cup" / "0.jpg")
     skip = options(run_folder, folder, total_steps=4, skip_bad="true", num_workers=0)
-    with pytest.raises(
-        UserError, match=r"num_examples 24 then, 23 now; .*--allow-changed data con"
-    ):
-        train.main(skip)
+    said = refusal(train.main, skip)
+    for named in ("num_examples 24 then, 23 now", "--allow-changed data"):
+        assert named in said
     train.main([*skip, "--allow-changed", "data"])
     log = (run_folder / "log.txt").read_text()
-    assert "23 examples of 4 classes, in order: cat (6), china (6), cup (5), flower (6)" in log
-    assert "left out 1 of 24 pictures, which cannot be read: see skipped_images.txt" in log
-    assert "data changed: num_examples 24 then, 23 now; class_counts" in log
+    assert "cat (6), china (6), cup (5), flower (6)" in log
+    assert "1 of 24 pictures" in log
+    assert "num_examples 24 then, 23 now; class_counts" in log
     assert (run_folder / "skipped_images.txt").read_text() == "cup/0.jpg\n"
     checkpoint = torch.load(run_folder / "ckpts" / "4.pt", weights_only=True)
     assert checkpoint["data"]["class_counts"] == [6, 6, 5, 6]
-
-
-def test_other_data_are_refused_and_other_classes_whatever_is_allowed():
-    before = {"channels": 3, "class_names": ["a", "b"], "num_examples": 4, "class_counts": [2, 2]}
-    fewer = {**before, "num_examples": 3, "class_counts": [2, 1]}
-    renamed = {**fewer, "class_names": ["a", "c"]}
-    assert compare_data(before, before, "1.pt", False) == []
-    older = {key: before[key] for key in ("channels", "class_names", "num_examples")}
-    assert compare_data(older, before, "1.pt", False) == []
-    said = "1.pt: trained on other data: num_examples 4 then, 3 now"
-    with pytest.raises(UserError, match=f"^{said}.*; --allow-changed data continues"):
-        compare_data(before, fewer, "1.pt", False)
-    (line,) = compare_data(before, fewer, "1.pt", True)
-    assert line.startswith("data changed: num_examples 4 then, 3 now; class_counts ")
-    for is_allowed in (True, False):
-        with pytest.raises(
-            UserError, match=r"class_names \['a', 'b'\] then, .*now; .* another working_dir"
-        ):
-            compare_data(before, renamed, "1.pt", is_allowed)
-
-
-def test_dry_run_looks_up_the_classes_of_a_folder(photographs, tmp_path, capsys):
-    train.main(options(tmp_path / "run", photographs, "--dry-run"))
-    four = capsys.readouterr().out
-    assert "DiT-Nano-4, " in four
-    assert not (tmp_path / "run").exists()
-    with pytest.raises(UserError, match="dataset_path: not set; ImageFolder needs a folder"):
-        train.main(options(tmp_path / "run", "null", "--dry-run"))
 
 
 @pytest.mark.slow
@@ -552,12 +483,5 @@ def test_unreadable_picture_ends_training_in_one_line(tmp_path):
     path.write_bytes(path.read_bytes()[:300])
     ended = run("train.py", *options(tmp_path / "run", tmp_path / "photographs", total_steps=20))
     assert ended.returncode == 1
-    assert ended.stderr.startswith(f"error: {path}: not a readable picture (")
+    assert ended.stderr.startswith(f"error: {path}: ")
     assert ended.stderr.count("\n") == 1
-
-
-def test_a_run_of_a_time_when_pictures_were_not_turned_is_told_that_they_are_now():
-    before = {"channels": 3, "class_names": ["a", "b"], "num_examples": 4}
-    notes = compare_data(before, {**before, "exif": "apply"}, "1.pt", is_allowed=False)
-    assert notes == ["pictures are turned upright by their EXIF data from here on"]
-    assert compare_data(before, before, "1.pt", is_allowed=False) == []

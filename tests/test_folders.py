@@ -150,7 +150,8 @@ def test_classes_made_of_folders_alone_are_named_with_what_may_have_been_meant(t
 AS_ANOTHER = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
 TRY = """
 import json, sys
-from support.data.datasets import DATASETS, DataRequest, build_data, count_classes
+from support.data.build import build_data
+from support.data.datasets import DATASETS, DataRequest, count_classes
 from support.data.folders import find_pictures
 from support.system.files import UserError
 def said(work, *arguments):

@@ -12,7 +12,9 @@ from exact import ExactNetwork
 import train
 from config import load_config
 from models import METHODS, SoFlow
-from support.data.datasets import ALONE, DataRequest, build_data, digits_split
+from support.data.build import build_data
+from support.data.datasets import ALONE, DataRequest
+from support.data.digits import load_test_set
 from support.system.files import UserError
 from support.system.processes import Processes
 from training import preview
@@ -32,7 +34,7 @@ def test_a_test_split_is_used_and_nothing_is_taken_away():
     assert len(with_it) == len(without) == 1197
     assert without.held_out is None
     assert with_it.notes[-1] == "held out: 200 test images"
-    test_images = {pixels.tobytes() for pixels in digits_split().held_out_pixels}
+    test_images = {pixels.tobytes() for pixels in load_test_set().pixels}
     chosen = with_it.held_out[list(range(200))].stored
     assert {pixels.numpy().tobytes() for pixels in chosen} <= test_images
 
@@ -70,7 +72,7 @@ def test_more_than_there_are_is_refused_with_the_most_there_can_be(tmp_path):
         build_data(digits(held_out=601).data_request())
     standins.write_image_folder(tmp_path, per_class=3, size=16)
     count = len(build_data(DataRequest("ImageFolder", 16, str(tmp_path))))
-    with pytest.raises(UserError, match=f"of which a batch needs 4; {count - 4} at most"):
+    with pytest.raises(UserError, match=f"held_out: .*; {count - 4} at most"):
         build_data(DataRequest("ImageFolder", 16, str(tmp_path), 4, held_out=count - 3))
 
 

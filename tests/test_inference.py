@@ -139,7 +139,7 @@ def test_checkpoint_given_by_its_path_is_sampled(run, tmp_path):
 
 def test_data_set_is_not_opened(run, monkeypatch):
     monkeypatch.setattr(
-        "support.data.datasets.digits_split", lambda: pytest.fail("opened the data set")
+        "support.data.digits.load_training_set", lambda: pytest.fail("opened the data set")
     )
     run("--num-samples=1")
 

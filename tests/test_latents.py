@@ -13,7 +13,8 @@ from tiny_vae import make_tiny_vae
 
 from config import config_from_dict
 from support.data.batches import BatchPlan
-from support.data.datasets import compare_data, count_classes
+from support.data.build import compare_data
+from support.data.datasets import count_classes
 from support.data.latents import LATENT_FILE, LatentReader, locate_latents
 from support.data.vae import find_vae, vae_digest
 from support.system.files import UserError

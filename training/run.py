@@ -9,7 +9,8 @@ from config import Config, config_from_dict, load_config, save_config
 from models import Batch
 from sampler import find_decoder
 from support.data.batches import BatchPlan
-from support.data.datasets import RawBatch, TrainingData, build_data, compare_data
+from support.data.build import build_data, compare_data
+from support.data.datasets import RawBatch, TrainingData
 from support.runs.budget import count_parameters
 from support.runs.logbook import Logbook, device_name
 from support.runs.metrics import Metrics

@@ -1,35 +1,30 @@
 """CIFAR-10: fetched once, and read by torchvision.
 
-torchvision knows the MD5 of each published file, which tells what unpickling it does. It is
-imported when there is something to read: the evaluator does without torch otherwise.
+torchvision unpickles the files, so their published MD5 is verified first. It is imported only when
+there is something to read, because the evaluator works without torch.
 """
 
 import os
 import shutil
 import tarfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
+from support.data.images import LabelledImages
 from support.system.files import UserError, atomic_write, download, make_folder
 from support.system.locks import done_by_one
 
 FOLDER = "cifar-10-batches-py"
-
-
-@dataclass(frozen=True)
-class Cifar10Images:
-    """`pixels` uint8 [N, 32, 32, 3], `labels` int64 [N]; label k is `class_names[k]`."""
-
-    pixels: np.ndarray
-    labels: np.ndarray
-    class_names: tuple[str, ...]
+CLASS_NAMES = (
+    *("airplane", "automobile", "bird", "cat", "deer"),
+    *("dog", "frog", "horse", "ship", "truck"),
+)
 
 
 def find_copy(folder: Path) -> Path | None:
-    """The place of CIFAR-10's batches, whole or not: `folder`, a folder in it, or None."""
+    """Where CIFAR-10's batches are, complete or not: `folder`, a folder in it, or None."""
     places = (folder, folder / FOLDER)
     batches = [f"data_batch_{number}" for number in range(1, 6)]
     # os.path, because Path.exists raises where a folder may not be entered.
@@ -37,20 +32,20 @@ def find_copy(folder: Path) -> Path | None:
     return there[0] if there else None
 
 
-def load_training_set(folder: Path) -> Cifar10Images:
-    """The 50,000 training images of the copy in `folder`; files that are missing are fetched.
+def load_training_set(folder: Path) -> LabelledImages:
+    """The 50,000 training images, uint8 [N, 32, 32, 3]; missing files are fetched into `folder`.
 
-    Raises UserError where one is damaged, or is missing and cannot be fetched.
+    UserError where a file is damaged, or is missing and cannot be fetched.
     """
     return _load(folder, is_training=True)
 
 
-def load_test_set(folder: Path) -> Cifar10Images:
-    """The 10,000 test images, as `load_training_set` gives the others."""
+def load_test_set(folder: Path) -> LabelledImages:
+    """The 10,000 test images, likewise."""
     return _load(folder, is_training=False)
 
 
-def _load(folder: Path, is_training: bool) -> Cifar10Images:
+def _load(folder: Path, is_training: bool) -> LabelledImages:
     published = _published(folder, is_training)
     place = find_copy(folder) or folder / FOLDER
     reason = f"another process failed to fetch {published.filename}"
@@ -63,11 +58,11 @@ def _load(folder: Path, is_training: bool) -> Cifar10Images:
     for name, md5 in published.md5_of.items():
         _verify(place / name, md5)
     images = published(place, train=is_training)
-    return Cifar10Images(images.data, np.array(images.targets, np.int64), tuple(images.classes))
+    return LabelledImages(images.data, np.array(images.targets, np.int64))
 
 
 def _published(folder: Path, is_training: bool) -> Any:
-    """torchvision's class of one half of the data set, its root being the folder of the batches."""
+    """torchvision's class for one half of the data set, with the batches' folder as its root."""
     try:
         from torchvision.datasets import CIFAR10
     except ImportError as error:
@@ -78,7 +73,7 @@ def _published(folder: Path, is_training: bool) -> Any:
 
     class OneHalf(CIFAR10):
         base_folder = ""
-        # A copy without the other half is whole enough.
+        # The other half need not be there.
         train_list: ClassVar = CIFAR10.train_list if is_training else []
         test_list: ClassVar = [] if is_training else CIFAR10.test_list
         md5_of: ClassVar = dict(
@@ -93,7 +88,7 @@ def _missing(place: Path, published: Any) -> list[str]:
 
 
 def _fetch(folder: Path, place: Path, published: Any) -> None:
-    """Fill up `place` from the archive in `folder`, downloaded for the purpose if need be."""
+    """Complete `place` from the archive in `folder`, which is downloaded if it is not there."""
     archive = folder / published.filename
     if os.path.exists(archive):
         _unpack(archive, place, published)
@@ -115,7 +110,7 @@ def _not_fetched(folder: Path, place: Path, published: Any, reason: str) -> User
 
 
 def _unpack(archive: Path, place: Path, published: Any) -> None:
-    """Write the published files that `place` lacks, each of them whole."""
+    """Write the published files that `place` lacks."""
     _verify(archive, published.tgz_md5)
     make_folder(place)
     missing = {f"{FOLDER}/{name}": place / name for name in _missing(place, published)}
@@ -128,7 +123,7 @@ def _unpack(archive: Path, place: Path, published: Any) -> None:
 
 
 def _verify(path: Path, md5: str) -> None:
-    """UserError where the file at `path` is not the one that was published."""
+    """UserError where the file at `path` is not the published one."""
     from torchvision.datasets.utils import calculate_md5
 
     try:

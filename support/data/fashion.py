@@ -1,10 +1,8 @@
 """Fashion-MNIST: fetched once, verified, and padded from 28 to 32 pixels a side.
 
-The files are torchvision's, where it puts them and from where it fetches them. Its reader is not
-used: that takes only what it has unpacked itself, without a look at it. A copy elsewhere, Debian's
-for one, is packed with another header: so digests are those of the unpacked files. The published
-ones unpack to these. And torchvision is imported only to fetch them: together with TensorFlow, when
-that comes first, it ends the process.
+The files are torchvision's, in torchvision's folders. They are verified by what they unpack to,
+because copies from elsewhere are packed differently; torchvision's own reader verifies nothing.
+torchvision is imported only to fetch them: after TensorFlow, importing it ends the process.
 """
 
 import gzip
@@ -12,20 +10,19 @@ import hashlib
 import math
 import os
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from support.data.images import LabelledImages
 from support.system.files import UserError, download, regular_only
 from support.system.locks import done_by_one
 
 FOLDER = Path("FashionMNIST", "raw")
-DEBIANS_FOLDER = "fashion-mnist"
 SIDE = 32
-BACKGROUND = 0  # of the pictures, and of the two pixels that are added on each side
-CLASSIFIER_COUNT = 10_000  # the last training images: a classifier's that scores the others
+BACKGROUND = 0  # of the images, and of the two pixels added on each side
+CLASSIFIER_COUNT = 10_000  # the last training images, for the classifier that scores samples
 CLASS_NAMES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag"),
     "Ankle boot",
@@ -33,7 +30,7 @@ CLASS_NAMES = (
 
 
 class Published(NamedTuple):
-    """What an idx file holds once it is unpacked: bytes of this shape behind a header."""
+    """An unpacked idx file: bytes of this shape after a header."""
 
     shape: tuple[int, ...]
     sha256: str
@@ -41,10 +38,6 @@ class Published(NamedTuple):
     @property
     def header_bytes(self) -> int:
         return 4 + 4 * len(self.shape)  # a magic number, then the sizes
-
-    @property
-    def total_bytes(self) -> int:
-        return self.header_bytes + math.prod(self.shape)
 
 
 TRAINING = {
@@ -65,47 +58,32 @@ TEST = {
 }
 
 
-@dataclass(frozen=True)
-class FashionImages:
-    """`pixels` uint8 [N, 32, 32, 1], `labels` int64 [N]; label k is `class_names[k]`."""
-
-    pixels: np.ndarray
-    labels: np.ndarray
-    class_names: tuple[str, ...] = CLASS_NAMES
-
-    def part(self, chosen: slice) -> "FashionImages":
-        return FashionImages(self.pixels[chosen], self.labels[chosen])
-
-
 def find_copy(folder: Path) -> Path | None:
-    """The place of the idx files, whole or not: `folder`, torchvision's or Debian's in it, or None.
-
-    A link to Debian's folder comes to lie in `folder` where that is there already.
-    """
-    places = (folder, folder / FOLDER, folder / DEBIANS_FOLDER)
+    """Where the idx files are, complete or not: `folder`, torchvision's folder in it, or None."""
     names = (*TRAINING, *TEST)
+    places = (folder, folder / FOLDER)
     return next((place for place in places if any(_find(place, name) for name in names)), None)
 
 
-def load_training_set(folder: Path) -> FashionImages:
-    """The first 50,000 training images of the copy in `folder`; missing files are fetched.
+def load_training_set(folder: Path) -> LabelledImages:
+    """The first 50,000 training images, uint8 [N, 32, 32, 1]; missing files are fetched.
 
-    Raises UserError where one is damaged, or is missing and cannot be fetched.
+    UserError where a file is damaged, or is missing and cannot be fetched.
     """
-    return _load(folder, TRAINING).part(slice(None, -CLASSIFIER_COUNT))
+    return _load(folder, TRAINING).part(slice(-CLASSIFIER_COUNT))
 
 
-def load_classifier_set(folder: Path) -> FashionImages:
-    """The other 10,000 training images, as `load_training_set` gives its own."""
+def load_classifier_set(folder: Path) -> LabelledImages:
+    """The other 10,000 training images, likewise."""
     return _load(folder, TRAINING).part(slice(-CLASSIFIER_COUNT, None))
 
 
-def load_test_set(folder: Path) -> FashionImages:
-    """The 10,000 test images, as `load_training_set` gives the others."""
+def load_test_set(folder: Path) -> LabelledImages:
+    """The 10,000 test images, likewise."""
     return _load(folder, TEST)
 
 
-def _load(folder: Path, files: dict[str, Published]) -> FashionImages:
+def _load(folder: Path, files: dict[str, Published]) -> LabelledImages:
     place = find_copy(folder) or folder / FOLDER
 
     def missing() -> list[str]:
@@ -113,8 +91,7 @@ def _load(folder: Path, files: dict[str, Published]) -> FashionImages:
 
     def not_fetched(reason: str) -> UserError:
         return UserError(
-            f"{place}: lacks {', '.join(missing())}; {reason}; put them there yourself, or name "
-            "the folder of Debian's package dataset-fashion-mnist"
+            f"{place}: lacks {', '.join(missing())}; {reason}; put them there yourself"
         )
 
     def fetch() -> None:
@@ -136,11 +113,11 @@ def _load(folder: Path, files: dict[str, Published]) -> FashionImages:
     margin = (SIDE - pixels.shape[1]) // 2
     widths = ((0, 0), (margin, margin), (margin, margin))
     padded = np.pad(pixels, widths, constant_values=BACKGROUND)[..., None]
-    return FashionImages(padded, labels.astype(np.int64))
+    return LabelledImages(padded, labels.astype(np.int64))
 
 
 def _url() -> str:
-    """Where the files are published."""
+    """The URL of the folder that the files are published in."""
     try:
         from torchvision.datasets import FashionMNIST
     except ImportError as error:
@@ -160,22 +137,16 @@ def _find(place: Path, name: str) -> Path | None:
 
 def _read(path: Path, published: Published) -> np.ndarray:
     """The content of an idx file, uint8; UserError where it is not the published one."""
-    wanted_bytes = published.total_bytes
+    # At most one byte more than it should hold: a small file may unpack to anything.
+    num_bytes = published.header_bytes + math.prod(published.shape) + 1
     try:
         with open(path, "rb", opener=regular_only) as stored:
-            # One byte more than it should hold, and no more: a small file may unpack to anything.
-            if path.suffix == ".gz":
-                with gzip.GzipFile(fileobj=stored) as unpacked:
-                    content = unpacked.read(wanted_bytes + 1)
-            else:
-                content = stored.read(wanted_bytes + 1)
+            packed = gzip.GzipFile(fileobj=stored) if path.suffix == ".gz" else stored
+            content = packed.read(num_bytes)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise _refused(path, f"it cannot be unpacked: {error}") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    if len(content) != wanted_bytes:
-        kind = "more" if len(content) > wanted_bytes else f"{len(content)}"
-        raise _refused(path, f"it holds {kind} bytes instead of {wanted_bytes}")
     digest = hashlib.sha256(content).hexdigest()
     if digest != published.sha256:
         raise _refused(path, f"the SHA-256 of its content is {digest}, not {published.sha256}")

@@ -158,6 +158,16 @@ def why_unreadable(path: str | Path, crop_size: int | None = None) -> str:
     return ""
 
 
+class LabelledImages(NamedTuple):
+    """`pixels` uint8 [N, H, W, C], `labels` int64 [N]."""
+
+    pixels: np.ndarray
+    labels: np.ndarray
+
+    def part(self, chosen: slice) -> "LabelledImages":
+        return LabelledImages(self.pixels[chosen], self.labels[chosen])
+
+
 class ImageBatch(NamedTuple):
     """Images made: pixels uint8 [B, H, W, C], and labels [B] where there are classes."""
 

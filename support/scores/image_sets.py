@@ -102,7 +102,8 @@ def folder_images(
         len(paths),
         image_shape,
         batches,
-        is_by_class=len(paths) > SPLIT_IMAGES and len({os.path.dirname(path) for path in paths}) > 1,
+        is_by_class=len(paths) > SPLIT_IMAGES
+        and len({os.path.dirname(path) for path in paths}) > 1,
         exif=exif,
         left_out_note=found.left_out_note(),
     )

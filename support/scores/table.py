@@ -21,9 +21,7 @@ class ScoreKind(NamedTuple):
 
 # All scores there are, in the order of columns.
 SCORES = {
-    "IS": ScoreKind(
-        "higher", "Inception Score: clear and varied samples score high."
-    ),
+    "IS": ScoreKind("higher", "Inception Score: clear and varied samples score high."),
     "FID": ScoreKind("lower", "Distance between samples and reference in Inception's features."),
     "sFID": ScoreKind("lower", "The same in spatial features, which keep positions in the image."),
     "FD": ScoreKind("lower", "Distance between samples and reference in the graph's features."),
