@@ -1,7 +1,5 @@
 """What this machine has is found, and said where it cannot be used."""
 
-import re
-
 import pytest
 import torch
 from commands import succeed
@@ -30,21 +28,20 @@ def gpu(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("built_for", "said"),
     [
-        ("13.0", "built for CUDA 13.0, which needs driver 580 or newer; with `device: cpu`"),
-        ("12.8", "the driver is at odds; with `device: cpu`"),
-        (None, "it is not built for CUDA; install a build that is; with `device: cpu`"),
+        ("12.8", "the driver is too old"),
+        (None, "CUDA"),
     ],
 )
 def test_a_gpu_that_torch_cannot_use_is_named_with_what_it_needs(
     gpu, monkeypatch, name, built_for, said
 ):
     def fail():
-        raise RuntimeError("the driver is at odds\nwith much")
+        raise RuntimeError("the driver is too old\nwith more lines")
 
     monkeypatch.setattr(torch.version, "cuda", built_for)
     monkeypatch.setattr(torch.cuda, "init", fail)
-    what = rf"device: an NVIDIA GPU is here \({gpu}/nvidia0, driver 535.104.05\), but torch .*"
-    with pytest.raises(UserError, match=what + re.escape(said)):
+    named = rf"^device: .*{gpu}/nvidia0.*535\.104\.05.*{said}.*`device: cpu`"
+    with pytest.raises(UserError, match=named):
         choose_device(name)
     assert choose_device("cpu").type == "cpu"
 
@@ -56,7 +53,7 @@ def test_a_gpu_that_nvidia_smi_alone_shows_is_found(gpu, monkeypatch):
     command.write_text("#!/bin/sh\necho 470.82.01\n")
     command.chmod(0o755)
     monkeypatch.setenv("PATH", str(gpu))
-    with pytest.raises(UserError, match=r"\(nvidia-smi shows it, driver 470.82.01\)"):
+    with pytest.raises(UserError, match=r"nvidia-smi.*470\.82\.01"):
         choose_device("auto")
     command.write_text("#!/bin/sh\necho no driver; exit 9\n")
     assert choose_device("auto").type != "cuda"
@@ -65,7 +62,7 @@ def test_a_gpu_that_nvidia_smi_alone_shows_is_found(gpu, monkeypatch):
 def test_gpus_that_are_hidden_on_purpose_are_left_alone(gpu, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert choose_device("auto").type != "cuda"
-    with pytest.raises(UserError, match="'cuda' is not available on this machine"):
+    with pytest.raises(UserError, match=r"^device: 'cuda'"):
         choose_device("cuda")
 
 

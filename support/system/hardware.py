@@ -1,4 +1,4 @@
-"""What this machine can do, and how it is told to: memory, precision, compilation."""
+"""What this machine can do: memory, GPUs, precision, compilation."""
 
 import contextlib
 import ctypes
@@ -17,37 +17,35 @@ from support.system.files import shorten
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # what glibc's mallopt calls them
 NEVER, NONE = -1, 0
-CONTAINER = Path("/sys/fs/cgroup")  # whose bounds are found here, where there are any
+CONTAINER = Path("/sys/fs/cgroup")  # has a container's limits, if there are any
 DEVICES, DRIVER = Path("/dev"), Path("/proc/driver/nvidia/version")
-OLDEST_DRIVERS = {"11": "450", "12": "525", "13": "580"}  # by CUDA's major version, says NVIDIA
-# What torch and oneDNN say instead of a MemoryError.
+# In the errors of torch and oneDNN, which are not MemoryErrors.
 OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory|could not create a memory")
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what this process frees, for its next allocation; elsewhere nothing happens.
+    """Let glibc keep freed memory for the next allocation; does nothing with other C libraries.
 
-    By default glibc hands large blocks back to the system as soon as they are freed, and a training
-    step on the CPU, which frees and takes the same activations over and over, spends a fifth of its
-    time on the page faults of getting them back. The process's peak memory stays what it is; what
-    it has taken once it holds to its end.
+    By default glibc returns large blocks to the system at once. A training step on the CPU frees
+    and allocates the same activations again and again, and spends a fifth of its time on the page
+    faults that this causes. The peak memory stays the same, and is held until the process ends.
     """
     if not sys.platform.startswith("linux"):
         return
-    with contextlib.suppress(AttributeError):  # a C library of another kind
+    with contextlib.suppress(AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_MAX, NONE)
         mallopt(M_TRIM_THRESHOLD, NEVER)
 
 
 def free_memory_bytes(device: torch.device) -> int:
-    """Bytes that could still be taken on `device`; where the system does not say, all it has."""
+    """Bytes still free on `device`; all that it has, where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     with contextlib.suppress(OSError):  # not Linux
         free.append(_kilobytes("/proc/meminfo", "MemAvailable") * 1024)
-    with contextlib.suppress(OSError, ValueError):  # no container, or one without bounds
+    with contextlib.suppress(OSError, ValueError):  # no container, or one without limits
         bound, used = (
             int((CONTAINER / f"memory.{name}").read_text()) for name in ("max", "current")
         )
@@ -56,9 +54,9 @@ def free_memory_bytes(device: torch.device) -> int:
 
 
 def limit_memory() -> None:
-    """Let this process's allocations fail beyond what is free now; Linux alone knows how.
+    """Let this process's allocations fail beyond the memory that is free now; Linux only.
 
-    Without that Linux promises more than there is, and then kills.
+    Otherwise Linux promises more memory than it has, and then kills the process.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -70,20 +68,20 @@ def limit_memory() -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there is not enough memory."""
+    """Whether an error means that memory ran out."""
     return isinstance(error, MemoryError) or bool(OUT_OF_MEMORY.search(str(error)))
 
 
 def _kilobytes(path: str, entry: str) -> int:
-    """An entry of one of the kernel's lists of memory."""
+    """An entry of one of the kernel's tables of memory."""
     lines = Path(path).read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{entry}:"))
 
 
 def unusable_gpu() -> str | None:
-    """The NVIDIA GPU that is here although torch finds none, and why; None where none is or shows.
+    """Which NVIDIA GPU torch cannot use, and why; None where there is none.
 
-    Whoever hides the GPUs by CUDA_VISIBLE_DEVICES means to go without them.
+    GPUs hidden by CUDA_VISIBLE_DEVICES do not count: that is the user's choice.
     """
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1", "NoDevFiles"):
         return None
@@ -95,20 +93,15 @@ def unusable_gpu() -> str | None:
     what += f"driver {driver or 'unknown'}), but torch {torch.__version__} cannot use it: "
     if torch.version.cuda is None:
         return f"{what}it is not built for CUDA; install a build that is"
-    needed = OLDEST_DRIVERS.get(torch.version.cuda.split(".")[0])
-    if driver and needed and int(driver.split(".")[0]) < int(needed):
-        return (
-            f"{what}it is built for CUDA {torch.version.cuda}, which needs driver {needed} or newer"
-        )
     try:
-        torch.cuda.init()
+        torch.cuda.init()  # its error tells of a driver that is too old
     except Exception as error:  # torch raises several kinds
         return f"{what}{shorten(error)}"
     return f"{what}it finds no device"
 
 
 def _driver_version() -> str | None:
-    """The version of NVIDIA's driver, from the kernel or from nvidia-smi; None where none says."""
+    """The version of NVIDIA's driver, by the kernel or nvidia-smi, if either tells."""
     told = DRIVER.read_text() if DRIVER.exists() else ""
     if not told and (command := shutil.which("nvidia-smi")):
         query = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -121,10 +114,10 @@ def _driver_version() -> str | None:
 
 
 def let_segments_expand() -> None:
-    """Let CUDA's allocator grow its blocks, unless the user has settings of their own for it.
+    """Let CUDA's allocator grow its segments, unless the user has settings for it.
 
-    Otherwise memory is lost between blocks of sizes that are not asked for again. Has to be said
-    before CUDA is used; every torch reads this one of the names.
+    This avoids fragmentation. It takes effect only before CUDA is used. Every version of torch
+    reads this name of the variable.
     """
     names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
     if not any(name in os.environ for name in names):
@@ -132,14 +125,14 @@ def let_segments_expand() -> None:
 
 
 def allow_tf32(device: torch.device, is_allowed: bool) -> None:
-    """Let CUDA's float32 matrix products and convolutions round their inputs to TF32, or not."""
+    """Allow or forbid TF32 in CUDA's float32 matrix products and convolutions."""
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = is_allowed
         torch.backends.cudnn.allow_tf32 = is_allowed
 
 
 def obstacle_to_bf16(device: torch.device) -> str | None:
-    """Why autocast to bfloat16 does not work on `device`, or None where it does."""
+    """Why autocast to bfloat16 does not work on `device`; None where it works."""
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return f"{torch.cuda.get_device_name(device)} has no bfloat16 arithmetic"
     try:
@@ -151,15 +144,15 @@ def obstacle_to_bf16(device: torch.device) -> str | None:
 
 
 def obstacle_to_compiling(device: torch.device) -> str | None:
-    """Why torch.compile does not work on `device`, or None where it does; takes some seconds."""
+    """Why torch.compile does not work on `device`; None where it works. Takes seconds."""
     try:
         torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
-    except Exception as error:  # of the compiler, its compilers, or the want of them: any kind
+    except Exception as error:  # the compilers raise errors of any kind
         return shorten(error)
     return None
 
 
 def time_convolutions(device: torch.device) -> None:
-    """Let cuDNN time its convolutions on each new shape and take the fastest: for fixed shapes."""
+    """Let cuDNN choose the fastest convolution for each new shape: worth it for fixed shapes."""
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True

@@ -1,4 +1,4 @@
-"""Processes and devices: started by torchrun or alone; nccl on CUDA, gloo elsewhere."""
+"""The processes of a run, started by torchrun or alone, connected by NCCL on CUDA, else by gloo."""
 
 import contextlib
 import fcntl
@@ -24,11 +24,11 @@ from support.system.files import Stopped, UserError
 from support.system.hardware import keep_freed_memory, let_segments_expand, unusable_gpu
 
 Value = TypeVar("Value")
-SIOCGIFADDR = 0x8915  # Linux' number for: which address has this network interface?
-# gloo raises plain RuntimeErrors. This is how they are known: by the place in its source, or where
-# one of several exchanges has timed out, by what it says of the others.
+SIOCGIFADDR = 0x8915  # Linux's request for the address of a network interface
+# gloo raises plain RuntimeErrors. They name a place in its source; those of the exchanges that end
+# because another one timed out have this text.
 OF_GLOO = re.compile("gloo|Application timeout caused pair closure")
-# What torch, gloo and NCCL say when another process waits, and when it has ended.
+# In the errors of torch, gloo and NCCL: another process is silent, or has ended.
 SILENT = re.compile("timed out|timeout", re.IGNORECASE)
 GONE = re.compile(
     "(closed|reset) by peer|broken pipe|remote process exited|got 0 bytes", re.IGNORECASE
@@ -37,21 +37,21 @@ GONE = re.compile(
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all that work together, and the device it computes on."""
+    """This process among those of the run, and its device."""
 
     rank: int
     local_rank: int
     world_size: int
     device: torch.device
-    host_group: dist.ProcessGroup | None = None  # for what is known on the CPU
+    host_group: dist.ProcessGroup | None = None  # for values on the CPU
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one process that writes files and talks."""
+        """Whether this is rank 0, the one process that writes files and prints."""
         return self.rank == 0
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
-        """`values` summed over the processes; every process gets the sum."""
+        """The sum of `values` over the processes, on every process."""
         if self.world_size > 1:
             values = values.clone()
             dist.all_reduce(values)
@@ -64,7 +64,7 @@ class Processes:
                 dist.broadcast(tensor, src=0)
 
     def gather_on_main(self, values: Tensor) -> list[Tensor] | None:
-        """The processes' `values` (one shape) in rank order; None on all but the main process."""
+        """The processes' `values`, all of one shape, in rank order, on rank 0; None elsewhere."""
         if self.world_size == 1:
             return [values]
         gathered = None
@@ -74,9 +74,9 @@ class Processes:
         return gathered
 
     def begin_greatest(self, value: int) -> Callable[[], int]:
-        """Begin to exchange a value; gives what waits for the greatest of the processes' values.
+        """Start to exchange a value; returns a function that waits for the greatest of all.
 
-        No device waits for it. All processes have to call this, and then what it gives.
+        Does not synchronise with a GPU. Every process has to call this, and then the function.
         """
         if self.world_size == 1:
             return lambda: value
@@ -119,9 +119,9 @@ class Processes:
         return values
 
     def check_shared(self, folder: Path, name: str) -> None:
-        """UserError that names the machines on which `folder` is not the main process's.
+        """UserError that names the machines on which `folder` is not the folder of rank 0.
 
-        All processes have to call this, once the main one can write there.
+        Every process has to call this, once rank 0 can write there.
         """
         if self.world_size == 1:
             return
@@ -129,7 +129,7 @@ class Processes:
         try:
             if self.is_main:
                 token.touch()
-            self.broadcast_object(None)  # by now it is there
+            self.broadcast_object(None)  # now it is there
             missing = self.gather(None if token.exists() else socket.gethostname())
         finally:
             if self.is_main:
@@ -137,15 +137,15 @@ class Processes:
         if lacking := sorted({machine for machine in missing if machine}):
             raise UserError(
                 f"{name}: {folder} on {', '.join(lacking)} is not the folder of that name on the "
-                f"first machine; it has to be on a file system that all machines share"
+                "first machine; it must be on a file system that all machines share"
             )
 
 
 def exchanging_gradients(model: nn.Module, **options: Any) -> DistributedDataParallel:
-    """`model`, whose backward pass averages the gradients of all processes.
+    """`model` with a backward pass that averages the gradients over all processes.
 
-    Buffers are left alone, which torch 2.14 calls otherwise than those before. From then on, two
-    launches take the gradients of a bucket into it; before, each gradient has its own.
+    Buffers are not exchanged: torch 2.14 renamed that option. It also brought an option to copy all
+    gradients of a bucket in two launches instead of one each.
     """
     known = inspect.signature(DistributedDataParallel).parameters
     word = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
@@ -154,21 +154,21 @@ def exchanging_gradients(model: nn.Module, **options: Any) -> DistributedDataPar
 
 
 def choose_device(name: str, local_rank: int = 0, world_size: int = 1) -> torch.device:
-    """The device called `name`: auto (the best there is), cuda, mps or cpu.
+    """The device called `name`: auto (the best available), cuda, mps or cpu.
 
-    UserError where torch cannot use a GPU that is there, unless the CPU is asked for by name.
+    UserError where torch cannot use a GPU of this machine, unless `name` is cpu.
     """
-    with warnings.catch_warnings(action="ignore"):  # torch warns of what is said here
+    with warnings.catch_warnings(action="ignore"):  # the errors below say more
         has_cuda = torch.cuda.is_available()
     if name in ("auto", "cuda") and not has_cuda and (found := unusable_gpu()):
-        raise UserError(f"device: {found}; with `device: cpu` it is left alone")
+        raise UserError(f"device: {found}; `device: cpu` does without it")
     available = {"cuda": has_cuda, "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
         if name == "mps" and world_size > 1:
             name = "cpu"
     if name == "mps" and world_size > 1:
-        raise UserError("device: 'mps' takes one process: gloo cannot connect several there")
+        raise UserError("device: 'mps' works with one process only: gloo cannot connect several")
     if not available.get(name):
         there = ", ".join(kind for kind, is_there in available.items() if is_there)
         raise UserError(f"device: {name!r} is not available on this machine; there is {there}")
@@ -176,7 +176,7 @@ def choose_device(name: str, local_rank: int = 0, world_size: int = 1) -> torch.
         return torch.device(name)
     count = torch.cuda.device_count()
     if count == 1:
-        return torch.device("cuda", 0)  # each process may see its own alone: see check_own_gpu
+        return torch.device("cuda", 0)  # perhaps each process sees only its own: check_own_gpu
     if local_rank >= count:
         raise UserError(_too_few_gpus(local_rank, count))
     return torch.device("cuda", local_rank)
@@ -184,15 +184,16 @@ def choose_device(name: str, local_rank: int = 0, world_size: int = 1) -> torch.
 
 def _too_few_gpus(local_rank: int, count: int) -> str:
     return (
-        f"process {local_rank} of this machine has no GPU of its own: there are {count}; "
-        f"start at most that many processes (--nproc-per-node)"
+        f"process {local_rank} of this machine has no GPU of its own: there are {count}; start at "
+        "most that many processes (--nproc-per-node)"
     )
 
 
 def check_own_gpu(store: dist.Store, gpu: str, rank: int, local_rank: int, count: int) -> None:
-    """UserError where one of this machine's `count` processes sees no other GPU than one before it.
+    """UserError where two of this machine's `count` processes would use the same GPU.
 
-    `gpu` names one in the world. SLURM's --gpus-per-task shows each process one, which is its own.
+    `gpu` is the name of this process's GPU, unique in the world. With SLURM's --gpus-per-task each
+    process sees one GPU, which is its own.
     """
     store.set(f"gpu {rank}", gpu)
     first = rank - local_rank
@@ -203,7 +204,7 @@ def check_own_gpu(store: dist.Store, gpu: str, rank: int, local_rank: int, count
 
 
 def usable_cores() -> int:
-    """Processor cores that this process may run on."""
+    """The number of processor cores that this process may use."""
     return len(_cores())
 
 
@@ -214,10 +215,9 @@ def _cores() -> list[int]:
 
 
 def share_cores(processes: Processes) -> None:
-    """Divide this machine's cores among the processes that run on the same ones.
+    """Divide cores among the processes that may run on the same ones, as threads and compilers.
 
-    torchrun has all run on all, with one thread each; SLURM may have given each its own. What
-    compiles starts as many processes of its own.
+    torchrun lets every process run on all cores, with one thread; SLURM may give each its own.
     """
     mine = (socket.gethostname(), _cores())
     share = max(1, usable_cores() // processes.gather(mine).count(mine))
@@ -227,12 +227,12 @@ def share_cores(processes: Processes) -> None:
 
 
 def world_size_asked_for() -> int:
-    """How many processes torchrun has started, or 1."""
+    """The number of processes that torchrun started, or 1."""
     return _from_torchrun("WORLD_SIZE", 1)
 
 
 def _from_torchrun(name: str, default: int) -> int:
-    """A number that torchrun, or whoever plays its part, puts into the environment."""
+    """A number that torchrun, or SLURM in its place, puts into the environment."""
     text = os.environ.get(name, str(default))
     if not text.isdecimal():
         raise UserError(f"the environment's {name} is {text!r}, not a whole number")
@@ -241,9 +241,9 @@ def _from_torchrun(name: str, default: int) -> int:
 
 @contextlib.contextmanager
 def connected(device: str, timeout_minutes: float) -> Iterator[Processes]:
-    """This run's processes, connected for the length of the block where torchrun started several.
+    """A block in which the processes that torchrun started are connected.
 
-    A process that hears nothing from another for `timeout_minutes` gives up.
+    A process that waits longer than `timeout_minutes` for another one gives up.
     """
     rank, local_rank = _from_torchrun("RANK", 0), _from_torchrun("LOCAL_RANK", 0)
     world_size = world_size_asked_for()
@@ -272,7 +272,7 @@ def connected(device: str, timeout_minutes: float) -> Iterator[Processes]:
             world_size=world_size,
             device_id=chosen if chosen.type == "cuda" else None,
         )
-        # A number instead of a group is for processes outside of it, and none is.
+        # Typed as a group or a number, which processes outside the group get: none is.
         host_group: Any = dist.new_group(backend="gloo", timeout=timeout)
     with reporting_lost_processes(rank, timeout_minutes), _leaving_together():
         processes = Processes(rank, local_rank, world_size, chosen, host_group)
@@ -282,10 +282,10 @@ def connected(device: str, timeout_minutes: float) -> Iterator[Processes]:
 
 @contextlib.contextmanager
 def _leaving_together() -> Iterator[None]:
-    """A block that no process leaves before all do, done or stopped: launchers end the others.
+    """A block that processes leave together: when one ends, launchers kill the others.
 
-    The connections stay until the end of the process: taking them down by destroy_process_group
-    has been seen to abort a process that had finished its work.
+    Connections stay open until the process ends: destroy_process_group has been seen to abort a
+    process that had finished its work.
     """
     try:
         yield
@@ -296,9 +296,9 @@ def _leaving_together() -> Iterator[None]:
 
 
 def _choose_interface(world_size: int) -> None:
-    """Let gloo connect machines by the network that leads to the first one.
+    """Let gloo connect machines over the network that leads to the first one.
 
-    By itself it takes the address of the machine's name, which many machines give as 127.0.1.1.
+    By default it takes the address of the machine's name, which is 127.0.1.1 on many machines.
     """
     if _from_torchrun("LOCAL_WORLD_SIZE", world_size) == world_size:
         return
@@ -308,9 +308,9 @@ def _choose_interface(world_size: int) -> None:
 
 
 def _interface_to(host: str) -> str | None:
-    """The network interface by which `host` is reached or, where it is this machine, it is reached.
+    """The network interface that leads to `host`, or that has its address, where that is local.
 
-    None where that cannot be told, and for the one that no other machine reaches.
+    None where this cannot be told, and for the loopback interface.
     """
     with contextlib.suppress(OSError), socket.socket(type=socket.SOCK_DGRAM) as probe:
         probe.connect((host, 1))  # sends nothing
@@ -326,11 +326,11 @@ def _interface_to(host: str) -> str | None:
 
 
 def _store_of_this_attempt(timeout: timedelta) -> dist.Store:
-    """Where the processes find each other.
+    """The store through which the processes find each other.
 
-    The store is torchrun's, and it keeps the addresses of processes that it has started anew: taken
-    for theirs, they lead nowhere. On one machine all count the same attempts; on several, where one
-    of them fails, they do not, and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each attempt a store.
+    It is torchrun's, and after a restart it still has the addresses of the former processes. So
+    each attempt gets a prefix on one machine, where all processes count the same attempts. On
+    several machines they do not; TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each attempt a store.
     """
     store, _, world_size = next(dist.rendezvous("env://", timeout=timeout))
     if _from_torchrun("LOCAL_WORLD_SIZE", world_size) < world_size:
@@ -340,20 +340,20 @@ def _store_of_this_attempt(timeout: timedelta) -> dist.Store:
 
 @contextlib.contextmanager
 def _reporting_failed_connection(timeout_minutes: float) -> Iterator[None]:
-    """A block in which what keeps the processes from finding each other is a UserError."""
+    """A block in which a failure to connect the processes is a UserError."""
     try:
         yield
     except UserError:
         raise
-    except (RuntimeError, ValueError) as error:  # the latter of torch's reading the environment
+    except (RuntimeError, ValueError) as error:  # torch raises the latter for its environment
         where = ", ".join(
             f"{name} {os.environ.get(name, 'not set')}" for name in ("MASTER_ADDR", "MASTER_PORT")
         )
         cause = _cause(error)
         if "EADDRINUSE" in cause:
-            advice = "another program has that port: choose another one"
+            advice = "another program uses that port; choose another one"
         elif "waiting for clients" in cause:
-            advice = "start all of them, on every machine, with the same address and port"
+            advice = "start all processes, on every machine, with the same address and port"
         else:
             advice = "docs/training.md says what to check"
         raise UserError(
@@ -364,7 +364,7 @@ def _reporting_failed_connection(timeout_minutes: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reporting_lost_processes(rank: int, timeout_minutes: float) -> Iterator[None]:
-    """A block in which another process's death or silence, or a broken link, is a UserError."""
+    """A block in which a lost process, or a broken link to it, is a UserError."""
     try:
         yield
     except RuntimeError as error:
@@ -377,13 +377,13 @@ def reporting_lost_processes(rank: int, timeout_minutes: float) -> Iterator[None
         else:
             what = f"the exchange with the others failed ({_cause(error)})"
         raise UserError(
-            f"process {rank}: {what}; nothing is saved of what was under way; "
-            f"the same command goes on from the last checkpoint"
+            f"process {rank}: {what}; the steps since the last checkpoint are lost; "
+            "the same command continues from there"
         ) from error
 
 
 def _cause(error: BaseException) -> str:
-    """What torch says of an error, without the places in its source and its stack."""
+    """The text of a torch error without its source locations and stack."""
     text = str(error).split("Exception raised from")[0]
     text = re.sub(r"\[\S*\.(cc|cpp|h):\d+\] ?", "", text)
     return " ".join(text.split())[:300].rstrip(".")
