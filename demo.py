@@ -53,7 +53,12 @@ INTRODUCTION = """# {title}
 Each image starts as noise. The network turns noise into an image in one step, or in a few. The
 seed chooses the noise: the same seed gives the same image, here and in Python."""
 CSS = """
-.gradio-container { max-width: 1080px !important; }
+.gradio-container { max-width: 1080px !important; margin: 0 auto !important; }
+#images .grid-wrap { max-height: none; }
+@media (forced-colors: active) {
+  input[type=radio], input[type=range] { appearance: auto !important; }
+  button, input[type=number] { border: 1px solid !important; }
+}
 #images .grid-container { grid-template-columns: repeat(auto-fill, minmax(max(20%, 100px), 1fr)); }
 """
 
@@ -87,7 +92,12 @@ def build_page(title: str, loaded: LoadedModel) -> gr.Blocks:
             steps = gr.Radio(list(STEPS), value=STEPS[0], label="Steps per image")
             sampler = gr.Radio(list(SAMPLERS), value=next(iter(SAMPLERS)), label="Sampler")
         button = gr.Button("Draw", variant="primary")
-        images = gr.Gallery(format="png", height="auto", show_label=False, elem_id="images")
+        images = gr.Gallery(
+            format="png",
+            show_label=False,
+            buttons=["download", "fullscreen"],  # and none that sends images to the hub
+            elem_id="images",
+        )
         speed = gr.Markdown(elem_id="speed")
         inputs = [label, seed, count, steps, sampler]
         draw = partial(draw_images, loaded)

@@ -177,8 +177,8 @@ def test_nothing_listens_beyond_one_address(address):
 
 
 @pytest.mark.slow
-def test_the_page_draws_in_a_browser_on_a_phone_and_asks_no_other_host(address, browser):
-    opened = browser.new_page(viewport={"width": 390, "height": 844})
+def test_the_page_works_on_a_phone_and_with_forced_colors_and_asks_no_other_host(address, browser):
+    opened = browser.new_page(viewport={"width": 390, "height": 844}, forced_colors="active")
     said, asked = [], []
     opened.on("console", lambda message: message.type == "error" and said.append(message.text))
     opened.on("pageerror", lambda error: said.append(str(error)))
@@ -189,6 +189,8 @@ def test_the_page_draws_in_a_browser_on_a_phone_and_asks_no_other_host(address, 
     opened.get_by_role("button", name="Draw").click()
     opened.get_by_text("seed 14").wait_for()
     assert opened.evaluate("document.documentElement.scrollWidth") <= 390
+    for chosen in opened.locator("input:checked").all():
+        assert chosen.evaluate("e => getComputedStyle(e).appearance") == "auto"  # is visible
     opened.close()
     assert said == []
     assert [url for url in asked if not url.startswith((address, "blob:", "data:"))] == []
