@@ -9,7 +9,7 @@ otherwise. Requests wait in a queue for the one model, and their size is bounded
 small model into one file that needs no server.
 """
 
-from support.system.command import run_command  # isort: skip - first: it attends to the start
+from support.system.command import ROOT, run_command  # isort: skip - first: it attends to the start
 
 import argparse
 import ipaddress
@@ -37,6 +37,7 @@ from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
+STYLE = ROOT / "support" / "page" / "demo.css"
 LOCALHOST = "127.0.0.1"
 # A Hugging Face Space sets these.
 HOST = os.environ.get("GRADIO_SERVER_NAME", LOCALHOST)
@@ -52,15 +53,6 @@ POSTS = ("/gradio_api/queue/join", "/gradio_api/cancel")  # all that the page po
 INTRODUCTION = """# {title}
 Each image starts as noise. The network turns noise into an image in one step, or in a few. The
 seed chooses the noise: the same seed gives the same image, here and in Python."""
-CSS = """
-.gradio-container { max-width: 1080px !important; margin: 0 auto !important; }
-#images .grid-wrap { max-height: none; }
-@media (forced-colors: active) {
-  input[type=radio], input[type=range] { appearance: auto !important; }
-  button, input[type=number] { border: 1px solid !important; }
-}
-#images .grid-container { grid-template-columns: repeat(auto-fill, minmax(max(20%, 100px), 1fr)); }
-"""
 
 
 class Page(gr.Blocks):
@@ -160,7 +152,7 @@ def serve(page: gr.Blocks, host: str, port: int, address: str) -> None:
         footer_links=[],
         run_history=False,
         enable_monitoring=False,
-        css=CSS,
+        css_paths=STYLE,
         theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
         app_kwargs={"middleware": [Middleware(Gate)]},
     )
@@ -181,14 +173,14 @@ def find_address(host: str, port: int) -> str:
     except OSError as error:
         raise UserError(f"--host {host} --port {port}: {error.strerror}") from error
     address = ipaddress.ip_address(ip)
+    who = "everyone who can reach this machine, without a password"
     if address.is_loopback:
-        return f"http://{in_url(host)}:{port} for this machine only"
+        who = "this machine only"
     if address.is_unspecified:
         host = socket.gethostname()
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
             probe.connect(("192.0.2.1", 9))  # sends nothing, only finds our address on the way
             host = probe.getsockname()[0]
-    who = "everyone who can reach this machine, without a password"
     return f"http://{in_url(host)}:{port} for {who}"
 
 
