@@ -1,17 +1,17 @@
-"""Make of a trained model a folder that travels: weights, what they are of, and a model card.
+"""Export a trained model to a folder: averaged weights, their description and a model card.
 
     python export.py runs/digits exported/digits
     python export.py runs/digits/ckpts/1000.pt exported/digits-1000 --onnx
     python export.py runs/digits exported/digits --space
     python export.py exported/digits --push owner/digits --private
 
-The folder has model.safetensors (the averaged weights, bit for bit), config.json (network, path,
-solution form, decoder, class names), README.md (a model card made from the run's records) and a
-picture of samples; `sampling.load` reads it. --push sends a folder that is there to the Hugging
-Face Hub, as it is: fill in the licence in its README.md first.
+The folder holds model.safetensors (the averaged weights, bit for bit), config.json (the config and
+all records), README.md (a model card made from these) and a picture of samples. `sampling.load`
+reads it. Edit the card as you like: --overwrite keeps what you wrote. --push uploads an exported
+folder to the Hugging Face Hub as it is; fill in the licence first.
 """
 
-from support.system.command import run_command  # isort: skip - first: it attends to the start
+from support.system.command import run_command  # isort: skip - first: it handles a failing start
 
 import argparse
 import dataclasses
@@ -26,20 +26,25 @@ import torch
 from torch import Tensor, nn
 
 from config import config_from_dict
-from model_card import lacks_licence, model_card
 from models import SoFlow, solution_of
 from sampler import find_decoder
 from sampling import LoadedModel, assemble
 from support.data import vae
 from support.data.grids import save_grid
+from support.export.card import Card, Facts, keep_written, lacks_licence, split_card, write_card
+from support.export.records import add_records
 from support.page.space import APP_FILE, CODE_FOLDER, REQUIREMENTS_FILE, card_lines, write_space
+from support.runs.budget import count_parameters
 from support.runs.checkpoint import run_of_checkpoint
 from support.runs.graphs import missing_packages, write_graph
 from support.runs.stored import (
+    CARD_FILE,
     CONFIG_FILE,
     WEIGHTS_FILE,
     StoredModel,
+    add_model_options,
     read_stored,
+    recorded_card,
     write_stored,
 )
 from support.system import hub
@@ -47,35 +52,34 @@ from support.system.digests import weights_digest
 from support.system.files import UserError
 from support.system.folders import atomic_folder
 
-CARD_FILE, GRID_FILE = "README.md", "samples.png"
+GRID_FILE = "samples.png"
 ONNX_FILE, DECODER_FILE = "model.onnx", "decoder.onnx"
-# All that an export writes, and what it may replace; graphs above 2 GB have their weights beside.
+# The files that an export may write or replace. A graph above 2 GB keeps its weights in .data.
 FILES = {
     WEIGHTS_FILE: "the averaged weights",
-    CONFIG_FILE: "the network, path, solution form, decoder and class names",
+    CONFIG_FILE: "the config, and all records of the model",
     CARD_FILE: "this card",
     GRID_FILE: "samples",
-    ONNX_FILE: "f(noise, t, s), and of label where there are classes, for onnxruntime: x_s, of any "
-    "batch size; an image is that of t = 1, s = 0",
-    DECODER_FILE: "the decoder for onnxruntime: image, -1..1, of latents, of any batch size",
+    ONNX_FILE: "f(noise, t, s), and label if there are classes, for onnxruntime: x_s in any batch "
+    "size; t = 1, s = 0 makes an image",
+    DECODER_FILE: "the decoder for onnxruntime: images, -1..1, of latents in any batch size",
     f"{ONNX_FILE}.data": "its weights",
     f"{DECODER_FILE}.data": "its weights",
-    APP_FILE: "serves the model to a browser; as a Hugging Face Space too",
-    REQUIREMENTS_FILE: "what that needs",
-    CODE_FOLDER: "the code that it runs",
+    APP_FILE: "serves the model to a browser, also as a Hugging Face Space",
+    REQUIREMENTS_FILE: "the packages that this needs",
+    CODE_FOLDER: "the code that this runs",
 }
-GRID_ROWS, GRID_COLUMNS = 4, 8
+GRID_ROWS, GRID_COLUMNS, GRID_BATCH = 4, 8, 4
 
 CPU = torch.device("cpu")
 
 
 def export(arguments: argparse.Namespace) -> None:
     """Make the folder, whole or not at all."""
-    folder = Path(arguments.folder)
     stored = read_stored(arguments.source, arguments.subfolder, arguments.ema)
-    stored, loaded = fit_to_travel(stored, arguments.vae)
+    stored, loaded = prepare_export(stored, arguments.vae)
     if arguments.vae_onnx and not loaded.config.is_latent:
-        raise UserError(f"--vae-onnx: {stored.path} makes pixels, which nothing has to decode")
+        raise UserError(f"--vae-onnx: {stored.path} makes pixels and has no decoder")
     further: list[Callable[[Path], object]] = []
     if arguments.onnx:
         further.append(lambda place: write_solution(loaded, place / ONNX_FILE))
@@ -83,9 +87,37 @@ def export(arguments: argparse.Namespace) -> None:
         further.append(lambda place: write_decoder(loaded, place / DECODER_FILE))
     if arguments.space:
         further.append(write_space)
-    first_lines = card_lines() if arguments.space else ""
-    made = write_folder(folder, stored, loaded, arguments.push, further, first_lines)
-    print(f"{stored.path} exported to {folder}: {', '.join(made)}")
+    entries = card_lines() if arguments.space else ""
+    made = write_folder(Path(arguments.folder), stored, loaded, arguments.push, further, entries)
+    print(f"{stored.path} exported to {arguments.folder}: {', '.join(made)}")
+
+
+def prepare_export(stored: StoredModel, vae_name: str | None) -> tuple[StoredModel, LoadedModel]:
+    """The stored model with its run's records and without paths of this machine; and loaded."""
+    config = config_from_dict(stored.config, str(stored.path), (), print)
+    if vae_name is None and config.is_latent and is_path(config.vae):
+        raise UserError(
+            f"{stored.path}: its decoder is {config.vae}, a folder of this machine; say --vae NAME "
+            "for where others find it: on the Hugging Face Hub or in a folder"
+        )
+    loaded = assemble(config, stored, CPU, shares_memory=True)
+    # In the model's order, as in all records: files have others.
+    digest = weights_digest(loaded.model.state_dict())
+    settings = {"working_dir": "exported", "dataset_path": None, "vae": vae_name or config.vae}
+    data, started_from = dict(stored.data), dict(stored.started_from)
+    if config.init_from and is_path(config.init_from):
+        settings["init_from"] = Path(config.init_from).name
+    for record, key in ((data, "vae"), (started_from, "source")):
+        if key in record and is_path(record[key]):
+            record[key] = Path(record[key]).name
+    values = config.to_dict() | settings
+    described = dataclasses.replace(stored, config=values, data=data, started_from=started_from)
+    return add_records(described, digest), dataclasses.replace(loaded, weights_sha256=digest)
+
+
+def is_path(name: str) -> bool:
+    """Whether a name is a path of this machine, and not one on the hub."""
+    return os.path.exists(expanduser(name)) or os.path.isabs(expanduser(name))
 
 
 def write_folder(
@@ -94,52 +126,58 @@ def write_folder(
     loaded: LoadedModel,
     title: str | None = None,
     further: Sequence[Callable[[Path], object]] = (),
-    first_lines: str = "",
+    entries: str = "",
 ) -> list[str]:
-    """Make an exported folder, whole or not at all; gives the names of its files.
+    """Make an exported folder, whole or not at all; returns the names of its files.
 
-    `further` write more into it; `first_lines` go to the head of the model card.
+    `further` functions write more into it. `entries` are lines for the head of its card.
     """
     with atomic_folder(folder) as place:
-        write_stored(stored, place)
         write_grid(stored, loaded, place / GRID_FILE)
         for write in further:
             write(place)
-        made = [CARD_FILE, *(path.name for path in place.iterdir())]
+        made = [WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, *(path.name for path in place.iterdir())]
         files = {name: text for name, text in FILES.items() if name in made}
-        card = model_card(title or folder.resolve().name, stored, loaded, files)
-        text = card.replace("---\n", f"---\n{first_lines}", 1)
-        # Names of classes may be no text.
+        card = write_card(stored, facts_of(title or folder.resolve().name, loaded, files), entries)
+        text = keep_persons_parts(card, folder, stored).text()
+        # Class names may hold bytes that are not text.
         (place / CARD_FILE).write_bytes(text.encode(errors="replace"))
+        write_stored(dataclasses.replace(stored, card=card.digests()), place)
     return sorted(made)
 
 
-def fit_to_travel(stored: StoredModel, vae_name: str | None) -> tuple[StoredModel, LoadedModel]:
-    """The model with nothing of this machine in its config, and ready to sample from."""
-    config = config_from_dict(stored.config, str(stored.path), (), print)
-    if vae_name is None and config.is_latent and os.path.exists(expanduser(config.vae)):
-        raise UserError(
-            f"{stored.path}: its decoder is {config.vae}, a folder of this machine; "
-            "say --vae NAME: where others find it, on the Hugging Face Hub or in a folder"
-        )
-    loaded = assemble(config, stored, CPU)
-    # By the model's order of the weights, as records have it; files have others.
-    digest = weights_digest(loaded.model.state_dict())
-    elsewhere = {"working_dir": "exported", "dataset_path": None, "vae": vae_name or config.vae}
-    started_from = dict(stored.started_from)
-    if config.init_from and os.path.exists(expanduser(config.init_from)):
-        elsewhere["init_from"] = Path(config.init_from).name
-        started_from["source"] = elsewhere["init_from"]
-    described = dataclasses.replace(
-        stored, config=config.to_dict() | elsewhere, started_from=started_from
+def facts_of(title: str, loaded: LoadedModel, files: dict[str, str]) -> Facts:
+    """What the card tells of the model itself."""
+    is_latent, num_classes = loaded.config.is_latent, loaded.num_classes
+    is_conditional = loaded.config.is_conditional
+    return Facts(
+        title,
+        count_parameters(loaded.model),
+        loaded.config.data_size * (vae.PIXELS_PER_LATENT if is_latent else 1),
+        loaded.shape if is_latent else None,
+        num_classes if is_conditional else 0,
+        loaded.class_names,
+        [loaded.word_of(n) for n in (0, 0, num_classes - 1)] if is_conditional else (),
+        files,
     )
-    return described, dataclasses.replace(loaded, weights_sha256=digest)
+
+
+def keep_persons_parts(card: Card, folder: Path, stored: StoredModel) -> Card:
+    """The card with what a person wrote into the one it replaces, or else into the source's."""
+    for place in (folder, stored.path.parent):
+        if (place / WEIGHTS_FILE).exists() and (place / CARD_FILE).exists():
+            old = split_card((place / CARD_FILE).read_text(errors="replace"))
+            card, kept = keep_written(card, old, recorded_card(place))
+            if kept:
+                print(f"{CARD_FILE}: keeps your {', '.join(name or 'opening' for name in kept)}")
+            break
+    return card
 
 
 def write_grid(stored: StoredModel, loaded: LoadedModel, path: Path) -> None:
-    """A picture of samples: the run's own of this step, or else one made now.
+    """A picture of samples: the run's own of this step, else a new one.
 
-    Of latents that nothing here can decode there is none.
+    There is none of latents if their VAE is not available.
     """
     run = run_of_checkpoint(stored.path)
     drawn = run / "figs" / f"{stored.finished_steps}.png" if run else None
@@ -155,7 +193,7 @@ def write_grid(stored: StoredModel, loaded: LoadedModel, path: Path) -> None:
     if loaded.config.is_conditional:
         rows = np.linspace(0, loaded.num_classes - 1, GRID_ROWS).round().astype(int)
         labels = [loaded.word_of(label) for label in rows.repeat(GRID_COLUMNS)]
-    images = loaded.sample(labels, range(GRID_ROWS * GRID_COLUMNS))
+    images = loaded.sample(labels, range(GRID_ROWS * GRID_COLUMNS), batch_size=GRID_BATCH)
     save_grid(path, images.numpy(), GRID_COLUMNS)
 
 
@@ -163,7 +201,7 @@ def write_grid(stored: StoredModel, loaded: LoadedModel, path: Path) -> None:
 
 
 class Solution(nn.Module):
-    """f(x, t, s) as one graph: the network, and the solution formula around it."""
+    """f(x, t, s) as one graph: the network inside the solution formula."""
 
     def __init__(self, model: SoFlow):
         super().__init__()
@@ -176,9 +214,9 @@ class Solution(nn.Module):
 
 
 def write_solution(loaded: LoadedModel, path: Path) -> None:
-    """The graph of the model."""
+    """Write the model's graph."""
     if not isinstance(loaded.model, SoFlow):
-        raise UserError(f"--onnx: for the method SoFlow, not for {loaded.config.method}")
+        raise UserError(f"--onnx: works for the method SoFlow, not for {loaded.config.method}")
 
     def inputs(count: int) -> dict[str, Tensor]:
         source = torch.Generator().manual_seed(count)
@@ -204,29 +242,27 @@ class Decoder(nn.Module):
 
 
 def write_decoder(loaded: LoadedModel, path: Path) -> None:
-    """The graph of what decodes the model's latents."""
+    """Write the graph of the VAE's decoder."""
 
     def inputs(count: int) -> dict[str, Tensor]:
         source = torch.Generator().manual_seed(count)
         return {"latents": torch.randn(count, *loaded.shape, generator=source)}
 
     found = find_decoder(loaded.config)
-    assert found is not None  # the caller has seen to that
+    assert found is not None  # the caller checked
     write_graph(path, Decoder(vae.load_vae(found, CPU)), "image", inputs)
 
 
 # The command
 
 
-def refuse_to_replace(folder: Path, may_replace: bool) -> None:
-    """UserError where something is at `folder` that is not to be replaced, or not an export."""
+def check_target(folder: Path, may_replace: bool) -> None:
+    """UserError if `folder` holds anything but an export, or one that must not be replaced."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; name a folder")
     there = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     if foreign := [name for name in there if name not in FILES]:
-        raise UserError(
-            f"{folder}: holds what an export does not write ({foreign[0]}); name another folder"
-        )
+        raise UserError(f"{folder}: holds {foreign[0]}, which is no export's; name another folder")
     if there and not {WEIGHTS_FILE, CONFIG_FILE} <= set(there):
         raise UserError(f"{folder}: is not empty and holds no export; name another folder")
     if there and not may_replace:
@@ -238,26 +274,18 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_model_options(parser)
     add = parser.add_argument
-    add(
-        "source",
-        type=expanduser,
-        metavar="RUN_OR_CKPT",
-        help="a run's folder, of which it is the newest checkpoint, a checkpoint, an exported "
-        "folder, or a name on the hub",
-    )
-    folder_help = "what is to be made; left out, --push sends the exported folder RUN_OR_CKPT"
+    folder_help = "the folder to make; without it, --push uploads the exported folder MODEL"
     add("folder", type=expanduser, nargs="?", metavar="FOLDER", help=folder_help)
-    add("--subfolder", default="", metavar="DIR", help="where in RUN_OR_CKPT the model is")
-    add("--ema", default="", metavar="NAME", help="of several averages this one, such as 0.999")
-    add("--onnx", action="store_true", help="also one graph for onnxruntime, checked against torch")
-    add("--vae-onnx", action="store_true", help="also one of the decoder of latents")
-    vae_help = "what to record as the decoder of latents, instead of a folder of this machine"
+    add("--onnx", action="store_true", help="add a graph for onnxruntime, checked against torch")
+    add("--vae-onnx", action="store_true", help="add a graph of the decoder of latents")
+    vae_help = "record this decoder of latents instead of a folder of this machine"
     add("--vae", metavar="NAME", help=vae_help)
-    add("--space", action="store_true", help="also app.py, which serves it, and the code it needs")
-    add("--overwrite", action="store_true", help="replace an export that is there")
-    add("--push", metavar="OWNER/NAME", help="upload it to this repository of the hub")
-    add("--private", action="store_true", help="with --push: which has to be a private one")
+    add("--space", action="store_true", help="add app.py, a server of the model, and its code")
+    add("--overwrite", action="store_true", help="replace an existing export")
+    add("--push", metavar="OWNER/NAME", help="upload to this repository of the hub")
+    add("--private", action="store_true", help="with --push: only to a private repository")
     arguments = parser.parse_args(argv)
     if not (arguments.folder or arguments.push):
         parser.error("give a FOLDER to export to, or --push OWNER/NAME to upload one")
@@ -277,16 +305,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.push:
         hub.check_push(arguments.push)
     if arguments.folder:
-        refuse_to_replace(Path(arguments.folder), arguments.overwrite)
+        check_target(Path(arguments.folder), arguments.overwrite)
         export(arguments)
     if arguments.push:
         folder = Path(arguments.folder or arguments.source)
         if not (folder / WEIGHTS_FILE).is_file():
             raise UserError(f"{folder}: not an exported folder; name a FOLDER to export it to")
-        read_stored(folder)  # UserError where it is damaged
+        read_stored(folder)  # refuses a damaged one
         print(hub.push(folder, arguments.push, arguments.private))
-        if lacks_licence(folder / CARD_FILE):
-            print(f"{folder / CARD_FILE}: its licence is still to be filled in, and pushed again")
+        card = folder / CARD_FILE
+        if card.exists() and lacks_licence(card.read_text(errors="replace")):
+            print(f"{card}: names no licence yet; fill it in, and push again")
 
 
 if __name__ == "__main__":

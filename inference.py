@@ -239,7 +239,7 @@ def make_file(
 
 def choose_sampler(arguments: argparse.Namespace, loaded: LoadedModel) -> str:
     """The requested sampler, or the method's own."""
-    return arguments.sampler or getattr(loaded.model, "sampler", "renoise")
+    return arguments.sampler or loaded.model.sampler
 
 
 def nondefault_options(arguments: argparse.Namespace, loaded: LoadedModel) -> dict[str, Any]:

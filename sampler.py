@@ -120,6 +120,7 @@ def decoder_record(config: Config) -> dict[str, str | float]:
     return {
         "vae": found.name,
         "vae_revision": found.revision,
+        "vae_sha256": vae.vae_digest(found),
         "latent_scale": vae.LATENT_SCALE,
     }
 

@@ -27,10 +27,11 @@ from sampler import (
     check_times,
     decoding,
     even_times,
+    find_decoder,
     sample,
     sample_batches,
 )
-from support.data import classes
+from support.data import classes, vae
 from support.data.datasets import DATASETS
 from support.runs.budget import count_parameters
 from support.runs.checkpoint import check_weights
@@ -104,7 +105,7 @@ class LoadedModel:
         elif steps != 1:
             raise UserError("steps: leave it out with times, which give the number of steps")
         times = check_times(times, "times")
-        sampler = getattr(self.model, "sampler", "renoise") if sampler is None else sampler
+        sampler = self.model.sampler if sampler is None else sampler
         if sampler not in list(SAMPLERS):
             raise UserError(f"sampler: {shorten(sampler)} is not one of {', '.join(SAMPLERS)}")
         batch_size = _whole(batch_size, "batch_size", 1, MOST_IMAGES)
@@ -145,6 +146,11 @@ class LoadedModel:
 
         Reports once if its VAE is not the one that made the training data.
         """
+        found = find_decoder(self.config)
+        for note in vae.decoder_notes(found, self.data) if found else ():
+            if note not in self._said:
+                self.report(note)
+                self._said.add(note)
         with decoding(self.config, next(self.model.parameters()).device) as decode:
             yield decode
 

@@ -5,6 +5,7 @@ import math
 import re
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,9 @@ import inference
 import train
 from config import Config, load_config, save_config
 from models import build_model
-from sampling import sample
+from sampling import load, sample
 from support.data.images import to_pixels
+from support.data.vae import find_vae, vae_digest
 from support.scores.npz import read_archive
 from support.system.files import UserError
 
@@ -470,6 +472,7 @@ def test_latents_are_decoded_to_rgb_and_the_record_says_by_what(released, tmp_pa
     record = json.loads((tmp_path / "evals" / "9_2NFE_42.json").read_text())
     assert record["vae"] == str(tmp_path / "vae")
     assert record["latent_scale"] == 0.18215
+    assert record["vae_sha256"] == vae_digest(find_vae(str(tmp_path / "vae")))
     with Image.open(tmp_path / "grid.png") as picture:
         assert picture.mode == "RGB"
     inference.main([*released, "--eval-NFE=2", "--seed=42", "--set=vae_batch_size=1"])
@@ -481,3 +484,31 @@ def test_absent_vae_is_noticed_before_the_checkpoint_is_read(released, monkeypat
     monkeypatch.setattr("inference.read_file", lambda *given: pytest.fail("read it"))
     with pytest.raises(UserError, match="vae: /nowhere"):
         inference.main([*released, "--set=vae=/nowhere"])
+
+
+def test_another_vae_than_the_one_of_the_training_data_is_reported_wherever_it_decodes(
+    released, tmp_path, capsys
+):
+    path, other = tmp_path / "ckpts" / "9.pt", make_tiny_vae(tmp_path / "other", seed=1)
+    digest = vae_digest(find_vae(str(tmp_path / "vae")))
+    data = {"vae": "the/vae", "vae_sha256": digest, "channels": 4, "num_classes": 1000}
+    config = load_config(tmp_path / "config.yaml").to_dict()
+    torch.save({**torch.load(path), "data": data, "config": {**config, "vae": str(other)}}, path)
+    model = load(path, device="cpu", report=None)
+    notes = []
+    replace(model, report=notes.append).sample(seeds=1)
+    assert [note for note in notes if str(other) in note and "the/vae" in note]
+    capsys.readouterr()
+
+    def reports(command) -> bool:
+        command()
+        said = capsys.readouterr()
+        return "the/vae" in said.out + said.err
+
+    assert not reports(lambda: inference.main(released))  # its --config names the right one
+    assert reports(lambda: inference.main([f"--ckpt={path}", "--num-samples=1", "--seed=1"]))
+    assert reports(lambda: export.main([str(path), str(tmp_path / "out"), f"--vae={other}"]))
+    with pytest.raises(UserError, match=f"vae_sha256 .*{digest}"):
+        inference.main([*released, f"--set=vae={other}"])  # in place of the other's samples
+    shutil.copytree(tmp_path / "vae", tmp_path / "copy")
+    inference.main([*released, f"--set=vae={tmp_path / 'copy'}"])  # the same by another name

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 from torch import Tensor
@@ -86,8 +86,7 @@ def make_checkpoint(run: Run, path: Path) -> None:
         "ckpts",
         {
             **learner.state.state_dict(order.steps_per_epoch),
-            "data": run.data.record(),
-            "config": config.to_dict(),
+            **record_of_run(run),
             "parts": learner.plan.record(),
             "interval": learner.state.interval.state_dict(run.processes),
         },
@@ -102,11 +101,20 @@ def make_snapshot(run: Run, path: Path) -> None:
         "averages",
         {
             "averages": {name: state.averages[name].state_dict() for name in names},
-            "finished_steps": state.finished_steps,
-            "data": run.data.record(),
-            "config": config.to_dict(),
+            **record_of_run(run),
         },
     )
+
+
+def record_of_run(run: Run) -> dict[str, Any]:
+    """What checkpoints and snapshots say of the run that their weights are of."""
+    state = run.learner.state
+    return {
+        "finished_steps": state.finished_steps,
+        "data": run.data.record(),
+        "config": run.config.to_dict(),
+        **({"started_from": state.started_from} if state.started_from else {}),
+    }
 
 
 def make_demo(run: Run, path: Path) -> None:

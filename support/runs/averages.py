@@ -1,13 +1,15 @@
-"""Averages of a model's weights over training: exponential ones, and ones by a power of time.
+"""Averages of a model's weights over training (EMA): exponential and power function averages.
 
 theta_k are the weights after step k. An average that moves after every step is
 
     average_k = (1 - w_k) average_{k-1} + w_k theta_k
 
-with w_k = 1 - decay for an exponential one, and w_k = 1 - (1 - 1/k)^(gamma + 1) for one in which
-theta_k counts in proportion to k^gamma (Karras et al. 2024, arXiv 2312.02696, section 3).
+with w_k = 1 - decay for an exponential average. For a power function average, in which theta_k
+counts in proportion to k^gamma, w_k = 1 - (1 - 1/k)^(gamma + 1) (Karras et al. 2024, arXiv
+2312.02696, section 3).
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -16,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-LARGEST_STD = 0.28  # the widest possible, of equal shares, has 0.2887
-PREFIX = "power-"  # of the names of averages by a power of time
+LARGEST_STD = 0.28  # equal shares, the widest possible average, have 0.2887
+PREFIX = "power-"  # of the names of power function averages
 
 
 class Rule(Protocol):
-    """How fast an average follows: w of a move after `step` that covers the last `steps` steps."""
+    """How fast an average follows: the weight of a move after `step` that covers `steps` steps."""
 
     @property
     def name(self) -> str: ...
@@ -31,7 +33,7 @@ class Rule(Protocol):
 
 @dataclass(frozen=True)
 class Exponential:
-    """By a decay per step."""
+    """An exponential average, by its decay per step."""
 
     decay: float
 
@@ -45,7 +47,7 @@ class Exponential:
 
 @dataclass(frozen=True)
 class PowerFunction:
-    """By a power of time whose profile has this standard deviation, relative to the time so far."""
+    """A power function average, by its profile's standard deviation relative to the time so far."""
 
     relative_std: float
 
@@ -61,7 +63,7 @@ class PowerFunction:
 def gamma_of(relative_std: float) -> float:
     """The exponent gamma of a power function average with this relative standard deviation.
 
-    std^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), of which gamma is the largest root.
+    gamma is the largest root of std^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
     """
     x = relative_std**-2
     # (gamma + 2)^2 (gamma + 3) - x (gamma + 1) = 0
@@ -70,39 +72,32 @@ def gamma_of(relative_std: float) -> float:
 
 
 def last_move(step: int, every_steps: int) -> int:
-    """The last step up to this one after which averages moved: 1, 1 + every, 1 + 2 every..."""
+    """The last step so far after which averages moved: 1, 1 + every, 1 + 2 every..."""
     return step - (step - 1) % every_steps
 
 
 def find_average(asked: str, names: Sequence[str]) -> str | None:
-    """The name among these that is meant: 0.9990 is 0.999; None where there is none."""
+    """The name among these that `asked` means, as 0.9990 means 0.999; None if there is none."""
     if asked in names:
         return asked
-    try:
-        return next(name for name in names if _is_number(name) and float(name) == float(asked))
-    except (ValueError, StopIteration):
-        return None
+    for name in names:
+        with contextlib.suppress(ValueError):
+            if float(name) == float(asked):
+                return name
+    return None
 
 
-def _is_number(name: str) -> bool:
-    try:
-        float(name)
-    except ValueError:
-        return False
-    return True
-
-
-# Averages of other lengths, after training (section 3 there)
+# Averages of other lengths, made after training
 
 
 class Profile(NamedTuple):
-    """How much the weights after step k count in a power function average: as k^gamma."""
+    """How much the weights after each step k count in a power function average: as k^gamma."""
 
     gamma: float
     step: float
 
     def overlap(self, other: "Profile") -> float:
-        """The integral over time of the product of both, each of which has the integral 1."""
+        """The integral of the product of both profiles, each of which integrates to 1."""
         first, last = sorted((self, other), key=lambda profile: profile.step)
         # p(k) = (gamma + 1) k^gamma / step^(gamma + 1) for 0 < k <= step
         product = (self.gamma + 1) * (other.gamma + 1) / (self.gamma + other.gamma + 1)
@@ -110,19 +105,19 @@ class Profile(NamedTuple):
 
 
 class Combination(NamedTuple):
-    """What each of some averages counts in one that was not kept, and how far it is from that."""
+    """The share of each kept average in a new one, and how far that is from the wanted one."""
 
     shares: np.ndarray
-    error: float  # of the profile, in its norm, relative to the norm of the wanted one
+    error: float  # norm of the profile's error, relative to the norm of the wanted profile
 
 
 def combine(kept: Sequence[Profile], wanted: Profile) -> Combination:
-    """The combination of kept averages that is nearest to the wanted one, by least squares.
+    """The combination of kept averages nearest to the wanted one, by least squares.
 
-    The shares add up to 1: what training does not change is to stay as it is.
+    The shares add up to 1, so that weights which training does not change stay as they are.
     """
-    # |sum_i x_i p_i - p|^2 = x A x - 2 b x + c, least under sum_i x_i = 1 where A x + m = b, with
-    # m the constraint's multiplier
+    # Minimise |sum_i x_i p_i - p|^2 = x A x - 2 b x + c subject to sum_i x_i = 1: A x + m = b, with
+    # m the multiplier of the constraint
     A = np.array([[one.overlap(other) for other in kept] for one in kept])
     b = np.array([one.overlap(wanted) for one in kept])
     c = wanted.overlap(wanted)
@@ -134,9 +129,9 @@ def combine(kept: Sequence[Profile], wanted: Profile) -> Combination:
 
 
 class Average:
-    """Moves the weights of one model after those of another.
+    """Moves the weights of one model towards those of another.
 
-    Their tensors are listed once: to walk through a large model takes longer than to move it.
+    Lists their tensors once: walking through a large model takes longer than moving it.
     """
 
     def __init__(self, averaged: nn.Module, model: nn.Module, rule: Rule, every_steps: int):
@@ -147,10 +142,10 @@ class Average:
 
     @torch.no_grad()
     def follow(self, finished_steps: int) -> None:
-        """After step 1, 1 + every, 1 + 2 every...: move by the rule's weight, copy buffers.
+        """After steps 1, 1 + every, 1 + 2 every...: move by the rule's weight, copy buffers.
 
-        An average that moves every step is computed in float32. One that moves seldom is computed
-        in float64, where that costs next to nothing, and stored in float32.
+        An average that moves every step is computed in float32. One that moves less often is
+        computed in float64, at little cost, and stored in float32.
         """
         if last_move(finished_steps, self.every_steps) != finished_steps:
             return

@@ -209,8 +209,29 @@ def check_sums(path: Path, weights: Mapping[str, Any]) -> None:
                 raise UserError(f"{path}: damaged (the checksum of {shorten(name)} is wrong)")
 
 
+def recorded_card(folder: Path) -> Mapping[str, str]:
+    """The digests of an exported folder's card as it was written; empty if unknown."""
+    try:
+        return _read_description(folder / CONFIG_FILE)[0].card
+    except UserError:
+        return {}
+
+
 def _read_export(path: Path, ema: str, is_verified: bool) -> StoredModel:
     described = path.with_name(CONFIG_FILE)
+    stored, digest = _read_description(described)
+    _choose_average(path, ema, [stored.average or str(stored.config.get("ema_decay_rate"))])
+    if not is_verified and sha256_of(path) != digest:
+        raise UserError(
+            f"{path}: damaged: its SHA-256 is not the one in {described}; export it again, or, if "
+            "it came from the hub, fetch it again after `hf cache rm model/OWNER/NAME`"
+        )
+    return replace(stored, weights=read_weights(path))
+
+
+def _read_description(described: Path) -> tuple[StoredModel, str]:
+    """An exported model without its weights, and the digest of their file."""
+    path = described.with_name(WEIGHTS_FILE)
     try:
         record = json.loads(described.read_bytes())
         empty = StoredModel(path, {}, {}).record
@@ -224,13 +245,7 @@ def _read_export(path: Path, ema: str, is_verified: bool) -> StoredModel:
         raise UserError(
             f"{described}: does not describe an exported model ({shorten(error)})"
         ) from error
-    _choose_average(path, ema, [stored.average or str(stored.config.get("ema_decay_rate"))])
-    if not is_verified and sha256_of(path) != digest:
-        raise UserError(
-            f"{path}: damaged: its SHA-256 is not the one in {described}; export it again, or, if "
-            "it came from the hub, fetch it again after `hf cache rm model/OWNER/NAME`"
-        )
-    return replace(stored, weights=read_weights(path))
+    return stored, digest
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -52,7 +52,7 @@ def _not_here(name: str) -> str:
     """That there is no such path on this machine, and which similar one there is."""
     path = Path(name)
     there = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, there, n=1)
+    near = difflib.get_close_matches(path.name, there, n=1, cutoff=0.7)
     suggestion = f" (did you mean {path.parent / near[0]}?)" if near else ""
     return f"{name}: no such file or folder here{suggestion}"
 

@@ -1,0 +1,1 @@
+"""The model card of an exported folder, and the records it is made from."""
