@@ -4,19 +4,17 @@ import contextlib
 import importlib
 import io
 import re
-import shlex
-import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from commands import ROOT, succeed
+from documents import DOCUMENTS, SMALL, Command, commands_of, copy_project
 from PIL import Image
 from released import LATENT_KEYS, UNET_KEYS, release
 from standins import crops, photographs, write_cifar10
@@ -33,7 +31,6 @@ import make_config
 
 pytestmark = pytest.mark.xdist_group("several processes")
 
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LIMIT_SECONDS = 300  # of a command: add one that takes longer to the tables below
 BENCHMARKS = ("benchmarks/gpu.py", "benchmarks/bench_step.py")
 
@@ -52,14 +49,12 @@ NOT_RUN = {
     "python page.py": "needs npm's registry",
     "python demo.py": "runs until it is interrupted",
     "python export.py exported/digits --push": "needs a token of the hub",
+    "python train.py --config configs/digits.yaml --set method": "needs an example of the document",
+    "python train.py --config configs/digits.yaml --set dataset_type": "needs an example, too",
     "python report.py --band": "needs three finished runs",
 }
 
 # Words added to a command that has all words of the key, so that it runs on stand-ins.
-SMALL = (
-    "--set total_steps=1 --set batch_size=4 --set num_workers=0 --set prefetch_factor=null "
-    "--set eval_demo_steps=0 --set eval_steps=1 --set eval_num_samples=6"
-)
 ADDED = {
     "train.py configs/digits.yaml seed=1": SMALL,
     "train.py working_dir=runs/averages": SMALL + " --set total_steps=9 --set ema_snapshot_steps=3",
@@ -84,43 +79,20 @@ REPLACED = {
 }
 
 
-class Command(NamedTuple):
-    """One command of a document, split into words."""
-
-    place: str
-    words: list[str]
-
-    def __str__(self) -> str:
-        return f"{self.place}: {shlex.join(self.words)}"
-
-    def runs_here(self) -> bool:
-        return not any(" ".join(self.words).startswith(start) for start in NOT_RUN)
-
-    def on_stand_ins(self) -> list[str]:
-        """The words to run here."""
-        if "--dry-run" in self.words:
-            return self.words
-        words = [REPLACED.get(word, word) for word in self.words]
-        added = [more for key, more in ADDED.items() if set(key.split()) <= set(words)]
-        return words + " ".join(added).split()
-
-
-# Reading the documents
-
-
-def blocks(path: Path, language: str) -> Iterator[str]:
-    """The fenced code blocks of a document in one language."""
-    yield from re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.M | re.S)
-
-
-def commands_of(path: Path) -> Iterator[Command]:
-    """Every line of a document's ```sh blocks."""
-    for block in blocks(path, "sh"):
-        for line in block.replace("\\\n", " ").splitlines():
-            yield Command(path.name, shlex.split(line, comments=True))
-
-
 # Running the commands
+
+
+def runs_here(command: Command) -> bool:
+    return not any(" ".join(command.words).startswith(start) for start in NOT_RUN)
+
+
+def on_stand_ins(command: Command) -> list[str]:
+    """The words to run here."""
+    if "--dry-run" in command.words:
+        return command.words
+    words = [REPLACED.get(word, word) for word in command.words]
+    added = [more for key, more in ADDED.items() if set(key.split()) <= set(words)]
+    return words + " ".join(added).split()
 
 
 def run_script(script: str, words: list[str]) -> int:
@@ -149,7 +121,7 @@ def options_in(text: str) -> set[str]:
 
 def run_on_stand_ins(command: Command) -> None:
     """Run a command in the current folder."""
-    words = command.on_stand_ins()
+    words = on_stand_ins(command)
     match words[0]:
         case ".":
             assert words[1:] == [".venv/bin/activate"]
@@ -244,16 +216,6 @@ def write_released_folder() -> None:
         np.savez(f"SoFlow/Ref/{name}.npz", arr_0=crops(photographs()["cat"], 6, size))
 
 
-def copy_project(folder: Path) -> None:
-    """Copy what belongs to the project, and nothing that it made here."""
-
-    def made_here(place: str, names: list[str]) -> set[str]:
-        made = {"runs", "data", "exported", "shared"} if Path(place) == ROOT else set()
-        return {name for name in names if name[0] == "." or name in made | {"__pycache__"}}
-
-    shutil.copytree(ROOT, folder, ignore=made_here, dirs_exist_ok=True)
-
-
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
     """The current folder: a copy of the project, and what the documents expect a reader to have."""
@@ -277,7 +239,7 @@ def test_every_command_works_as_written(checkout):
     for command in (command for path in DOCUMENTS for command in commands_of(path)):
         try:
             with time_limit():
-                (run_on_stand_ins if command.runs_here() else check_what_cannot_run)(command)
+                (run_on_stand_ins if runs_here(command) else check_what_cannot_run)(command)
         except Exception as error:
             failures.append(f"{command}\n    {type(error).__name__}: {error}")
     assert not failures, "\n".join(["", *failures])
