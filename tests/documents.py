@@ -12,7 +12,7 @@ from commands import ROOT
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Options that make a run small.
 SMALL = (
-    "--set total_steps=1 --set batch_size=4 --set num_workers=0 --set prefetch_factor=null "
+    "--set total_steps=2 --set batch_size=4 --set num_workers=0 --set prefetch_factor=null "
     "--set eval_demo_steps=0 --set eval_steps=1 --set eval_num_samples=6"
 )
 

@@ -104,7 +104,7 @@ def test_the_examples_train(extended):
         if command.words[1] == "train.py":
             finished = run(*command.words[1:], *SMALL.split(), folder=extended)
             assert finished.returncode == 0, f"{command}\n{finished.stdout}{finished.stderr}"
-            assert "finished: all 1 steps" in finished.stdout
+            assert "finished: all 2 steps" in finished.stdout
 
 
 @pytest.mark.slow
