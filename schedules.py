@@ -142,4 +142,4 @@ def consistency_times(drawn_t: Tensor, drawn_s: Tensor, ratio: float) -> Times:
 
 
 # How a microbatch's t, l and s are drawn: `time_sampling` in a config.
-TIME_SAMPLING = {"LogitNormal": logit_normal_times}
+TIME_SAMPLING: dict[str, Callable[..., Times]] = {"LogitNormal": logit_normal_times}
