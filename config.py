@@ -6,6 +6,7 @@ there; keys of our own have defaults that keep the reference's behaviour.
 
 import argparse
 import os
+import re
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -22,7 +23,7 @@ from pydantic import (
     ValidationError,
 )
 
-from models import BACKBONES, METHODS, backbone_of
+from models import BACKBONES, METHODS, add_method, backbone_of
 from schedules import GAP_SCHEDULES, PATHS, SOLUTION_FORMS, TIME_SAMPLING, gap_fraction, warmed_up
 from support.data.batches import BatchPlan
 from support.data.datasets import DATASETS, DataRequest
@@ -53,9 +54,17 @@ QUOTES = "'\""
 LARGEST_PICTURE_PIXELS = 500_000_000  # of a grid of samples
 
 
+def _expanded(name: str) -> str:
+    """`name` with ~ and $VARIABLES written out; ValueError for a variable that is not set."""
+    name = os.path.expanduser(os.path.expandvars(name))
+    if unset := re.search(r"\$\{?(\w+)", name):
+        raise ValueError(f"uses ${unset[1]}, which the environment does not set")
+    return name
+
+
 def _folder(name: str) -> str:
-    """`name` with ~ written out; ValueError where no file system could have such a folder."""
-    folder = os.path.expanduser(name)
+    """`name` expanded; ValueError where no file system could have such a folder."""
+    folder = _expanded(name)
     try:
         Path(folder).stat()
     except FileNotFoundError:
@@ -63,6 +72,18 @@ def _folder(name: str) -> str:
     except OSError as error:
         raise ValueError(f"cannot be a folder ({error.strerror})") from None
     return folder
+
+
+def _method(name: str) -> str:
+    """`name`, if it is known; code is taken from a file that the command line names, and no other.
+
+    Otherwise a downloaded config or checkpoint could run code.
+    """
+    if ".py:" in name and name not in METHODS:
+        raise ValueError(
+            f"is code in a file: allow it with --set method={name} on the command line"
+        )
+    return Choice(METHODS).read(name)
 
 
 def _network(model_type: str) -> str:
@@ -84,6 +105,9 @@ Cells = Annotated[Whole, Field(ge=1, le=1000)]
 Three, Two = BeforeValidator(tuple_of(3)), BeforeValidator(tuple_of(2))
 
 
+Location = Annotated[Name, AfterValidator(_expanded)]
+
+
 class Config(BaseModel):
     """One experiment; every field but `working_dir` has a default.
 
@@ -96,7 +120,7 @@ class Config(BaseModel):
         "", "folder of the run, relative to the current directory"
     )
     # Model
-    method: Annotated[str, Choice(METHODS)] = key("SoFlow", "the training objective")
+    method: Annotated[Name, AfterValidator(_method)] = key("SoFlow", "the training objective")
     noising_type: Annotated[str, Choice(PATHS)] = key(
         "Linear", "how data and noise are mixed over time"
     )
@@ -107,7 +131,7 @@ class Config(BaseModel):
     unet_dropout: Decimal = key(
         0.30, "dropout probability of the UNet; the DiT has no dropout", ge=0, lt=1
     )
-    init_from: Name | None = key(
+    init_from: Location | None = key(
         None, "start from the weights of this run, file, or model on the hub"
     )
     # Data
@@ -115,7 +139,7 @@ class Config(BaseModel):
         "Imagenet", "the data set; Imagenet is a file of latents"
     )
     data_size: Whole = key(32, "side of the data, in pixels or latents", ge=1, le=8192)
-    dataset_path: Name | None = changeable(None, "folder of the data set")
+    dataset_path: Location | None = changeable(None, "folder of the data set")
     augment_probability: Decimal | None = key(
         None,
         "probability of each augmentation; null: 0.12 for the UNet on CIFAR10, else 0",
@@ -129,7 +153,7 @@ class Config(BaseModel):
     )
     # May change, since one and the same VAE has a name here and a folder there; that it made the
     # latents is checked against their file.
-    vae: Name = changeable(
+    vae: Location = changeable(
         VAE_NAME, "VAE of the latents: a name on the Hugging Face Hub, or a folder"
     )
     vae_batch_size: Whole = changeable(16, "images per decoder call", ge=1)
@@ -345,18 +369,6 @@ class Config(BaseModel):
         return settings_digest(self.to_dict())
 
 
-# Those of the published code. Keys of ours are not among them: `published` says what it does
-# about each.
-PUBLISHED_KEYS = frozenset(
-    {
-        "working_dir", "noising_type", "coefficient_type", "model_type", "dataset_type",
-        "data_size", "dataset_path", "velocity_loss_ratio", "p", "eps", "time_mean", "time_std",
-        "cfg_scale", "mix_ratio", "cfg_drop_rate", "cfg_decay_time", "l_schedule", "l_init_ratio",
-        "l_end_ratio", "total_steps", "ema_decay_rate", "learning_rate", "betas", "weight_decay",
-        "batch_size", "num_workers", "prefetch_factor", "eval_steps", "eval_batch_size", "eval_NFE",
-        "eval_demo_steps", "eval_demo_shape", "ckpt_saving_steps", "logging_steps", "seed",
-    }
-)  # fmt: skip
 FIELDS = Config.model_fields
 TYPES = typing.get_type_hints(Config)
 
@@ -375,10 +387,11 @@ def add_options(parser: argparse.ArgumentParser, needs_config: bool = True) -> N
     )
     parser.add_argument(
         "--set",
-        action="append",
+        action="extend",
+        nargs="+",
         default=[],
         metavar="KEY=VALUE",
-        help="replace a value of the config (repeatable)",
+        help="replace values of the config (repeatable)",
     )
 
 
@@ -445,7 +458,13 @@ def config_from_dict(
         place = shorten(override).strip(QUOTES)  # as typed, but in one line
         if not equals:
             raise UserError(f"--set {place}: not of the form KEY=VALUE")
-        given[key] = parse_yaml(text, f"--set {place}")
+        if key == "method" and ".py:" in text:
+            try:
+                given[key] = add_method(text)
+            except ValueError as error:
+                raise UserError(f"--set {place}: {error}") from None
+        else:
+            given[key] = parse_yaml(text, f"--set {place}")
         places[key] = f"--set {place.partition('=')[0]}"
     for name, place in places.items():
         if name not in FIELDS:

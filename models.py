@@ -15,8 +15,10 @@ from SoFlow and override one of the methods it calls.
 """
 
 import contextlib
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -441,6 +443,28 @@ class SoFlow(Method):
 
 
 METHODS: dict[str, type[Method]] = {"SoFlow": SoFlow}
+
+
+def add_method(spec: str) -> str:
+    """List the class NAME of FILE.py in METHODS; `spec` is FILE.py:NAME. Returns its name there.
+
+    This runs the file. ValueError where it does not exist or has no such Method.
+    """
+    file, _, name = spec.rpartition(":")
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    loaded = importlib.util.spec_from_file_location(path.stem, path)
+    if loaded is None or loaded.loader is None:
+        raise ValueError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(loaded)
+    loaded.loader.exec_module(module)
+    method = getattr(module, name, None)
+    if not (isinstance(method, type) and issubclass(method, Method)):
+        raise ValueError(f"{path} has no class {name} that derives from models.Method")
+    METHODS[f"{path.name}:{name}"] = method
+    return f"{path.name}:{name}"
+
 
 BACKBONES: dict[str, type[Backbone]] = {"UNet": UNet, "DiT": DiT}
 

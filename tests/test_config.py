@@ -14,6 +14,7 @@ from config import (
     load_config,
     save_config,
 )
+from models import METHODS
 from support.system.files import UserError
 from support.system.settings import may_change
 from training.identity import refuse_another_experiment
@@ -178,3 +179,45 @@ def test_unknown_keys_of_a_file_are_passed_over_in_one_line_where_that_is_asked_
     path.write_text("working_dir: runs/x\nuse_fp16: true\nseed: seven\n")
     with pytest.raises(UserError, match="seed: 'seven' is not a whole number"):
         load_config(path, pass_over=said.append)
+
+
+# What comes from the command line and the environment
+
+
+def test_paths_take_variables_of_the_environment_and_refuse_those_that_are_not_set(
+    load, monkeypatch
+):
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    config = load("{working_dir: $SCRATCH/run, dataset_path: '${SCRATCH}/data'}")
+    assert (config.working_dir, config.dataset_path) == ("/scratch/me/run", "/scratch/me/data")
+    monkeypatch.delenv("SCRATCH")
+    for key in ("working_dir", "dataset_path", "vae", "init_from"):
+        with pytest.raises(UserError, match=rf"{key}: .*\$SCRATCH"):
+            load("working_dir: x", f"{key}=$SCRATCH/run")
+
+
+MINE = """
+from models import SoFlow
+
+
+class PseudoHuber(SoFlow):
+    def loss_weight(self, squared_error, scale=1):
+        return 1 / (scale * (squared_error + self.objective.eps).sqrt())
+
+
+number = 3
+"""
+
+
+def test_a_method_in_a_file_is_taken_from_the_command_line_alone(load, tmp_path, monkeypatch):
+    monkeypatch.delitem(METHODS, "mine.py:PseudoHuber", raising=False)
+    mine = tmp_path / "mine.py"
+    mine.write_text(MINE)
+    named = "{working_dir: x, method: 'mine.py:PseudoHuber'}"
+    with pytest.raises(UserError, match=r"config.yaml: method: .*--set method=mine.py:PseudoHuber"):
+        load(named)
+    assert load("working_dir: x", f"method={mine}:PseudoHuber").method == "mine.py:PseudoHuber"
+    assert METHODS.pop("mine.py:PseudoHuber").__name__ == "PseudoHuber"
+    for wrong in (f"{tmp_path}/no.py:PseudoHuber", f"{mine}:Other", f"{mine}:number"):
+        with pytest.raises(UserError, match=r"--set method=.*(no|mine)\.py"):
+            load("working_dir: x", f"method={wrong}")

@@ -202,23 +202,15 @@ def test_recorded_config_loads_to_the_same_config_and_is_never_overwritten(small
     assert (folder / "config.yaml").read_text() == recorded
 
 
-def test_a_fresh_run_by_a_config_that_lies_beside_another_run_is_pointed_to_that(
-    small_run, monkeypatch, tmp_path, capsys
-):
-    recorded = small_run(folder="run") / "config.yaml"
-    text = recorded.read_text().replace(str(tmp_path / "run"), "run")
-    recorded.write_text(text)
-    (tmp_path / "elsewhere").mkdir()
-    line = f"{recorded} lies beside a run of 6 steps, which this is not; to continue that one, say "
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    for says_so in (True, False):  # the second time it goes on with its own
-        capsys.readouterr()
-        train.main(["--config", str(recorded)])
-        said = capsys.readouterr().out
-        assert (f"{line}--set working_dir={tmp_path / 'run'}\n" in said) == says_so
-    monkeypatch.chdir(tmp_path)
-    train.main(["--config", str(recorded)])
-    assert "lies beside" not in capsys.readouterr().out
+def test_a_run_that_a_full_disk_ended_at_its_start_binds_nobody(small_run, monkeypatch):
+    """Its config.yaml describes nothing that was trained: another batch size may follow."""
+    with monkeypatch.context() as full_disk:
+        full_disk.setattr(train, "make_result", lambda run, path: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            small_run()
+    assert (small_run(batch_size=6) / "config.yaml").read_text().count("batch_size: 6\n") == 1
+    with pytest.raises(UserError, match="batch_size 6 -> 12"):
+        small_run()
 
 
 @pytest.mark.parametrize(
@@ -233,6 +225,11 @@ def test_a_fresh_run_by_a_config_that_lies_beside_another_run_is_pointed_to_that
 def test_a_key_among_the_options_is_answered_with_set(words, said):
     with pytest.raises(UserError, match=re.escape(said)):
         train.main(["--config=nowhere.yaml", *words])
+
+
+def test_several_values_follow_one_set():
+    arguments = train.parse_arguments(["--config=c", "--set", "a=1", "b=2", "--set=c=3"])
+    assert arguments.set == ["a=1", "b=2", "c=3"]
 
 
 def test_an_unknown_option_is_answered_with_the_nearest(capsys):

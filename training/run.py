@@ -13,7 +13,7 @@ from support.data.build import build_data, compare_data
 from support.data.datasets import RawBatch, TrainingData
 from support.runs.budget import count_parameters
 from support.runs.logbook import Logbook, device_name
-from support.runs.metrics import Metrics
+from support.runs.metrics import METRICS_FILE, Metrics
 from support.runs.results import Results
 from support.runs.resume import resume
 from support.runs.starting import start_from
@@ -38,7 +38,8 @@ class Run:
     logbook: Logbook
     metrics: Metrics
     held_out: list[FrozenBatch]
-    notes: list[str]  # what is to be said at the start
+    notes: list[str]  # to log at the start
+    is_fresh: bool = True  # whether it starts from no checkpoint
     listener: Listener = field(default_factory=Listener)
 
 
@@ -88,13 +89,14 @@ def continue_run(run: Run, allowed: Sequence[str]) -> None:
             notes = compare_data(content["data"], run.data.record(), str(source), is_allowed)
         if "config" in content:
             before = config_from_dict(content["config"], str(source))
-        elif (source := folder / "config.yaml").exists():
+        elif (source := folder / "config.yaml").exists() and (content or has_trained(folder)):
             before = load_config(source)
         else:
             return notes
         return notes + refuse_another_experiment(before, run.config, allowed, str(source))
 
     path, notes = resume(folder, learner.state, run.processes, learner.plan, compare)
+    run.is_fresh = path is None
     started = f"fresh run in {folder}"
     if path is None and run.config.init_from:
         notes += start_from_another(run)
@@ -103,6 +105,15 @@ def continue_run(run: Run, allowed: Sequence[str]) -> None:
     size = f"{run.config.model_type}, {count_parameters(learner.state.model)}"
     works_on = f"{size} on {device_name(run.processes.device)}; batch {learner.plan}"
     run.notes = [started, *run.notes, *notes, works_on]
+
+
+def has_trained(folder: Path) -> bool:
+    """Whether a run in this folder got as far as a line of metrics.
+
+    If not, it has left nothing that its config.yaml describes: a full disk can end a run there.
+    """
+    metrics = folder / METRICS_FILE
+    return metrics.exists() and metrics.stat().st_size > 0
 
 
 def start_from_another(run: Run) -> list[str]:
@@ -127,7 +138,7 @@ def open_folder(run: Run) -> None:
         return
     results = run.results
     results.open(run.data.skipped if run.config.skip_bad else None)
-    if not (results.folder / "config.yaml").exists():
+    if run.is_fresh or not (results.folder / "config.yaml").exists():
         save_config(run.config, results.folder / "config.yaml")
     for note in run.notes:
         run.logbook.line(note)
@@ -137,7 +148,7 @@ def open_folder(run: Run) -> None:
         results.delete_superseded(kind, run.learner.state.finished_steps)
 
 
-def draw_batches(run: "Run", loader: Iterator[RawBatch]) -> Iterator[Batch]:
+def draw_batches(run: Run, loader: Iterator[RawBatch]) -> Iterator[Batch]:
     """This process's microbatches of the next global batch, with noise, times and masks."""
     plan, step = run.learner.plan, run.learner.state.finished_steps
     for microbatch in plan.microbatches_of(run.processes.rank):
