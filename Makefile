@@ -1,7 +1,7 @@
 # make quickstart: install into .venv, train on real digits, sample with 1 and 2 steps, score, report
 # make page:       the trained digits model in one HTML file that draws in a browser
 # make fashion:    the same on Fashion-MNIST, which is fetched or lies in data/fashion: half an hour
-# make arena:      SoFlow beside other objectives on digits: half an hour, then tables in docs/
+# make arena:      SoFlow beside other objectives on digits: half an hour, then tables
 # make check:      lint, check types, run the quick tests: a minute or two
 # make test:       install, lint, check types, run all tests
 # make test-oldest: run what trains and samples on the oldest torch that is supported
@@ -72,7 +72,7 @@ fashion: .venv/installed
 
 arena: .venv/installed
 	.venv/bin/python arena/run.py
-	.venv/bin/python arena/tables.py --folder runs/arena-digits
+	.venv/bin/python arena/tables.py
 
 lint: .venv/installed
 	.venv/bin/ruff check .

@@ -1,4 +1,4 @@
-"""What a step of each objective costs: seconds in turns, memory, arithmetic; started by run.py."""
+"""The cost of a step of each objective: seconds in turns, FLOPs, memory; started by run.py."""
 
 import sys
 from pathlib import Path
@@ -8,7 +8,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from measuring import in_turns, machine, memory_mb  # isort: skip - before torch
 
-import itertools
+import dataclasses
+import json
 import subprocess
 from collections.abc import Callable
 
@@ -17,29 +18,30 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from arena.objectives import make_known
-from arena.plan import Job, Plan, read_plan
-from arena.results import add_rows
+from arena.plan import Job, Plan
 from config import load_config
 from support.data.batches import build_loader
+from support.system.files import atomic_write
 from support.system.processes import Processes
 from training.run import build_run, draw_batches
 
 ALONE = Processes(0, 0, 1, torch.device("cpu"))
 TURNS, STEPS_OF_MEMORY = 15, 5
-MOST_STEPS = 1 + 1 + TURNS  # counted, not counted and timed, whatever a run takes
-SCALE = 2.0  # of guidance: what a step costs is the same for any
+MOST_STEPS = 1 + 1 + TURNS  # one counted, one to warm up, then the timed ones
+SCALE = 2.0  # of guidance; every scale costs the same
 
 
 def first_jobs(plan: Plan) -> list[Job]:
     """A job of each objective, with and without guidance."""
-    guided = Plan(plan.data, plan.values, dict.fromkeys(plan.values["guided"], SCALE))
-    jobs = itertools.takewhile(lambda job: job.seed == plan.seeds[0], guided.jobs("objectives"))
-    return list(jobs)
+    scaled = dataclasses.replace(plan, best=dict.fromkeys(plan.values["guided"], SCALE))
+    seed = plan.values["seeds"][0]
+    return [job for job in scaled.jobs("objectives") if job.seed == seed]
 
 
 def build(job: Job, plan: Plan) -> tuple[Callable[[], None], Callable[[], None]]:
-    """What makes the next step of a run, and what makes a forward of as many samples."""
-    settings = {**job.settings, "method": job.objective, "working_dir": "unused", "device": "cpu"}
+    """Functions that make a run's next step, and a forward of as many samples."""
+    name = make_known(job.objective)
+    settings = {**job.settings, "method": name, "working_dir": "unused", "device": "cpu"}
     config = load_config(plan.config, [f"{key}={value}" for key, value in settings.items()])
     run = build_run(config, ALONE)
     loader = build_loader(
@@ -60,7 +62,7 @@ def build(job: Job, plan: Plan) -> tuple[Callable[[], None], Callable[[], None]]
 
 
 def count_forwards(step: Callable[[], None], forward: Callable[[], None]) -> float:
-    """The FLOPs of a step's products, in forwards; attention in its plain form, which counts."""
+    """A step's FLOPs in forwards; the counter sees attention in its plain form alone."""
     counted = []
     for work in (step, forward):
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -69,17 +71,17 @@ def count_forwards(step: Callable[[], None], forward: Callable[[], None]) -> flo
     return counted[0] / counted[1]
 
 
-def memory_of(index: int, plan: Plan) -> float:
-    """Growth of the process by a job's steps, in MB."""
-    step, _ = build(first_jobs(plan)[index], plan)
+def memory_of(job: Job, plan: Plan) -> float:
+    """Growth of this process by a job's steps, in MB."""
+    step, _ = build(job, plan)
     before = memory_mb("VmRSS")
     for _ in range(STEPS_OF_MEMORY):
         step()
     return memory_mb("VmHWM") - before
 
 
-def measure(plan: Plan, data: str, methods: list[str]) -> list[dict]:
-    """A row for each objective with and without guidance."""
+def measure(plan: Plan, given: str) -> list[dict]:
+    """A row for each objective, with and without guidance."""
     jobs = first_jobs(plan)
     steps, forwards = zip(*(build(job, plan) for job in jobs), strict=True)
     arithmetic = [count_forwards(*pair) for pair in zip(steps, forwards, strict=True)]
@@ -87,10 +89,10 @@ def measure(plan: Plan, data: str, methods: list[str]) -> list[dict]:
     seconds = in_turns({"forward": forwards[0], **works}, TURNS)
     rows = []
     for index, job in enumerate(jobs):
-        command = [sys.executable, __file__, data, str(index), *methods]
+        command = [sys.executable, __file__, given, str(index)]
         rows.append(
             {
-                "data": data,
+                "data": plan.data,
                 "name": job.name,
                 "guided": job.guided,
                 "forwards": round(arithmetic[index], 3),
@@ -104,12 +106,11 @@ def measure(plan: Plan, data: str, methods: list[str]) -> list[dict]:
 
 
 if __name__ == "__main__":
-    data, target, *methods = sys.argv[1:]
-    plan = read_plan(data)
-    make_known(methods)
-    for text in methods:
-        plan = plan.with_objective(text)
+    given, target = sys.argv[1:]
+    plan = Plan(**json.loads(given))
     if target.isdecimal():
-        print(memory_of(int(target), plan))
+        print(memory_of(first_jobs(plan)[int(target)], plan))
     else:
-        add_rows(Path(target), measure(plan, data, methods))
+        rows = measure(plan, given)
+        with atomic_write(target) as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows).encode())

@@ -1,4 +1,4 @@
-"""One job of the arena: train, then sample from every checkpoint; started by arena/run.py."""
+"""One job of the arena, started by arena/run.py: train, then sample from every checkpoint."""
 
 import sys
 from pathlib import Path
@@ -9,23 +9,27 @@ import support  # noqa: F401  # before torch: tells its threads how to wait
 
 # isort: split
 import json
+import shutil
 
 import numpy as np
 
 import train
 from arena.objectives import make_known
 from arena.plan import Job
+from arena.records import sources, write_record
 from sampling import load
 from support.system.files import atomic_write
 
-BATCH = 200  # images made at a time
+BATCH = 200  # images sampled at a time
 
 
 def run_job(job: Job, config: str, folder: Path) -> None:
-    """Train the job's run in `folder`, and write its samples there, by step and jumps."""
+    """Train in `folder`, write its samples there by step and NFE, then what made them."""
+    name = make_known(job.objective)
+    at_start = sources(config)  # a file that changes later was not what ran
     settings = {
         **job.settings,
-        "method": job.objective,
+        "method": name,
         "working_dir": folder,
         "seed": job.seed,
         "ckpt_saving_steps": job.steps[0],
@@ -35,17 +39,18 @@ def run_job(job: Job, config: str, folder: Path) -> None:
     for step in job.steps:
         model = load(folder / "ckpts" / f"{step}.pt", device="cpu", report=None)
         labels = [label % model.num_classes for label in range(job.images)]
-        for jumps in job.jumps:
+        for nfe in job.nfe:
             images = model.sample(
-                labels, range(job.images), jumps, sampler=job.sampler, batch_size=BATCH
+                labels, range(job.images), nfe, sampler=model.model.sampler, batch_size=BATCH
             )
-            with atomic_write(folder / "samples" / f"{step}_{jumps}.npz") as file:
+            with atomic_write(folder / "samples" / f"{step}_{nfe}.npz") as file:
                 np.savez(file, arr_0=images.numpy(), arr_1=np.array(labels))
+    shutil.rmtree(folder / "ckpts")
+    write_record(folder / "job.json", job.record(), sources() | at_start)
 
 
 if __name__ == "__main__":
     given = json.loads(sys.argv[1])
     folder = Path(given["folder"])
-    make_known(given["methods"])
-    (folder / "samples").mkdir(parents=True, exist_ok=True)
+    (folder / "samples").mkdir(parents=True)
     run_job(Job(**given["job"]), given["config"], folder)

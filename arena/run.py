@@ -1,15 +1,16 @@
-"""SoFlow beside MeanFlow, Shortcut models, consistency training and flow matching, on a laptop.
+"""Compare SoFlow with MeanFlow, Shortcut models, consistency training and flow matching.
 
     python arena/run.py
     python arena/run.py --parts ablations
     python arena/run.py --data fashion
     python arena/run.py --objective my_objective.py:MyObjective
 
-Trains what arena/digits.yaml lists, each run with one thread, as many side by side as there are
-cores; samples from every checkpoint; scores all. Parts: `scales` chooses the guidance of each
-objective, `objectives` compares them, `ablations` changes one thing of SoFlow at a time, `costs`
-times a step of each in turns. Runs that are done stay in --folder and are not done again. The
-results go to FOLDER/results.jsonl and costs.jsonl; arena/tables.py makes tables and a plot of them.
+Trains the runs that arena/digits.yaml lists, one per core, each with one thread; samples from every
+checkpoint; scores all samples. Parts: `scales` chooses the guidance scale of each objective,
+`objectives` compares them, `ablations` changes one setting of SoFlow at a time, `costs` times a
+step of each in turns. A run in --folder is made again when its job, its config or any source file
+that it used has changed. Objectives given once stay in the comparison. arena/tables.py prints the
+results, FOLDER/results.jsonl and FOLDER/costs.jsonl, as tables.
 """
 
 import sys
@@ -32,54 +33,36 @@ from os.path import expanduser
 from tqdm import tqdm
 
 from arena.plan import PARTS, Job, Plan, read_plan
-from arena.results import COSTS_FILE, RESULTS_FILE, Row, add_rows
+from arena.records import Record, read_record, sources, write_record
 from support.system.files import UserError, atomic_write
 from support.system.processes import usable_cores
 
 HERE = Path(__file__).resolve().parent
 SCORES = ("FD", "prec", "recall", "class")
-SCORED = "scores.json"
 
 
-def train_all(jobs: Sequence[Job], plan: Plan, folder: Path, methods: Sequence[str]) -> None:
-    """Run the jobs that are not done yet; UserError names the log of one that failed."""
-    waiting = [job for job in jobs if not is_done(folder / job.file_name, job)]
+def train_all(jobs: Sequence[Job], plan: Plan, folder: Path) -> None:
+    """Run the jobs that are not done; UserError names the log of one that failed."""
+    waiting = [job for job in jobs if not read_record(*place_of(job, folder, "job.json"))]
     with (
         ThreadPoolExecutor(usable_cores()) as pool,
         tqdm(total=len(jobs), initial=len(jobs) - len(waiting), unit="run", desc="training") as bar,
     ):
-        for _ in pool.map(lambda job: train_one(job, plan, folder, methods), waiting):
+        for _ in pool.map(lambda job: train_one(job, plan, folder), waiting):
             bar.update()
 
 
-def is_done(place: Path, job: Job) -> bool:
-    """Whether the job's samples are there, and were made as the job says."""
-    try:
-        recorded = json.loads((place / "job.json").read_bytes())
-    except (OSError, ValueError):
-        return False
-    return recorded == recorded_of(job)
+def place_of(job: Job, folder: Path, name: str) -> tuple[Path, Record]:
+    """The path of a job's file, and the job as that file records it."""
+    return folder / job.file_name / name, job.record()
 
 
-def recorded_of(job: Job) -> dict:
-    """What makes a job's samples what they are; parts may share them."""
-    described = json.loads(json.dumps(dataclasses.asdict(job)))
-    return {key: value for key, value in described.items() if key not in ("part", "chosen_by")}
-
-
-def train_one(job: Job, plan: Plan, folder: Path, methods: Sequence[str]) -> None:
+def train_one(job: Job, plan: Plan, folder: Path) -> None:
     """Train and sample in a process of its own, with one thread."""
     place = folder / job.file_name
-    # Done, but otherwise than is asked for now; or stopped before it was begun.
-    if (place / "job.json").exists() or not (place / "config.yaml").exists():
-        shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(parents=True, exist_ok=True)
-    given = {
-        "folder": str(place),
-        "config": plan.config,
-        "methods": list(methods),
-        "job": dataclasses.asdict(job),
-    }
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    given = {"folder": str(place), "config": plan.config, "job": dataclasses.asdict(job)}
     with open(place / "output.txt", "wb") as output:
         finished = subprocess.run(
             [sys.executable, HERE / "job.py", json.dumps(given)],
@@ -90,78 +73,85 @@ def train_one(job: Job, plan: Plan, folder: Path, methods: Sequence[str]) -> Non
     if finished.returncode:
         last = (place / "output.txt").read_text(errors="replace").strip().rpartition("\n")[2]
         raise UserError(f"{place / 'output.txt'}: the run of {job.name} failed: {last}")
-    shutil.rmtree(place / "ckpts")
-    with atomic_write(place / "job.json") as file:
-        file.write(json.dumps(recorded_of(job), indent=1).encode())
 
 
 def score_all(jobs: Iterable[Job], plan: Plan, folder: Path) -> None:
-    """Score the samples of jobs that have no scores yet, by one run of the evaluator."""
-    waiting = [job for job in jobs if not (folder / job.file_name / SCORED).exists()]
-    places = list(dict.fromkeys(folder / job.file_name for job in waiting))
-    if not places:
+    """Score the samples that have no current scores, in one run of the evaluator."""
+    waiting = {
+        job.file_name: job for job in jobs if not read_record(*place_of(job, folder, "scores.json"))
+    }
+    if not waiting:
         return
-    # Together with TensorFlow, and after the trainings, which do without.
+    # TensorFlow comes in here, after the trainings.
     from quickstart.score import score
     from quickstart.small_sets import DEFAULT_FOLDER, SMALL_SETS, read_samples
 
-    archives = {str(path): path for place in places for path in sorted(place.glob("samples/*.npz"))}
-    small = SMALL_SETS[plan.values["scored_as"]]
-    images = {name: read_samples(path) for name, path in archives.items()}
+    archives = [path for name in waiting for path in (folder / name).glob("samples/*.npz")]
+    images = {str(path): read_samples(path) for path in archives}
     print(f"scoring {len(archives)} archives", file=sys.stderr)
-    held_out = small.load(DEFAULT_FOLDER).held_out
-    scores = score(images, held_out.pixels, small.graph)
-    for place in places:
+    small = SMALL_SETS[plan.values["scored_as"]]
+    scores = score(images, small.load(DEFAULT_FOLDER).held_out.pixels, small.graph)
+    for name, job in waiting.items():
         rows = []
-        for name, path in archives.items():
-            if path.parent.parent == place:
-                step, jumps = map(int, path.stem.split("_"))
-                found = {key: round(scores[name][key], 4) for key in SCORES}
-                rows.append({"step": step, "jumps": jumps, **found})
-        with atomic_write(place / SCORED) as file:
-            file.write(
-                json.dumps(sorted(rows, key=lambda row: (row["step"], row["jumps"]))).encode()
-            )
+        for path in archives:
+            if path.parent.parent.name == name:
+                step, nfe = map(int, path.stem.split("_"))
+                found = {key: round(scores[str(path)][key], 4) for key in SCORES}
+                rows.append({"step": step, "nfe": nfe, **found})
+        rows.sort(key=lambda row: (row["step"], row["nfe"]))
+        write_record(*place_of(job, folder, "scores.json"), sources(small.graph), rows=rows)
 
 
-def rows_of(job: Job, data: str, folder: Path) -> list[Row]:
-    """The results of a job, one for each checkpoint and number of jumps."""
-    described = {
-        "data": data,
-        "part": job.part,
-        "name": job.name,
-        "guided": job.guided,
-        "scale": job.settings.get("cfg_scale"),
-        "seed": job.seed,
-    }
-    scores = json.loads((folder / job.file_name / SCORED).read_bytes())
-    return [{**described, **row} for row in scores]
-
-
-def best_scales(rows: Iterable[Row], jobs: Iterable[Job]) -> dict[str, float]:
-    """Of each guided objective the scale with the lowest FD, at its last step."""
-    last = {(job.name, job.settings["cfg_scale"]): (job.steps[-1], job.chosen_by) for job in jobs}
-    found = {
-        (row["name"], row["scale"]): row["FD"]
-        for row in rows
-        if (row["step"], row["jumps"]) == last[row["name"], row["scale"]]
-    }
-    names = dict.fromkeys(name for name, _ in found)
-    return {
-        name: min((fd, scale) for (of, scale), fd in found.items() if of == name)[1]
-        for name in names
-    }
-
-
-def run_part(part: str, plan: Plan, folder: Path, methods: Sequence[str]) -> list[Row]:
-    """Do what a part still lacks; gives its results."""
-    jobs = list(plan.jobs(part))
-    train_all(jobs, plan, folder, methods)
-    score_all(jobs, plan, folder)
-    rows = [row for job in jobs for row in rows_of(job, plan.data, folder)]
-    add_rows(folder / RESULTS_FILE, rows)
-    print(f"{part}: {len(rows)} results in {folder / RESULTS_FILE}")
+def rows_of(jobs: Iterable[Job], data: str, folder: Path) -> list[Record]:
+    """The results of the jobs that are done, one for each checkpoint and NFE."""
+    rows = []
+    for job in jobs:
+        described = {
+            "data": data,
+            "part": job.part,
+            "name": job.name,
+            "guided": job.guided,
+            "scale": job.settings.get("cfg_scale"),
+            "seed": job.seed,
+        }
+        is_done = read_record(*place_of(job, folder, "job.json"))
+        scored = read_record(*place_of(job, folder, "scores.json"))
+        rows += [{**described, **row} for row in (scored["rows"] if is_done and scored else [])]
     return rows
+
+
+def with_best_scales(plan: Plan, folder: Path) -> Plan:
+    """The plan with each objective's best scale by FD after the last step; none without results."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for job in plan.jobs("scales"):
+        for row in rows_of([job], plan.data, folder):
+            if (row["step"], row["nfe"]) == (job.steps[-1], job.chosen_by):
+                found.setdefault(job.name, []).append((row["FD"], row["scale"]))
+    return dataclasses.replace(plan, best={name: min(pairs)[1] for name, pairs in found.items()})
+
+
+def known_plan(data: str, given: Sequence[str], folder: Path) -> Plan:
+    """The plan with the users' objectives: those given, and those with runs in the folder."""
+    plan = read_plan(data)
+    for text in given:
+        plan = plan.with_objective(text)
+    for path in sorted(folder.glob("plain-*/job.json")):
+        text = json.loads(path.read_bytes())["job"]["objective"]
+        if ":" in text and text.rpartition(":")[2] not in plan.values["unguided"]:
+            try:
+                plan = plan.with_objective(text)
+            except UserError as error:
+                print(f"left out: {error}", file=sys.stderr)
+    return plan
+
+
+def write_results(plan: Plan, folder: Path) -> None:
+    """Write all results that the folder's runs have now."""
+    parts = [part for part in PARTS if part != "objectives" or plan.best]
+    rows = [row for part in parts for row in rows_of(plan.jobs(part), plan.data, folder)]
+    with atomic_write(folder / "results.jsonl") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+    print(f"{len(rows)} results in {folder / 'results.jsonl'}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -170,43 +160,39 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add(
-        "--data",
-        default="digits",
-        help="which of arena/*.yaml: digits (default), or fashion, the long form",
-    )
-    add("--folder", type=expanduser, help="of the runs (default runs/arena-DATA)")
-    add(
-        "--parts",
-        default="scales,objectives,costs",
-        help=f"of {', '.join(PARTS)}, costs (default: %(default)s)",
-    )
+    add("--data", default="digits", help="digits (default), or fashion, which takes hours")
+    add("--folder", type=expanduser, help="for the runs (default runs/arena-DATA)")
+    choices = (*PARTS, "costs")
+    add("--parts", default="scales,objectives,costs", help=f"of {', '.join(choices)}")
     add(
         "--objective",
         action="append",
         default=[],
         metavar="FILE.py:NAME",
-        help="compare this one, too: a class that derives from models.Method",
+        help="also compare this one, a class derived from models.Method",
     )
     arguments = parser.parse_args(argv)
-    plan = read_plan(arguments.data)
-    for text in arguments.objective:
-        plan = plan.with_objective(text)
-    folder = Path(arguments.folder or f"runs/arena-{arguments.data}").resolve()
     parts = arguments.parts.split(",")
-    if wrong := [part for part in parts if part not in (*PARTS, "costs")]:
-        raise UserError(f"--parts {wrong[0]}: there are {', '.join(PARTS)} and costs")
-    if "scales" in parts or "objectives" in parts:
-        rows = run_part("scales", plan, folder, arguments.objective)
-        plan = dataclasses.replace(plan, best=best_scales(rows, plan.jobs("scales")))
-        print(f"guidance: {plan.best}", file=sys.stderr)
-    for part in ("objectives", "ablations"):
+    if wrong := [part for part in parts if part not in choices]:
+        raise UserError(f"--parts {wrong[0]}: is not one of {', '.join(choices)}")
+    folder = Path(arguments.folder or f"runs/arena-{arguments.data}").resolve()
+    plan = known_plan(arguments.data, arguments.objective, folder)
+    if "objectives" in parts:
+        parts = ["scales", *parts]
+    for part in PARTS:
         if part in parts:
-            run_part(part, plan, folder, arguments.objective)
+            jobs = list(plan.jobs(part))
+            train_all(jobs, plan, folder)
+            score_all(jobs, plan, folder)
+        if part == "scales":
+            plan = with_best_scales(plan, folder)
+    if set(parts) & set(PARTS):
+        write_results(plan, folder)
     if "costs" in parts:
-        command = [sys.executable, HERE / "costs.py", arguments.data, folder / COSTS_FILE]
-        subprocess.run([*command, *arguments.objective], check=True)
-        print(f"costs: in {folder / COSTS_FILE}")
+        costs = folder / "costs.jsonl"
+        given = {"data": plan.data, "values": plan.values}
+        subprocess.run([sys.executable, HERE / "costs.py", json.dumps(given), costs], check=True)
+        print(f"costs: in {costs}")
 
 
 if __name__ == "__main__":

@@ -1,24 +1,24 @@
 """The arena's objectives: each has the true map as its optimum; and what runs and compares them."""
 
-import dataclasses
 import json
-import re
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from commands import ROOT, run
+from commands import ROOT, succeed
 from exact import ExactNetwork
 from torch import Tensor, nn
 
 from arena import tables
 from arena.objectives import OBJECTIVES
-from arena.plan import read_plan
-from arena.results import FILES, add_rows, read_rows
-from arena.run import recorded_of
+from arena.plan import Job, Plan, read_plan
+from arena.records import read_record, write_record
+from arena.run import known_plan, main, place_of, train_one, write_results
 from config import Config
 from models import Batch, build_model
-from support.system.files import UserError
+from support.system.files import UserError, sha256_of
 
 # B batch; points of the plane are images [B, 2, 1, 1]
 
@@ -199,141 +199,128 @@ def test_a_batch_in_two_parts_gives_the_gradient_of_the_whole_one(name):
         torch.testing.assert_close(one, other)
 
 
-def test_the_documents_tables_are_made_of_the_results_that_are_kept():
-    rows, costs = (read_rows(tables.KEPT / name) for name in FILES)
-    text = tables.DOCUMENT.read_text()
-    assert tables.with_tables(text, rows, costs) == text
-    assert sum((tables.KEPT / name).stat().st_size for name in FILES) < 1_000_000
-    # One cell by hand: SoFlow, guided, after the last step, by one jump.
-    last = max(row["step"] for row in rows if row["part"] == "objectives")
-    found = [
-        row["FD"]
-        for row in rows
-        if row["part"] == "objectives" and row["name"] == "SoFlow" and row["guided"]
-        and (row["step"], row["jumps"]) == (last, 1)
-    ]  # fmt: skip
-    cell = f"{sum(found) / len(found):.1f} ({min(found):.1f} to {max(found):.1f})"
-    (line,) = re.findall(r"^\| SoFlow, guided \| (.*) \|$", tables.steps_table(rows), re.M)
-    assert line.split(" | ")[0] == cell
+def test_the_documents_show_the_tables_of_the_results_that_they_keep():
+    shown = "".join((ROOT / "docs" / name).read_text() for name in ("arena.md", "log.md"))
+    printed = succeed("arena/tables.py", "docs/arena").strip().split("\n\n")
+    made = dict(zip(printed[::2], printed[1::2], strict=True))
+    assert len(made) == 6
+    # The log's table of ablations has columns on the paper beside these.
+    assert [title for title, text in made.items() if text not in shown] == ["## Ablations"]
+    assert all(line.rstrip("| ") in shown for line in made["## Ablations"].splitlines()[3:])
 
 
-def test_a_change_has_a_direction_where_all_seeds_agree():
+def test_a_change_has_a_verdict_where_all_seeds_agree():
+    found = {"as it is": (10, 14), "p 0": (11, 16), "no guidance": (8, 13), "mix_ratio 1": (9, 15)}
     rows = [
-        {"part": "ablations", "name": name, "seed": seed, "FD": fd}
-        for name, fds in (
-            ("as it is", (10, 14)),
-            ("p 0", (11, 16)),
-            ("no guidance", (8, 13)),
-            ("mix_ratio 1", (9, 15)),
-            ("p 0.5", (30, 31)),
-        )
-        for seed, fd in enumerate(fds)
+        {"name": name, "seed": seed, "FD": fd}
+        for name, values in found.items()
+        for seed, fd in enumerate(values)
     ]
-    cells = [line.split(" | ")[2:] for line in tables.ablations_table(rows).splitlines()[3:]]
-    assert cells == [
-        ["+1.5 (+1.0 to +2.0)", "worse", "worse", "agrees |"],
-        ["-1.5 (-2.0 to -1.0)", "better", "worse", "**does not agree** |"],
-        ["+0.0 (-1.0 to +1.0)", "undecided", "worse", " |"],
-        ["+18.5 (+17.0 to +20.0)", "worse", "", " |"],
+    lines = tables.ablations_table(rows).splitlines()[3:]
+    assert [line.split(" | ")[2:] for line in lines] == [
+        ["+1.5 (+1.0 to +2.0)", "worse |"],
+        ["-1.5 (-2.0 to -1.0)", "better |"],
+        ["+0.0 (-1.0 to +1.0)", "undecided |"],
     ]
 
 
-def test_results_of_other_parts_and_data_stay(tmp_path):
-    path = tmp_path / "r.jsonl"
-    first = [{"data": "digits", "part": "objectives", "FD": 1}, {"data": "digits", "part": "a"}]
-    add_rows(path, first)
-    add_rows(path, [{"data": "digits", "part": "objectives", "FD": 2}])
-    add_rows(path, [{"data": "fashion", "part": "objectives", "FD": 3}])
-    assert [row.get("FD") for row in read_rows(path)] == [None, 2, 3]
+# Runs
 
+TWIN = """
+from models import SoFlow
 
-@pytest.mark.parametrize("damaged", ['{"data": "dig', "[]", "{}", "\\x00"])
-def test_a_damaged_line_of_results_is_named(tmp_path, damaged):
-    path = tmp_path / FILES[0]
-    path.write_text(f'{{"data": "digits"}}\n{damaged}\n')
-    with pytest.raises(UserError, match=f"{FILES[0]}: line 2 is damaged; delete the file"):
-        read_rows(path)
-
-
-def test_tables_on_other_data_lie_beside_their_runs(tmp_path):
-    kept, document = [(tables.KEPT / name).read_bytes() for name in FILES], tables.DOCUMENT
-    before = document.read_bytes()
-    rows, costs = (
-        [{**row, "data": "fashion"} for row in read_rows(tables.KEPT / name)] for name in FILES
-    )
-    add_rows(tmp_path / FILES[0], [row for row in rows if row["part"] == "scales"])
-    tables.main(["--folder", str(tmp_path)])
-    assert (tmp_path / "tables.md").read_text().count("## ") == 1
-    add_rows(tmp_path / FILES[0], rows)
-    add_rows(tmp_path / FILES[1], costs)
-    tables.main(["--folder", str(tmp_path)])
-    text = (tmp_path / "tables.md").read_text()
-    for made in (
-        tables.scales_table(rows),
-        tables.costs_table(costs),
-        tables.ablations_table(rows),
-    ):
-        assert made in text
-    assert (tmp_path / "fd.svg").exists()
-    add_rows(tmp_path / FILES[0], read_rows(tables.KEPT / FILES[0]))
-    with pytest.raises(UserError, match="results on digits and fashion; one folder each"):
-        tables.main(["--folder", str(tmp_path)])
-    assert [(tables.KEPT / name).read_bytes() for name in FILES] == kept
-    assert document.read_bytes() == before
-
-
-def test_an_objective_that_has_changed_is_trained_anew(tmp_path):
-    file = tmp_path / "mine.py"
-    found = []
-    for text in (TOY, TOY + "# changed"):
-        file.write_text(text)
-        plan = dataclasses.replace(read_plan("digits").with_objective(f"{file}:Toy"), best=BEST)
-        (job, *_) = (job for job in plan.jobs("objectives") if job.name == "Toy")
-        found.append(recorded_of(job))
-    assert found[0] != found[1]
-    for wrong, said in (("Yot", "has no class Yot"), ("SoFlow", "SoFlow is there already")):
-        with pytest.raises(UserError, match=said):
-            read_plan("digits").with_objective(f"{file}:{wrong}")
-
-
-BEST = dict.fromkeys(("SoFlow", "MeanFlow", "Shortcut", "FlowMatching"), 2.0)
-
-TOY = """
-from arena.objectives.flow_matching import FlowMatching
-
-class Toy(FlowMatching):
+class Twin(SoFlow):
     def forward(self, batch):
         terms = super().forward(batch)
-        return terms._replace(metrics={"Toy": 2 * terms.loss.detach()})
+        return terms._replace(metrics={"Twin": terms.metrics["Vel_MSE"]})
+
+class Other(SoFlow):
+    pass
 """
 
 
-def test_a_users_objective_goes_through_the_same_slot(tmp_path):
+@pytest.fixture
+def mine(tmp_path):
+    """The file of a user's objectives."""
     file = tmp_path / "mine.py"
-    file.write_text(TOY)
-    plan = read_plan("digits").with_objective(f"{file}:Toy")
-    plan = dataclasses.replace(plan, best=BEST)
-    job = next(job for job in plan.jobs("objectives") if job.name == "Toy")
-    settings = {**job.settings, "total_steps": 2, "logging_steps": 1, "batch_size": 8}
-    job = dataclasses.replace(job, settings=settings, checkpoints=1, images=10, jumps=(1, 2))
-    given = {"folder": str(tmp_path / "run"), "config": plan.config, "methods": [f"{file}:Toy"]}
-    done = run(ROOT / "arena" / "job.py", json.dumps({**given, "job": dataclasses.asdict(job)}))
-    assert done.returncode == 0, done.stderr
-    assert "Toy" in json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
-    assert sorted(p.name for p in (tmp_path / "run" / "samples").iterdir()) == [
-        "2_1.npz", "2_2.npz",
-    ]  # fmt: skip
+    file.write_text(TWIN)
+    return file
+
+
+def job_of(plan: Plan, name: str) -> Job:
+    """The first job of that name without guidance."""
+    plan = replace(plan, best=dict.fromkeys(plan.values["guided"], 2.0))
+    return next(job for job in plan.jobs("objectives") if job.name == name and not job.guided)
+
+
+@pytest.mark.slow
+def test_a_users_subclass_of_soflow_is_sampled_like_it_and_trained_anew_when_a_source_changes(
+    mine, tmp_path
+):
+    plan = read_plan("digits").with_objective(f"{mine}:Twin")
+    jobs = {}
+    for name in ("Twin", "SoFlow"):
+        job = job_of(plan, name)
+        settings = {**job.settings, "total_steps": 2, "logging_steps": 1, "batch_size": 8}
+        job = replace(job, settings=settings, checkpoints=1, images=10, nfe=(1, 2))
+        train_one(job, plan, tmp_path)
+        jobs[name] = job
+    (logged, *_) = (tmp_path / jobs["Twin"].file_name / "metrics.jsonl").read_text().splitlines()
+    assert "Twin" in json.loads(logged)
+    for file in ("2_1.npz", "2_2.npz"):
+        twin, soflow = (
+            np.load(tmp_path / job.file_name / "samples" / file) for job in jobs.values()
+        )
+        np.testing.assert_array_equal(twin["arr_0"], soflow["arr_0"])
+
+    def records() -> dict:
+        found = {name: read_record(*place_of(jobs[name], tmp_path, "job.json")) for name in jobs}
+        return {name: record for name, record in found.items() if record}
+
+    used = {Path(file).name for file in records()["Twin"]["sources"]}
+    assert used >= {"models.py", "schedules.py", "dit.py", "train.py", "sampling.py"}
+    assert used >= {"digits.yaml", "mine.py"}
+    mine.write_text(TWIN + "# changed")
+    assert [*records()] == ["SoFlow"]
+    jobs["SoFlow"] = replace(jobs["SoFlow"], settings={"total_steps": 3})
+    assert not records()
+
+
+def test_results_of_an_objective_given_before_stay_until_a_source_changes(mine, tmp_path):
+    folder, source = tmp_path / "runs", tmp_path / "models.py"
+    source.write_text("")
+    plan = read_plan("digits").with_objective(f"{mine}:Twin")
+    for name in ("Twin", "SoFlow"):
+        job = job_of(plan, name)
+        (folder / job.file_name).mkdir(parents=True)
+        for file in ("job.json", "scores.json"):
+            rows = [{"step": 500, "nfe": 1, "FD": 1.0}]
+            files = {str(source): sha256_of(source)}
+            write_record(*place_of(job, folder, file), files, rows=rows)
+
+    def names() -> set[str]:
+        plan = known_plan("digits", [f"{mine}:Other"], folder)
+        plan = replace(plan, best=dict.fromkeys(plan.values["guided"], 2.0))
+        write_results(plan, folder)
+        return {row["name"] for row in tables.read_rows(folder / "results.jsonl")}
+
+    assert names() == {"Twin", "SoFlow"}
+    source.write_text("changed")
+    assert names() == set()
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "named"),
     [
-        (["--data", "cats"], "--data cats: there is digits, fashion"),
-        (["--parts", "all"], "--parts all: there are scales, objectives, ablations and costs"),
-        (["--objective", "mine.py"], "--objective mine.py: must be FILE.py:NAME"),
+        (["--data", "cats"], ["cats", "digits", "fashion"]),
+        (["--parts", "all"], ["all", "scales", "objectives", "ablations", "costs"]),
+        (["--objective", "mine.py"], ["mine.py", "FILE.py:NAME"]),
+        (["--objective", f"{__file__}:Yot"], ["Yot", __file__]),
+        (["--objective", f"{__file__}:SoFlow"], ["SoFlow"]),
     ],
 )
-def test_mistakes_are_a_line(flags, said, tmp_path):
-    done = run("arena/run.py", "--folder", tmp_path, *flags)
-    assert done.returncode == 1
-    assert said in done.stderr and done.stderr.count("\n") == 1
+def test_a_wrong_option_is_refused_by_its_name(flags, named, tmp_path):
+    with pytest.raises(UserError) as refusal:
+        main(["--folder", str(tmp_path), *flags])
+    for name in (flags[0], *named):
+        assert name in str(refusal.value)

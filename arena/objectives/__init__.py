@@ -1,14 +1,13 @@
 """The objectives of the arena, by name."""
 
 import importlib.util
-from collections.abc import Iterable
-from pathlib import Path
+import sys
 
 from arena.objectives.consistency_training import ConsistencyTraining
 from arena.objectives.flow_matching import FlowMatching
 from arena.objectives.mean_flow import MeanFlow
 from arena.objectives.shortcut import Shortcut
-from models import METHODS, Method, SoFlow
+from models import METHODS, SoFlow
 
 OBJECTIVES = {
     "SoFlow": SoFlow,
@@ -19,18 +18,14 @@ OBJECTIVES = {
 }
 
 
-def make_known(added: Iterable[str] = ()) -> None:
-    """Let configs name the objectives as their `method`, and those of users, each FILE.py:NAME."""
+def make_known(objective: str) -> str:
+    """Let configs name an objective, one of these or a user's FILE.py:NAME; gives its name."""
     METHODS.update(OBJECTIVES)
-    for text in added:
-        METHODS[text.rpartition(":")[2]] = read_objective(text)
-
-
-def read_objective(text: str) -> type[Method]:
-    """A user's objective, FILE.py:NAME: a class that derives from models.Method."""
-    file, _, name = text.rpartition(":")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    assert spec and spec.loader, "a .py file"
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return getattr(module, name)
+    file, _, name = objective.rpartition(":")
+    if file:
+        spec = importlib.util.spec_from_file_location(f"{__name__}.of_users.{name}", file)
+        assert spec and spec.loader, "a .py file"
+        sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        METHODS[name] = getattr(module, name)
+    return name

@@ -21,6 +21,7 @@ from models import Batch, Method, StepTerms, sample_mean, widen
 class FlowMatching(Method):
     """Trained on the batch's flow matching part; a jump is a step of Euler's method."""
 
+    sampler = "chain"
     cfg_scale = 1.0
 
     def configure(self, settings: Mapping[str, Any]) -> None:

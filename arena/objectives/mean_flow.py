@@ -30,6 +30,7 @@ class MeanFlow(Method):
     the gradient and saves time, so that the comparison is not to our advantage.
     """
 
+    sampler = "chain"
     cfg_scale, mix_ratio, p, eps = 1.0, 1.0, 1.0, 0.01
 
     def configure(self, settings: Mapping[str, Any]) -> None:

@@ -34,6 +34,7 @@ SMALLEST = 128  # steps of the finest grid
 class Shortcut(Method):
     """The batch's consistency part is for self-consistency, with times of its own."""
 
+    sampler = "chain"
     cfg_scale = 1.0
 
     def configure(self, settings: Mapping[str, Any]) -> None:

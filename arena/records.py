@@ -1,0 +1,51 @@
+"""Files that say what made them: a job, and the source files of the code that ran."""
+
+import json
+import os
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+from support.system.files import atomic_write, sha256_of
+
+ROOT = Path(__file__).resolve().parent.parent
+
+Record = dict[str, Any]
+
+
+def sources(*others: str | Path) -> dict[str, str]:
+    """SHA-256 by path of all Python files that this process has imported, and of other files.
+
+    The standard library and installed packages are left out.
+    """
+    imported = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
+    files = {Path(file).resolve() for file in [*imported, *others] if file}
+    library = Path(sysconfig.get_path("stdlib")).resolve()
+    own = [
+        file
+        for file in files
+        if file.is_file()
+        and library not in file.parents
+        and not {"site-packages", "dist-packages"} & {*file.parts}
+    ]
+    return {os.path.relpath(file, ROOT): sha256_of(file) for file in sorted(own)}
+
+
+def write_record(path: Path, job: Record, files: dict[str, str], **values: Any) -> None:
+    """Write `values` with the job and the digests of the sources that made them."""
+    with atomic_write(path) as file:
+        file.write(json.dumps({"job": job, "sources": files, **values}, indent=1).encode())
+
+
+def read_record(path: Path, job: Record | None = None) -> Record | None:
+    """The record, unless it is absent, of another job, or made by sources that have changed."""
+    try:
+        record = json.loads(path.read_bytes())
+        if job not in (None, record["job"]):
+            return None
+        files = record["sources"].items()
+        is_current = all(sha256_of(ROOT / file) == digest for file, digest in files)
+    except (OSError, ValueError, KeyError):
+        return None
+    return record if is_current else None
