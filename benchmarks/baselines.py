@@ -1,30 +1,27 @@
-"""What people would train instead of SoFlow, around the same network, and what each step takes.
-
-The arena's objectives, on the whole batch as their papers have it: a `Learner` runs the same step
-with all three, exchange of gradients, norm, optimizer and average.
-"""
+"""What a step of SoFlow is measured against, around the same network, as learners run it."""
 
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from typing import NamedTuple
 
-import torch
-from measuring import NUM_CLASSES, data_shape
+from measuring import ROOT  # noqa: F401 - first: it finds the rest
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 # isort: split
 import arena.objectives as arena
-from config import Config
-from models import Batch, Method, SoFlow, StepTerms, build_model
+from models import Batch, LossTerms, Method, SoFlow, StepTerms
 
-# B samples of the whole batch, both parts together
+
+class TwoLosses(SoFlow):
+    """SoFlow with each loss on its own, in network calls of its own, as the published code does."""
+
+    def losses(self, batch: Batch) -> tuple[LossTerms, LossTerms]:
+        flow_matching, consistency = batch.parts()
+        return super().losses(flow_matching)[0], super().losses(consistency)[1]
 
 
 class FlowMatching(arena.FlowMatching):
-    """The arena's, on both parts of the batch."""
+    """The arena's, on all rows of the batch."""
 
     def forward(self, batch: Batch) -> StepTerms:
         batch = self.drop_labels(batch)
@@ -33,7 +30,7 @@ class FlowMatching(arena.FlowMatching):
 
 
 class MeanFlow(arena.MeanFlow):
-    """The arena's, with the derivative of all samples, also where s = t (algorithm 1 there)."""
+    """The arena's, with the derivative of all rows, also where s = t (its paper's algorithm 1)."""
 
     def forward(self, batch: Batch) -> StepTerms:
         errors = self.errors(self.drop_labels(batch))
@@ -41,55 +38,23 @@ class MeanFlow(arena.MeanFlow):
 
 
 def terms_of(loss: Tensor) -> StepTerms:
-    """The loss as a step's objective; the metrics that SoFlow has beside it are zero."""
+    """The loss, with zeros for SoFlow's metrics: all steps then handle as many."""
     metrics = ("Vel_MSE", "Vel_Weight", "Con_MSE", "Con_Weight")
     return StepTerms(loss, dict(zip(metrics, loss.new_zeros(4), strict=True)))
 
 
 def around(kind: type[Method], model: SoFlow) -> Method:
-    """Another method on a SoFlow's network, with its path and settings."""
+    """Another method on a SoFlow's network, with its path, solution form and settings."""
     method = kind(model.network)
-    method.path, method.execution = model.path, model.execution
+    method.path, method.solution_form = model.path, model.solution_form
+    method.execution = model.execution
     method.configure(asdict(model.objective))
     return method
 
 
 STEPS: dict[str, Callable[[SoFlow], nn.Module]] = {
     "SoFlow": lambda model: model,
+    "losses apart": partial(around, TwoLosses),
     "flow matching": partial(around, FlowMatching),
     "MeanFlow": partial(around, MeanFlow),
 }
-
-
-class Flops(NamedTuple):
-    """FLOPs of one sample's matrix products and convolutions: in a step, and in a forward."""
-
-    step: float
-    forward: float
-
-
-def count_flops(config: Config, name: str) -> Flops:
-    """What a sample takes in the step of that name, a tenth of the labels being dropped."""
-    # The UNet's dropout needs a device; its FLOPs are the same for every sample.
-    device, count = ("meta", 40) if config.is_conditional else ("cpu", 2)
-    with torch.device(device):
-        model = build_model(**config.model_arguments(data_shape(config)[0], NUM_CLASSES))
-    model.configure(config.to_dict())
-    batch = exact_batch(config, count, device)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as of_step:
-        STEPS[name](model)(batch).loss.backward()
-    x, t = batch.x_0, batch.t
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as of_forward:
-        model.eval().solution(x, t, t, batch.labels)
-    return Flops(of_step.get_total_flops() / count, of_forward.get_total_flops() / count)
-
-
-def exact_batch(config: Config, count: int, device: str) -> Batch:
-    """Samples on `device`, of which exactly a tenth have dropped labels where there are labels."""
-    V = int(count * config.velocity_loss_ratio)
-    x = torch.empty(count, *data_shape(config), device=device)
-    t, labels, null_mask = torch.empty(count, device=device), None, None
-    if config.is_conditional:
-        labels = torch.empty(count, dtype=torch.int64, device=device)
-        null_mask = torch.arange(count) % 10 == 0  # on the CPU, as always
-    return Batch(x, x, t, t, t, V, V, count - V, labels, null_mask, dropout_seeds=(1, 1))

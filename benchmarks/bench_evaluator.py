@@ -1,28 +1,26 @@
-"""Ratios of the evaluator's work to what it needs at least; each from one run on this machine.
+"""The evaluator's time over that of the least work that its results need.
 
     python benchmarks/bench_evaluator.py
 
-Needs TensorFlow and scipy. Every time is the best of a few tries, taken in turns.
+Needs TensorFlow and scipy. Each time is the best of a few in turns.
 """
 
 import contextlib
 import io
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import scipy.linalg
+from measuring import ROOT, in_turns, judge
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT / "tests"))
 
-from toy_graph import write_toy_graph  # noqa: E402
+from toy_graph import write_toy_graph
 
-import evaluator  # noqa: E402
-from support.scores.measures import (  # noqa: E402
+import evaluator
+from support.scores.measures import (
     Manifold,
     Statistics,
     frechet_distance,
@@ -33,39 +31,19 @@ FEATURES, WIDTH = 10_000, 2048
 TOY_IMAGES, TOY_SIZE, TOY_WIDTH = 1500, 32, 256
 
 
-def best_seconds(tries: int, *works: Callable[[], object]) -> list[float]:
-    """The least time of each work, tried in turns so that a busy moment hits all of them."""
-    times = [[] for _ in works]
-    for _ in range(tries):
-        for work, taken in zip(works, times, strict=True):
-            start = time.perf_counter()
-            work()
-            taken.append(time.perf_counter() - start)
-    return [min(taken) for taken in times]
-
-
-def row(name: str, seconds: float, least_seconds: float, limit: float) -> None:
-    ratio = seconds / least_seconds
-    verdict = "ok" if ratio <= limit else "TOO SLOW"
-    print(
-        f"{name:52} {seconds:7.2f} s /{least_seconds:7.2f} s = {ratio:5.2f}  (<= {limit}) {verdict}"
-    )
-
-
-def bench_precision_recall(distances: str, limit: float) -> None:
+def bench_precision_recall(distances: str, most: float) -> None:
     samples, reference = np.random.default_rng(0).random((2, FEATURES, WIDTH), np.float32)
     memory = np.empty((FEATURES, FEATURES), np.float32)
     manifolds = [Manifold.of(features, distances) for features in (samples, reference)]
-
-    # Each part beside one product, so that a busy moment weighs on both alike.
-    *parts, product = best_seconds(
-        4,
-        lambda: Manifold.of(samples, distances),
-        lambda: Manifold.of(reference, distances),
-        lambda: precision_recall(*manifolds),
-        lambda: np.matmul(samples, reference.T, out=memory),
-    )
-    row(f"prec and recall, {distances} / three products", sum(parts), 3 * product, limit)
+    works = {
+        "samples": lambda: Manifold.of(samples, distances),
+        "reference": lambda: Manifold.of(reference, distances),
+        "both": lambda: precision_recall(*manifolds),
+        "product": lambda: np.matmul(samples, reference.T, out=memory),
+    }
+    *parts, product = (min(row) for row in in_turns(works, 3).values())
+    ratio = sum(parts) / (3 * product)
+    judge(f"precision and recall, {distances} / three products", ratio, "times", most)
 
 
 def bench_frechet() -> None:
@@ -77,17 +55,17 @@ def bench_frechet() -> None:
 
     a, b = statistics(), statistics()
 
-    def by_eigenvalues():
-        fresh = Statistics(b.mean, b.covariance)  # without a factor from the try before
-        return frechet_distance(a, fresh)
+    def by_eigenvalues() -> float:
+        # A new object, without the factor that the last try kept.
+        return frechet_distance(a, Statistics(b.mean, b.covariance))
 
-    def by_root():
+    def by_root() -> float:
         root = scipy.linalg.sqrtm(a.covariance @ b.covariance).real
         return ((a.mean - b.mean) ** 2).sum() + np.trace(a.covariance + b.covariance - 2 * root)
 
     assert abs(by_eigenvalues() / by_root() - 1) < 1e-6
-    seconds, least = best_seconds(2, by_eigenvalues, by_root)
-    row("Frechet distance / by sqrtm", seconds, least, 0.3)
+    ours, root = in_turns({"ours": by_eigenvalues, "root": by_root}, 1).values()
+    judge("Frechet distance / by sqrtm", min(ours) / min(root), "times", most=0.3)
 
 
 def bench_runs(folder: Path) -> None:
@@ -108,20 +86,19 @@ def bench_runs(folder: Path) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             evaluator.main([*reference, "--sample_batch_dir", str(folder / place), *flags])
 
-    def three_in_one_run():
+    def three_in_one_run() -> None:
         for cache in folder.glob("*.cache"):
             cache.unlink()
         run("all")
 
-    def three_runs():
+    def three_runs() -> None:
         for place in "012":
             run(place, "--no_cache")
 
-    run("0", "--no_cache")  # imports TensorFlow
-    seconds, apart, cached = best_seconds(6, three_in_one_run, three_runs, lambda: run("all"))
-    row("three files in one run / three uncached runs of one", seconds, apart, 0.75)
-
-    row("the same run again with the cache / the first", cached, seconds, 0.8)
+    works = {"one": three_in_one_run, "three": three_runs, "cached": lambda: run("all")}
+    one, three, cached = (min(row) for row in in_turns(works, 5).values())
+    judge("three files in one run / three runs without cache", one / three, "times", most=0.75)
+    judge("the same run again with the cache / the first", cached / one, "times", most=0.8)
 
 
 if __name__ == "__main__":

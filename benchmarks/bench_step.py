@@ -1,112 +1,162 @@
-"""What a training step costs, in forward passes, beside the steps that it replaces; one run.
+"""What a training step costs, in forward passes, beside other steps and other revisions.
 
     python benchmarks/bench_step.py --model DiT-B-4 --batch 16
-    python benchmarks/bench_step.py --model UNet --batch 4 --steps SoFlow
+    python benchmarks/bench_step.py --model UNet --batch 4 --steps SoFlow --against HEAD~1
     python benchmarks/bench_step.py --model DiT-B-4 --batch 16 --profile
 
-A step is all of it: draws, losses, backward pass, gradient norm, optimizer, average. A forward is
-inference on the same batch, timed in turns with the step. Each row has a process of its own, so
-that its memory is its own. Counted are the FLOPs of matrix products and convolutions (fused
-attention counts for nothing on the CPU, so the plain one is counted), of a batch of 40 with 3 of 30
-and 1 of 10 labels dropped. In fp32 on the CPU; needs Linux.
+A step is all of it: draws, losses, backward pass, gradient norm, optimizer, average. Each row is a
+process, and the processes take turns: a step, then an inference forward on as many samples.
+--against adds the step of another commit of this repository, by that commit's own code. FLOPs are
+those of one step's matrix products and convolutions, with attention in its plain form, in forwards.
+In fp32 on the CPU; needs Linux.
 """
 
 import argparse
+import contextlib
 import json
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
+# These names exist in other revisions too: --against runs this file with their modules.
 from measuring import (
+    ROOT,
     bench_config,
     bench_learner,
-    bench_parser,
     drawn_batches,
     forward_of,
-    in_turns,
     machine,
     median_ratio,
     memory_mb,
+    seconds_of,
 )
 
 # isort: split
-from baselines import STEPS, count_flops
+from baselines import STEPS
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
-from config import Config
 from support.system.processes import connected
-from training.learner import Learner
 
 
-def step_of(learner: Learner, name: str):
-    """The whole step with that loss, to be called."""
-    learner.parallel_model = STEPS[name](learner.state.model)
-    return lambda: learner.step(drawn_batches(learner))
-
-
-def measure(config: Config, name: str, tries: int) -> dict:
-    """One row, in this process."""
+def serve(arguments: argparse.Namespace) -> None:
+    """A row's process: time a step and a forward for each line of input, then report the rest."""
+    config = bench_config(arguments.model, arguments.batch, *arguments.set)
     with connected("cpu", timeout_minutes=10) as processes:
         learner = bench_learner(config, processes, lambda note: print(note, file=sys.stderr))
-        step, forward = step_of(learner, name), forward_of(learner)
-        before = memory_mb("VmRSS")
-        seconds = in_turns({"forward": forward, "step": step}, tries)
-        memory = memory_mb("VmHWM") - before
-        flops = count_flops(config, name)
-        return {
-            "machine": machine(),
-            "forward": statistics.median(seconds["forward"]),
-            "step": statistics.median(seconds["step"]),
-            "ratio": median_ratio(seconds["step"], seconds["forward"]),
-            "memory": memory,
-            "flops": flops.step / flops.forward,
-        }
+        learner.parallel_model = STEPS[arguments.row](learner.state.model)
+        forward = forward_of(learner)
 
+        def step() -> None:
+            learner.step(drawn_batches(learner))
 
-def print_profile(config: Config) -> None:
-    """Where the time of SoFlow's step goes, by operator."""
-    with connected("cpu", timeout_minutes=10) as processes:
-        learner = bench_learner(config, processes)
-        step = step_of(learner, "SoFlow")
-        step()
-        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        if arguments.profile:
             step()
-        print(profiled.key_averages().table(sort_by="self_cpu_time_total", row_limit=20))
+            with profile(activities=[ProfilerActivity.CPU]) as profiled:
+                step()
+            print(profiled.key_averages().table(sort_by="self_cpu_time_total", row_limit=20))
+            return
+        before = memory_mb("VmRSS")
+        for _ in sys.stdin:
+            print(json.dumps([seconds_of(step), seconds_of(forward)]), flush=True)
+        memory = memory_mb("VmHWM") - before
+        flops = []
+        for work in (step, forward):
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                work()
+            flops.append(counter.get_total_flops())
+    print(json.dumps([memory, flops[0] / flops[1]]))
 
 
-def print_table(arguments: argparse.Namespace, names: list[str]) -> None:
-    """A row for each step, measured in processes of their own."""
-    rows = {}
-    for name in names:
-        command = [sys.executable, __file__, *sys.argv[1:], "--row", name]
-        finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        rows[name] = json.loads(finished.stdout.splitlines()[-1])
-    first = rows[names[0]]
-    print(f"{first['machine']}; {' '.join(sys.argv[1:])}")
-    print(f"{'':<16} {'seconds':>8} {'forwards':>9} {'FLOPs':>6} {'memory':>9} {'of SoFlow':>10}")
-    print(f"{'forward':<16} {first['forward']:8.2f} {1:9.2f} {1:6.2f}")
-    for name, row in rows.items():
-        of_first = f"{row['ratio'] / first['ratio']:10.2f}" if names[0] == "SoFlow" else ""
+@contextlib.contextmanager
+def checkout(revision: str) -> Iterator[Path]:
+    """A folder with that commit of this repository."""
+    with tempfile.TemporaryDirectory() as folder:
+        git = ["git", "-C", str(ROOT), "worktree"]
+        subprocess.run([*git, "add", "--quiet", "--detach", folder, revision], check=True)
+        try:
+            yield Path(folder)
+        finally:
+            subprocess.run([*git, "remove", "--force", folder], check=True)
+
+
+@contextlib.contextmanager
+def row_of(name: str, root: Path) -> Iterator[subprocess.Popen]:
+    """The process of a row, with the modules of that checkout."""
+    # -P: modules come from PYTHONPATH alone, not from this file's folder.
+    command = [sys.executable, "-P", __file__, *sys.argv[1:], "--row", name]
+    environment = {**os.environ, "PYTHONPATH": str(root / "benchmarks")}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def ask(process: subprocess.Popen, line: str) -> list[float]:
+    """A process's next line of output."""
+    if line:
+        print(line, file=process.stdin, flush=True)
+    else:
+        process.stdin.close()
+    return json.loads(process.stdout.readline())
+
+
+def compare(rows: dict[str, tuple[str, Path]], tries: int) -> None:
+    """Take the turns and print the table."""
+    steps: dict[str, list[float]] = {label: [] for label in rows}
+    forwards: dict[str, list[float]] = {label: [] for label in rows}
+    with contextlib.ExitStack() as stack:
+        processes = {label: stack.enter_context(row_of(*row)) for label, row in rows.items()}
+        for turn in range(tries + 1):
+            for label, process in processes.items():
+                step, forward = ask(process, "next")
+                if turn:  # the first one is to warm up
+                    steps[label].append(step)
+                    forwards[label].append(forward)
+        rest = {label: ask(process, "") for label, process in processes.items()}
+    first = next(iter(rows))
+    print(f"{machine()}; {' '.join(sys.argv[1:])}")
+    print(f"{'step of':<18} {'seconds':>8} {'forwards':>9} {'FLOPs':>6} {'memory':>9} {first:>12}")
+    for label, (memory, flops) in rest.items():
         print(
-            f"{name:<16} {row['step']:8.2f} {row['ratio']:9.2f} {row['flops']:6.3f} "
-            f"{row['memory']:6.0f} MB {of_first}"
+            f"{label:<18} {statistics.median(steps[label]):8.2f} "
+            f"{median_ratio(steps[label], forwards[label]):9.2f} {flops:6.3f} "
+            f"{memory:6.0f} MB {median_ratio(steps[label], steps[first]):11.3f}x"
         )
 
 
 def main() -> None:
-    parser = bench_parser(__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="DiT-B-4")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--tries", type=int, default=5, help="turns that count")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
+    parser.add_argument("--against", metavar="REVISION", help="also the SoFlow step of this commit")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of config")
-    parser.add_argument("--profile", action="store_true", help="print where the time goes instead")
-    parser.add_argument("--row", choices=STEPS, help=argparse.SUPPRESS)
+    parser.add_argument("--profile", action="store_true", help="print where a step's time goes")
+    parser.add_argument("--row", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    config = bench_config(arguments.model, arguments.batch, *arguments.set)
-    if arguments.profile:
-        print_profile(config)
-    elif arguments.row:
-        print(json.dumps(measure(config, arguments.row, arguments.tries)))
-    else:
-        print_table(arguments, arguments.steps)
+    if arguments.profile and not arguments.row:
+        arguments.row = arguments.steps[0]
+    if arguments.row:
+        serve(arguments)
+        return
+    rows = {name: (name, ROOT) for name in arguments.steps}
+    with contextlib.ExitStack() as stack:
+        if arguments.against:
+            other = stack.enter_context(checkout(arguments.against))
+            rows[arguments.against] = ("SoFlow", other)
+        compare(rows, arguments.tries)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
-"""What the benchmarks share: the learner they drive, the machine's name, memory, medians."""
+"""Shared by the benchmarks: the learner they drive, the machine's name, memory, times in turns."""
 
-import argparse
 import statistics
 import sys
 import time
@@ -26,31 +25,17 @@ from training.learner import Learner, build_learner  # noqa: E402
 NUM_CLASSES = 1000
 
 
-def bench_parser(
-    description: str, model: str = "DiT-B-4", batch: int = 16, tries: int = 5
-) -> argparse.ArgumentParser:
-    """A parser with what benchmarks of training have in common."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default=model)
-    parser.add_argument("--batch", type=int, default=batch, help="over all processes")
-    parser.add_argument("--tries", type=int, default=tries, help="turns that are counted")
-    return parser
-
-
 def bench_config(model_type: str, batch_size: int, *overrides: str, device: str = "cpu") -> Config:
     """The published recipe of a DiT on latents, or of the UNet on CIFAR-10, for another batch."""
     name = "cifar" if model_type == "UNet" else "imagenet"
     settings = (f"model_type={model_type}", f"batch_size={batch_size}", f"device={device}")
-    settings += overrides
-    return load_config(ROOT / "configs" / f"{name}.yaml", settings)
+    return load_config(ROOT / "configs" / f"{name}.yaml", settings + overrides)
 
 
 def bench_learner(
     config: Config, processes: Processes, report: Callable[[str], None] = print
 ) -> Learner:
-    """A learner whose every weight matters, as those of a fresh network do not."""
+    """A learner with random noise in all weights, since some of a fresh network are zero."""
     plan = BatchPlan(
         config.batch_size,
         config.flow_matching_count,
@@ -72,7 +57,7 @@ def data_shape(config: Config) -> tuple[int, int, int]:
 
 
 def raw_batch(learner: Learner) -> RawBatch:
-    """Random data for a microbatch, from where a loader of training would leave it."""
+    """Random data for a microbatch, where a training loader would leave it."""
     size = learner.config.batch_size // learner.plan.num_microbatches
     pixels = torch.randint(256, (size, *data_shape(learner.config)), dtype=torch.uint8)
     labels = torch.randint(NUM_CLASSES, (size,))
@@ -82,7 +67,7 @@ def raw_batch(learner: Learner) -> RawBatch:
 
 
 def drawn_batches(learner: Learner, raw: RawBatch | None = None) -> Iterator[Batch]:
-    """The process's microbatches of `raw`, or of fresh random data, drawn as training draws."""
+    """The process's microbatches of `raw`, or of fresh random data, drawn as in training."""
     config, plan, processes = learner.config, learner.plan, learner.processes
     data = PixelData(
         torch.zeros(1, *data_shape(config), dtype=torch.uint8),
@@ -113,21 +98,13 @@ def forward_of(learner: Learner) -> Callable[[], None]:
 
 def seconds_of(work: Callable[[], object]) -> float:
     """Wall time of one call."""
-    wait_for_device()
     started = time.perf_counter()
     work()
-    wait_for_device()
     return time.perf_counter() - started
 
 
-def wait_for_device() -> None:
-    """Return when a GPU, where one is in use, has done what it was told."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-
-
 def in_turns(works: dict[str, Callable[[], object]], tries: int) -> dict[str, list[float]]:
-    """Seconds of each work, one after the other in turn, after one turn that is not counted."""
+    """Seconds of each work, one after the other in turn, after one turn that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(tries + 1):
         for name, work in works.items():
@@ -138,8 +115,15 @@ def in_turns(works: dict[str, Callable[[], object]], tries: int) -> dict[str, li
 
 
 def median_ratio(above: list[float], below: list[float]) -> float:
-    """The median of the ratios turn by turn, which holds when the machine's speed drifts."""
+    """The median of the ratios turn by turn, which a drift of the machine's speed leaves alone."""
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+def judge(name: str, value: float, unit: str, most: float = float("inf"), least: float = 0) -> None:
+    """Print a value beside its limit."""
+    limit = f">= {least}" if least else f"<= {most}"
+    verdict = "ok" if least <= value <= most else "OUT OF LIMIT"
+    print(f"{name:52} {value:8.2f} {unit}  ({limit}) {verdict}", flush=True)
 
 
 def machine() -> str:
@@ -153,7 +137,7 @@ def machine() -> str:
 
 
 def memory_mb(entry: str) -> float:
-    """This process's resident memory now (VmRSS) or at most so far (VmHWM), as Linux counts it."""
-    # Not getrusage: its maximum is inherited from the process that started this one.
+    """This process's resident memory now (VmRSS) or at its highest (VmHWM), on Linux."""
+    # Not getrusage: a process inherits that maximum from the one that started it.
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(entry)) / 1024
