@@ -68,7 +68,7 @@ def test_the_page_draws_pythons_noise_to_the_last_bit_but_in_the_far_tail():
     drawn = np.array([np.frombuffer(base64.b64decode(text), np.float32) for text in found])
     expected = np.array([noise_of(seed, shape, seed % 3).ravel() for seed in seeds])
     assert np.allclose(drawn, expected, rtol=3e-7, atol=0)
-    differing = expected[drawn != expected]  # the last bit of a logarithm is the system's
+    differing = expected[drawn != expected]  # the last bit of a logarithm depends on the system
     assert len(differing) < 20 and (np.abs(differing) > 3.65).all()
 
 
@@ -162,7 +162,7 @@ def test_npm_that_fails_or_gives_another_package_leaves_nothing(tmp_path, monkey
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A little trained run, and its page."""
+    """A model after a few steps of training, and its page."""
     try:
         runtime.read_runtime()
     except UserError as error:
@@ -178,7 +178,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def open_page(browser, made):
-    """Opens the page at a link; in the end, its console is empty and it asked no network."""
+    """Opens the page at a link. At the end, its console is empty and it has sent no request."""
     context = browser.new_context(offline=True, viewport={"width": 1366, "height": 800})
     opened, said, asked = context.new_page(), [], []
     opened.on("console", lambda message: said.append(message.text))
@@ -208,13 +208,13 @@ def shown(opened, selector: str) -> np.ndarray:
 
 
 def assert_alike(found: np.ndarray, expected: np.ndarray) -> None:
-    """The same pixels, but for rounding in a few."""
+    """The same pixels, except for rounding in a few."""
     differences = np.abs(found.astype(int) - expected)
     assert differences.max() <= 1 and (differences > 0).mean() < 0.01
 
 
 def until(opened, condition: str) -> None:
-    """Wait until this is true in JavaScript; the page's policy forbids playwright's own way."""
+    """Wait for a JavaScript condition. The page's policy forbids playwright's own way."""
     end = time.monotonic() + 20
     while not opened.evaluate(condition):
         assert time.monotonic() < end, f"still not: {condition}"

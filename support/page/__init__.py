@@ -1,1 +1,1 @@
-"""What shows a model in a browser: the page of page.py, the server of demo.py."""
+"""The parts of page.py's HTML page, the demo's style, and the files of a Space."""

@@ -1,7 +1,7 @@
-// From noise to pixels: sampling.py's samplers over the exported graph, f(noise, t, s).
+// From noise to pixels: the samplers of sampler.py over the exported graph, f(noise, t, s).
 // B images, each of `model.shape`: [C, H, W]; arrays are Float32Array [B, C, H, W].
 
-const MOST_CACHED_VALUES = 4e6;  // of noise, 4 bytes each
+const MAX_CACHED_VALUES = 4e6;  // of noise, 4 bytes each
 
 class Engine {
   // `model` is the description that page.py writes into the page.
@@ -21,7 +21,7 @@ class Engine {
     let noise = this.cache.get(name);
     if (!noise) {
       noise = drawNoise(seed, step, this.imageSize);
-      if ((this.cache.size + 1) * this.imageSize > MOST_CACHED_VALUES) this.cache.clear();
+      if ((this.cache.size + 1) * this.imageSize > MAX_CACHED_VALUES) this.cache.clear();
       this.cache.set(name, noise);
     }
     return noise;
@@ -117,7 +117,7 @@ function slerp(a, b, share) {
     squareB += b[i] ** 2;
   }
   const angle = Math.acos(Math.min(1, Math.max(-1, product / Math.sqrt(squareA * squareB))));
-  if (Math.sin(angle) < 1e-6) return a;  // one and the same noise
+  if (Math.sin(angle) < 1e-6) return a;  // the same noise
   const ofA = Math.sin((1 - share) * angle) / Math.sin(angle);
   const ofB = Math.sin(share * angle) / Math.sin(angle);
   return a.map((value, i) => ofA * value + ofB * b[i]);

@@ -5,13 +5,13 @@ const byId = id => document.getElementById(id);
 const model = JSON.parse(byId("model").textContent);
 const [, height, width] = model.shape;
 const COUNT = 16, COLUMNS = 4;
-const LARGEST_SEED = 10 ** 12;  // far below where JavaScript's whole numbers end
+const LARGEST_SEED = 10 ** 12;  // well below the largest exact integer
 const TIMES = [1, 0.8, 0.6, 0.4, 0.2, 0];  // s
 const CALL_MS = 80;  // the target time of a call, so that other calls get their turn
 const FIRST_CALL = 4;  // images of the first call, when the time for one is unknown
 const SQUARES_UP_TO = 32;  // pixels: images up to this size show sharp squares
 const SAVED_SIZE = 128, SAVED_GAP = 8;  // pixels in a PNG: the least size of an image, and its gap
-// Play must not flash: at most three changes a second (WCAG 2.3.1), fewer if less motion is wanted.
+// Play must not flash (WCAG 2.3.1): below three changes a second, and fewer with reduced motion.
 const PLAY_MS = matchMedia("(prefers-reduced-motion: reduce)").matches ? 1500 : 400;
 const LINK_WAIT_MS = 300;  // browsers refuse to change the address too often
 
@@ -102,7 +102,8 @@ function show(canvas, pixels, index = 0) {
   const size = 4 * width * height;
   const data = pixels.subarray(index * size, (index + 1) * size);
   // Small images that change all the time are faster outside the graphics card.
-  canvas.getContext("2d", {willReadFrequently: true}).putImageData(new ImageData(data, width, height), 0, 0);
+  const context = canvas.getContext("2d", {willReadFrequently: true});
+  context.putImageData(new ImageData(data, width, height), 0, 0);
 }
 
 // Shows images in a row, each with its caption.
@@ -140,7 +141,8 @@ const drawGrid = newest(async isOutdated => {
   let milliseconds = 0;
   for (let done = 0; done < COUNT;) {
     const affordable = Math.floor(CALL_MS / millisecondsPerImage);
-    const count = Math.min(COUNT - done, Math.max(1, affordable === Infinity ? FIRST_CALL : affordable));
+    const wanted = affordable === Infinity ? FIRST_CALL : Math.max(1, affordable);
+    const count = Math.min(COUNT - done, wanted);
     const images = Array.from({length: count}, (_, i) => ({seed: first + done + i}));
     const found = await ask("draw", {images, ...settings()});
     if (isOutdated()) return;
@@ -297,7 +299,7 @@ function addChips(id, choices, name) {
   });
 }
 
-// A right value, which ends the complaint about a wrong one.
+// Sets a valid value, and clears the mark of an invalid one.
 function setField(field, value) {
   field.value = value;
   field.setCustomValidity("");

@@ -1,5 +1,5 @@
 // The draws of PerImageStream in support/system/randomness.py, bit for bit. The SHA-256 of a text is
-// the key of a Philox generator. Its bits become float32 normals in the way of NumPy.
+// the key of a Philox generator. Its bits become float32 normals as in NumPy.
 
 const TWO_32 = 2 ** 32;
 
@@ -142,7 +142,7 @@ function drawNoise(seed, step, count) {
 }
 
 // The ziggurat (Marsaglia and Tsang, 2000) covers the half bell exp(-x^2 / 2) by layers of equal
-// area. One draw gives a layer, a sign and a place in the layer, which is nearly always under the
+// area. One draw gives a layer, a sign and a place in the layer. Nearly all places are under the
 // curve.
 
 const LAYERS = 256, PLACES = 2 ** 23;
