@@ -67,13 +67,11 @@ def write_page(arguments: argparse.Namespace) -> None:
 
 def unfit(loaded: LoadedModel, is_fp16: bool) -> str | None:
     """Why a page cannot hold the model, or None."""
-    channels, size = loaded.shape[0], loaded.shape[-1]
+    size = loaded.shape[-1]
     if loaded.config.is_latent:
         return "makes latents, and their decoder is too large for a page"
     if size > MAX_PIXELS:
         return f"makes images of {size}x{size}; a page takes up to {MAX_PIXELS}x{MAX_PIXELS}"
-    if channels not in (1, 3):
-        return f"makes images of {channels} channels; a page shows 1 (grey) or 3 (colour)"
     if not isinstance(loaded.model, SoFlow):
         return f"is of the method {loaded.config.method}, which has no graph"
     megabytes = weight_bytes(loaded.model) / 1e6 / (2 if is_fp16 else 1)
