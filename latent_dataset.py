@@ -6,8 +6,8 @@
     python latent_dataset.py --data-path photos --save-path data/photos --image-size 256 \\
         --vae folders/sd-vae-ft-mse --dtype float16 --skip-bad
 
-Stopped at any moment, the same command goes on. Classes are the folders below --data-path, in
-order: by number where all have numbers for names, else by alphabet.
+If it is stopped, at any moment, the same command continues. Classes are the folders in --data-path,
+in the order of their numbers if all names are numbers, else in alphabetical order.
 """
 
 from support.system.command import run_command  # isort: skip - first: it attends to the start
@@ -35,9 +35,8 @@ from support.data.latent_parts import (
     Part,
     PartsFolder,
     Plan,
-    list_differences,
 )
-from support.data.latents import MOMENT_CHANNELS, LatentInfo, LatentReader
+from support.data.latents import MOMENT_CHANNELS, LatentInfo
 from support.data.vae import (
     LATENT_SCALE,
     PIXELS_PER_LATENT,
@@ -57,16 +56,22 @@ from support.system.hardware import allow_tf32, time_convolutions
 from support.system.processes import Processes, connected
 
 SECONDS_BETWEEN_LINES = 10
-TIMEOUT_MINUTES = 120.0  # of a process that is done with its share, for the slowest
+TIMEOUT_MINUTES = 120.0  # how long a process that is done waits for the slowest
 
 # B images of a batch, R rows of a part, S latent side
+
+
+def say(processes: Processes, text: str) -> None:
+    """Print a line at once, from the main process alone."""
+    if processes.is_main:
+        print(text, flush=True)
 
 
 # Reading pictures
 
 
 class LoadedPictures(NamedTuple):
-    """Pictures of a batch: uint8 [B, 3, H, W] and labels of those that can be read; the others."""
+    """A batch's readable pictures, uint8 [B, 3, H, W], with their labels; and the others."""
 
     pixels: torch.Tensor
     labels: list[int]
@@ -86,7 +91,7 @@ class Pictures(Dataset):
             try:
                 pixels.append(read_image(self.files[index], self.size, self.apply_exif))
                 labels.append(int(self.files.labels[index]))
-            except UserError as error:  # raised in a worker, it would lose its one line
+            except UserError as error:  # raised in a worker, it would be more than a line
                 unreadable.append((os.fsdecode(self.files.names[index]), str(error)))
         stacked = np.stack(pixels) if pixels else np.empty((0, self.size, self.size, 3), np.uint8)
         # [B, H, W, 3] -> [B, 3, H, W]
@@ -94,40 +99,45 @@ class Pictures(Dataset):
         return LoadedPictures(channels_first.contiguous(), labels, unreadable)
 
 
+def batches_of(images: range, batch_size: int) -> list[range]:
+    return [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
+
+
 # Making parts
 
 
 @dataclass
 class Progress:
-    """What this process has done, told about once in a while by the main one."""
+    """What this process has done; the main process prints it from time to time."""
 
     processes: Processes
     total_images: int  # of this process
     done_images: int = 0
     vae_seconds: float = 0.0
     started: float = field(default_factory=time.monotonic)
-    told: float = field(default_factory=time.monotonic)
+    printed: float = field(default_factory=time.monotonic)
 
     @property
     def seconds(self) -> float:
         return time.monotonic() - self.started
 
     def add(self, num_images: int) -> None:
-        """Count images; say where things stand, for all processes, if it is time to."""
+        """Count images; print an estimate for all processes if it is time for one."""
         self.done_images += num_images
-        if self.processes.is_main and time.monotonic() - self.told > SECONDS_BETWEEN_LINES:
-            self.told = time.monotonic()
-            # The parts were dealt out evenly: the others stand about where this one does.
+        if time.monotonic() - self.printed > SECONDS_BETWEEN_LINES:
+            self.printed = time.monotonic()
+            # All processes have about as many parts, and are about as far.
             count = self.processes.world_size
             rate = self.done_images / self.seconds
             left = self.total_images - self.done_images
             say(
+                self.processes,
                 f"about {self.done_images * count} of {self.total_images * count} images, "
-                f"{rate * count:.1f} images/s, ETA {duration(left / rate)}"
+                f"{rate * count:.1f} images/s, ETA {duration(left / rate)}",
             )
 
     def summary(self) -> str:
-        """What all processes did together; all of them have to ask."""
+        """What all processes did; every one of them has to call this."""
         counts = torch.tensor([self.done_images, self.vae_seconds, self.seconds])
         summed = self.processes.sum_over_ranks(counts.to(self.processes.device))
         images, vae_seconds, seconds = summed.tolist()
@@ -139,14 +149,14 @@ class Progress:
 
 @dataclass
 class PartMaker:
-    """Makes parts of what a loader gives, by a VAE."""
+    """Makes parts of what a loader gives, with a VAE."""
 
     plan: Plan
     arguments: argparse.Namespace
-    loader: Iterator[LoadedPictures]  # of the parts that will be asked for, in that order
+    loader: Iterator[LoadedPictures]  # the batches of the parts to be made, in order
     vae: Any
     progress: Progress
-    is_compared: bool = False  # with what fp32 gives
+    is_compared: bool = False  # with the same in fp32
 
     def make(self, index: int) -> Part:
         """The next part."""
@@ -174,7 +184,7 @@ class PartMaker:
         return Part(latents, np.array(labels, np.int64), tuple(skipped))
 
     def encode(self, pixels: torch.Tensor) -> np.ndarray:
-        """Moments [B, 8, S, S] of uint8 [B, 3, H, W]; the time that takes is the VAE's."""
+        """Moments [B, 8, S, S] of uint8 [B, 3, H, W]; the time it takes counts as the VAE's."""
         started = time.monotonic()
         images = to_images(pixels.to(self.progress.processes.device))
         size = self.arguments.encode_batch_size or default_encode_batch(self.plan.image_size)
@@ -182,43 +192,24 @@ class PartMaker:
         if self.plan.precision != "fp32" and not self.is_compared:
             self.is_compared = True
             self.compare(images[:size], moments[:size])
-        with np.errstate(over="ignore"):  # what float16 cannot hold is refused with the part
+        with np.errstate(over="ignore"):  # `make` refuses what float16 cannot hold
             values = moments.cpu().numpy().astype(self.plan.dtype)  # waits for the device
         self.progress.vae_seconds += time.monotonic() - started
         return values
 
     def compare(self, images: torch.Tensor, moments: torch.Tensor) -> None:
-        """Say how far the first moments are from those of fp32."""
+        """Print how far the first moments are from those in fp32."""
         processes = self.progress.processes
         allow_tf32(processes.device, False)
         exact = encode(self.vae, images, len(images))
         allow_tf32(processes.device, True)
         errors = (moments - exact).abs()
-        if processes.is_main:
-            say(
-                f"precision {self.plan.precision}: the first {len(images)} pictures' moments are "
-                f"off by {errors.mean():.2g} on average and {errors.max():.2g} at most, where the "
-                f"standard deviation of the means is {exact.chunk(2, dim=1)[0].std():.2g}"
-            )
-
-
-def batches_of(images: range, batch_size: int) -> list[range]:
-    return [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
-
-
-def build_loader(
-    pictures: Pictures, plan: Plan, parts: Sequence[int], arguments: argparse.Namespace
-) -> Iterator[LoadedPictures]:
-    """The batches of these parts, in order."""
-    batches = [
-        batch
-        for part in parts
-        for batch in batches_of(plan.images_of(part), arguments.device_batch_size)
-    ]
-    loader = DataLoader(
-        pictures, sampler=batches, batch_size=None, num_workers=arguments.num_workers
-    )
-    return iter(loader)
+        say(
+            processes,
+            f"precision {self.plan.precision}: the first {len(images)} pictures' moments are "
+            f"off by {errors.mean():.2g} on average and {errors.max():.2g} at most; the "
+            f"standard deviation of the means is {exact.chunk(2, dim=1)[0].std():.2g}",
+        )
 
 
 # The command
@@ -230,10 +221,10 @@ class Extraction(NamedTuple):
     files: LabelledFiles
     found: FoundVae
     plan: Plan
-    parts_folder: PartsFolder
+    folder: PartsFolder
 
     def describe(self, labels: np.ndarray) -> LatentInfo:
-        """What the file with these labels is to say of itself."""
+        """The attributes of a file with these labels."""
         names = self.files.class_names
         return LatentInfo(
             vae=self.found.name,
@@ -246,41 +237,18 @@ class Extraction(NamedTuple):
         )
 
 
-def is_made(parts_folder: PartsFolder, plan: Plan) -> bool:
-    """Whether the file is there; UserError where it is of another command, or damaged."""
-    target = parts_folder.target
-    if not target.exists():
-        return False
-    info = LatentReader(target).info
-    differing = "it does not say by which"
-    if info is not None:
-        differing = list_differences(info, plan, plan.attributes())
-    if differing:
-        raise UserError(
-            f"{target}: made by another command ({differing}); move it, or say another --save-path"
-        )
-    parts_folder.clear()
-    say(f"{target} was made before")
-    return True
-
-
 def run_extraction(
     arguments: argparse.Namespace, processes: Processes, until_end: contextlib.ExitStack
 ) -> Extraction | None:
-    """Make the parts that are missing, all processes together; None where the file is there.
+    """Make the missing parts, all processes together; None if the file is already there.
 
-    The main process owns the folder of the parts until the end.
+    The main process owns the parts' folder until the end.
     """
     files = list_pictures(Path(arguments.data_path), processes)
-    if processes.is_main:
-        counts = np.bincount(files.labels)
-        say(describe_classes(files.class_names, counts.tolist()))
-        for note in files.notes:
-            say(note)
+    say(processes, describe_classes(files.class_names, np.bincount(files.labels).tolist()))
     found = find_vae(arguments.vae)
-    if processes.is_main:
-        for line in (*scale_notes(found), f"loading the VAE {found.name}"):
-            say(line)
+    for line in (*files.notes, *scale_notes(found), f"loading the VAE {found.name}"):
+        say(processes, line)
     vae = load_vae(found, processes.device)
     plan = Plan(
         num_images=len(files),
@@ -293,63 +261,66 @@ def run_extraction(
         exif=arguments.exif,
         precision=arguments.precision,
     )
-    parts_folder = PartsFolder(Path(arguments.save_path))
-    if processes.on_rank0(lambda: is_made(parts_folder, plan)):
+    folder = PartsFolder(Path(arguments.save_path))
+    if processes.on_rank0(lambda: folder.is_made(plan)):
+        say(processes, f"{folder.target} was made before")
         return None
-    processes.on_rank0(lambda: until_end.enter_context(parts_folder.owned()))
-    plan, missing = processes.on_rank0(lambda: begin(parts_folder, plan, arguments))
-    if processes.is_main:
-        say(f"pictures in {plan.num_parts} parts; {len(missing)} of them are to be made")
+    processes.on_rank0(lambda: until_end.enter_context(folder.owned()))
+    plan = processes.on_rank0(lambda: folder.begin(plan))
+    if not arguments.skip_bad:
+        processes.on_rank0(lambda: refuse_skipped(folder, plan, arguments.data_path))
+    missing = processes.on_rank0(lambda: folder.missing_parts(plan))
+    say(processes, f"pictures in {plan.num_parts} parts; {len(missing)} of them are to be made")
     parts = missing[processes.rank :: processes.world_size]
     progress = Progress(processes, sum(len(plan.images_of(part)) for part in parts))
-    loader = build_loader(Pictures(files, plan), plan, parts, arguments)
-    maker = PartMaker(plan, arguments, loader, vae, progress)
+    batches = [
+        batch
+        for part in parts
+        for batch in batches_of(plan.images_of(part), arguments.device_batch_size)
+    ]
+    loader = DataLoader(
+        Pictures(files, plan), sampler=batches, batch_size=None, num_workers=arguments.num_workers
+    )
+    maker = PartMaker(plan, arguments, iter(loader), vae, progress)
     for index in parts:
-        parts_folder.write_part(index, maker.make(index))
+        folder.write_part(index, maker.make(index))
     release(vae)
     summary = progress.summary()
-    if processes.is_main and missing:
-        say(summary)
-    return Extraction(files, found, plan, parts_folder)
+    if missing:
+        say(processes, summary)
+    return Extraction(files, found, plan, folder)
 
 
-def begin(
-    parts_folder: PartsFolder, plan: Plan, arguments: argparse.Namespace
-) -> tuple[Plan, list[int]]:
-    """The plan to go on with, and the parts still to be made."""
-    plan = parts_folder.begin(plan)
-    skipped = [] if arguments.skip_bad else list(parts_folder.skipped(plan))
-    if skipped:
+def refuse_skipped(folder: PartsFolder, plan: Plan, data_path: str) -> None:
+    """UserError if finished parts left out pictures, which now is not asked for."""
+    if skipped := list(folder.skipped(plan)):
         raise UserError(
-            f"{Path(arguments.data_path) / skipped[0]}: not a readable picture; --skip-bad, "
-            f"said before, leaves out such files, and {len(skipped)} so far"
+            f"{Path(data_path) / skipped[0]}: not a readable picture, as {len(skipped)} in all; "
+            "earlier, --skip-bad left them out: give it again, or mend them and delete "
+            f"{folder.folder}"
         )
-    return plan, parts_folder.missing_parts(plan)
 
 
-def merge(extraction: Extraction) -> None:
-    """Make one file of the parts, saying how far it is."""
-    told = time.monotonic()
+def merge(extraction: Extraction, processes: Processes) -> None:
+    """Make one file of the parts, printing how far it is."""
+    printed = time.monotonic()
 
-    def report(doing: str, done: int, total: int) -> None:
-        nonlocal told
-        if time.monotonic() - told > SECONDS_BETWEEN_LINES:
-            told = time.monotonic()
-            say(f"{doing} parts: {done} of {total}")
+    def report(done: int, total: int) -> None:
+        nonlocal printed
+        if time.monotonic() - printed > SECONDS_BETWEEN_LINES:
+            printed = time.monotonic()
+            say(processes, f"merging parts: {done} of {total}")
 
-    parts_folder = extraction.parts_folder
-    ledger = parts_folder.merge(extraction.plan, extraction.describe, report)
-    say(f"{sum(ledger.rows)} latents in {parts_folder.target}")
+    target = extraction.folder.target
+    say(processes, f"merging the parts into {target}")
+    ledger = extraction.folder.merge(extraction.plan, extraction.describe, report)
+    say(processes, f"{sum(ledger.rows)} latents in {target}")
     if ledger.skipped:
         say(
-            f"left out {len(ledger.skipped)} unreadable pictures, which are listed in "
-            f"{parts_folder.target.with_name(SKIPPED_FILE)}"
+            processes,
+            f"left out {len(ledger.skipped)} unreadable pictures, listed in "
+            f"{target.with_name(SKIPPED_FILE)}",
         )
-
-
-def say(text: str) -> None:
-    """Print a line at once."""
-    print(text, flush=True)
 
 
 def image_size(text: str) -> int:
@@ -360,7 +331,7 @@ def image_size(text: str) -> int:
 
 
 def whole_number(least: int) -> Callable[[str], int]:
-    """What reads whole numbers of `least` or more."""
+    """A parser of whole numbers of `least` or more."""
 
     def read(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
@@ -376,17 +347,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    size_help = "side to which pictures are cropped: 256 or 512; a config's data_size is an eighth"
-    batch_help = "pictures that are loaded at a time, per process (default 256)"
-    encode_help = "of these, the VAE encodes so many at a time (default 32 of 256 pixels, 8 of 512)"
+    size_help = "side to crop pictures to: 256 or 512; a config's data_size is an eighth of it"
+    batch_help = "pictures loaded at a time, per process (default 256)"
+    encode_help = "pictures encoded at a time (default 32 of 256 pixels, 8 of 512)"
     precision_help = (
-        "that the VAE computes in (default fp32, as published); the others are faster on GPUs, and "
-        "how far they are off is said"
+        "of the VAE's arithmetic (default fp32, as published); the others are faster on GPUs, and "
+        "their error is printed"
     )
-    workers_help = "loader processes that decode pictures, per process; 0 is none (default 4)"
+    workers_help = "loader processes that decode pictures, per process; 0 for none (default 4)"
     exif_help = (
-        "turn pictures upright as their EXIF data say (default apply); ImageNet's published recipe "
-        "ignores them"
+        "whether to turn pictures upright as their EXIF data say (default apply); ImageNet's "
+        "published recipe ignores them"
     )
     save_help = "folder for the file: a config's dataset_path"
     add("--data-path", required=True, type=expanduser, metavar="D", help="folder of class folders")
@@ -395,7 +366,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--device-batch-size", type=whole_number(1), default=256, metavar="B", help=batch_help)
     add("--encode-batch-size", type=whole_number(1), metavar="B", help=encode_help)
     add("--num-workers", type=whole_number(0), default=4, metavar="W", help=workers_help)
-    add("--seed", type=whole_number(0), default=42, help="recorded; nothing is drawn here")
+    add("--seed", type=whole_number(0), default=42, help="recorded; nothing is random here")
     add("--vae", default=VAE_NAME, metavar="NAME_OR_FOLDER", help=f"(default {VAE_NAME})")
     add("--dtype", choices=("float32", "float16"), default="float32")
     add("--precision", choices=("fp32", "tf32", "bf16"), default="fp32", help=precision_help)
@@ -411,15 +382,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     save_path = arguments.save_path
     if Path(save_path).resolve().is_relative_to(Path(arguments.data_path).resolve()):
         raise UserError(
-            f"--save-path {save_path}: lies in --data-path, where every folder is a class"
+            f"--save-path {save_path}: is inside --data-path, where every folder is a class"
         )
     with contextlib.ExitStack() as until_end:
         with connected(arguments.device, TIMEOUT_MINUTES) as processes:
             allow_tf32(processes.device, arguments.precision != "fp32")
             time_convolutions(processes.device)
             extraction = run_extraction(arguments, processes, until_end)
-        if processes.is_main and extraction:  # while nobody waits for it
-            merge(extraction)
+        if processes.is_main and extraction:  # the other processes need not wait for it
+            merge(extraction, processes)
 
 
 if __name__ == "__main__":

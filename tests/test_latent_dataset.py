@@ -97,6 +97,12 @@ def latents_of(folder, save="latents"):
     return (folder / save / LATENT_FILE).read_bytes()
 
 
+def assert_same_latents(folder, other, tolerance=0.0):
+    ours, theirs = (LatentReader(place / LATENT_FILE) for place in (folder, other))
+    assert torch.equal(ours.labels, theirs.labels)
+    assert (ours.read(range(27)) - theirs.read(range(27))).abs().max() <= tolerance
+
+
 def refusal(arguments):
     with pytest.raises(UserError) as caught:
         latent_dataset.main(arguments)
@@ -146,10 +152,9 @@ def test_two_processes_make_the_same_file_and_go_on_when_one_is_killed(made, tmp
     assert f"in 7 parts; {7 - num_parts} of them are to be made" in said
     assert f"\n{missing_images} images in " in said  # each made by one of the processes
     assert said.count("images/s; the VAE took") == 1
-    reader, other = (LatentReader(f / LATENT_FILE) for f in (tmp_path, made / "latents"))
-    assert torch.equal(reader.labels, other.labels)
-    assert (reader.read(range(27)) - other.read(range(27))).abs().max() < 1e-5
-    assert reader.info == other.info
+    assert_same_latents(tmp_path, made / "latents", 1e-5)
+    infos = [LatentReader(f / LATENT_FILE).info for f in (tmp_path, made / "latents")]
+    assert infos[0] == infos[1]
 
 
 def training_options(made, folder, config="imagenet.yaml", **values):
@@ -315,16 +320,6 @@ def test_pictures_are_turned_upright_unless_asked_otherwise_and_the_file_says_so
     assert [reader.info.exif for reader in (*readers, ignoring)] == ["apply", "apply", "ignore"]
 
 
-def test_parts_made_before_pictures_were_turned_are_not_mixed_with_others(scratch):
-    killed, _ = extract_and_kill(options(scratch), 10)
-    assert killed
-    path = scratch / "latents" / "imagenet_latent.parts" / "plan.json"
-    plan = json.loads(path.read_text())
-    assert plan.pop("exif") == "apply"
-    path.write_text(json.dumps(plan))
-    assert "exif ignore there, apply now" in refusal(options(scratch))
-
-
 def test_files_that_are_not_read_are_said_at_the_start(scratch, capsys):
     for name in ("a.heic", "b.heic", "c.mov", ".hidden.mov"):
         (scratch / "photos" / "china" / name).touch()
@@ -374,16 +369,21 @@ def assert_nothing_passes_for_complete(folder, whole):
 
 
 @pytest.mark.slow
-def test_killed_at_every_write_it_goes_on_to_the_same_file(scratch):
-    """SIGKILL at every sync, rename and deletion, and in the middle of every write of a merge."""
+def test_killed_at_every_write_it_goes_on_to_the_same_file(scratch, monkeypatch):
+    """SIGKILL at every sync, rename and deletion, and in the middle of every write of a merge.
+
+    The merge is of three parts: two together, and one.
+    """
+    part_bytes = 4 * 8 * (SIZE // 8) ** 2 * 4
+    monkeypatch.setattr(latent_parts, "SYNCED_BYTES", 2 * part_bytes)
     for name in ("cat", "china"):  # two and a quarter parts are as good as seven
         shutil.rmtree(scratch / "photos" / name)
     latent_dataset.main(options(scratch, "unbroken"))
     whole = latents_of(scratch, "unbroken")
     killed, events = extract_and_kill(options(scratch, "counted"), None)
     assert not killed
-    # That a part is deleted after its rows are synced no kill can show, but a loss of power would.
-    assert " ".join(events).count("pwrite fsync unlink") == events.count("pwrite") == 3
+    # No kill can show that parts are deleted after their rows are synced; a loss of power would.
+    assert "pwrite pwrite fsync unlink unlink pwrite fsync unlink" in " ".join(events)
     assert len(events) >= 20
     for at in range(len(events)):
         save = scratch / f"killed-{at}"
@@ -395,23 +395,6 @@ def test_killed_at_every_write_it_goes_on_to_the_same_file(scratch):
         assert latents_of(scratch, save.name) == whole
         assert [path.name for path in save.iterdir()] == [LATENT_FILE]
         shutil.rmtree(save)
-
-
-@pytest.mark.slow
-def test_killed_again_and_again_it_still_gets_there(scratch):
-    """Each run is killed a little further on than it has come before."""
-    latent_dataset.main(options(scratch, "unbroken"))
-    whole = latents_of(scratch, "unbroken")
-    kills = 0
-    source = np.random.default_rng(1)
-    for _ in range(100):
-        killed, _ = extract_and_kill(options(scratch, "killed"), int(source.integers(2, 9)))
-        if not killed:
-            break
-        kills += 1
-        assert_nothing_passes_for_complete(scratch / "killed", whole)
-    assert kills >= 5
-    assert latents_of(scratch, "killed") == whole
 
 
 @pytest.mark.slow
@@ -434,8 +417,7 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_file(scratch, made):
         assert_nothing_passes_for_complete(scratch / "latents", whole)
     assert kills
     latent_dataset.main(options(scratch))
-    reader, other = (LatentReader(f / "latents" / LATENT_FILE) for f in (scratch, made))
-    assert torch.equal(reader.read(range(27)), other.read(range(27)))
+    assert_same_latents(scratch / "latents", made / "latents")
 
 
 def test_finished_parts_are_not_made_again(scratch, monkeypatch, capsys):
@@ -464,7 +446,6 @@ def test_progress_says_rate_time_left_and_the_share_of_the_vae(scratch, monkeypa
     progress = rf"about 3 of 27 images, {number} images/s, ETA 0:00:0."
     assert any(re.fullmatch(progress, line) for line in said)
     assert "merging parts: 7 of 7" in said
-    assert "verifying parts: 7 of 7" in said
     summary = rf"27 images in 0:00:0., {number} images/s; the VAE took [0-9]+% of the time"
     assert any(re.fullmatch(summary, line) for line in said)
 
@@ -476,15 +457,14 @@ def test_damaged_notes_are_named(scratch, name):
     path = scratch / "latents" / "imagenet_latent.parts" / name
     assert (path.parent / "merged.hdf5").exists()
     path.write_text("no JSON")
-    assert f"{path}: not readable" in refusal(options(scratch))
+    assert f"{path}: " in refusal(options(scratch))
 
 
 def test_batch_size_and_processes_may_change_on_the_way(scratch, made):
     killed, _ = extract_and_kill(options(scratch), 10)
     assert killed
     latent_dataset.main(options(scratch, **{"device-batch-size": 2, "num-workers": 2}))
-    reader, other = (LatentReader(f / "latents" / LATENT_FILE) for f in (scratch, made))
-    assert (reader.read(range(27)) - other.read(range(27))).abs().max() < 1e-5
+    assert_same_latents(scratch / "latents", made / "latents", 1e-5)
 
 
 # Refused.
@@ -536,8 +516,8 @@ def test_unreadable_picture_stops_the_run_or_is_left_out(scratch, made):
     bad = scratch / "photos" / "china" / "3.png"
     bad.write_bytes(bad.read_bytes()[:300])
     said = refusal(options(scratch))
-    assert f"{bad}: not a readable picture" in said
-    assert said.endswith("; --skip-bad leaves out such files")
+    assert str(bad) in said
+    assert "--skip-bad" in said
     finished = len(list((scratch / "latents").glob("*/0*.npz")))
     assert finished == 3  # the picture is the 13th
     latent_dataset.main([*options(scratch), "--skip-bad"])
@@ -554,7 +534,8 @@ def test_pictures_left_out_before_are_named_to_who_does_not_want_that(scratch):
     killed, _ = extract_and_kill([*options(scratch), "--skip-bad"], 10)
     assert killed
     said = refusal(options(scratch))
-    assert "cat/1.png: not a readable picture; --skip-bad" in said
+    assert "cat/1.png: " in said
+    assert "--skip-bad" in said
 
 
 def test_pictures_none_of_which_can_be_read_are_refused(scratch):
@@ -565,32 +546,40 @@ def test_pictures_none_of_which_can_be_read_are_refused(scratch):
     assert not (scratch / "latents" / LATENT_FILE).exists()
 
 
-def test_damaged_part_is_named_and_made_again_once_deleted(scratch, made):
-    killed, _ = extract_and_kill(options(scratch), 20)
+@pytest.mark.parametrize("is_merging", [False, True])
+def test_damaged_part_is_named_set_aside_and_made_again(scratch, made, monkeypatch, is_merging):
+    monkeypatch.setattr(latent_parts, "SYNCED_BYTES", 1)
+    _, events = extract_and_kill(options(scratch, "counted"), None)
+    merged = [at for at, event in enumerate(events) if event == "pwrite"]
+    killed, _ = extract_and_kill(options(scratch), merged[2] if is_merging else merged[0] - 9)
     assert killed
     parts = sorted((scratch / "latents").glob("*/0*.npz"))
+    assert is_merging == (parts[0].stem != "000000")
     damaged = bytearray(parts[1].read_bytes())
     damaged[len(damaged) // 3] ^= 1
     parts[1].write_bytes(damaged)
-    said = refusal(options(scratch))
-    assert f"{parts[1]}: not a whole part" in said
-    assert "delete it, and the same command makes it again" in said
+    assert str(parts[1]) in refusal(options(scratch))
     assert not (scratch / "latents" / LATENT_FILE).exists()
-    parts[1].unlink()
     latent_dataset.main(options(scratch))
-    assert len(LatentReader(scratch / "latents" / LATENT_FILE)) == 27
+    assert_same_latents(scratch / "latents", made / "latents")
+    assert [path.name for path in (scratch / "latents").iterdir()] == [LATENT_FILE]
 
 
-def test_merged_file_that_reads_back_otherwise_gets_no_final_name(scratch, monkeypatch):
+def test_merged_file_that_reads_back_otherwise_gets_no_final_name(scratch, made, monkeypatch):
     write = latent_parts._write_at
 
     def flip(descriptor, values, offset):
         write(descriptor, values, offset)
         os.pwrite(descriptor, bytes([values[5] ^ 1]), offset + 5)
 
-    monkeypatch.setattr(latent_parts, "_write_at", flip)
-    assert "part 0 reads back otherwise than it was written" in refusal(options(scratch))
+    with monkeypatch.context() as patch:
+        patch.setattr(latent_parts, "_write_at", flip)
+        said = refusal(options(scratch))
+    assert "merged.hdf5: " in said
+    assert "part 0 " in said
     assert not (scratch / "latents" / LATENT_FILE).exists()
+    latent_dataset.main(options(scratch))  # on a disk that works again
+    assert_same_latents(scratch / "latents", made / "latents")
 
 
 def test_two_commands_do_not_work_on_one_folder(scratch, monkeypatch):
@@ -633,9 +622,9 @@ def test_missing_and_empty_data_folders_are_named(made, tmp_path, make, message)
 def test_other_mistakes_are_named_before_anything_is_made(scratch):
     assert "vae: /nowhere: " in refusal(options(scratch, vae="/nowhere"))
     (scratch / "empty").mkdir()
-    assert "empty: has no weights" in refusal(options(scratch, vae=scratch / "empty"))
+    assert f"vae: {scratch / 'empty'}: " in refusal(options(scratch, vae=scratch / "empty"))
     inside = scratch / "photos" / "latents"
-    assert "lies in --data-path" in refusal(options(scratch, **{"save-path": inside}))
+    assert f"--save-path {inside}: " in refusal(options(scratch, **{"save-path": inside}))
     below = scratch / "vae" / "config.json" / "x"
     assert "not a writable folder" in refusal(options(scratch, **{"save-path": below}))
     assert not (scratch / "latents").exists()
@@ -671,7 +660,7 @@ while kilobytes < 400:
     try:
         latent_dataset.main(options)
         print("done", os.listdir(disk), flush=True)
-        os.system(f"cp {disk}/imagenet_latent.hdf5 {disk}.hdf5")
+        os.system(f"mkdir {disk}.copy; cp {disk}/imagenet_latent.hdf5 {disk}.copy")
         break
     except UserError as error:
         assert chr(10) not in str(error)
@@ -704,8 +693,4 @@ def test_full_disk_is_said_and_with_more_room_the_same_command_goes_on(scratch, 
     assert all("No space left on device" in line for line in full)
     assert sum(".npz: not written" in line for line in full) >= 5
     assert sum("merged.hdf5: not written" in line for line in full) >= 1
-    assert all("what is finished is kept" in line for line in full if "plan.json" not in line)
-    reader, other = (
-        LatentReader(path) for path in (scratch / "disk.hdf5", made / "latents" / LATENT_FILE)
-    )
-    assert torch.equal(reader.read(range(27)), other.read(range(27)))
+    assert_same_latents(scratch / "disk.copy", made / "latents")

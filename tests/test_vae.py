@@ -199,7 +199,7 @@ def test_vae_with_the_attention_names_of_old_is_loaded(folder, tmp_path):
 
 
 def test_folder_without_weights_is_named(tmp_path):
-    assert f"vae: {tmp_path}: " in refusal(tmp_path)
+    assert str(tmp_path) in refusal(tmp_path)
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "config.json").touch()
     assert str(tmp_path / "vae") in refusal(tmp_path)  # a whole pipeline
@@ -226,7 +226,7 @@ def test_damaged_weights_are_named(folder, tmp_path, kept):
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     weights = (folder / SAFETENSORS).read_bytes()
     (tmp_path / SAFETENSORS).write_bytes(weights[: int(len(weights) * kept)])
-    assert f"vae: {tmp_path}: " in refusal(tmp_path)
+    assert str(tmp_path) in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["/nowhere/vae", "./vae", "vae", "a/b/c"])

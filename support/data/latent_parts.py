@@ -1,10 +1,9 @@
 """A latent file in the making: parts that stand on their own, and their merge into one file.
 
-All of it lies in the folder imagenet_latent.parts beside the file to be: plan.json says what is
-being made, 000000.npz and so on are the parts. A process killed at any moment leaves parts that are
-whole, and the same command makes those that are missing. The merge notes in merge.json what the
-parts hold, copies each into merged.hdf5 and deletes it when it is safe there; the file gets its
-final name when all of it has been read back.
+Everything is in the folder imagenet_latent.parts beside the target: plan.json says what is being
+made, 000000.npz and so on are the parts. A process killed at any moment leaves whole parts, and the
+same command makes the missing ones. The merge copies the parts into merged.hdf5, deletes each when
+it has been read back from there, and gives the file its final name when it has all of them.
 """
 
 import contextlib
@@ -13,6 +12,8 @@ import io
 import json
 import os
 import shutil
+import struct
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -32,8 +33,11 @@ from support.system.files import (
 )
 from support.system.locks import hold_lock
 
-PART_IMAGES = 256  # the work that a killed process loses is less than this
-KEPT = "what is finished is kept: mend this, and the same command goes on from there"
+PART_IMAGES = 256  # a killed process loses less work than this
+SYNCED_BYTES = 1 << 28  # of a merge, at a time
+COPIED_BYTES = 1 << 20
+ZIP_HEADER_BYTES = 30  # of an entry, before its name and an extra field of any length
+KEPT = "finished work is kept: mend this, and the same command continues"
 
 Record = TypeVar("Record")  # Plan or Ledger
 
@@ -42,7 +46,7 @@ Record = TypeVar("Record")  # Plan or Ledger
 
 @dataclass(frozen=True)
 class Plan:
-    """What is being made: parts made by another plan do not belong with these."""
+    """What is being made; parts of another plan do not belong with these."""
 
     num_images: int
     images_sha256: str
@@ -50,12 +54,12 @@ class Plan:
     vae_sha256: str
     dtype: str
     seed: int
-    part_images: int  # images of a part; a matter of form, taken over from the folder
-    exif: str = "ignore"  # as of LatentInfo; plans that do not say are of before
-    precision: str = ""  # likewise
+    part_images: int  # images of a part: whatever the folder was begun with
+    exif: str = "ignore"  # as in LatentInfo; older plans lack both
+    precision: str = ""
 
     def attributes(self) -> dict[str, Any]:
-        """What the latent file is to say of this."""
+        """What the latent file's attributes have of this."""
         return {k: value for k, value in vars(self).items() if k in LatentInfo.__annotations__}
 
     @property
@@ -68,83 +72,104 @@ class Plan:
 
 
 def list_differences(there: object, here: object, keys: Iterable[str]) -> str:
-    """What of two plans, or of a file and a plan, is not the same; nothing where all is."""
+    """How two plans, or a file and a plan, differ; empty if they do not."""
     return "; ".join(
         f"{key} {getattr(there, key)} there, {getattr(here, key)} now"
         for key in keys
-        if getattr(there, key) not in ("", getattr(here, key))  # where it is said
+        if getattr(there, key) not in ("", getattr(here, key))  # an older file may not say
     )
 
 
 class Part(NamedTuple):
     """The rows of some images, and the pictures left out because they cannot be read."""
 
-    latents: np.ndarray  # [R, 8, S, S], as they are to stand in the file
+    latents: np.ndarray  # [R, 8, S, S], with the file's dtype
     labels: np.ndarray  # int64 [R]
     skipped: tuple[str, ...]
 
 
 class Ledger(NamedTuple):
-    """What the parts hold, in order; kept while parts disappear into the merged file."""
+    """What the parts held when the merge began, in order."""
 
     rows: list[int]
-    checksums: list[int]  # CRC-32 of the bytes of a part's latents
     skipped: list[str]
 
 
 class PartsFolder:
-    """The folder of one latent file in the making, and the names in it."""
+    """The folder of one latent file in the making."""
 
     def __init__(self, save_path: str | Path):
         self.target = Path(save_path) / LATENT_FILE
         self.folder = Path(save_path) / "imagenet_latent.parts"
-        self.ledger_path = self.folder / "merge.json"
+        self.ledger_path = self.folder / "merge.json"  # there once the merge has begun
         self.merged_path = self.folder / "merged.hdf5"
 
     def part_path(self, part: int) -> Path:
         return self.folder / f"{part:06}.npz"
 
+    def damaged_path(self, part: int) -> Path:
+        """Where a damaged part is set aside."""
+        return self.folder / f"{part:06}.damaged"
+
+    def is_made(self, plan: Plan) -> bool:
+        """Whether the target exists; UserError if another command made it, or it is damaged."""
+        if not self.target.exists():
+            return False
+        info = LatentReader(self.target).info
+        differing = "it has no attributes"
+        if info is not None:
+            differing = list_differences(info, plan, plan.attributes())
+        if differing:
+            raise UserError(
+                f"{self.target}: made by another command ({differing}); move it, or choose another "
+                "--save-path"
+            )
+        self.clear()
+        return True
+
     @contextlib.contextmanager
     def owned(self) -> Iterator[None]:
-        """A block in which no other command works on this folder."""
+        """A block during which no other command works on this folder."""
         make_folder(self.folder)
         with hold_lock(self.folder / "lock", f"{self.folder}: another process is at work here"):
             yield
 
     def begin(self, plan: Plan) -> Plan:
-        """The plan to go on with; UserError where the folder is being used for another."""
+        """The plan to continue with; UserError if the folder is being used for another."""
         path = self.folder / "plan.json"
         if not path.exists():
-            with atomic_write(path) as file:
-                file.write(json.dumps(dataclasses.asdict(plan), indent=2).encode() + b"\n")
+            _write_json(path, dataclasses.asdict(plan))
             return plan
         recorded = self._recorded(path, Plan)
-        here = dataclasses.replace(plan, part_images=recorded.part_images)
-        if differing := list_differences(recorded, here, vars(plan)):
+        plan = dataclasses.replace(plan, part_images=recorded.part_images)
+        if differing := list_differences(recorded, plan, vars(plan)):
             raise UserError(
                 f"{self.folder}: has the parts of another command: {differing}; finish that one, "
                 "delete the folder, or choose another --save-path"
             )
-        # One that does not say its precision goes on in the one that is asked for now.
-        return dataclasses.replace(recorded, precision=plan.precision)
+        return plan
 
     def _recorded(self, path: Path, kind: Callable[..., Record]) -> Record:
         try:
             return kind(**json.loads(path.read_bytes()))
         except (OSError, ValueError, TypeError, RecursionError) as error:
             raise UserError(
-                f"{path}: not readable ({shorten(error)}); delete {self.folder} to start anew"
+                f"{path}: not readable ({shorten(error)}); delete {self.folder} to start again"
             ) from error
 
     def missing_parts(self, plan: Plan) -> list[int]:
         """The parts still to be made."""
-        if self.merged_path.exists():  # begun when there were none
-            return []
-        return [part for part in range(plan.num_parts) if not self.part_path(part).exists()]
+        is_merging = self.ledger_path.exists()  # then other absent parts are merged
+        return [
+            part
+            for part in range(plan.num_parts)
+            if not self.part_path(part).exists()
+            and (not is_merging or self.damaged_path(part).exists())
+        ]
 
     def write_part(self, index: int, part: Part) -> None:
         """Write a part, whole or not at all."""
-        # In memory first, for it is small: NumPy seeks, and a full disk then has one place.
+        # In memory first, so that only one place meets a full disk: NumPy seeks.
         buffer = io.BytesIO()
         np.savez(
             buffer,
@@ -152,32 +177,35 @@ class PartsFolder:
             labels=part.labels,
             skipped=np.array(json.dumps(part.skipped)),
         )
-        with self._explained(), atomic_write(self.part_path(index)) as file:
+        with _kept(), atomic_write(self.part_path(index)) as file:
             file.write(buffer.getbuffer())
+        self.damaged_path(index).unlink(missing_ok=True)
 
-    def read_part(self, index: int) -> Part:
-        """A part, its bytes as they were written; UserError where they are not."""
-        with self._entries(index) as entries:
-            return Part(entries["latents"], entries["labels"], _skipped(entries))
+    def read_part(self, index: int, has_latents: bool = True) -> Part:
+        """A part, or all but its latents; UserError if it is damaged, and set aside."""
+        with self._whole(index), np.load(self.part_path(index), allow_pickle=False) as entries:
+            latents = entries["latents"] if has_latents else np.empty(0)
+            return Part(latents, entries["labels"], tuple(json.loads(str(entries["skipped"]))))
 
     def skipped(self, plan: Plan) -> Iterator[str]:
         """The pictures that finished parts left out."""
-        for part in range(plan.num_parts):
-            if self.part_path(part).exists():
-                with self._entries(part) as entries:
-                    yield from _skipped(entries)
+        for index in range(plan.num_parts):
+            if self.part_path(index).exists():
+                yield from self.read_part(index, has_latents=False).skipped
 
     @contextlib.contextmanager
-    def _entries(self, index: int) -> Iterator[Any]:
-        path = self.part_path(index)
+    def _whole(self, index: int) -> Iterator[None]:
+        """A block that reads a part: if it cannot, the part is set aside for another to be made."""
         try:
-            with np.load(path, allow_pickle=False) as entries:  # zip checks what is read
-                yield entries
+            yield
         except Exception as error:  # zipfile and NumPy raise many kinds
-            way_out = "delete it, and the same command makes it again"
-            if self.merged_path.exists():
-                way_out = f"delete {self.folder} to start anew"
-            raise UserError(f"{path}: not a whole part ({shorten(error)}); {way_out}") from error
+            path, aside = self.part_path(index), self.damaged_path(index)
+            with contextlib.suppress(OSError):
+                path.rename(aside)
+            raise UserError(
+                f"{path}: not a whole part ({shorten(error)}); it is now {aside.name}, and the "
+                "same command makes the part again"
+            ) from error
 
     # Merging
 
@@ -185,124 +213,134 @@ class PartsFolder:
         self,
         plan: Plan,
         describe: Callable[[np.ndarray], LatentInfo],
-        report: Callable[[str, int, int], None],
+        report: Callable[[int, int], None],
     ) -> Ledger:
-        """Make the latent file of all parts, and delete them; `describe` is told the labels.
+        """Make the latent file of all parts, and delete them; continues an interrupted merge.
 
-        Goes on where an earlier merge was stopped. Needs the memory of a part, and little more room
-        on the disk than the parts have. UserError where the file does not hold what they did.
-        `report` is told what is being done, and how many parts of how many it is done with.
+        `describe` is given the labels; `report` is told how many parts of how many are merged.
+        Needs little more room on the disk than the parts have.
         """
-        ledger = self._ledger(plan, report)
-        if not self.merged_path.exists():
-            self._create_merged(plan, describe)
+        if not self.ledger_path.exists():
+            self._begin_merge(plan, describe)
+        ledger = self._recorded(self.ledger_path, Ledger)
+        offset, row_bytes = locate_latents(self.merged_path)
+        starts = (offset + row_bytes * np.cumsum([0, *ledger.rows])).tolist()
+        at_once = max(1, SYNCED_BYTES // (plan.part_images * row_bytes))
         try:
-            self._copy_parts(ledger, report)
-            self._verify(ledger, report)
+            with open(self.merged_path, "r+b", buffering=0) as merged:
+                for first in range(0, plan.num_parts, at_once):
+                    group = range(first, min(first + at_once, plan.num_parts))
+                    # An interrupted merge has deleted those that are in the file.
+                    left = [part for part in group if self.part_path(part).exists()]
+                    self._merge_group(merged, {p: range(starts[p], starts[p + 1]) for p in left})
+                    report(group.stop, plan.num_parts)
             self._publish(ledger)
         except OSError as error:
             reason = error.strerror or shorten(error)
             raise UserError(f"{self.merged_path}: not written ({reason}); {KEPT}") from error
         return ledger
 
-    def _ledger(self, plan: Plan, report: Callable[[str, int, int], None]) -> Ledger:
-        """What the parts hold, every byte of them checked before any is deleted."""
-        if self.merged_path.exists():
-            return self._recorded(self.ledger_path, Ledger)
-        ledger = Ledger([], [], [])
-        for index in range(plan.num_parts):
-            part = self.read_part(index)
-            ledger.rows.append(len(part.labels))
-            ledger.checksums.append(zlib.crc32(_bytes_of(part.latents)))
-            ledger.skipped.extend(part.skipped)
-            report("checking", index + 1, plan.num_parts)
-        if sum(ledger.rows) == 0:
+    def _begin_merge(self, plan: Plan, describe: Callable[[np.ndarray], LatentInfo]) -> None:
+        """Write a merged file without latents, and then the ledger."""
+        parts = [self.read_part(index, has_latents=False) for index in range(plan.num_parts)]
+        labels = np.concatenate([part.labels for part in parts])
+        if len(labels) == 0:
             raise UserError(f"{self.folder}: none of the {plan.num_images} pictures can be read")
-        with self._explained(), atomic_write(self.ledger_path) as file:
-            file.write(json.dumps(ledger._asdict()).encode())
-        return ledger
-
-    def _create_merged(self, plan: Plan, describe: Callable[[np.ndarray], LatentInfo]) -> None:
-        every_label = []
-        for index in range(plan.num_parts):
-            with self._entries(index) as entries:
-                every_label.append(entries["labels"])
-        labels = np.concatenate(every_label)
-        with self._explained(), atomic_write(self.merged_path) as file:
+        with _kept(), atomic_write(self.merged_path) as file:
             write_frame(file, labels, describe(labels))
+        rows = [len(part.labels) for part in parts]
+        skipped = [path for part in parts for path in part.skipped]
+        _write_json(self.ledger_path, Ledger(rows, skipped)._asdict())
 
-    def _copy_parts(self, ledger: Ledger, report: Callable[[str, int, int], None]) -> None:
-        """Copy the parts that are still there; each is deleted once its rows are on the disk."""
-        with open(self.merged_path, "r+b", buffering=0) as file:
-            for index, place in enumerate(self._places(ledger)):
-                if not self.part_path(index).exists():
-                    continue
-                values = _bytes_of(self.read_part(index).latents)
-                if (len(values), zlib.crc32(values)) != (len(place), ledger.checksums[index]):
-                    raise UserError(
-                        f"{self.part_path(index)}: not the part that the merge began with; "
-                        f"delete {self.folder} to start anew"
-                    )
-                _write_at(file.fileno(), values, place.start)
-                os.fsync(file.fileno())
-                self.part_path(index).unlink()
-                report("merging", index + 1, len(ledger.rows))
+    def _merge_group(self, merged: io.FileIO, places: Mapping[int, range]) -> None:
+        """Copy parts to their places, read them back from the disk, and delete them."""
+        entries = {index: self._find_latents(index) for index in places}
+        for index, place in places.items():
+            if entries[index].num_bytes != len(place):
+                raise UserError(
+                    f"{self.part_path(index)}: has other rows than when the merge began; delete "
+                    f"{self.folder} to start again"
+                )
+            start = place.start
+            for piece in self._read_latents(index, entries[index]):
+                _write_at(merged.fileno(), memoryview(piece), start)
+                start += len(piece)
+        os.fsync(merged.fileno())
+        if hasattr(os, "posix_fadvise"):  # else they may come from the system's cache
+            os.posix_fadvise(merged.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        for index, place in places.items():
+            checksum = zlib.crc32(entries[index].header)
+            for start in range(place.start, place.stop, COPIED_BYTES):
+                size = min(COPIED_BYTES, place.stop - start)
+                checksum = zlib.crc32(os.pread(merged.fileno(), size, start), checksum)
+            if checksum != entries[index].checksum:
+                self.read_part(index)  # raises if the part was damaged before
+                raise UserError(
+                    f"{self.merged_path}: the latents of part {index} are not read back as they "
+                    "were written; check the disk, then give the same command"
+                )
+        for index in places:
+            self.part_path(index).unlink()
 
-    def _verify(self, ledger: Ledger, report: Callable[[str, int, int], None]) -> None:
-        """UserError where what is in the file is not what the parts held."""
-        if len(LatentReader(self.merged_path)) != sum(ledger.rows):
-            raise UserError(f"{self.merged_path}: not the file of merge.json beside it")
-        with open(self.merged_path, "rb") as file:
-            if hasattr(os, "posix_fadvise"):  # from the disk, and not from what was to go there
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            for index, place in enumerate(self._places(ledger)):
-                file.seek(place.start)
-                if zlib.crc32(file.read(len(place))) != ledger.checksums[index]:
-                    raise UserError(
-                        f"{self.merged_path}: part {index} reads back otherwise than it was "
-                        f"written; see to the disk, and delete {self.folder} to start anew"
-                    )
-                report("verifying", index + 1, len(ledger.rows))
+    def _find_latents(self, index: int) -> "Entry":
+        path = self.part_path(index)
+        with self._whole(index), zipfile.ZipFile(path) as archive, open(path, "rb") as source:
+            entry = archive.getinfo("latents.npy")
+            source.seek(entry.header_offset + ZIP_HEADER_BYTES - 4)
+            name_and_extra = struct.unpack("<HH", source.read(4))
+            start = source.seek(sum(name_and_extra), os.SEEK_CUR)
+            np.lib.format.read_magic(source)
+            np.lib.format.read_array_header_1_0(source)
+            header_bytes = source.tell() - start
+            source.seek(start)
+            header = source.read(header_bytes)
+            return Entry(header, source.tell(), entry.file_size - header_bytes, entry.CRC)
 
-    def _places(self, ledger: Ledger) -> Iterator[range]:
-        """The bytes of the merged file that each part's latents take."""
-        start, row_bytes = locate_latents(self.merged_path)
-        for rows in ledger.rows:
-            yield range(start, start + rows * row_bytes)
-            start += rows * row_bytes
+    def _read_latents(self, index: int, entry: "Entry") -> Iterator[bytes]:
+        """The bytes of a part's latents in pieces, quicker than NumPy reads them; not checked."""
+        with self._whole(index), open(self.part_path(index), "rb", buffering=0) as source:
+            source.seek(entry.start)
+            for done in range(0, entry.num_bytes, COPIED_BYTES):
+                yield source.read(min(COPIED_BYTES, entry.num_bytes - done))
 
     def _publish(self, ledger: Ledger) -> None:
         if ledger.skipped:
-            skipped_path = self.target.with_name(SKIPPED_FILE)
-            with self._explained(), atomic_write(skipped_path) as file:
+            with _kept(), atomic_write(self.target.with_name(SKIPPED_FILE)) as file:
                 file.write("".join(f"{path}\n" for path in ledger.skipped).encode(errors="replace"))
         os.replace(self.merged_path, self.target)
         sync_folder(self.target.parent)
         self.clear()
 
     def clear(self) -> None:
-        """Delete the folder, of which nothing is needed any more."""
+        """Delete the folder, which is no longer needed."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        """A block whose failure to write is said together with what becomes of the work."""
-        try:
-            yield
-        except UserError as error:
-            raise UserError(f"{error}; {KEPT}") from error
+
+class Entry(NamedTuple):
+    """Where a part's file has its latents: uncompressed, after NumPy's header."""
+
+    header: bytes
+    start: int
+    num_bytes: int
+    checksum: int  # CRC-32 of the header and the latents
 
 
-def _bytes_of(array: np.ndarray) -> memoryview:
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+@contextlib.contextmanager
+def _kept() -> Iterator[None]:
+    """A block whose failure to write tells what becomes of the work."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error}; {KEPT}") from error
 
 
-def _skipped(entries: Mapping[str, np.ndarray]) -> tuple[str, ...]:
-    return tuple(json.loads(str(entries["skipped"])))
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    with _kept(), atomic_write(path) as file:
+        file.write(json.dumps(values, indent=2).encode() + b"\n")
 
 
 def _write_at(descriptor: int, values: memoryview, offset: int) -> None:
-    """Write all of `values`; one call may write less, as where the disk is full."""
+    """Write all of `values`, of which one call may write less, as on a full disk."""
     while values:
         written = os.pwrite(descriptor, values, offset)
         values, offset = values[written:], offset + written

@@ -23,7 +23,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from support.data.vae import LATENT_CHANNELS, LATENT_SCALE, PIXELS_PER_LATENT
-from support.system.files import UserError, shorten
+from support.system.files import UserError, identify, shorten
 
 LATENT_FILE = "imagenet_latent.hdf5"
 MOMENT_CHANNELS = 2 * LATENT_CHANNELS
@@ -336,6 +336,8 @@ def _opened(path: Path) -> h5py.File:
     if not path.is_file():
         raise UserError(f"{path}: does not exist; latent_dataset.py makes it from class folders")
     try:
+        if not h5py.is_hdf5(path):
+            raise ValueError(f"it is {identify(path)}")
         # Nobody writes a file under this name, and some network drives refuse locks.
         return h5py.File(path, "r", locking=False)
     except Exception as error:  # h5py raises several kinds on damaged files

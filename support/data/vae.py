@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from support.system import hub
 from support.system.digests import weights_digest
-from support.system.files import UserError, shorten
+from support.system.files import UserError, identify, shorten
 
 VAE_NAME = "stabilityai/sd-vae-ft-mse"
 LATENT_SCALE = 0.18215  # x_0 = LATENT_SCALE times the VAE's own latent
@@ -100,7 +100,10 @@ def _read_scaling_factor(path: Path) -> float:
 
 def load_vae(found: FoundVae, device: torch.device) -> nn.Module:
     """The VAE in float32 on `device`, in evaluation mode; UserError if its weights do not fit."""
+    weights = next(path for name in WEIGHT_FILES if (path := found.folder / name).is_file())
+    kind = "not readable"
     try:
+        kind = f"it is {identify(weights)}"
         from diffusers import AutoencoderKL
         from diffusers.utils import logging
 
@@ -118,7 +121,7 @@ def load_vae(found: FoundVae, device: torch.device) -> nn.Module:
             f"vae: {found.name}: {shorten(error)}; pip install -r requirements_soflow.txt"
         ) from error
     except Exception as error:  # diffusers and safetensors raise many kinds on damaged files
-        raise UserError(f"vae: {found.folder}: cannot be loaded ({shorten(error)})") from error
+        raise UserError(f"vae: {weights}: cannot be loaded ({shorten(error)}; {kind})") from error
     # diffusers would fill in random weights.
     if misfits := [
         f"{kind} {_listed(sorted(names))}"
