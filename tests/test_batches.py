@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from loading import batches_of
 
 from config import config_from_dict
-from support.data.batches import BatchPlan, DataOrder, MicrobatchIndices
+from support.data.batches import BatchPlan, DataOrder, microbatch_indices
 from support.data.datasets import PixelData, TrainingData
 from support.system.files import UserError
 
@@ -91,17 +91,15 @@ def test_order_is_the_same_for_ever():
 @pytest.mark.parametrize("start", [1, 4, 5, 9])
 def test_sampler_that_starts_at_a_step_gives_the_tail_of_the_whole(start):
     order, plan = DataOrder(23, 4, 1), BatchPlan(4, 3, 1, 2)
-    whole = list(MicrobatchIndices(order, plan, 0, range(10)))
-    tail = MicrobatchIndices(order, plan, 0, range(start, 10))
-    assert list(tail) == whole[2 * start :]
-    assert len(tail) == len(whole[2 * start :])
+    whole = list(microbatch_indices(order, plan, 0, range(10)))
+    assert list(microbatch_indices(order, plan, 0, range(start, 10))) == whole[2 * start :]
 
 
 @pytest.mark.parametrize("cut", [(4, 1), (1, 4), (2, 2)])
 def test_examples_of_a_step_do_not_depend_on_how_it_is_cut(cut):
     order, plan = DataOrder(60, 8, 1), BatchPlan(8, 6, *cut)
     microbatches = [
-        list(MicrobatchIndices(order, plan, rank, range(9))) for rank in range(plan.world_size)
+        list(microbatch_indices(order, plan, rank, range(9))) for rank in range(plan.world_size)
     ]
     for step in range(9):
         own = slice(step * plan.accumulation_steps, (step + 1) * plan.accumulation_steps)
@@ -114,7 +112,7 @@ def test_examples_of_a_step_do_not_depend_on_how_it_is_cut(cut):
 def test_samples_of_the_first_kind_come_first_in_each_microbatch():
     order, plan = DataOrder(60, 8, 1), BatchPlan(8, 6, 2, 1)
     batch = order.global_batch(0).tolist()
-    first, second = (next(iter(MicrobatchIndices(order, plan, rank, range(1)))) for rank in (0, 1))
+    first, second = (next(microbatch_indices(order, plan, rank, range(1))) for rank in (0, 1))
     assert first == [*batch[:3], batch[6]]
     assert second == [*batch[3:6], batch[7]]
 
@@ -176,7 +174,7 @@ class Unreadable(TrainingData):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_an_unreadable_example_is_a_user_error_when_its_batch_comes(num_workers):
     order, plan = DataOrder(40, 8, 42), BatchPlan(8, 6, 2, 1)
-    in_turn = MicrobatchIndices(order, plan, 0, range(12))
+    in_turn = microbatch_indices(order, plan, 0, range(12))
     readable = [3 in microbatch for microbatch in in_turn].index(True)
     microbatches = loader_of(Unreadable(), num_workers)
     for _ in range(readable):

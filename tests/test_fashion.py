@@ -30,7 +30,7 @@ def made(tmp_path, monkeypatch):
 
     Contents by file name. There is no network.
     """
-    monkeypatch.setattr(FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
+    monkeypatch.setattr(fashion, "URL", "http://127.0.0.1:9")
     monkeypatch.setattr(fashion, "CLASSIFIER_COUNT", OWN_COUNT)
     draws = np.random.RandomState(0)
     arrays = {}
@@ -137,22 +137,20 @@ def test_what_is_no_file_is_refused_without_waiting_for_it(made, tmp_path):
 
 def test_missing_files_are_fetched_and_nothing_else(made, tmp_path, monkeypatch):
     published = tmp_path / fashion.FOLDER
-    monkeypatch.setattr(FashionMNIST, "mirrors", [f"{published.as_uri()}/"])
+    monkeypatch.setattr(fashion, "URL", published.as_uri())
     new = tmp_path / "new"
     assert len(load(new)) == 30
     assert sorted(os.listdir(new / fashion.FOLDER)) == [f"{name}.gz" for name in fashion.TRAINING]
 
 
-@pytest.mark.parametrize("has_torchvision", [True, False])
-def test_only_missing_files_need_a_network_and_torchvision(
-    made, tmp_path, monkeypatch, has_torchvision
+def test_missing_files_are_named_with_where_they_are_published_where_there_is_no_network(
+    made, tmp_path, monkeypatch
 ):
-    if not has_torchvision:
-        monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", None)  # which is not needed
     assert len(load(tmp_path)) == 30
     place = tmp_path / fashion.FOLDER
     (place / "train-labels-idx1-ubyte.gz").unlink()
     line = refusal(tmp_path)
     assert line.startswith(f"{place}: lacks train-labels-idx1-ubyte.gz; ")
-    assert ("http://127.0.0.1:9/train-" if has_torchvision else "torchvision") in line
+    assert "http://127.0.0.1:9/train-" in line
     assert not list(place.glob(".*")), "neither a part nor a lock stays"

@@ -72,28 +72,22 @@ def test_names_that_are_no_text_are_listed_and_opened(tmp_path):
 # What is left out.
 
 
-def test_files_that_are_not_read_are_counted_by_class_and_ending(tmp_path):
+def test_files_that_are_not_read_are_counted_by_ending(tmp_path):
     make_files(tmp_path, "a/1.png", "b/1.png", "b/2.HEIC", "b/3.heic", "b/deep/x.mov", "b/README")
     make_files(tmp_path, "b/.DS_Store", "b/.git/x.heic", "labels.csv", "elsewhere/1.png")
+    make_files(tmp_path, "a/a\n.\x1b[31m")
     (tmp_path / "a" / "more").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "linked").symlink_to(tmp_path / "elsewhere")  # a class like any other
     files = class_folders(tmp_path)
     assert files.labels.tolist() == [0, 1, 2, 3]
     (note,) = files.notes
-    for said in ("6 files", "class folders 1 .csv", "a 1 linked", "b 2 .heic, 1 .mov, 1 without"):
+    assert note.isprintable()
+    for said in ("7 files", "2 .heic", "1 .?[31m", "1 .csv", "1 .mov", "1 linked"):
         assert said in note
     (tmp_path / "b" / "1.png").unlink()
-    assert "2 .heic" in refusal(class_folders, tmp_path)
-
-
-def test_of_many_classes_with_files_left_out_five_are_named(tmp_path):
-    for number in range(9):
-        make_files(tmp_path, f"{number}/1.png", f"{number}/a\n.\x1b[31m")
-    (note,) = class_folders(tmp_path).notes
-    assert note.isprintable()
-    assert "9 files" in note
-    assert "4 1 .?[31m" in note
-    assert "5 1 .?[31m" not in note
+    said = refusal(class_folders, tmp_path)
+    assert str(tmp_path / "b") in said
+    assert "2 .heic" in said
 
 
 def test_classes_are_described_in_one_line_however_many(tmp_path):
@@ -136,12 +130,13 @@ def test_classes_made_of_folders_alone_are_named_with_what_may_have_been_meant(t
     files = class_folders(tmp_path)
     assert files.class_names == ["cat", "dog", "train"]
     note = files.notes[0]
-    assert "beagle, poodle" in note
-    assert str(tmp_path / "dog") in note
-    assert len(files.notes) == 2, "and the file left out"
+    for named in ("dog (beagle, poodle)", str(tmp_path / "dog")):
+        assert named in note
+    assert "cat" not in note and "train" not in note
     for number in range(9):
         make_files(tmp_path, f"{number}/a/1.png", f"{number}/b/1.png")
-    assert len(class_folders(tmp_path).notes) == folders.MOST_NAMED + 1
+    note = class_folders(tmp_path).notes[0]
+    assert "4 (a, b)" in note and "5 (a, b)" not in note
 
 
 # What cannot be listed or followed.

@@ -1,11 +1,14 @@
 """Pictures are decoded as Pillow does, cropped as ADM does, and turned into floats and back."""
 
+import errno
+import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from commands import ROOT
 from PIL import Image
 
 from support.data.folders import find_pictures, sizes_of_pictures
@@ -24,6 +27,14 @@ from support.system.files import UserError
 
 def some_pixels(*shape):
     return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+
+
+def refusal(path, *options):
+    """The one line with which reading a picture is refused."""
+    with pytest.raises(UserError) as caught:
+        read_image(path, *options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 # uint8 and back.
@@ -86,21 +97,7 @@ def test_of_sixteen_bits_of_grey_the_upper_eight_are_taken(tmp_path, extension):
 @pytest.mark.parametrize("kind", [np.float32, np.int32])
 def test_values_of_thirty_two_bits_are_refused_for_want_of_a_white(tmp_path, kind):
     Image.fromarray(np.ones((5, 6), kind)).save(tmp_path / "a.tiff")
-    with pytest.raises(UserError, match=r"a\.tiff: not a readable picture \(32 bits a value"):
-        read_image(tmp_path / "a.tiff")
-
-
-def test_heic_under_another_name_is_recognised(tmp_path):
-    path = tmp_path / "a.jpg"
-    path.write_bytes(b"\0\0\0\x18ftypheic" + bytes(50))
-    with pytest.raises(UserError, match=r"a\.jpg: .*it is HEIC, whatever its name: convert it"):
-        read_image(path)
-
-
-def test_grey_pictures_count_as_rgb(tmp_path):
-    grey = some_pixels(4, 4, 1)
-    save_png(tmp_path / "a.png", grey)
-    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), grey.repeat(3, axis=2))
+    assert "32 bits" in refusal(tmp_path / "a.tiff")
 
 
 OTHER_KINDS = ["avif", "bmp", "gif", "jp2", "j2k", "jfif", "qoi", "apng"]
@@ -156,46 +153,59 @@ def test_damaged_exif_data_leave_a_picture_as_it_lies(tmp_path, exif):
     np.testing.assert_array_equal(read_image(tmp_path / "a.png"), some_pixels(4, 6, 3))
 
 
-@pytest.mark.parametrize("extension", ["png", "jpg", "bmp", "tiff", "webp", "avif", "gif", "jp2"])
+@pytest.mark.parametrize("extension", ["png", "jpg", "bmp", "webp", "avif", "gif", "jp2"])
 def test_a_picture_cut_short_is_named(tmp_path, extension):
     path = tmp_path / f"a.{extension}"
     Image.fromarray(some_pixels(40, 40, 3)).save(path)
     data = path.read_bytes()
     for size in (0, 4, len(data) // 2):
         path.write_bytes(data[:size])
-        with pytest.raises(UserError, match=rf"a\.{extension}: not a readable picture") as caught:
-            read_image(path)
-        assert "\n" not in str(caught.value)
+        assert refusal(path).startswith(f"{path}: ")
 
 
 def test_absent_foreign_and_exploding_pictures_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"absent\.png"):
-        read_image(tmp_path / "absent.png")
     Image.new("RGB", (4, 4)).save(tmp_path / "foreign.png", format="EPS")
-    with pytest.raises(UserError, match=r"foreign\.png: not a readable picture .*identify"):
-        read_image(tmp_path / "foreign.png")
     Image.new("1", (10_000, 9_000)).save(tmp_path / "bomb.png")
-    with pytest.raises(UserError, match=r"bomb\.png: not a readable picture"):
-        read_image(tmp_path / "bomb.png")
+    (tmp_path / "heic.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(50))
+    for name, named in (
+        ("absent.png", os.strerror(errno.ENOENT)), ("foreign.png", "JPEG"), ("heic.jpg", "HEIC"),
+        ("bomb.png", "10000 x 9000"),
+    ):  # fmt: skip
+        said = refusal(tmp_path / name)
+        assert said.startswith(f"{tmp_path / name}: ")
+        assert said.count(str(tmp_path)) == 1
+        assert named in said
+
+
+WARNED_OF = """
+import sys
+from pathlib import Path
+import torch
+from PIL import Image
+from support.data.batches import BatchPlan, build_loader
+from support.data.datasets import PixelData
+from support.data.images import why_unreadable
+folder, exif = Path(sys.argv[1]), Image.Exif()
+exif[0x0112], exif[0x010E] = 6, "x" * 100
+picture = Image.new("RGB", (8, 8))
+picture.save(folder / "exif.jpg", exif=exif.tobytes()[:-60])
+picture.save(folder / "exif.png", exif=exif.tobytes()[:30])
+picture.convert("P").save(folder / "palette.png", transparency=bytes(range(256)))
+Image.new("L", (9500, 9500)).save(folder / "large.png")
+print(*(path.name for path in sorted(folder.iterdir()) if why_unreadable(path)))
+data = PixelData(torch.zeros(4, 1, 2, 2, dtype=torch.uint8), torch.zeros(4).long(), ("a",))
+next(build_loader(data, BatchPlan(1, 1, 1, 1), 0, range(2), 0, num_workers=20, prefetch_factor=1))
+"""
+
+
+@pytest.mark.slow
+def test_nothing_but_our_own_lines_reaches_the_terminal(tmp_path):
+    command = [sys.executable, "-W", "default", "-c", WARNED_OF, str(tmp_path)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (ended.stdout, ended.stderr) == ("large.png\n", "")
 
 
 # The crop.
-
-
-@pytest.mark.parametrize(
-    ("height", "width", "halvings"),
-    [(8, 8, 0), (9, 13, 0), (15, 20, 0), (16, 16, 1), (33, 70, 2), (5, 3, 0), (64, 65, 3)],
-)
-def test_crop_halves_with_box_then_resizes_then_cuts_the_middle(height, width, halvings):
-    pixels = some_pixels(height, width, 3)
-    picture = Image.fromarray(pixels)
-    for _ in range(halvings):
-        picture = picture.resize((picture.size[0] // 2, picture.size[1] // 2), Image.BOX)
-    short = min(picture.size)
-    resized = picture.resize([round(side * 8 / short) for side in picture.size], Image.BICUBIC)
-    left, top = (resized.size[0] - 8) // 2, (resized.size[1] - 8) // 2
-    expected = np.asarray(resized.crop((left, top, left + 8, top + 8)))
-    np.testing.assert_array_equal(centre_crop(pixels, 8), expected)
 
 
 def halved(pixels):
@@ -249,17 +259,9 @@ def test_crop_gives_the_pixels_worked_out_here(name):
     assert difference.mean() < 0.01
 
 
-def test_crop_of_a_picture_of_the_right_size_changes_nothing():
-    pixels = some_pixels(8, 8, 3)
-    np.testing.assert_array_equal(centre_crop(pixels, 8), pixels)
-    wide = some_pixels(8, 11, 3)
-    np.testing.assert_array_equal(centre_crop(wide, 8), wide[:, 1:9])
-
-
 def test_crop_of_a_thread_is_refused_by_name(tmp_path):
     save_png(tmp_path / "thread.png", some_pixels(1, 50_000, 3))
-    with pytest.raises(UserError, match=r"thread\.png: .*too long and thin to crop: 50000 x 1"):
-        read_image(tmp_path / "thread.png", crop_size=256)
+    assert "50000 x 1" in refusal(tmp_path / "thread.png", 256)
 
 
 def test_picture_is_cropped_as_it_is_read(tmp_path):

@@ -1,4 +1,4 @@
-"""What a batch is: the microbatches of a global batch, the order of samples, the loader."""
+"""Batches: how a global batch is cut into microbatches, the order of examples, the loader."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from support.data.datasets import RawBatch, TrainingData
 from support.system.files import UserError
@@ -92,7 +92,7 @@ class BatchPlan:
 
 
 class DataOrder:
-    """Which example stands where: a new permutation for each epoch, the last samples dropped."""
+    """The order of examples: a new permutation for each epoch; the incomplete last batch goes."""
 
     def __init__(self, num_examples: int, batch_size: int, seed: int):
         self.num_examples, self.batch_size, self.seed = num_examples, batch_size, seed
@@ -104,33 +104,27 @@ class DataOrder:
         return torch.randperm(self.num_examples, generator=source)
 
     def global_batch(self, step: int) -> Tensor:
-        """[batch_size] example indices of the step that follows `step` finished steps."""
+        """[batch_size] example indices for the step that follows `step` finished steps."""
         epoch, place = divmod(step, self.steps_per_epoch)
         start = place * self.batch_size
         return self._permutation(epoch)[start : start + self.batch_size]
 
 
-class MicrobatchIndices(Sampler[list[int]]):
-    """The example indices of a process's microbatches, step after step, from any step on."""
-
-    def __init__(self, order: DataOrder, plan: BatchPlan, rank: int, steps: range):
-        self.order, self.plan, self.rank, self.steps = order, plan, rank, steps
-
-    def __len__(self) -> int:
-        return len(self.steps) * self.plan.accumulation_steps
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in self.steps:
-            batch = self.order.global_batch(step)
-            for microbatch in self.plan.microbatches_of(self.rank):
-                yield batch[self.plan.samples(microbatch)].tolist()
+def microbatch_indices(
+    order: DataOrder, plan: BatchPlan, rank: int, steps: range
+) -> Iterator[list[int]]:
+    """The example indices of a process's microbatches in `steps`, one microbatch after another."""
+    for step in steps:
+        batch = order.global_batch(step)
+        for microbatch in plan.microbatches_of(rank):
+            yield batch[plan.samples(microbatch)].tolist()
 
 
 class _Guarded(Dataset):
-    """`data`, whose UserErrors are handed over instead of raised.
+    """`data`, with UserErrors returned instead of raised.
 
-    Raised in a loader worker, one would reach the training process with the worker's traceback in
-    its text, and no longer be the one line that the user should see.
+    An error raised in a loader worker reaches the training process with the worker's traceback in
+    its text, and the user would see more than one line.
     """
 
     def __init__(self, data: TrainingData):
@@ -153,21 +147,20 @@ def build_loader(
     prefetch_factor: int | None = None,
     pin_memory: bool = False,
 ) -> Iterator[RawBatch]:
-    """The batches of this process's microbatches in `steps`, microbatch after microbatch.
+    """The batches of this process's microbatches in `steps`, one microbatch after another.
 
-    UserError comes at the batch that has an example which cannot be read.
+    UserError at the batch that holds an unreadable example.
     """
     order = DataOrder(len(data), plan.batch_size, seed)
-    sampler = MicrobatchIndices(order, plan, rank, steps)
     loader = DataLoader(
         _Guarded(data),
-        sampler=sampler,
+        sampler=microbatch_indices(order, plan, rank, steps),
         batch_size=None,  # the sampler yields whole microbatches
         num_workers=num_workers,
         prefetch_factor=prefetch_factor if num_workers else None,
         pin_memory=pin_memory,
         worker_init_fn=leave_to_parent,
-        # A generator of its own: starting workers must not draw from anybody else's.
+        # Its own generator, so that starting workers draws from nobody else's.
         generator=generator(seed, "loader workers"),
     )
     for prepared in loader:

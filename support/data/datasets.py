@@ -93,13 +93,8 @@ class DataSpec:
         return (self.channels, self.size, self.size)
 
     def to_dict(self) -> dict[str, int | list[str]]:
-        return {
-            "channels": self.channels,
-            "size": self.size,
-            "num_classes": self.num_classes,
-            "class_names": list(self.class_names),
-            "num_examples": self.num_examples,
-        }
+        sizes = {"channels": self.channels, "size": self.size, "num_classes": self.num_classes}
+        return {**sizes, "class_names": list(self.class_names), "num_examples": self.num_examples}
 
 
 class RawBatch(NamedTuple):
@@ -167,9 +162,8 @@ class PixelData(TrainingData):
     """Images in memory: uint8 [N, C, H, W]."""
 
     def __init__(self, pixels: Tensor, labels: Tensor, class_names: tuple[str, ...]):
-        super().__init__(
-            DataSpec(pixels.shape[1], pixels.shape[2], class_names, len(pixels)), labels
-        )
+        spec = DataSpec(pixels.shape[1], pixels.shape[2], class_names, len(pixels))
+        super().__init__(spec, labels)
         self.pixels = pixels
 
     def stored(self, indices: list[int]) -> Tensor:
@@ -376,44 +370,36 @@ class DataSet:
 
 DATASETS = {
     "Imagenet": DataSet(
-        LATENT_CHANNELS,
-        1000,
-        load_latents_data,
-        "the folder of imagenet_latent.hdf5",
-        is_latent=True,
+        LATENT_CHANNELS, 1000, load_latents_data, f"the folder of {LATENT_FILE}", is_latent=True
     ),
     "CIFAR10": DataSet(
         3,
         10,
         lambda asked: in_memory(cifar10.load_training_set(asked.folder), cifar10.CLASS_NAMES),
         "a folder for torchvision's CIFAR-10, which is fetched if need be",
+        load_test=lambda asked: in_memory(cifar10.load_test_set(asked.folder), cifar10.CLASS_NAMES),
         size=32,
         optimizer="RAdam",
         ema_every_steps=16,
         unet_augment_probability=0.12,
-        load_test=lambda asked: in_memory(cifar10.load_test_set(asked.folder), cifar10.CLASS_NAMES),
     ),
     "FashionMNIST": DataSet(
         1,
         10,
         lambda asked: in_memory(fashion.load_training_set(asked.folder), fashion.CLASS_NAMES),
         "a folder for torchvision's Fashion-MNIST, which is fetched if need be",
-        size=fashion.SIDE,
         load_test=lambda asked: in_memory(fashion.load_test_set(asked.folder), fashion.CLASS_NAMES),
+        size=fashion.SIDE,
     ),
     "ImageFolder": DataSet(
-        3,
-        None,
-        load_folder_data,
-        "a folder in which each class has a folder of pictures",
-        has_files=True,
+        3, None, load_folder_data, "a folder with one folder of pictures per class", has_files=True
     ),
     "Digits": DataSet(
         1,
         10,
         lambda asked: in_memory(digits.load_training_set(), digits.CLASS_NAMES),
-        size=8,
         load_test=lambda asked: in_memory(digits.load_test_set(), digits.CLASS_NAMES),
+        size=8,
     ),
 }
 

@@ -1,8 +1,8 @@
 """Fashion-MNIST: fetched once, verified, and padded from 28 to 32 pixels a side.
 
-The files are torchvision's, in torchvision's folders. They are verified by what they unpack to,
-because copies from elsewhere are packed differently; torchvision's own reader verifies nothing.
-torchvision is imported only to fetch them: after TensorFlow, importing it ends the process.
+The files lie where torchvision puts them. They are verified by what they unpack to, because copies
+from elsewhere are packed differently; torchvision's own reader verifies nothing, and importing it
+after TensorFlow ends the process.
 """
 
 import gzip
@@ -20,6 +20,7 @@ from support.system.files import UserError, download, regular_only
 from support.system.locks import done_by_one
 
 FOLDER = Path("FashionMNIST", "raw")
+URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
 SIDE = 32
 BACKGROUND = 0  # of the images, and of the two pixels added on each side
 CLASSIFIER_COUNT = 10_000  # the last training images, for the classifier that scores samples
@@ -97,7 +98,7 @@ def _load(folder: Path, files: dict[str, Published]) -> LabelledImages:
     def fetch() -> None:
         try:
             for name in missing():
-                download(f"{_url()}{name}", place / name)
+                download(f"{URL}/{name}", place / name)
         except UserError as error:
             raise not_fetched(str(error)) from error
 
@@ -114,18 +115,6 @@ def _load(folder: Path, files: dict[str, Published]) -> LabelledImages:
     widths = ((0, 0), (margin, margin), (margin, margin))
     padded = np.pad(pixels, widths, constant_values=BACKGROUND)[..., None]
     return LabelledImages(padded, labels.astype(np.int64))
-
-
-def _url() -> str:
-    """The URL of the folder that the files are published in."""
-    try:
-        from torchvision.datasets import FashionMNIST
-    except ImportError as error:
-        raise UserError(
-            "fetching them needs torchvision, which is not installed here; "
-            "requirements_soflow.txt has it"
-        ) from error
-    return FashionMNIST.mirrors[0]
 
 
 def _find(place: Path, name: str) -> Path | None:

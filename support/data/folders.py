@@ -22,7 +22,6 @@ from support.system.files import UserError, regular_only
 MOST_NAMED = 5  # files, folders or endings that one message names
 MOST_CLASSES_LISTED = 20
 NO_ENDING, FOLDER_LINK = "without ending", "linked as a folder"  # counted like endings
-BESIDE = "beside the class folders"
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
 SIZES_COMPARED = 16
 SECONDS_BEFORE_BAR = 5
@@ -41,7 +40,17 @@ class FoundPictures(NamedTuple):
 
     def left_out_note(self) -> str:
         """A line about the files that are not read; empty where there are none."""
-        return _left_out_note({"": self.left_out}) if self.left_out else ""
+        return left_out_note(self.left_out)
+
+
+def left_out_note(endings: Counter[str]) -> str:
+    """A line about files that are not read, the most frequent endings first; or nothing."""
+    if not endings:
+        return ""
+    frequent = sorted(endings.items(), key=lambda item: (-item[1], item[0]))[:MOST_NAMED]
+    listed = ", ".join(f"{count} {printable(ending)}" for ending, count in frequent)
+    count = endings.total()
+    return f"left out, not read: {count} {'file' if count == 1 else 'files'} ({listed})"
 
 
 def find_pictures(folder: str | Path) -> FoundPictures:
@@ -67,7 +76,7 @@ def find_pictures(folder: str | Path) -> FoundPictures:
         start = os.path.join(place, "")
         paths += [start + name for name in sorted(pictures)]
     if not paths:
-        there = f"; {_list_endings(left_out)} there are not read" if left_out else ""
+        there = f"; {left_out_note(left_out)}" if left_out else ""
         raise UserError(f"{folder}: holds no pictures ({', '.join(EXTENSIONS)}){there}")
     return FoundPictures(paths, left_out, top_folders)
 
@@ -147,16 +156,15 @@ def class_folders(folder: str | Path) -> LabelledFiles:
     listing = with_progress(map(find_pictures, places), len(names), "listing", "class")
     start = len(os.path.join(folder, ""))
     parts, counts, subfolders = [], [], {}
-    left_out = {BESIDE: Counter(_ending(e.name) for e in _entries(folder) if not e.is_dir())}
+    left_out = Counter(_ending(entry.name) for entry in _entries(folder) if not entry.is_dir())
     for name, found in zip(names, listing, strict=True):
         # Encoded all at once, which takes a fraction of the time: names hold no zero bytes.
         encoded = os.fsencode("\0".join(path[start:] for path in found.paths))
         parts.append(np.array(encoded.split(b"\0")))
         counts.append(len(found.paths))
-        left_out[name], subfolders[name] = found.left_out, found.folders
-    notes = _nested_notes(Path(folder), subfolders)
-    if left_out := {place: endings for place, endings in left_out.items() if endings}:
-        notes.append(_left_out_note(left_out))
+        left_out += found.left_out
+        subfolders[name] = found.folders
+    notes = [*_nested_notes(Path(folder), subfolders), *filter(None, [left_out_note(left_out)])]
     labels = np.repeat(np.arange(len(names)), counts)
     return LabelledFiles(Path(folder), np.concatenate(parts), labels, names, notes)
 
@@ -203,46 +211,28 @@ def _check_link(path: str, folder: str) -> None:
 
 
 def _nested_notes(folder: Path, subfolders: dict[str, list[str]]) -> list[str]:
-    """A line for each class that holds several folders and no pictures beside them.
+    """A line for classes that hold several folders and no pictures beside them.
 
     UserError where these are the splits of a data set: the classes are one level further down.
     """
-    nested = {name: below for name, below in subfolders.items() if below}
     splits = [name for name in subfolders if name.lower() in SPLITS]
-    is_all = len(splits) == len(subfolders)
-    if meant := [name for name in splits if len(nested.get(name, ())) > (0 if is_all else 1)]:
+    fewest = 1 if len(splits) == len(subfolders) else 2
+    if meant := [name for name in splits if len(subfolders[name]) >= fewest]:
         best = next((name for name in meant if name.lower().startswith("train")), meant[0])
         raise UserError(
             f"{folder}: {' and '.join(meant)} in it are no classes, but hold them; "
             f"did you mean {folder / best}?"
         )
-    notes = [
-        f"class {printable(name)} is made of the folders {', '.join(map(printable, below[:3]))}"
-        f"{', ...' if below[3:] else ''} and no pictures beside them; if these are the classes, "
-        f"use {folder / name}"
-        for name, below in nested.items()
-        if len(below) > 1
+    nested = [name for name, below in subfolders.items() if len(below) > 1]
+    if not nested:
+        return []
+    listed = [f"{printable(name)} ({', '.join(subfolders[name][:3])})" for name in nested]
+    more = f" and {len(nested) - MOST_NAMED} more" if nested[MOST_NAMED:] else ""
+    return [
+        f"classes of several folders and no pictures beside them: "
+        f"{', '.join(listed[:MOST_NAMED])}{more}; if these folders are the classes, "
+        f"use {folder / nested[0]}"
     ]
-    more = f"; and {len(notes) - MOST_NAMED} more classes like it"
-    return notes if len(notes) <= MOST_NAMED else [*notes[: MOST_NAMED - 1], notes[-1] + more]
-
-
-def _left_out_note(left_out: dict[str, Counter[str]]) -> str:
-    """A line about files that are not read, by place."""
-    count = sum(endings.total() for endings in left_out.values())
-    places = [
-        f"{printable(place)} {_list_endings(endings)}".lstrip()
-        for place, endings in left_out.items()
-    ]
-    more = f"; and in {len(places) - MOST_NAMED} more folders" if places[MOST_NAMED:] else ""
-    listed = "; ".join(places[:MOST_NAMED]) + more
-    return f"left out, not read: {count} {'file' if count == 1 else 'files'} ({listed})"
-
-
-def _list_endings(counts: Counter[str]) -> str:
-    """The most frequent endings with their counts."""
-    frequent = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:MOST_NAMED]
-    return ", ".join(f"{count} {printable(ending)}" for ending, count in frequent)
 
 
 def describe_classes(names: Sequence[str], counts: Sequence[int]) -> str:

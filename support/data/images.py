@@ -3,12 +3,13 @@
 `pixels` are uint8 0..255 with channels last; `images` are float -1..1 in whatever layout.
 """
 
+import contextlib
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
-from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError, features
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError, features
 
 from support.system.files import UserError, atomic_write, regular_only, shorten
 
@@ -44,17 +45,6 @@ SIGNATURE = re.compile(
 SIGNATURE_BYTES = 12
 # HEIC and its kin, as phones save them, which Pillow does not read.
 HEIC = re.compile(rb"....ftyp(hei|hev|mif1|msf1)", re.DOTALL)
-# How the eight EXIF orientations are turned upright.
-UPRIGHT = 1
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 SKIPPED_FILE = "skipped_images.txt"  # lists pictures that are left out, as they cannot be read
 MAX_PIXELS = 89_478_485  # 256 MiB of RGB
 
@@ -123,12 +113,11 @@ def _as_rgb(picture: Image.Image) -> Image.Image:
 
 def _upright(pixels: Image.Image, picture: Image.Image) -> Image.Image:
     """`pixels`, decoded from `picture`, turned as its EXIF data say."""
-    try:
-        # After decoding: Pillow then has turned a TIFF itself, and says so here.
-        turn = TURNS.get(picture.getexif().get(ExifTags.Base.Orientation, UPRIGHT))
-    except Exception:  # Pillow raises many kinds on damaged EXIF data; the pixels are whole
-        return pixels
-    return pixels if turn is None else pixels.transpose(turn)
+    # After decoding: by then Pillow has turned a TIFF itself, and its data say so.
+    pixels.info = dict(picture.info)
+    with contextlib.suppress(Exception):  # raised for damaged EXIF data; the pixels are whole
+        ImageOps.exif_transpose(pixels, in_place=True)
+    return pixels
 
 
 def centre_crop(pixels: np.ndarray, size: int) -> np.ndarray:
