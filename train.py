@@ -19,7 +19,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from config import FIELDS, add_options, load_config, parse_options
-from support.data.batches import build_loader
 from support.runs.guard import NonFiniteStep
 from support.runs.results import is_due
 from support.system.files import UserError
@@ -28,28 +27,19 @@ from support.system.settings import suggest
 from support.system.signals import Signalled, listening
 from training import doctor, preview
 from training.outputs import log_first_step, log_held_out, log_metrics, make_result, save_and_stop
-from training.run import Run, build_run, continue_run, draw_batches, open_folder
+from training.run import Run, build_run, continue_run, draw_batches, open_folder, open_loader
 
 
 def train(run: Run) -> None:
-    """Train from where the state is to the last step, making every result that is due."""
+    """Train up to the last step, and write every result that is due."""
     config, state, learner = run.config, run.learner.state, run.learner
     for path in run.results.due(state.finished_steps):
-        # A run stopped between a checkpoint and the eval of the same step still gets its eval.
+        # The run may have ended between a checkpoint and the eval of the same step.
         if not run.processes.broadcast_object(path.exists()):
             make_result(run, path)
     if state.finished_steps >= config.total_steps:
         return
-    loader = build_loader(
-        run.data,
-        learner.plan,
-        run.processes.rank,
-        range(state.finished_steps, config.total_steps),
-        config.seed,
-        config.num_workers,
-        config.prefetch_factor,
-        pin_memory=run.processes.device.type == "cuda",
-    )
+    loader = open_loader(run)
     bar = tqdm(
         total=config.total_steps,
         initial=state.finished_steps,
@@ -75,7 +65,7 @@ def train(run: Run) -> None:
             log_first_step(run, time.monotonic() - started)
         if is_logging:
             log_metrics(run)
-        # By the config: a process may have none of the images, and has to take part all the same.
+        # Ask the config: a process without held-out images must take part too.
         if config.held_out and is_due(state.finished_steps, config.held_out_steps):
             log_held_out(run)
         for path in due:
@@ -101,8 +91,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="KEY",
-        help="continue although this key, which makes it another experiment, changed, or the "
-        "pictures did: `data` (repeatable)",
+        help="continue although this key changed, or the pictures did (`data`), which makes it "
+        "another experiment (repeatable)",
     )
     parser.add_argument(
         "--check-data",
@@ -112,17 +102,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print the resolved config and what the run takes, then end",
+        help="print the resolved config and what the run needs, then exit",
     )
     parser.add_argument(
         "--time",
         action="store_true",
-        help="with --dry-run: time a few steps here, on made-up data",
+        help="with --dry-run: time a few steps on this machine, on made-up data",
     )
     parser.add_argument(
         "--replay",
         metavar="FILE",
-        help="make a step again that was not finite, of broken_step_K.json, and print its numbers",
+        help="compute the non-finite step of broken_step_K.json again and print its norms",
     )
     return parse_options(parser, argv)
 
@@ -131,9 +121,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     arguments = parse_arguments(argv)
     if arguments.time and not arguments.dry_run:
-        raise UserError("--time: goes with --dry-run, and times a few steps before a run")
+        raise UserError("--time: needs --dry-run")
     if arguments.dry_run and arguments.check_data:
-        raise UserError("--check-data: goes without --dry-run, which opens no picture")
+        raise UserError("--check-data: excludes --dry-run, which opens no picture")
     config = load_config(arguments.config, arguments.set)
     for key in arguments.allow_changed:
         if key not in (*FIELDS, "data"):

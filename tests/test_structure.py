@@ -1,6 +1,6 @@
 """How the project is built: the method on top, what supports it below, and nothing in a knot.
 
-Found in the sources themselves; what is imported for types alone counts for nothing.
+Found in the sources themselves, imports for types included.
 """
 
 import ast
@@ -43,9 +43,9 @@ SUPPORT = {name for name in MODULES if name.split(".")[0] == "support"}
 def statements(tree: ast.AST, at_import: bool) -> Iterator[ast.AST]:
     """What may run of a module; with `at_import`, only what runs when it is imported."""
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            continue
         if at_import and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if at_import and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             continue
         yield node
         yield from statements(node, at_import)
@@ -72,6 +72,17 @@ def test_no_module_imports_itself_by_way_of_others():
 def test_what_supports_the_method_imports_nothing_of_it():
     top = MODULES.keys() - SUPPORT
     assert {name: found for name in SUPPORT if (found := imports(name) & top)} == {}
+
+
+def test_no_test_module_imports_another():
+    modules = {path.stem for path in TREES if path.name.startswith("test_")}
+    for path, tree in TREES.items():
+        if path.stem in modules:
+            names = {
+                alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names
+            }
+            names |= {str(n.module) for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+            assert not names & modules, path.name
 
 
 def test_what_scores_and_what_it_imports_come_without_torch():

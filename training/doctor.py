@@ -1,7 +1,7 @@
-"""What broke in a step that was not finite: found when it happens, and replayed afterwards.
+"""Diagnosis of a non-finite step: when it happens, and in a replay afterwards.
 
-A step is a function of the weights and of its draws, which belong to seed and step. So it can be
-made again: with every sample's error looked at, and with every block's numbers printed.
+A step is a function of the weights and of its draws, which follow from the seed and the step. So it
+can be computed again, to look at every sample's error and every block's norms.
 """
 
 import contextlib
@@ -27,25 +27,25 @@ from training.run import Run
 
 
 class BrokenLoss(NamedTuple):
-    """A loss, and the times of those of its samples whose error is not finite."""
+    """A loss, and the times t of its samples with a non-finite error."""
 
     name: str
     times: list[float]
 
 
 def explain(run: Run, error: NonFiniteStep) -> UserError:
-    """The error with what can be found out; the step and its weights are left for a replay.
+    """The error with its diagnosis; saves the step's batch and weights for a replay.
 
-    All processes have to call this. What fails meanwhile is said beside the error, not instead.
+    All processes must call this. If the diagnosis fails, the message adds why.
     """
     try:
         return UserError(f"{error}; {'; '.join(find_out(run, error))}")
     except (UserError, RuntimeError) as failure:  # a full disk, too little memory
-        return UserError(f"{error}; what broke could not be found out ({shorten(failure)})")
+        return UserError(f"{error}; the diagnosis failed ({shorten(failure)})")
 
 
 def find_out(run: Run, error: NonFiniteStep) -> list[str]:
-    """What is to be said of a broken step."""
+    """The diagnosis: broken samples, the largest gradient, the norms before, how to replay."""
     record = run.results.folder / f"broken_step_{error.step}.json"
     learner, indices = run.learner, batch_of(run, error.step)
     losses = broken_losses(run, error.step, indices)
@@ -67,22 +67,22 @@ def in_words(broken: BrokenLoss) -> str:
 
 
 def largest(gradients: Mapping[str, Tensor | None]) -> str:
-    """The name of the parameter with the largest gradient; one that is not finite is larger."""
+    """The name of the parameter with the largest gradient; a non-finite one counts as largest."""
     norms = {name: float(g.norm()) for name, g in gradients.items() if g is not None}
     return max(norms, key=lambda name: norms[name] if norms[name] == norms[name] else float("inf"))
 
 
-# The step, made again
+# The step, computed again
 
 
 def batch_of(run: Run, step: int) -> list[int]:
-    """The examples of the whole batch of a step."""
+    """The example indices of a step's global batch."""
     order = DataOrder(len(run.data), run.config.batch_size, run.config.seed)
     return order.global_batch(step - 1).tolist()
 
 
 def microbatches(run: Run, step: int, indices: list[int]) -> Iterator[Batch]:
-    """This process's share of the step's batch, as it was drawn."""
+    """This process's microbatches of the step, with the draws they had."""
     plan, device = run.learner.plan, run.processes.device
     for microbatch in plan.microbatches_of(run.processes.rank):
         raw = run.data[[indices[place] for place in plan.samples(microbatch)]]
@@ -91,7 +91,7 @@ def microbatches(run: Run, step: int, indices: list[int]) -> Iterator[Batch]:
 
 @torch.no_grad()
 def broken_losses(run: Run, step: int, indices: list[int]) -> list[BrokenLoss]:
-    """The losses that have samples whose error is not finite, in any process."""
+    """The losses with non-finite errors, in any process."""
     model = run.learner.state.model
     mine: dict[str, list[float]] = {}
     for batch in microbatches(run, step, indices):
@@ -113,7 +113,7 @@ def broken_losses(run: Run, step: int, indices: list[int]) -> list[BrokenLoss]:
 
 
 def save(run: Run, path: Path, step: int, indices: list[int], losses: list[BrokenLoss]) -> None:
-    """Leave the step's batch beside the weights that it was computed with."""
+    """Save the step's batch and the weights it was computed with."""
     weights = path.with_suffix(".pt")
     with atomic_write(weights) as file:
         torch.save(run.learner.state.model.state_dict(), file)
@@ -130,14 +130,14 @@ def save(run: Run, path: Path, step: int, indices: list[int], losses: list[Broke
 
 
 def replay(run: Run, path: Path) -> None:
-    """Make a broken step again, in one process, and print the numbers of every block."""
+    """Compute a broken step again, in one process, and print the norms of every block."""
     record = read(path)
     refuse_another_experiment(record.config, run.config, [], str(path))
     step, indices, plan = record.step, record.indices, record.plan
     model = run.learner.state.model
     if run.processes.world_size > 1 or max(indices) >= len(run.data):
         raise UserError(f"--replay {path}: needs one process, and the data of that run")
-    # All microbatches of what may have been several processes: each has draws of its own.
+    # Each microbatch has its own draws, so keep their number, even if there were several processes.
     run.learner.plan = dataclasses.replace(
         plan, world_size=1, accumulation_steps=plan.num_microbatches
     )
@@ -158,7 +158,7 @@ def replay(run: Run, path: Path) -> None:
 
 
 class BrokenStep(NamedTuple):
-    """What a replay needs."""
+    """A saved step: what a replay needs."""
 
     step: int
     indices: list[int]
@@ -168,7 +168,7 @@ class BrokenStep(NamedTuple):
 
 
 def read(path: Path) -> BrokenStep:
-    """The record of a broken step; UserError where it is none, or its weights are damaged."""
+    """Read a saved step; UserError if the file is no such record or its weights are damaged."""
     try:
         record = json.loads(path.read_bytes())
         weights = path.parent / record["weights"]
@@ -182,11 +182,13 @@ def read(path: Path) -> BrokenStep:
     except UserError:
         raise
     except Exception as error:  # torch raises many kinds for damaged files
-        raise UserError(f"--replay {path}: not the record of a step ({shorten(error)})") from error
+        raise UserError(
+            f"--replay {path}: not the record of a broken step ({shorten(error)})"
+        ) from error
 
 
 def blocks_of(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The parts of a network that have parameters; of a list of parts, each."""
+    """The network's blocks that have parameters, by name; each entry of a list of blocks."""
     for name, module in network.named_children():
         if isinstance(module, nn.ModuleList | nn.ModuleDict):
             for place, block in module.named_children():
@@ -197,10 +199,10 @@ def blocks_of(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 @contextlib.contextmanager
 def watching(network: nn.Module, blocks: Mapping[str, nn.Module]) -> Iterator[dict[str, float]]:
-    """A block of code that notes the norm of what each part of the network gives out.
+    """Record the norm of each block's output while the context lasts.
 
-    Of the first call in which one is not finite, since later calls take from that one; else of the
-    last.
+    The norms are of the first call with a non-finite one, because later calls inherit it, and
+    otherwise of the last call.
     """
     norms: dict[str, float] = {}
 

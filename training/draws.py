@@ -1,7 +1,7 @@
 """The draws of a training step: noise, times, dropped labels, flips, augmentation, dropout seeds.
 
-Every draw belongs to (seed, purpose, step, microbatch) and to nothing else, so that a continued run
-draws what an unbroken one would have drawn.
+Every draw follows from (seed, purpose, step, microbatch) alone, so a continued run draws what an
+uninterrupted one would have drawn.
 """
 
 import torch

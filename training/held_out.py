@@ -1,9 +1,9 @@
-"""A held-out loss: the errors of both losses on images that no step trains on.
+"""The held-out loss: the errors of both losses on images that no step trains on.
 
 Images, noise, labels and times are drawn once, from the seed, and stay the same for the whole run:
-a number moves only where the network does. What is given are raw squared errors, in four stretches
-of t: with p = 1 the weighted losses are near one by construction and say nothing, and those of
-training move with the gap besides. Here the gap is the last one of the schedule, l_end_ratio.
+a number changes only because the network does. The numbers are raw squared errors in four bins of
+t. With p = 1 the weighted losses are near one by construction, and the losses of training move with
+the gap fraction. Here the gap fraction is the schedule's last, l_end_ratio.
 """
 
 from collections.abc import Iterator
@@ -24,14 +24,14 @@ BINS = 4  # of t, from 0 to 1
 
 
 class FrozenBatch(NamedTuple):
-    """Samples with everything drawn, for both losses, and the stretch of t, [B], of each."""
+    """The same samples for both losses, with all draws, and the bin of t, [N], of each."""
 
     batch: Batch
     bins: Tensor
 
 
 def draw_held_out(config: Config, data: TrainingData, processes: Processes) -> list[FrozenBatch]:
-    """This process's share of the held-out images; which process has one changes no draw."""
+    """This process's share of the held-out images. The draws do not depend on the process."""
     count = len(data)
     order = torch.randperm(count, generator=generator(config.seed, "held-out times"))
     mine = range(processes.rank, count, processes.world_size)
@@ -45,14 +45,14 @@ def draw_held_out(config: Config, data: TrainingData, processes: Processes) -> l
 def _freeze(
     config: Config, data: TrainingData, order: Tensor, images: range, device: torch.device
 ) -> FrozenBatch:
-    """The draws of these images, each from a generator of its own."""
+    """A batch of these images; each image draws from its own generator."""
     raw = data[list(images)]
     x_0, x_1, drawn_t, drawn_s = [], [], [], []
     for place, image in enumerate(images):
         source = generator(config.seed, "held-out image", image)
         x_0.append(data.clean(raw.stored[place : place + 1], source))
         x_1.append(torch.randn(x_0[-1].shape, generator=source))
-        # One t in each of N equal stretches, so that the bins are equally full.
+        # Stratified: one t in each of N equal intervals, so that the bins are equally full.
         drawn_t.append((order[image] + torch.rand((), generator=source)) / len(data))
         drawn_s.append(drawn_t[-1] * torch.rand((), generator=source))
     t, s = torch.stack(drawn_t), torch.stack(drawn_s)
@@ -73,7 +73,7 @@ def _freeze(
 
 
 def forwards(config: Config) -> int:
-    """Forward passes of a sample that one look takes, at the weights and at their average."""
+    """Forward passes of one sample that a measurement takes, for the weights and their EMA."""
     guidance = 0 if config.cfg_scale == 1 else 2 + (config.mix_ratio < 1)
     return 2 * config.held_out * (3 + guidance)  # F(x_t, t, t), F(x_t, t, s) and F(x_l, l, s)
 
@@ -82,9 +82,9 @@ def forwards(config: Config) -> int:
 def measure(
     model: Method, frozen: list[FrozenBatch], processes: Processes
 ) -> dict[str, list[float]]:
-    """The mean squared error of each loss in each stretch of t; all processes have to call this.
+    """The mean squared error of each loss in each bin of t; all processes must call this.
 
-    Draws nothing, and leaves the model as it was: training goes on as if nobody had looked.
+    Draws nothing and leaves the model as it was, so training is not affected.
     """
     was_training = model.training
     model.eval()
@@ -101,7 +101,7 @@ def measure(
 def _sums(
     model: Method, frozen: list[FrozenBatch], device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
-    """[BINS] sums of each loss's squared errors, and how many there are: `count`."""
+    """[BINS] sums of each loss's squared errors, and their number as `count`."""
     totals = {"count": torch.zeros(BINS, device=device)}
     totals |= {name: torch.zeros(BINS, device=device) for name in model.error_names}
     for batch, bins in frozen:

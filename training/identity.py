@@ -1,4 +1,4 @@
-"""What a run may be: where it may start, and what makes it another experiment."""
+"""What makes a run another experiment, and where a run may start."""
 
 import os
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ DECIDES_SHAPES = ("dataset_type", "model_type", "data_size")  # of the weights
 
 
 def refuse_start(config: Config) -> None:
-    """UserError where no run should start so, though what such a one has made can be used."""
+    """Checks for starting a run, not for reading one; UserError where one fails."""
     if config.init_from == "":
         raise UserError("init_from: '' names no model; null starts from fresh weights")
     if DATASETS[config.dataset_type].has_files and config.dataset_path:
@@ -25,16 +25,16 @@ def refuse_start(config: Config) -> None:
         if data in [results, *results.parents] and not str(results).startswith(f"{data}/."):
             raise UserError(
                 f"working_dir: {config.working_dir} lies in dataset_path, where every folder is a "
-                "class; say another"
+                "class; choose another"
             )
 
 
 def refuse_another_experiment(
     old: Config, new: Config, allowed: Sequence[str], source: str
 ) -> list[str]:
-    """One line per key that changed; UserError where that makes it another experiment.
+    """A line for each key that changed; UserError if that makes it another experiment.
 
-    `allowed` names the keys whose change the user has agreed to.
+    `allowed` names the keys that the user has agreed to change.
     """
     before, after = old.to_dict(), new.to_dict()
     changes = {

@@ -19,10 +19,10 @@ from training.execution import set_options
 
 
 class Learner:
-    """The training state of a run in one process, and the step that moves it."""
+    """The training state of one process, and the step that updates it."""
 
     def __init__(self, config: Config, processes: Processes, plan: BatchPlan, model: Method):
-        """`model` is on the processes' device, with its options set; its weights are made equal."""
+        """`model` is on the device, with its options set. Every process gets rank 0's weights."""
         self.config, self.processes, self.plan = config, processes, plan
         model.configure(config.to_dict())
         self.parallel_model: nn.Module = model
@@ -35,7 +35,7 @@ class Learner:
             config.betas,
             config.weight_decay,
         )
-        # After DistributedDataParallel has made the weights equal, so that the average is of them.
+        # The EMA copies the weights, so DistributedDataParallel must have made them equal before.
         rules = {rule.name: rule for rule in config.further_averages()}
         self.state = TrainState.fresh(model, optimizer, rules)
         every = config.ema_every_steps or 1
@@ -49,8 +49,8 @@ class Learner:
     def step(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
         """One optimizer step on this process's microbatches of a global batch.
 
-        Returns this process's share of each metric, on the device. A step whose gradient is not
-        finite is not applied: `guard` tells of it, on the CPU at once.
+        Returns this process's share of each metric, on the device. A step with a non-finite metric
+        is not applied; `guard` raises for it, on the CPU at once.
         """
         config, state = self.config, self.state
         metrics = self.accumulate_gradients(batches)
@@ -66,9 +66,9 @@ class Learner:
         return metrics
 
     def accumulate_gradients(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
-        """Leave the whole batch's gradient, clipped, in the model; returns the share of metrics.
+        """Compute the global batch's gradient, clipped; returns this process's share of metrics.
 
-        The gradients of this process's microbatches add up, and are exchanged once, with the last.
+        The gradients of the microbatches add up, and are exchanged once, with the last one.
         """
         plan = self.plan
         metrics: dict[str, Tensor] = {}
@@ -83,7 +83,7 @@ class Learner:
         norm = nn.utils.get_total_norm([p.grad for p in self._trained if p.grad is not None])
         if self.config.gradient_clip is not None:
             nn.utils.clip_grads_with_norm_(self._trained, self.config.gradient_clip, norm)
-        # The same on every process, and to be summed over them.
+        # Every process has the same norm, and metrics are summed over processes.
         metrics["Grad_Norm"] = norm / plan.world_size
         return metrics
 
@@ -91,14 +91,14 @@ class Learner:
 def build_learner(
     config: Config, processes: Processes, plan: BatchPlan, data_channels: int, num_classes: int
 ) -> tuple[Learner, list[str]]:
-    """A fresh learner, and a line for each option that goes on without what it asks for."""
+    """A fresh learner, and a note for each option that the device cannot take."""
     torch.manual_seed(derive_seed(config.seed, "initial weights"))
     model = build_model(**config.model_arguments(data_channels, num_classes))
     model.to(processes.device)
     options = (config.precision, config.compile, config.activation_checkpointing)
     model.execution, notes = set_options(model.network, processes.device, *options)
     if model.execution.fixed_shapes and config.cfg_scale > 1:
-        notes.append("compile: guidance takes the whole batch, dropped labels too")
+        notes.append("compile: guidance takes the whole batch, including dropped labels")
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
     return Learner(config, processes, plan, model), notes

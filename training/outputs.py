@@ -1,4 +1,4 @@
-"""What a run makes of what it has learned: checkpoints, pictures of samples, samples to score."""
+"""What a run writes: log lines, checkpoints, sample grids, samples to score."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,11 +21,11 @@ from support.system.signals import Signalled
 from training.held_out import measure
 from training.run import Run
 
-LONG_SECONDS = 10  # for a first step, beyond which a user wonders
+LONG_SECONDS = 10  # a first step longer than this is logged
 
 
 def log_first_step(run: Run, seconds: float) -> None:
-    """A line on a first step that somebody may have waited for."""
+    """Log the duration of the first step if it compiled the network or took long."""
     is_compiled = run.learner.state.model.execution.fixed_shapes
     if is_compiled or seconds > LONG_SECONDS:
         compiling = ", compiling included" if is_compiled else ""
@@ -33,7 +33,7 @@ def log_first_step(run: Run, seconds: float) -> None:
 
 
 def log_metrics(run: Run) -> None:
-    """The means since the last line, and what the schedules gave the step just done."""
+    """Log the means since the last line, and the schedules' values for the step just done."""
     config, state = run.config, run.learner.state
     means, seconds, steps = state.interval.close(run.processes)
     state.interval = Interval()
@@ -59,7 +59,7 @@ def log_metrics(run: Run) -> None:
 
 
 def log_held_out(run: Run) -> None:
-    """The held-out loss of the weights and of their average."""
+    """Log the held-out loss of the weights and of their EMA."""
     state = run.learner.state
     models = {"weights": state.model, "average": state.ema_model}
     errors = {name: measure(model, run.held_out, run.processes) for name, model in models.items()}
@@ -67,7 +67,7 @@ def log_held_out(run: Run) -> None:
 
 
 def make_result(run: Run, path: Path) -> None:
-    """Write what belongs at `path`: weights, a picture of samples, or samples to score."""
+    """Write the result that belongs at `path`: its folder says which kind."""
     make = {
         "ckpts": make_checkpoint,
         "averages": make_snapshot,
@@ -78,7 +78,7 @@ def make_result(run: Run, path: Path) -> None:
 
 
 def make_checkpoint(run: Run, path: Path) -> None:
-    """Have the training state written, beside the training that goes on."""
+    """Start to write the training state, in the background."""
     run.listener.saved()
     config, learner = run.config, run.learner
     order = DataOrder(len(run.data), config.batch_size, config.seed)
@@ -94,7 +94,7 @@ def make_checkpoint(run: Run, path: Path) -> None:
 
 
 def make_snapshot(run: Run, path: Path) -> None:
-    """Have the power function averages written, for posthoc_ema.py."""
+    """Start to write the power-function averages, for posthoc_ema.py."""
     config, state = run.config, run.learner.state
     names = [PowerFunction(std).name for std in config.ema_power]
     run.results.save(
@@ -107,7 +107,7 @@ def make_snapshot(run: Run, path: Path) -> None:
 
 
 def record_of_run(run: Run) -> dict[str, Any]:
-    """What checkpoints and snapshots say of the run that their weights are of."""
+    """What checkpoints and snapshots record about their run."""
     state = run.learner.state
     return {
         "finished_steps": state.finished_steps,
@@ -118,7 +118,7 @@ def record_of_run(run: Run) -> dict[str, Any]:
 
 
 def make_demo(run: Run, path: Path) -> None:
-    """Write a picture of one-class rows made by the averaged model."""
+    """Write a grid of samples of the EMA model, one class per row."""
     shape = run.config.eval_demo_shape
     request = sample_request(run, shape[0] * shape[1])
     if run.config.is_conditional:
@@ -130,12 +130,12 @@ def make_demo(run: Run, path: Path) -> None:
 
 
 def make_eval(run: Run, path: Path) -> None:
-    """Write eval_num_samples images made by the averaged model, their labels and record."""
+    """Write eval_num_samples images of the EMA model, with their labels and record."""
     config, state = run.config, run.learner.state
     request = sample_request(run, config.eval_num_samples)
     run.logbook.line(f"sampling {request.num_images} images to {path}")
 
-    def write_its_record() -> None:
+    def save_record() -> None:
         record = run.results.record(
             path,
             num_images=request.num_images,
@@ -149,13 +149,13 @@ def make_eval(run: Run, path: Path) -> None:
         write_record(path, record)
 
     batches = make_images(run, request)
-    write_samples(path, batches, request.num_images, run.processes.is_main, write_its_record)
+    write_samples(path, batches, request.num_images, run.processes.is_main, save_record)
     if run.processes.is_main:
         run.results.delete_superseded("evals", state.finished_steps)
 
 
 def make_images(run: Run, request: SampleRequest) -> Iterator[ImageBatch]:
-    """The averaged model's images, on the main process; all processes have to iterate."""
+    """Images of the EMA model, on rank 0; all processes must iterate."""
     model = run.learner.state.ema_model
     with decoding(run.config, run.processes.device) as decode:
 
@@ -168,15 +168,16 @@ def make_images(run: Run, request: SampleRequest) -> Iterator[ImageBatch]:
 
 
 def sample_request(run: Run, num_images: int) -> SampleRequest:
-    """The config's way of sampling while training."""
+    """How evals and demos are sampled."""
     config, spec = run.config, run.data.spec
     num_classes = spec.num_classes if config.is_conditional else None
     stream = PerImageStream(config.seed, num_classes, spec.shape)
-    return SampleRequest(num_images, config.eval_batch_size, config.eval_NFE, stream)
+    size, steps, method = config.eval_batch_size, config.eval_NFE, run.learner.state.model
+    return SampleRequest(num_images, size, steps, stream, sampler=method.sampler)
 
 
 def save_and_stop(run: Run) -> NoReturn:
-    """End the run as it was told to, with the step just finished on disk."""
+    """End the run after a signal, with the step just finished on disk."""
     steps, jobs = run.learner.state.finished_steps, run.results.jobs
     path = run.results.path("ckpts", steps)
     jobs.wait()
@@ -184,6 +185,6 @@ def save_and_stop(run: Run) -> NoReturn:
         make_checkpoint(run, path)
         jobs.wait()
     run.logbook.line(
-        f"stopped by a signal after step {steps}, saved in {path}; the same command goes on"
+        f"stopped by a signal after step {steps}, saved in {path}; the same command continues"
     )
     raise Stopped

@@ -1,4 +1,4 @@
-"""One run: what it works on and where it stands; made fresh, continued, its folder opened."""
+"""A run: built fresh, continued from its folder's checkpoint, and opened for writing."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from typing import Any
 from config import Config, config_from_dict, load_config, save_config
 from models import Batch
 from sampler import find_decoder
-from support.data.batches import BatchPlan
+from support.data.batches import BatchPlan, build_loader
 from support.data.build import build_data, compare_data
 from support.data.datasets import RawBatch, TrainingData
 from support.runs.budget import count_parameters
@@ -28,7 +28,7 @@ from training.learner import Learner, build_learner
 
 @dataclass
 class Run:
-    """One run in one process: what is asked for, what it works on, and where it stands."""
+    """One process's view of a run: its config, data, training state and outputs."""
 
     config: Config
     processes: Processes
@@ -44,7 +44,7 @@ class Run:
 
 
 def build_run(config: Config, processes: Processes, check_data: bool = False) -> Run:
-    """A fresh run, its data and model checked; nothing is read of its folder, nothing written."""
+    """A fresh run with checked data and model; does not touch its folder."""
     refuse_start(config)
     plan = config.batch_plan(processes.world_size)
     if config.result_schedule().has_images:
@@ -56,7 +56,7 @@ def build_run(config: Config, processes: Processes, check_data: bool = False) ->
 
 
 def assemble_run(config: Config, processes: Processes, plan: BatchPlan, data: TrainingData) -> Run:
-    """A fresh run on these data."""
+    """A fresh run on the given data."""
     folder = Path(config.working_dir)
     learner, notes = build_learner(
         config, processes, plan, data.spec.channels, data.spec.num_classes
@@ -79,7 +79,7 @@ def assemble_run(config: Config, processes: Processes, plan: BatchPlan, data: Tr
 
 
 def continue_run(run: Run, allowed: Sequence[str]) -> None:
-    """Bring the run to where its folder's newest checkpoint is; nothing is written."""
+    """Load the newest checkpoint of the run's folder, if any; writes nothing."""
     folder, learner = run.results.folder, run.learner
 
     def compare(content: Mapping[str, Any], source: Path) -> list[str]:
@@ -117,7 +117,7 @@ def has_trained(folder: Path) -> bool:
 
 
 def start_from_another(run: Run) -> list[str]:
-    """Take the weights that `init_from` names, as far as they fit; gives lines that say it."""
+    """Load the weights of `init_from`, as far as they fit; returns lines to log."""
     source, state = run.config.init_from, run.learner.state
     assert source is not None
     network = state.model.network
@@ -133,7 +133,7 @@ def start_from_another(run: Run) -> list[str]:
 
 
 def open_folder(run: Run) -> None:
-    """Make the places of results, record the config, and say in the log what starts here."""
+    """Create the run's folders, save its config, and log how it starts."""
     if not run.processes.is_main:
         return
     results = run.results
@@ -143,13 +143,28 @@ def open_folder(run: Run) -> None:
     for note in run.notes:
         run.logbook.line(note)
     run.metrics.open(run.config.log_to, run.config.to_dict(), run.learner.state.finished_steps)
-    # What a run killed between a save and the deletions after it has left.
+    # A run killed between a save and the deletions after it leaves superseded files.
     for kind in ("ckpts", "evals"):
         results.delete_superseded(kind, run.learner.state.finished_steps)
 
 
+def open_loader(run: Run) -> Iterator[RawBatch]:
+    """The stored microbatches of the steps that are left, in order."""
+    config, state = run.config, run.learner.state
+    return build_loader(
+        run.data,
+        run.learner.plan,
+        run.processes.rank,
+        range(state.finished_steps, config.total_steps),
+        config.seed,
+        config.num_workers,
+        config.prefetch_factor,
+        pin_memory=run.processes.device.type == "cuda",
+    )
+
+
 def draw_batches(run: Run, loader: Iterator[RawBatch]) -> Iterator[Batch]:
-    """This process's microbatches of the next global batch, with noise, times and masks."""
+    """This process's microbatches of the next global batch, with all their draws."""
     plan, step = run.learner.plan, run.learner.state.finished_steps
     for microbatch in plan.microbatches_of(run.processes.rank):
         stored = next(loader)
