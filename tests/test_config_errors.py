@@ -1,7 +1,7 @@
-"""Whatever is wrong in a config is one line that names the file, the key, the value and a way out.
+"""A wrong config is refused in one line that names the file, the key and the value.
 
-Every table has a row for each key of `Config`: a new key fails here until somebody has thought
-about its wrong values.
+Wrong types follow from the keys' types, and every numeric key must have values out of its range
+here: a new key fails until somebody has thought about them.
 """
 
 import typing
@@ -24,158 +24,105 @@ BASE = {
 }
 UNET = {"model_type": "UNet", "dataset_type": "CIFAR10", "data_size": 32}
 GUIDED = {"cfg_scale": 2, "cfg_drop_rate": 0.1}
-CHOICES = "; did you mean "
 
 
 def line_of(**values) -> str:
-    """What is said of a config with these values; the file is called `c.yaml`."""
+    """The refusal of a config with these values; the file is called `c.yaml`."""
     with pytest.raises(UserError) as refusal:
         config_from_dict({**BASE, **values}, "c.yaml")
+    assert "\n" not in str(refusal.value)
     return str(refusal.value)
 
 
-# Every key, misspelt
+def assert_named(line: str, key: str, value: object) -> None:
+    """The line names the place and the value, or the part of it that is wrong."""
+    assert line.startswith((f"c.yaml: {key}: ", f"c.yaml: {key} (default): "))
+    parts = value if isinstance(value, list) and value else [value]
+    spelled = [repr(value), *map(repr, parts), *map(str, parts)]
+    assert any(one in line for one in spelled) or value in (None, True, False)
 
 
-def slips(key: str) -> list[str]:
-    """Ways in which fingers and habits change a key."""
+def slips(key: str) -> set[str]:
+    """Common misspellings of a key."""
     middle = len(key) // 2
-    return [
-        key.upper(),
-        f"{key}{key[-1]}",
-        *([key.replace("_", "-"), key.replace("_", "")] if "_" in key else []),
-        *([key[:middle] + key[middle + 1 :], f"{key[1]}{key[0]}{key[2:]}"] if middle > 1 else []),
-    ]
+    slips = {key.upper(), f"{key}{key[-1]}", key.replace("_", "-"), key.replace("_", "")}
+    if middle > 1:
+        slips |= {key[:middle] + key[middle + 1 :], f"{key[1]}{key[0]}{key[2:]}"}
+    return slips - {key}
 
 
 @pytest.mark.parametrize("key", FIELDS)
 def test_a_misspelt_key_is_answered_with_the_right_one(key):
-    for slip in set(slips(key)) - {key}:
-        assert line_of(**{slip: 1}) == f"c.yaml: {slip}: unknown key; did you mean {key}?"
+    for slip in slips(key):
+        assert line_of(**{slip: 1}).startswith(f"c.yaml: {slip}: ")
+        assert line_of(**{slip: 1}).endswith(f"did you mean {key}?")
 
 
 def test_a_key_like_no_other_gets_no_suggestion():
-    assert line_of(zzzzzz=1) == "c.yaml: zzzzzz: unknown key"
+    assert "did you mean" not in line_of(zzzzzz=1)
 
 
-# Every key, of the wrong type
-
-
-def wrong_types(key: str) -> list[tuple[object, str]]:
-    """Values of the wrong type with what is said of each, by the type that the key has."""
+def wrong_types(key: str) -> list[object]:
+    """Values of a wrong type for the type that the key has."""
     kind = TYPES[key]
     is_optional = type(None) in typing.get_args(kind)
     if is_optional:
         (kind,) = (part for part in typing.get_args(kind) if part is not type(None))
-    or_null = " or null" if is_optional else ""
     if choices := choices_of(FIELDS[key]):
-        slip = choices[0][1:]
-        listed = f"is not one of {', '.join(choices)}"
-        rows = [(3, f"3 {listed}"), (slip, f"{slip!r} {listed}{CHOICES}{choices[0]}?")]
-    elif kind is bool:
-        rows = [(3, "3 is not"), ("maybe", "'maybe' is not"), ([], "[] is not")]
-    elif kind is int:
-        wanted = f"is not a whole number{or_null}"
-        rows = [("many", f"'many' {wanted}"), (1.5, f"1.5 {wanted}"), (True, f"true {wanted}"),
-                ([1], f"[1] {wanted}"), (2**64, f"{2**64} {wanted}")]  # fmt: skip
-    elif kind is float:
-        wanted = f"is not a number{or_null}"
-        rows = [("much", f"'much' {wanted}"), (False, f"false {wanted}"), ({}, f"{{}} {wanted}"),
-                (float("nan"), f"nan {wanted}"), (float("inf"), f"inf {wanted}")]  # fmt: skip
-    elif kind is str:
-        wanted = f"is not a text{or_null}"
-        rows = [(3, f"3 {wanted}"), (["a"], f"['a'] {wanted}"), (False, f"false {wanted}")]
+        values = [3, choices[0][1:]]
     elif typing.get_origin(kind) is tuple and typing.get_args(kind)[-1] is Ellipsis:
-        rows = [("much", "'much' is not a number"), ([0.1, "a"], "'a' is not a number")]
+        values = ["much", [0.1, "a"]]
     elif typing.get_origin(kind) is tuple:
-        parts = typing.get_args(kind)
-        name = "numbers" if parts[0] is float else "whole numbers"
-        wanted = f"is not a list of {len(parts)} {name}"
-        rows = [(1, f"1 {wanted}"), ([1], f"[1] {wanted}"), ("12", f"'12' {wanted}"),
-                (["a"] * len(parts), f"'a' is not a {name[:-1]}")]  # fmt: skip
+        values = [1, [1], "12", ["a"] * len(typing.get_args(kind))]
     else:
-        pytest.fail(f"add wrong values of the type {kind}, which the new key {key} has")
-    return rows if is_optional else [*rows, (None, "null")]
+        values = {
+            bool: [3, "maybe", []],
+            int: ["many", 1.5, True, [1], 2**64],
+            float: ["much", False, {}, float("nan"), float("inf")],
+            str: [3, ["a"], False],
+        }[kind]
+    return values if is_optional else [*values, None]
 
 
 @pytest.mark.parametrize("key", FIELDS)
-def test_a_value_of_the_wrong_type_is_refused_with_the_type_it_should_have(key):
-    for value, said in wrong_types(key):
-        assert line_of(**{key: value}).startswith(f"c.yaml: {key}: {said}"), value
+def test_a_value_of_the_wrong_type_is_refused(key):
+    for value in wrong_types(key):
+        assert_named(line_of(**{key: value}), key, value)
 
 
-# Every key, out of its range
-
-POSITIVE = "must be 1 or more"
-EVERY = "must be 0 or more"
-SHARE = "must be between 0 and 1"
-BELOW_ONE = "must be at least 0 and below 1"
-RATIO = "must be above 0 and at most 1"
-COUNT = "must be between 1 and 100,000,000"
-FEW = "must be between 1 and 1,000"
-SPREAD = "must be between 0 and 100"
-
-# The last value below a range and the first beyond it, where it has two ends; what is said is
-# f"{value} {text}".
-RANGES = {
-    "unet_dropout": ([-0.1, 1.0], BELOW_ONE),
-    "data_size": ([0, 8193], "must be between 1 and 8,192"),
-    "augment_probability": ([-0.1, 1.1], SHARE),
-    "vae_batch_size": ([0], POSITIVE),
-    "velocity_loss_ratio": ([-0.1, 1.1], SHARE),
-    "p": ([-0.1, 10.1], "must be between 0 and 10"),
-    "eps": ([0.0, -0.1], "must be above 0"),
-    "time_mean": ([[0.0, 0.0, 101.0], [-101.0, 0.0, 0.0]], "must be between -100 and 100 each"),
-    "time_std": ([[0.0, -0.1, 0.0], [101.0, 0.0, 0.0]], f"{SPREAD} each"),
-    "cfg_scale": ([0.9], POSITIVE),
-    "mix_ratio": ([-0.1, 1.1], SHARE),
-    "cfg_drop_rate": ([-0.1, 1.0], BELOW_ONE),
-    "cfg_decay_time": ([-0.1], EVERY),
-    "l_init_ratio": ([0.0, 1.1], RATIO),
-    "l_end_ratio": ([0.0, 1.1], RATIO),
-    "total_steps": ([0, 10**9 + 1], "must be between 1 and 1,000,000,000"),
-    "ema_decay_rate": ([-0.1, 1.0], BELOW_ONE),
-    "ema_decay_rates": ([[0.9, 1.0], -0.1], f"{BELOW_ONE} each"),
-    "ema_power": ([[0.0], [0.1, 0.29]], "must be above 0 and at most 0.28 each"),
-    "ema_snapshot_steps": ([-1], EVERY),
-    "ema_every_steps": ([0], POSITIVE),
-    "learning_rate": ([-0.1], EVERY),
-    "betas": ([[-0.1, 0.9], [0.9, 1.0]], f"{BELOW_ONE} each"),
-    "weight_decay": ([-0.1], EVERY),
-    "keep_last": ([0], "must be 1 or more"),
-    "keep_every_steps": ([0], "must be 1 or more"),
-    "warmup_steps": ([-1], "must be 0 or more"),
-    "gradient_clip": ([0.0, -1.0], "must be above 0"),
-    "batch_size": ([0, 10**8 + 1], COUNT),
-    "accumulation_steps": ([0], POSITIVE),
-    "num_workers": ([-1, 1001], "must be between 0 and 1,000"),
-    "prefetch_factor": ([0, 1001], "must be between 1 and 1,000, or null"),
-    "seed": ([-1], EVERY),
-    "eval_steps": ([-1], EVERY),
-    "eval_batch_size": ([0, 10**8 + 1], COUNT),
-    "eval_NFE": ([0, 1001], FEW),
-    "eval_num_samples": ([0, 10**8 + 1], COUNT),
-    "eval_demo_steps": ([-1], EVERY),
-    "held_out": ([-1], EVERY),
-    "held_out_steps": ([-1], EVERY),
-    "eval_demo_shape": ([[0, 8], [4, 1001]], f"{FEW} each"),
-    "ckpt_saving_steps": ([-1], EVERY),
-    "logging_steps": ([-1], EVERY),
-    "timeout_minutes": ([0.0, 100_001.0], "must be above 0 and at most 100,000"),
-}
+def test_a_misspelt_choice_is_answered_with_the_right_one():
+    assert line_of(l_schedule="exponent").endswith("did you mean Exponent?")
+    assert line_of(model_type="DiT-XXL-2").endswith("did you mean DiT-XL-2?")
+    assert line_of(model_type="unet").endswith("did you mean UNet?")
 
 
-def is_numeric(key: str) -> bool:
-    kinds = [TYPES[key], *typing.get_args(TYPES[key])]
-    return int in kinds or float in kinds
+# The last value below each range, and the first above it where it has two ends.
+OUT_OF_RANGE = {
+    "unet_dropout": [-0.1, 1.0], "data_size": [0, 8193], "augment_probability": [-0.1, 1.1],
+    "vae_batch_size": [0], "velocity_loss_ratio": [-0.1, 1.1], "p": [-0.1, 10.1],
+    "eps": [0.0, -0.1], "time_mean": [[0.0, 0.0, 101.0], [-101.0, 0.0, 0.0]],
+    "time_std": [[0.0, -0.1, 0.0], [101.0, 0.0, 0.0]], "cfg_scale": [0.9], "mix_ratio": [-0.1, 1.1],
+    "cfg_drop_rate": [-0.1, 1.0], "cfg_decay_time": [-0.1], "l_init_ratio": [0.0, 1.1],
+    "l_end_ratio": [0.0, 1.1], "total_steps": [0, 10**9 + 1], "ema_decay_rate": [-0.1, 1.0],
+    "ema_decay_rates": [[0.9, 1.0], -0.1], "ema_power": [[0.0], [0.1, 0.29]],
+    "ema_snapshot_steps": [-1], "ema_every_steps": [0], "learning_rate": [-0.1],
+    "betas": [[-0.1, 0.9], [0.9, 1.0]], "weight_decay": [-0.1], "keep_last": [0],
+    "keep_every_steps": [0], "warmup_steps": [-1], "gradient_clip": [0.0, -1.0],
+    "batch_size": [0, 10**8 + 1], "accumulation_steps": [0], "num_workers": [-1, 1001],
+    "prefetch_factor": [0, 1001], "seed": [-1], "eval_steps": [-1],
+    "eval_batch_size": [0, 10**8 + 1], "eval_NFE": [0, 1001], "eval_num_samples": [0, 10**8 + 1],
+    "eval_demo_steps": [-1], "held_out": [-1], "held_out_steps": [-1],
+    "eval_demo_shape": [[0, 8], [4, 1001]], "ckpt_saving_steps": [-1], "logging_steps": [-1],
+    "timeout_minutes": [0.0, 100_001.0],
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("key", [key for key in FIELDS if is_numeric(key)])
-def test_a_number_out_of_range_is_refused_with_the_range(key):
-    assert key in RANGES, f"add a case for key {key}: every number has a range"
-    values, said = RANGES[key]
-    for value in values:
-        assert line_of(**{key: value}) == f"c.yaml: {key}: {value} {said}"
+@pytest.mark.parametrize(
+    "key", [key for key in FIELDS if {int, float} & {TYPES[key], *typing.get_args(TYPES[key])}]
+)
+def test_a_number_out_of_range_is_refused(key):
+    for value in OUT_OF_RANGE[key]:
+        assert_named(line_of(**{key: value}), key, value)
 
 
 @pytest.mark.parametrize(
@@ -192,122 +139,36 @@ def test_the_ends_of_a_range_belong_to_it(key, value):
     config_from_dict({**BASE, key: value}, "c.yaml")
 
 
-# Keys that contradict each other
-
-CONTRADICTIONS = [
-    (
-        {"ema_decay_rates": [0.9, 0.9]},
-        "c.yaml: ema_decay_rates: [0.9, 0.9] names an average twice",
-    ),
-    (
-        {"ema_decay_rates": 0.9999},
-        "c.yaml: ema_decay_rates: [0.9999] names the one of ema_decay_rate 0.9999, which is kept "
-        "anyhow",
-    ),
-    (
-        {"ema_snapshot_steps": 10},
-        "c.yaml: ema_snapshot_steps: 10 needs ema_power, whose averages are what it keeps",
-    ),
-    (
-        {"working_dir": " "},
-        "c.yaml: working_dir: ' ' must name the folder of the run",
-    ),
-    (
-        {"model_type": "DiT-XXL-2"},
-        "c.yaml: model_type: 'DiT-XXL-2' is neither UNet nor DiT-SIZE-PATCH with SIZE one of "
-        "Nano, Ti, S, B, M, L, XL; did you mean DiT-XL-2?",
-    ),
-    (
-        {"model_type": "unet"},
-        "c.yaml: model_type: 'unet' is neither UNet nor DiT-SIZE-PATCH with SIZE one of "
-        "Nano, Ti, S, B, M, L, XL; did you mean UNet?",
-    ),
-    (
-        {"model_type": "DiT-B-3"},
-        "c.yaml: model_type: 'DiT-B-3' has a patch that does not divide data_size 8; "
-        "1, 2, 4, 8 would",
-    ),
-    (
-        {"model_type": "DiT-B-16"},
-        "c.yaml: model_type: 'DiT-B-16' has a patch that does not divide data_size 8; "
-        "1, 2, 4, 8 would",
-    ),
-    (
-        {"augment_probability": 0.12},
-        "c.yaml: augment_probability: 0.12 needs model_type UNet: a DiT takes no augmentation",
-    ),
-    (
-        {**UNET, **GUIDED},
-        "c.yaml: cfg_scale: 2.0 needs labels, and the UNet is unconditional; use 1, or a DiT",
-    ),
-    (
-        {**UNET, "dataset_type": "ImageFolder", "data_size": 30},
-        "c.yaml: data_size: 30 must be a multiple of 4 for the UNet, which halves it twice",
-    ),
-    (
-        {**UNET, "dataset_type": "Imagenet"},
-        "c.yaml: model_type: 'UNet' is for pixels (CIFAR10, FashionMNIST, ImageFolder, Digits), "
-        "not for Imagenet's latents",
-    ),
-    (
-        {"cfg_scale": 2},
-        "c.yaml: cfg_drop_rate (default): 0.0 leaves no null class, which cfg_scale > 1 needs; "
-        "0.1 is usual",
-    ),
-    (
-        {"cfg_scale": 2, "cfg_drop_rate": 0},
-        "c.yaml: cfg_drop_rate: 0.0 leaves no null class, which cfg_scale > 1 needs; 0.1 is usual",
-    ),
-    (
-        {"cfg_drop_rate": 0.1},
-        "c.yaml: cfg_drop_rate: 0.1 must be 0 where cfg_scale is 1 (no guidance)",
-    ),
-    (
-        {**UNET, "cfg_drop_rate": 0.1},
-        "c.yaml: cfg_drop_rate: 0.1 must be 0 where cfg_scale is 1 (no guidance)",
-    ),
-    (
-        {**GUIDED, "mix_ratio": 0},
-        "c.yaml: mix_ratio: 0.0 leaves nothing of the data in the target of guidance; "
-        "0.25 is usual",
-    ),
-    (
-        {"batch_size": 1},
-        "c.yaml: velocity_loss_ratio (default): 0.75 leaves flow matching not one sample of "
-        "batch_size 1; use 0 for none, or a larger batch",
-    ),
-    (
-        {"velocity_loss_ratio": 0.1},
-        "c.yaml: velocity_loss_ratio: 0.1 leaves flow matching not one sample of batch_size 8; "
-        "use 0 for none, or a larger batch",
-    ),
-    (
-        {"accumulation_steps": 3},
-        "c.yaml: accumulation_steps: 3 does not cut batch_size 8 into equal parts",
-    ),
-    (
-        {"accumulation_steps": 16},
-        "c.yaml: accumulation_steps: 16 does not cut batch_size 8 into equal parts",
-    ),
-    (
-        {"data_size": 16},
-        "c.yaml: data_size: 16 must be 8 for Digits",
-    ),
-    (
-        {"data_size": 64, "dataset_type": "CIFAR10"},
-        "c.yaml: data_size: 64 must be 32 for CIFAR10",
-    ),
-    (
-        {"dataset_type": "Imagenet", "data_size": 32, "eval_demo_shape": [100, 200]},
-        "c.yaml: eval_demo_shape: [100, 200] makes pictures of 51200 x 25600 pixels; "
-        "500,000,000 pixels are the most",
-    ),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("values", "line"), CONTRADICTIONS)
-def test_keys_that_contradict_each_other_are_refused_with_the_whole_line(values, line):
-    assert line_of(**values) == line
+@pytest.mark.parametrize(
+    ("values", "key", "named"),
+    [
+        ({"ema_decay_rates": [0.9, 0.9]}, "ema_decay_rates", ["0.9"]),
+        ({"ema_decay_rates": 0.9999}, "ema_decay_rates", ["0.9999", "ema_decay_rate"]),
+        ({"ema_snapshot_steps": 10}, "ema_snapshot_steps", ["10", "ema_power"]),
+        ({"working_dir": " "}, "working_dir", []),
+        ({"model_type": "DiT-B-3"}, "model_type", ["DiT-B-3", "data_size 8", "1, 2, 4, 8"]),
+        ({"model_type": "DiT-B-16"}, "model_type", ["DiT-B-16", "data_size 8"]),
+        ({"augment_probability": 0.12}, "augment_probability", ["0.12", "model_type UNet"]),
+        ({**UNET, **GUIDED}, "cfg_scale", ["2.0", "UNet", "DiT"]),
+        ({**UNET, "dataset_type": "ImageFolder", "data_size": 30}, "data_size", ["30", "UNet"]),
+        ({**UNET, "dataset_type": "Imagenet"}, "model_type", ["UNet", "Imagenet", "CIFAR10"]),
+        ({"cfg_scale": 2}, "cfg_drop_rate (default)", ["0.0", "cfg_scale"]),
+        ({"cfg_scale": 2, "cfg_drop_rate": 0}, "cfg_drop_rate", ["0.0", "cfg_scale"]),
+        ({"cfg_drop_rate": 0.1}, "cfg_drop_rate", ["0.1", "cfg_scale"]),
+        ({**GUIDED, "mix_ratio": 0}, "mix_ratio", ["0.0", "0.25"]),
+        ({"batch_size": 1}, "velocity_loss_ratio (default)", ["0.75", "batch_size 1"]),
+        ({"velocity_loss_ratio": 0.1}, "velocity_loss_ratio", ["0.1", "batch_size 8"]),
+        ({"accumulation_steps": 3}, "accumulation_steps", ["3", "batch_size 8"]),
+        ({"data_size": 16}, "data_size", ["16", "8", "Digits"]),
+        ({"data_size": 64, "dataset_type": "CIFAR10"}, "data_size", ["64", "32", "CIFAR10"]),
+        ({"dataset_type": "Imagenet", "data_size": 32, "eval_demo_shape": [100, 200]},
+         "eval_demo_shape", ["[100, 200]", "51200 x 25600", "500,000,000"]),
+    ],
+)  # fmt: skip
+def test_keys_that_contradict_each_other_are_refused_by_name(values, key, named):
+    line = line_of(**values)
+    assert line.startswith(f"c.yaml: {key}: ")
+    assert [word for word in named if word not in line] == []
 
 
 def test_networks_are_called_as_in_their_table(monkeypatch):
@@ -317,24 +178,19 @@ def test_networks_are_called_as_in_their_table(monkeypatch):
 
     monkeypatch.setitem(BACKBONES, "Unlabelled", Unlabelled)
     monkeypatch.setattr(Unlabelled, "misfit", classmethod(lambda *_: None))
-    assert line_of(augment_probability=0.1) == (
-        "c.yaml: augment_probability: 0.1 needs model_type UNet or Unlabelled: a DiT takes no "
-        "augmentation"
-    )
-    assert line_of(model_type="Unlabelled", **GUIDED) == (
-        "c.yaml: cfg_scale: 2.0 needs labels, and the Unlabelled is unconditional; use 1, or a DiT"
-    )
+    assert "UNet or Unlabelled" in line_of(augment_probability=0.1)
+    assert "Unlabelled" in line_of(model_type="Unlabelled", **GUIDED)
 
 
 @pytest.mark.parametrize(
     "values",
     [
-        # What has no effect is no contradiction: published configs leave it standing.
+        # A key without effect is no contradiction: published configs have such.
         {"mix_ratio": 0.25, "cfg_decay_time": 0.8},
         {"num_workers": 0, "prefetch_factor": 6},
         {"l_schedule": "Const", "l_init_ratio": 1.0},
         {**UNET, "mix_ratio": 0.25, "cfg_decay_time": 0.8},
-        # What means something, though seldom what is wanted.
+        # Rarely wanted, but meaningful.
         {"l_init_ratio": 0.002, "l_end_ratio": 0.1},
         {"velocity_loss_ratio": 1},
         {"batch_size": 1, "velocity_loss_ratio": 0},
@@ -346,7 +202,7 @@ def test_networks_are_called_as_in_their_table(monkeypatch):
         {**UNET, "dataset_type": "ImageFolder", "data_size": 64},
     ],
 )
-def test_what_the_reference_gives_a_meaning_is_not_refused(values):
+def test_values_that_mean_something_in_the_reference_are_taken(values):
     config_from_dict({**BASE, **values}, "c.yaml")
 
 
@@ -354,59 +210,47 @@ def test_what_the_reference_gives_a_meaning_is_not_refused(values):
 
 
 def refusal(path: Path, *overrides: str) -> str:
-    """What is said of a config file with what the command line adds to it."""
+    """The refusal of a config file with these overrides."""
     with pytest.raises(UserError) as refused:
         load_config(path, overrides)
     assert "\n" not in str(refused.value)
     return str(refused.value)
 
 
-def test_a_line_names_the_place_of_the_value_file_or_command_line(tmp_path):
+def test_a_line_names_the_file_or_the_command_line(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("working_dir: x\nbatch_size: 0\n")
-    assert refusal(path) == f"{path}: batch_size: 0 must be between 1 and 100,000,000"
-    assert refusal(path, "batch_size=8", "seed=-1") == "--set seed: -1 must be 0 or more"
+    assert refusal(path).startswith(f"{path}: batch_size: 0 ")
+    assert refusal(path, "batch_size=8", "seed=-1").startswith("--set seed: -1 ")
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("override", "place"),
     [
-        ("bach_size=3", "--set bach_size: unknown key; did you mean batch_size?"),
-        ("l_schedule=exponent", "Const, Linear, Cosine, Exponent; did you mean Exponent?"),
-        ("seed", "--set seed: not of the form KEY=VALUE"),
-        ("seed=" + "9" * 400, "is not a whole number"),
-        ("seed=[", "--set seed=[, line 1: not valid YAML"),
-        ("total_steps=1e30", "is not a whole number"),
-        ("total_steps=1e12", "total_steps: 1000000000000 must be between 1 and 1,000,000,000"),
-        ("p=.nan", "--set p: nan is not a number"),
-        ("working_dir=" + "x" * 300, "cannot be a folder (File name too long)"),
-        ('working_dir="a\\0b"', "'a\\x00b' has a character that no name can have"),
-        ("a\nb=1", "--set a\\nb: unknown key"),
+        ("bach_size=3", "--set bach_size: "), ("l_schedule=exponent", "--set l_schedule: "),
+        ("seed", "--set seed: "), ("seed=" + "9" * 400, "--set seed: "),
+        ("seed=[", "--set seed=[, line 1: "), ("total_steps=1e30", "--set total_steps: "),
+        ("total_steps=1e12", "--set total_steps: 1000000000000 "), ("p=.nan", "--set p: nan "),
+        ("working_dir=" + "x" * 300, "--set working_dir: "),
+        ('working_dir="a\\0b"', "--set working_dir: 'a\\x00b' "), ("a\nb=1", "--set a\\nb: "),
     ],
-)
-def test_what_the_command_line_gets_wrong_is_said_in_one_line(tmp_path, override, message):
+)  # fmt: skip
+def test_a_wrong_override_is_refused_in_one_line(tmp_path, override, place):
     (tmp_path / "c.yaml").write_text("working_dir: x")
-    assert message in refusal(tmp_path / "c.yaml", override)
+    assert refusal(tmp_path / "c.yaml", override).startswith(place)
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "place"),
     [
-        ("", "not a mapping of keys to values"),
-        ("- a\n- b", "not a mapping of keys to values"),
-        ("batch_size: 8", "working_dir (default): '' must name the folder"),
-        ("working_dir: x\nseed: 1\nseed: 2", "line 3: not valid YAML (the key seed stands here"),
-        ("a: &a [1]\nb: *a", "line 2: not valid YAML (aliases are not supported)"),
-        ("working_dir: !!python/object/apply:os.getcwd []", "line 1: not valid YAML"),
-        ("working_dir: {", "not valid YAML"),
-        (b"\xff\xfe\x00", "not a text file in UTF-8"),
-        (None, "cannot be read (No such file or directory)"),
+        ("", ""), ("- a\n- b", ""), ("batch_size: 8", ": working_dir (default): "),
+        ("working_dir: x\nseed: 1\nseed: 2", ", line 3: "), ("a: &a [1]\nb: *a", ", line 2: "),
+        ("working_dir: !!python/object/apply:os.getcwd []", ", line 1: "), ("working_dir: {", ""),
+        (b"\xff\xfe\x00", ""), (None, ""),
     ],
-)
-def test_a_file_that_may_not_be_is_refused_with_its_name(tmp_path, text, message):
+)  # fmt: skip
+def test_a_file_that_is_no_config_is_refused_by_its_name(tmp_path, text, place):
     path = tmp_path / "c.yaml"
     if text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    said = refusal(path)
-    assert said.startswith(str(path))
-    assert message in said
+    assert refusal(path).startswith(f"{path}{place}")
