@@ -41,9 +41,9 @@ from support.data.latent_parts import PartsFolder, Plan
 from support.data.latents import LatentReader
 from support.data.vae import find_vae, load_vae
 from support.runs.checkpoint import read_checkpoint, save_checkpoint
-from support.runs.resume import compare_plans
 from support.scores.npz import read_archive
 from support.system.files import UserError
+from training.identity import compare_plans
 
 LONGEST_LINE = 500  # besides the name of the file
 MB = 1 << 20

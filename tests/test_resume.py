@@ -10,7 +10,6 @@ from commands import digits_settings
 import inference
 import train
 from config import load_config
-from support.data.batches import BatchPlan
 from support.runs import checkpoint, results, stored
 from support.runs.resume import resume
 from support.system.files import UserError
@@ -35,7 +34,7 @@ def folder(tmp_path):
 
 
 def resumed(folder, compare=lambda content, path: []):
-    return resume(folder, fresh_state(), ALONE, BatchPlan(16, 10, 1, 1), compare)
+    return resume(folder, fresh_state(), ALONE, compare)
 
 
 def test_the_newest_usable_checkpoint_is_loaded_and_those_passed_over_are_named(folder):
@@ -82,8 +81,7 @@ def test_continuing_checks_sums_in_the_main_process_alone(
     save(saved, path)
     monkeypatch.setattr(Processes, "broadcast_object", lambda self, value: path)
     state = fresh_state()
-    plan = BatchPlan(16, 10, 2, 1)
-    assert resume(tmp_path, state, processes, plan, lambda content, path: []) == (path, [])
+    assert resume(tmp_path, state, processes, lambda content, path: []) == (path, [])
     assert calls == expected
     assert torch.equal(state.model[0].weight, saved.model[0].weight)
 

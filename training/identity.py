@@ -1,10 +1,12 @@
 """What makes a run another experiment, and where a run may start."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from config import FIELDS, Config
+from support.data.batches import BatchPlan
 from support.data.datasets import DATASETS
 from support.system.files import UserError
 from support.system.settings import may_change
@@ -49,3 +51,17 @@ def refuse_another_experiment(
             way_out = "its weights do not fit; use another working_dir"
         raise UserError(f"{source} is of another experiment: {listed}; {way_out}")
     return [f"{key} changed: {change}" for key, change in changes.items()]
+
+
+def compare_plans(plan: BatchPlan, content: Mapping[str, Any], path: Path) -> list[str]:
+    """A line where the batch was cut differently before: noise is drawn by microbatch."""
+    before = content.get("parts", plan.record())
+    if before == plan.record():
+        return []
+    try:
+        was = BatchPlan.from_record(before)
+    except (KeyError, TypeError, ZeroDivisionError, UserError):
+        raise UserError(f"{path}: its entry `parts` is damaged") from None
+    order = "goes on" if was.batch_size == plan.batch_size else "is another"
+    noise = "goes on" if was.num_microbatches == plan.num_microbatches else "is another"
+    return [f"batch {plan} now, {was} before: the order of the data {order}, the noise {noise}"]

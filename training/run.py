@@ -11,6 +11,7 @@ from sampler import find_decoder
 from support.data.batches import BatchPlan, build_loader
 from support.data.build import build_data, compare_data
 from support.data.datasets import RawBatch, TrainingData
+from support.data.images import SKIPPED_FILE
 from support.runs.budget import count_parameters
 from support.runs.logbook import Logbook, device_name
 from support.runs.metrics import METRICS_FILE, Metrics
@@ -18,11 +19,12 @@ from support.runs.results import Results
 from support.runs.resume import resume
 from support.runs.starting import start_from
 from support.runs.trackers import check_installed
+from support.system.files import atomic_write
 from support.system.processes import Processes
 from support.system.signals import Listener
 from training.draws import draw_batch
 from training.held_out import FrozenBatch, draw_held_out
-from training.identity import refuse_another_experiment, refuse_start
+from training.identity import compare_plans, refuse_another_experiment, refuse_start
 from training.learner import Learner, build_learner
 
 
@@ -87,6 +89,7 @@ def continue_run(run: Run, allowed: Sequence[str]) -> None:
         if "data" in content:
             is_allowed = "data" in allowed
             notes = compare_data(content["data"], run.data.record(), str(source), is_allowed)
+        notes += compare_plans(learner.plan, content, source)
         if "config" in content:
             before = config_from_dict(content["config"], str(source))
         elif (source := folder / "config.yaml").exists() and (content or has_trained(folder)):
@@ -95,7 +98,7 @@ def continue_run(run: Run, allowed: Sequence[str]) -> None:
             return notes
         return notes + refuse_another_experiment(before, run.config, allowed, str(source))
 
-    path, notes = resume(folder, learner.state, run.processes, learner.plan, compare)
+    path, notes = resume(folder, learner.state, run.processes, compare)
     run.is_fresh = path is None
     started = f"fresh run in {folder}"
     if path is None and run.config.init_from:
@@ -137,7 +140,10 @@ def open_folder(run: Run) -> None:
     if not run.processes.is_main:
         return
     results = run.results
-    results.open(run.data.skipped if run.config.skip_bad else None)
+    results.open()
+    if run.config.skip_bad:
+        with atomic_write(results.folder / SKIPPED_FILE) as file:
+            file.write("".join(f"{path}\n" for path in run.data.skipped).encode(errors="replace"))
     if run.is_fresh or not (results.folder / "config.yaml").exists():
         save_config(run.config, results.folder / "config.yaml")
     for note in run.notes:

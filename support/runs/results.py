@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from support.data.images import SKIPPED_FILE
 from support.runs.background import Background, background
 from support.runs.checkpoint import host_copy, refuse_non_finite, save_checkpoint
 from support.runs.logbook import record_of, write_record
-from support.system.files import UserError, atomic_write, make_folder, numbered_files
+from support.system.files import UserError, make_folder, numbered_files
 from support.system.locks import hold_lock
 from support.system.processes import Processes
 
@@ -81,14 +80,11 @@ class Results:
             self.jobs = stack.enter_context(background())
             yield
 
-    def open(self, skipped: list[str] | None) -> None:
-        """Make the places of results, and list the pictures that are left out, if any may be."""
+    def open(self) -> None:
+        """Create the folders of results."""
         for kind in SUFFIXES:
             if kind != "averages" or self.schedule.averages:
                 make_folder(self.folder / kind)
-        if skipped is not None:
-            with atomic_write(self.folder / SKIPPED_FILE) as file:
-                file.write("".join(f"{path}\n" for path in skipped).encode(errors="replace"))
 
     def path(self, kind: str, step: int) -> Path:
         """Where a kind of result is, or would be, of this step."""

@@ -4,18 +4,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from support.data.batches import BatchPlan
+from support.runs.budget import size
 from support.runs.checkpoint import TrainState, find_checkpoints, read_checkpoint
 from support.system.files import UserError
 from support.system.processes import Processes
 
+LARGE_BYTES = 10**9  # such files take a while to read
+
 # Compares a checkpoint's entries (empty for a fresh run), read from a path, with the run. Returns a
-# line for each change of data and settings; UserError where it is another experiment.
+# line for each change of data, batches and settings; UserError where it is another experiment.
 Compare = Callable[[Mapping[str, Any], Path], list[str]]
 
 
 def resume(
-    folder: Path, state: TrainState, processes: Processes, plan: BatchPlan, compare: Compare
+    folder: Path, state: TrainState, processes: Processes, compare: Compare
 ) -> tuple[Path | None, list[str]]:
     """Load the folder's newest usable checkpoint into `state`; returns its path and lines to log.
 
@@ -37,7 +39,6 @@ def resume(
     except UserError as error:
         raise UserError("; ".join([str(error), *notes])) from None
     settings = state.load_state_dict(content, str(path))
-    changes += compare_plans(plan, content, path)
     if content.get("interval"):
         state.interval.load_state_dict(content["interval"], processes)
     if "config" not in content:  # else `compare` has reported these
@@ -62,6 +63,8 @@ def newest_usable(
     reasons = []
     for path in reversed(found.values()):
         try:
+            if path.stat().st_size > LARGE_BYTES:
+                print(f"checking {path}: {size(path.stat().st_size)}", flush=True)
             content = read_checkpoint(path)
             try:
                 state.check(content, str(path))
@@ -77,17 +80,3 @@ def newest_usable(
             f"{folder}: none of its {len(found)} checkpoints can be used; the newest: {reasons[0]}"
         )
     return None, None
-
-
-def compare_plans(plan: BatchPlan, content: Mapping[str, Any], path: Path) -> list[str]:
-    """A line where the batch was cut differently before: noise is drawn by microbatch."""
-    before = content.get("parts", plan.record())
-    if before == plan.record():
-        return []
-    try:
-        was = BatchPlan.from_record(before)
-    except (KeyError, TypeError, ZeroDivisionError, UserError):
-        raise UserError(f"{path}: its entry `parts` is damaged") from None
-    order = "goes on" if was.batch_size == plan.batch_size else "is another"
-    noise = "goes on" if was.num_microbatches == plan.num_microbatches else "is another"
-    return [f"batch {plan} now, {was} before: the order of the data {order}, the noise {noise}"]
