@@ -44,9 +44,9 @@ from support.runs.stored import (
     StoredModel,
     add_model_options,
     read_stored,
-    recorded_card,
     write_stored,
 )
+from support.scores.table import read_record
 from support.system import hub
 from support.system.digests import weights_digest
 from support.system.files import UserError
@@ -167,7 +167,7 @@ def keep_persons_parts(card: Card, folder: Path, stored: StoredModel) -> Card:
     for place in (folder, stored.path.parent):
         if (place / WEIGHTS_FILE).exists() and (place / CARD_FILE).exists():
             old = split_card((place / CARD_FILE).read_text(errors="replace"))
-            card, kept = keep_written(card, old, recorded_card(place))
+            card, kept = keep_written(card, old, read_record(place / CONFIG_FILE).get("card", {}))
             if kept:
                 print(f"{CARD_FILE}: keeps your {', '.join(name or 'opening' for name in kept)}")
             break

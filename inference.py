@@ -173,12 +173,9 @@ def configs_per_nfe(arguments: argparse.Namespace, config: Config) -> list[Confi
             raise UserError("--eval-NFE: --times already gives the number of steps")
         return [config.model_copy(update={"eval_NFE": len(arguments.times) - 1})]
     counts = (arguments.eval_NFE or str(config.eval_NFE)).split(",")
-    one_file = [flag for flag in ("output", "grid") if getattr(arguments, flag)]
-    if len(counts) > 1 and one_file:
-        raise UserError(
-            f"--{one_file[0]}: names one file, but --eval-NFE {arguments.eval_NFE} makes "
-            f"{len(counts)}"
-        )
+    for flag in ("output", "grid") if len(counts) > 1 else ():
+        if getattr(arguments, flag):
+            raise UserError(f"--{flag}: names one file, but --eval-NFE {','.join(counts)} several")
     overrides = [override_by("--eval-NFE", "eval_NFE", count) for count in counts]
     return [config_from_dict(config.to_dict(), "--eval-NFE", [one]) for one in overrides]
 
@@ -191,12 +188,20 @@ def make_file(
     decode: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
     """Sample one file."""
-    config = sources.config
-    output = choose_output(arguments, sources, loaded)
+    config, is_main = sources.config, processes.is_main
     labels = choose_labels(arguments.labels, loaded)
-    counts = (config.eval_num_samples, config.eval_batch_size, config.eval_NFE)
+    sampler = arguments.sampler or loaded.model.sampler
+    # What differs from the published way is recorded, and part of the file's name.
+    unusual = {
+        "ema": loaded.average,
+        "sampler": sampler if sampler != "renoise" else "",
+        "times": list(arguments.times or ()),
+    }
+    unusual = {name: value for name, value in unusual.items() if value}
+    output = choose_output(arguments, sources, unusual)
     stream = choose_stream(arguments.noise_stream, labels, config, loaded, processes)
-    request = SampleRequest(*counts, stream, arguments.times, choose_sampler(arguments, loaded))
+    counts = (config.eval_num_samples, config.eval_batch_size, config.eval_NFE)
+    request = SampleRequest(*counts, stream, arguments.times, sampler)
 
     def build_record() -> dict[str, Any]:
         return record_of(
@@ -210,7 +215,7 @@ def make_file(
             noise_stream=arguments.noise_stream,
             checkpoint=str(sources.checkpoint),
             weights_sha256=loaded.weights_sha256,
-            **nondefault_options(arguments, loaded),
+            **unusual,
             **decoder_record(config),
         )
 
@@ -219,38 +224,21 @@ def make_file(
             output.unlink(missing_ok=True)
         write_record(output, build_record())
 
-    if processes.is_main:
-        check_outputs(output, arguments, build_record)
+    if is_main:
+        check_outputs(arguments, output, build_record)
     shown = GridImages(config.eval_demo_shape, loaded.num_classes, labels)
-    quiet = None if processes.is_main else True
-    with tqdm(total=request.num_images, unit="image", disable=quiet) as bar:
+    with tqdm(total=request.num_images, unit="image", disable=None if is_main else True) as bar:
 
         def report(batch: ImageBatch) -> None:
             shown.add(batch)
             bar.update(len(batch.pixels))
 
         batches = sample_pixels(loaded.model, request, processes, decode)
-        write_samples(output, batches, request.num_images, processes.is_main, save_record, report)
-    if processes.is_main:
+        write_samples(output, batches, request.num_images, is_main, save_record, report)
+    if is_main:
         print(f"{request.num_images} images in {output}")
         if arguments.grid:
             draw(shown.arranged(), Path(arguments.grid), loaded.class_names)
-
-
-def choose_sampler(arguments: argparse.Namespace, loaded: LoadedModel) -> str:
-    """The requested sampler, or the method's own."""
-    return arguments.sampler or loaded.model.sampler
-
-
-def nondefault_options(arguments: argparse.Namespace, loaded: LoadedModel) -> dict[str, Any]:
-    """The average, sampler and times, where they are not the published ones."""
-    sampler = choose_sampler(arguments, loaded)
-    options = {
-        "ema": loaded.average,
-        "sampler": sampler if sampler != "renoise" else "",
-        "times": list(arguments.times or ()),
-    }
-    return {name: value for name, value in options.items() if value}
 
 
 def draw(grid: Grid, path: Path, class_names: Sequence[str]) -> None:
@@ -261,7 +249,12 @@ def draw(grid: Grid, path: Path, class_names: Sequence[str]) -> None:
     print(f"{len(grid.pixels) // grid.columns} x {grid.columns} of them{rows}, in {path}")
 
 
-def choose_output(arguments: argparse.Namespace, sources: Sources, loaded: LoadedModel) -> Path:
+# Outputs, labels and noise
+
+
+def choose_output(
+    arguments: argparse.Namespace, sources: Sources, unusual: Mapping[str, Any]
+) -> Path:
     """The file of the samples."""
     for flag, suffix in (("output", ".npz"), ("grid", ".png")):
         name = getattr(arguments, flag)
@@ -270,38 +263,33 @@ def choose_output(arguments: argparse.Namespace, sources: Sources, loaded: Loade
     if arguments.output:
         return Path(arguments.output)
     name = f"{sources.name}_{sources.config.eval_NFE}NFE_{sources.config.seed}"
-    for value in nondefault_options(arguments, loaded).values():
+    for value in unusual.values():
         name += "_" + (value if isinstance(value, str) else "-".join(f"{t:g}" for t in value))
     return sources.folder / f"{name}.npz"
 
 
 def check_outputs(
-    output: Path, arguments: argparse.Namespace, build_record: Callable[[], dict[str, Any]]
+    arguments: argparse.Namespace, output: Path, build_record: Callable[[], dict[str, Any]]
 ) -> None:
     """Make the folders of the files to write; UserError if one would replace something else."""
     make_folder(output.parent)
-    if arguments.grid:
-        check_writable(Path(arguments.grid))
     if not arguments.overwrite:
         refuse_other_samples(output, build_record())
-        if arguments.grid:
+    if arguments.grid:
+        check_writable(Path(arguments.grid))
+        if not arguments.overwrite:
             refuse_foreign(Path(arguments.grid), PNG_MARK, "choose another --grid, or --overwrite")
-
-
-# Labels and noise
 
 
 def choose_stream(
     name: str, labels: Sequence[int], config: Config, loaded: LoadedModel, processes: Processes
 ) -> SamplingStream:
     """The requested source of noise and labels."""
-    seed, is_conditional = config.seed, config.is_conditional
-    num_classes, shape = loaded.num_classes, loaded.shape
-    stream: SamplingStream = PerImageStream(seed, num_classes if is_conditional else None, shape)
+    seed, classes = config.seed, loaded.num_classes if config.is_conditional else None
+    stream: SamplingStream = PerImageStream(seed, classes, loaded.shape)
     if name == "reference":
-        stream = ReferenceStream(
-            seed, processes.rank, num_classes, shape, is_conditional, processes.device
-        )
+        of_data = (loaded.num_classes, loaded.shape, config.is_conditional)
+        stream = ReferenceStream(seed, processes.rank, *of_data, processes.device)
     return GivenLabels(stream, labels) if labels else stream
 
 
@@ -333,22 +321,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", metavar="S", help="seed of labels and noise (default 42)")
     add("--eval-batch-size", metavar="B", help="images at a time, per process (default 32)")
     add("--eval-NFE", metavar="N[,N...]", help="steps per image (default 1); one file for each")
-    times_help = "where the steps start and end; the default is evenly spaced"
+    times_help = "where the steps start and end (default: evenly spaced)"
     add("--times", type=times_in, metavar="1,...,0", help=times_help)
-    add(
-        "--sampler",
-        choices=tuple(SAMPLERS),
-        help="renoise (SoFlow's default): the published sampler, each step ends at t = 0 and fresh "
-        "noise leads to the next t; chain: each step starts where the last one ended",
-    )
-    add(
-        "--noise-stream",
-        choices=("image", "reference"),
-        default="image",
-        help="image (default): draws depend on the seed and the image's index alone; reference: "
-        "draw by process and batch, as the published code does",
-    )
-    labels_help = "classes by name or number, repeated in turn; the default draws them uniformly"
+    sampler_help = """renoise (SoFlow's default): as published, each step ends at t = 0 and fresh
+        noise leads to the next t; chain: each step starts where the last one ended"""
+    add("--sampler", choices=tuple(SAMPLERS), help=sampler_help)
+    stream_help = """image (default): an image's draws depend on the seed and its index alone;
+        reference: draw by process and batch, as the published code does"""
+    choices = ("image", "reference")
+    add("--noise-stream", choices=choices, default="image", help=stream_help)
+    labels_help = "classes by name or number, repeated in turn (default: drawn uniformly)"
     add("--labels", metavar="cat,dog,3", help=labels_help)
     add("--output", type=expanduser, metavar="FILE.npz", help="file of the images")
     add("--overwrite", action="store_true", help="replace other samples that are in the way")

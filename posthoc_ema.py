@@ -17,7 +17,6 @@ import argparse
 from collections.abc import Mapping, Sequence
 from os.path import expanduser
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +35,7 @@ from support.runs.averages import (
 )
 from support.runs.checkpoint import read_checkpoint
 from support.runs.stored import StoredModel, of_checkpoint
-from support.system.files import UserError, numbered_files, shorten
+from support.system.files import UserError, numbered_files
 
 LARGEST_ERROR = 0.05  # of the profile; beyond, the result is another average than requested
 
@@ -62,30 +61,11 @@ def reconstruct(snapshots: Mapping[int, Path], std: float) -> tuple[StoredModel,
         content = read_checkpoint(path, needed=("averages", "finished_steps", "config", "data"))
         end = last_move(step, content["config"].get("ema_every_steps") or 1)
         for name, weights in content["averages"].items():
-            profiles.append(Profile(gamma_of(std_of(name, path)), end))
+            profiles.append(Profile(gamma_of(float(name.removeprefix(PREFIX))), end))
             sources.append(weights)
-            check_alike(weights, sources[0], path)
     combination = combine(profiles, Profile(gamma_of(std), end))
     weights = weighted_sum(combination.shares, sources)
     return of_checkpoint(path, content, weights, PowerFunction(std).name), combination
-
-
-def std_of(name: str, path: Path) -> float:
-    """The relative standard deviation that names an average; UserError if it names none."""
-    start, prefix, number = name.partition(PREFIX)
-    try:
-        if start or not prefix:
-            raise ValueError(name)
-        return float(number)
-    except ValueError:
-        raise UserError(f"{path}: its average {shorten(name)} is no power function") from None
-
-
-def check_alike(weights: Any, others: Mapping[str, Tensor], path: Path) -> None:
-    """UserError if weights are not those of the same network as the others."""
-    is_alike = isinstance(weights, Mapping) and weights.keys() == others.keys()
-    if not is_alike or any(weights[name].shape != others[name].shape for name in others):
-        raise UserError(f"{path}: its averages are another network's than those before")
 
 
 def weighted_sum(shares: np.ndarray, sources: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -21,9 +21,6 @@ class Hub:
         self.folder, self.asked = folder, []
         self.private: dict[str, bool] = {}  # of the repositories that were made here
         self.uploads: dict[str, bytes] = {}  # large files, by their SHA-256
-        self.cut_after: int | None = None  # bytes, of the next large file's content
-        self.ranges: list[str] = []  # which parts of files were asked for
-        self.lost: str | None = None  # a file that is listed and not there
         self.token: str | None = None  # which uploads need
         self.refused: int | None = None  # with this status are all commits
 
@@ -108,27 +105,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.answer({"id": match[1], "sha": COMMIT, **told})
         match = re.match(r"/([^/]+/[^/]+)/resolve/[^/]+/([^?]+)", self.path)
         path = self.hub.folder / match[1] / match[2] if match else None
-        if path is None or not path.is_file() or path.name == self.hub.lost:
+        if path is None or not path.is_file():
             return self.refuse(404, "EntryNotFound")
         return self.file(path)
 
     def file(self, path: Path) -> None:
         content = path.read_bytes()
         headers = {"X_Repo_Commit": COMMIT, "ETag": f'"{hashlib.sha1(content).hexdigest()}"'}
-        start = 0
-        if given := self.headers.get("Range"):
-            start = int(re.match(r"bytes=(\d+)-", given)[1])
-            headers["Content_Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-            self.hub.ranges.append(given)
-        if self.command == "GET" and self.hub.cut_after and path.suffix in LARGE:
-            end, self.hub.cut_after = start + self.hub.cut_after, None
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(content) - start))
-            self.end_headers()
-            self.wfile.write(content[start:end])
-            self.close_connection = True
-            return
-        self.answer(content[start:], 206 if start else 200, Accept_Ranges="bytes", **headers)
+        self.answer(content, **headers)
 
     def do_POST(self):
         self.hub.asked.append((self.command, self.path))

@@ -20,7 +20,7 @@ from sampler import decoding
 from sampling import assemble, load
 from support.runs import graphs
 from support.runs.checkpoint import read_checkpoint
-from support.runs.stored import StoredModel, _wanted, read_stored
+from support.runs.stored import StoredModel, _files_of_model, read_stored
 from support.system.files import UserError
 
 
@@ -316,9 +316,9 @@ def test_packages_that_are_missing_are_said_before_any_work(run, tmp_path, monke
     ],
 )
 def test_of_a_repository_only_what_makes_up_one_model_is_fetched(files, subfolder, wanted):
-    assert sorted(_wanted("owner/name", subfolder, files)) == sorted(wanted)
+    assert sorted(_files_of_model("owner/name", subfolder, files)) == sorted(wanted)
 
 
 def test_a_repository_without_a_model_there_says_where_there_are_some():
     with pytest.raises(UserError, match=r"^owner/name: .* B, XL-2-cond$"):
-        _wanted("owner/name", "", ["XL-2-cond/ckpts/12.pt", "B/ckpts/1.pt"])
+        _files_of_model("owner/name", "", ["XL-2-cond/ckpts/12.pt", "B/ckpts/1.pt"])

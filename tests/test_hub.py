@@ -16,8 +16,6 @@ pytestmark = pytest.mark.slow
 
 CODE = """
 import sys
-from huggingface_hub import constants
-constants.DOWNLOAD_CHUNK_SIZE = 250_000  # by which a fetch that broke off goes on
 from sampling import load
 from support.system.command import run_command
 def main():
@@ -124,19 +122,12 @@ def test_a_failing_push_is_refused_early_where_possible(exported, hub, tmp_path)
     assert "owner/digits" in refusal(pushed(hub, *flags, HF_ENDPOINT=NOBODY))
 
 
-def test_an_interrupted_fetch_continues_and_damage_is_named(exported, hub, tmp_path):
-    place, expected = exported
+def test_damaged_weights_of_the_hub_are_named(exported, hub, tmp_path):
+    place, _ = exported
     weights = shutil.copytree(place / "out", hub.folder / "owner" / "digits") / "model.safetensors"
-    hub.cut_after = 1_000_000
-    done, latents = fetched(hub, "owner/digits", tmp_path)
-    assert latents is not None and torch.equal(latents, expected), done.stderr
-    assert hub.ranges == ["bytes=1000000-"]
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
-    line = refusal(fetched(hub, "owner/digits", tmp_path, HF_HOME=str(tmp_path / "other"))[0])
+    line = refusal(fetched(hub, "owner/digits", tmp_path)[0])
     assert "model.safetensors" in line and "SHA-256" in line and "hf cache rm" in line
-    hub.lost = "model.safetensors"
-    line = refusal(fetched(hub, "owner/digits", tmp_path, HF_HOME=str(tmp_path / "third"))[0])
-    assert "owner/digits" in line
 
 
 def test_of_a_released_repository_one_folders_config_and_newest_checkpoint_are_fetched(

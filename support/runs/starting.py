@@ -1,5 +1,6 @@
 """Start a fresh run from another model's weights: copy what fits, keep the rest fresh."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ from support.system.files import UserError, sha256_of
 
 # Entries under which other code stores a model's weights, the averaged ones first.
 PLACES = ("ema_model", "ema", "model", "state_dict")
-PREFIXES = ("module.", "network.")  # before a network's own names
+PREFIXES = re.compile(r"(module\.)?(network\.)?")  # before a network's own names
 # Refuse to copy less than this share of a network's numbers: small layers such as biases have the
 # same shape in networks that have nothing else in common.
 LEAST_SHARE = 0.01
@@ -106,7 +107,7 @@ def match(
     class_names: Sequence[str],
 ) -> Transfer:
     """Which stored weights fit where; tables that are not trained stay as they are."""
-    weights = {bare(name): tensor for name, tensor in stored.weights.items()}
+    weights = {PREFIXES.sub("", name, count=1): tensor for name, tensor in stored.weights.items()}
     state, found = network.state_dict(), Transfer()
     trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
     for name in state:
@@ -128,13 +129,6 @@ def match(
             found.new.append(name + there)
     found.left = list(weights)
     return found
-
-
-def bare(name: str) -> str:
-    """A network's own name of a weight."""
-    for prefix in PREFIXES:
-        name = name.removeprefix(prefix)
-    return name
 
 
 def match_rows(

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from support.runs.averages import find_average
-from support.runs.checkpoint import find_checkpoints, read_checkpoint, run_of_checkpoint
+from support.runs.checkpoint import read_checkpoint, run_of_checkpoint
 from support.system import hub
-from support.system.files import UserError, sha256_of, shorten
+from support.system.files import UserError, identify, sha256_of, shorten
 from support.system.settings import read_yaml
 
 WEIGHTS_FILE = "model.safetensors"
@@ -74,57 +74,49 @@ def find_file(source: str | Path, subfolder: str = "") -> Path:
     if not isinstance(subfolder, str):
         raise UserError(f"subfolder: {shorten(subfolder)} is not the name of a folder")
     place = Path(os.path.expanduser(source))
+    if os.path.isfile(place / subfolder):
+        return place / subfolder
     if not os.path.exists(place):
-        name, subfolder = _hub_name(str(source), subfolder)
-        place = hub.fetch(name, partial(_wanted, name, subfolder))
+        name = str(source)
+        owner, *further = name.split("/")
+        if len(further) > 1 and not Path(owner or "/").expanduser().exists():
+            name, subfolder = f"{owner}/{further[0]}", "/".join([*further[1:], subfolder])
+        subfolder = subfolder.strip("/")
+        place = hub.fetch(name, partial(_files_of_model, name, subfolder))
+    folder = place / subfolder
     try:
-        return _find_in(place / subfolder)
+        kinds = (WEIGHTS_FILE, "*.pt", "ckpts/*.pt", f"*/{WEIGHTS_FILE}", "*/ckpts/*.pt")
+        files = [str(one.relative_to(folder)) for kind in kinds for one in folder.glob(kind)]
+        return folder / _choose_weights(str(folder), "", files)
     except OSError as error:
         raise UserError(f"{source}: cannot be read ({error.strerror})") from error
 
 
-def _hub_name(source: str, subfolder: str) -> tuple[str, str]:
-    """OWNER/NAME and the folder in it, of a source that may be OWNER/NAME/FOLDER."""
-    owner, *further = source.split("/")
-    if len(further) < 2 or Path(owner or "/").expanduser().exists():
-        return source, subfolder
-    return f"{owner}/{further[0]}", "/".join([*further[1:], subfolder]).rstrip("/")
+def _choose_weights(name: str, start: str, files: list[str]) -> str:
+    """The weights file among the files of a folder or repository, in the folder `start`.
 
-
-def _find_in(place: Path) -> Path:
-    if place.is_file():
-        return place
-    if (place / WEIGHTS_FILE).is_file():
-        return place / WEIGHTS_FILE
-    for folder in (place / "ckpts", place):
-        if found := find_checkpoints(folder):
-            return found[max(found)]
-    kinds = (WEIGHTS_FILE, "ckpts")
-    below = place.iterdir() if place.is_dir() else ()
-    names = sorted(one.name for one in below if any((one / kind).exists() for kind in kinds))
-    hint = f"; there are models in {', '.join(names[:10])}" if names else ""
-    raise UserError(
-        f"{place}: no model here: neither {WEIGHTS_FILE} with {CONFIG_FILE} nor ckpts/STEP.pt{hint}"
-    )
-
-
-def _wanted(name: str, subfolder: str, files: list[str]) -> list[str]:
-    """Those files of a repository that make up one model: one file of weights, config and card."""
-    start = f"{subfolder}/" if subfolder else ""
+    That is an export's, or else the newest checkpoint.
+    """
     if start + WEIGHTS_FILE in files:
-        needed = [start + WEIGHTS_FILE, start + CONFIG_FILE]
-    else:
-        steps = [re.fullmatch(re.escape(start) + r"ckpts/([0-9]+)\.pt", file) for file in files]
-        newest = max((match for match in steps if match), key=lambda m: int(m[1]), default=None)
-        if newest is None:
-            folders = {file.rsplit("/", 1)[0] for file in files if file.endswith(WEIGHTS_FILE)}
-            folders |= {file.rsplit("/ckpts/", 1)[0] for file in files if "/ckpts/" in file}
-            hint = f"; there are models in {', '.join(sorted(folders)[:10])}" if folders else ""
-            raise UserError(f"{name}: no model in {subfolder or 'its top folder'}{hint}")
-        needed = [newest[0], start + "config.yaml"]
-    if missing := [file for file in needed if file not in files]:
-        raise UserError(f"{name}: has {needed[0]}, but lacks {missing[0]}, which describes it")
-    return [*needed, *({start + CARD_FILE} & set(files))]
+        return start + WEIGHTS_FILE
+    for place in (f"{start}ckpts/", start):
+        pattern = re.compile(rf"{re.escape(place)}(0|[1-9][0-9]*)\.pt", re.ASCII)
+        if steps := {int(found[1]): file for file in files if (found := pattern.fullmatch(file))}:
+            return steps[max(steps)]
+    below = {re.split(r"/(?:ckpts/)?[^/]*$", file)[0] for file in files if "/" in file}
+    hint = f"; there are models in {', '.join(sorted(below)[:10])}" if below else ""
+    raise UserError(f"{name}: has no {start}{WEIGHTS_FILE} and no {start}ckpts/STEP.pt{hint}")
+
+
+def _files_of_model(name: str, subfolder: str, files: list[str]) -> list[str]:
+    """Those files of a repository that make up one model: weights, description and card."""
+    start = f"{subfolder}/" if subfolder else ""
+    kept = [file for file in files if file.endswith((".pt", WEIGHTS_FILE))]
+    weights = _choose_weights(name, start, kept)
+    beside = start + (CONFIG_FILE if weights == start + WEIGHTS_FILE else "config.yaml")
+    if beside not in files:
+        raise UserError(f"{name}: has {weights}, but lacks {beside}, which describes it")
+    return [weights, beside, *({start + CARD_FILE} & set(files))]
 
 
 # Reading
@@ -209,43 +201,25 @@ def check_sums(path: Path, weights: Mapping[str, Any]) -> None:
                 raise UserError(f"{path}: damaged (the checksum of {shorten(name)} is wrong)")
 
 
-def recorded_card(folder: Path) -> Mapping[str, str]:
-    """The digests of an exported folder's card as it was written; empty if unknown."""
-    try:
-        return _read_description(folder / CONFIG_FILE)[0].card
-    except UserError:
-        return {}
-
-
 def _read_export(path: Path, ema: str, is_verified: bool) -> StoredModel:
     described = path.with_name(CONFIG_FILE)
-    stored, digest = _read_description(described)
-    _choose_average(path, ema, [stored.average or str(stored.config.get("ema_decay_rate"))])
-    if not is_verified and sha256_of(path) != digest:
-        raise UserError(
-            f"{path}: damaged: its SHA-256 is not the one in {described}; export it again, or, if "
-            "it came from the hub, fetch it again after `hf cache rm model/OWNER/NAME`"
-        )
-    return replace(stored, weights=read_weights(path))
-
-
-def _read_description(described: Path) -> tuple[StoredModel, str]:
-    """An exported model without its weights, and the digest of their file."""
-    path = described.with_name(WEIGHTS_FILE)
     try:
         record = json.loads(described.read_bytes())
         empty = StoredModel(path, {}, {}).record
         known = {name: record[name] for name in empty if name in record}
-        kinds = {name: Sequence if value == () else type(value) for name, value in empty.items()}
-        wrong = [name for name, value in known.items() if not isinstance(value, kinds[name])]
-        if wrong:
-            raise TypeError(f"its entry {wrong[0]} is {shorten(known[wrong[0]])}")
+        for name, value in known.items():
+            if not isinstance(value, list if empty[name] == () else type(empty[name])):
+                raise TypeError(f"its entry {name} is {shorten(value)}")
         digest, stored = record["file_sha256"], StoredModel(path, {}, **known)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{described}: does not describe a model ({shorten(error)})") from error
+    _choose_average(path, ema, [stored.average or str(stored.config.get("ema_decay_rate"))])
+    if not is_verified and sha256_of(path) != digest:
         raise UserError(
-            f"{described}: does not describe an exported model ({shorten(error)})"
-        ) from error
-    return stored, digest
+            f"{path}: damaged ({identify(path)}): its SHA-256 is not the one in {described}; "
+            "export it again, or fetch it again after `hf cache rm model/OWNER/NAME`"
+        )
+    return replace(stored, weights=read_weights(path))
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
