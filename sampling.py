@@ -258,12 +258,10 @@ def _device(device: str | torch.device) -> torch.device:
         raise UserError(f"device: {shorten(device)} is not a name such as cpu, or a torch.device")
     kind, _, index = str(device).partition(":")
     chosen = choose_device(kind)
-    if not index:
-        return chosen
     count = torch.cuda.device_count() if kind == "cuda" else 1
-    if not index.isdecimal() or int(index) >= count:
-        raise UserError(f"device: {shorten(str(device))}: the last one is {kind}:{count - 1}")
-    return torch.device(kind, int(index))
+    if index and index not in map(str, range(count)):
+        raise UserError(f"device: {shorten(str(device))}: there are {count} of this kind, from 0")
+    return torch.device(kind, int(index)) if index else chosen
 
 
 def _whole(value: Any, place: str, least: int, most: int | None = None) -> int:
@@ -285,6 +283,5 @@ def _listed(value: Any, place: str) -> list[Any]:
 
 
 def _described(value: Any) -> str:
-    shape = f" {list(value.shape)}" if isinstance(value, Tensor | np.ndarray) else ""
-    dtype = f" of {value.dtype}" if isinstance(value, Tensor) else ""
-    return f"a {type(value).__name__}{shape}{dtype}"
+    shape = f" {list(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else ""
+    return f"a {type(value).__name__}{shape}"

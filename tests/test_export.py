@@ -185,24 +185,18 @@ def test_a_folder_that_is_no_export_is_never_replaced(run, tmp_path):
     assert (mine / "app.py").read_text() == "mine"
 
 
-def test_classes_are_asked_for_by_name_where_numbers_could_mean_others(run, tmp_path):
+def test_class_names_travel_even_if_they_are_numbers_or_no_text(run, tmp_path):
     content = read_checkpoint(run / "ckpts" / "3.pt")
-    content["data"]["class_names"] = [str(digit) for digit in range(1, 11)]  # folders 1, ..., 10
-    torch.save(content, tmp_path / "3.pt")
-    export.main([str(tmp_path / "3.pt"), str(tmp_path / "out")])
-    assert "labels=['1', '1', '10']" in (tmp_path / "out" / "README.md").read_text()
-
-
-def test_class_names_that_are_no_text_travel(run, tmp_path):
-    names = ["caf\udce9", *"123456789"]
-    path = tmp_path / "1.pt"
-    content = read_checkpoint(run / "ckpts" / "3.pt")
-    torch.save({**content, "data": {**content["data"], "class_names": names}}, path)
-    export.main([str(path), str(tmp_path / "exported"), "--space"])
-    loaded = load(tmp_path / "exported", device="cpu", report=None)
-    assert list(loaded.class_names) == names
-    assert "caf?" in (tmp_path / "exported" / "README.md").read_text()
-    assert len(loaded.sample(labels=names[0])) == 1
+    for step, names in ((1, map(str, range(1, 11))), (2, ["caf\udce9", *"123456789"])):
+        content["data"]["class_names"] = names = list(names)
+        path, out = tmp_path / f"{step}.pt", tmp_path / f"out{step}"
+        torch.save(content, path)
+        export.main([str(path), str(out), "--space"])
+        loaded = load(out, device="cpu", report=None)
+        assert list(loaded.class_names) == names
+        assert len(loaded.sample(labels=names[0])) == 1
+    assert "labels=['1', '1', '10']" in (tmp_path / "out1" / "README.md").read_text()
+    assert "caf?" in (tmp_path / "out2" / "README.md").read_text()
 
 
 @pytest.mark.slow
@@ -295,30 +289,12 @@ def test_packages_that_are_missing_are_said_before_any_work(run, tmp_path, monke
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("files", "subfolder", "wanted"),
-    [
-        (
-            ["model.safetensors", "config.json", "ckpts/9.pt"],
-            "",
-            ["model.safetensors", "config.json"],
-        ),
-        (
-            [
-                "XL-2-cond/config.yaml",
-                "XL-2-cond/ckpts/4.pt",
-                "XL-2-cond/ckpts/12.pt",
-                "B/ckpts/1.pt",
-            ],
-            "XL-2-cond",
-            ["XL-2-cond/config.yaml", "XL-2-cond/ckpts/12.pt"],
-        ),
-    ],
-)
-def test_of_a_repository_only_what_makes_up_one_model_is_fetched(files, subfolder, wanted):
-    assert sorted(_files_of_model("owner/name", subfolder, files)) == sorted(wanted)
-
-
-def test_a_repository_without_a_model_there_says_where_there_are_some():
-    with pytest.raises(UserError, match=r"^owner/name: .* B, XL-2-cond$"):
-        _files_of_model("owner/name", "", ["XL-2-cond/ckpts/12.pt", "B/ckpts/1.pt"])
+@pytest.mark.parametrize("card", [[], ["README.md"]])
+def test_of_a_repository_only_what_makes_up_one_model_is_fetched(card):
+    exported = ["model.safetensors", "config.json", *card]
+    assert {*_files_of_model("owner/name", "", [*exported, "ckpts/9.pt"])} == {*exported}
+    newest = ["XL/config.yaml", "XL/ckpts/12.pt", *(f"XL/{name}" for name in card)]
+    others = ["XL/ckpts/4.pt", "B/ckpts/13.pt", "README.txt"]
+    assert {*_files_of_model("owner/name", "XL", [*newest, *others])} == {*newest}
+    with pytest.raises(UserError, match=r"^owner/name: .* B, XL$"):
+        _files_of_model("owner/name", "", [*newest, *others])

@@ -5,7 +5,6 @@ again: config.json holds the digest of each part as it was written, so changed p
 """
 
 import hashlib
-import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -61,18 +60,16 @@ def split_card(text: str) -> Card:
     body = text[head.end() :] if head else text
     entries = re.split(r"^(?=[\w-]+:)", head[1] if head else "", flags=re.MULTILINE)
     sections = re.split(r"^(?=## )", body, flags=re.MULTILINE)
-    named = ((one.partition(":")[0], one) for one in entries)
-    titled = ((one.partition("\n")[0] if one.startswith("## ") else "", one) for one in sections)
-    return Card(_by_name(named), _by_name(titled))
+    return Card(_by_name(entries, r"[\w-]+"), _by_name(sections, "## .*"))
 
 
-def _by_name(parts: Iterable[tuple[str, str]]) -> dict[str, str]:
+def _by_name(parts: Iterable[str], name: str) -> dict[str, str]:
     found: dict[str, str] = {}
-    for name, text in parts:
-        while name in found:  # a heading that is there twice
-            name += "'"
-        if text.strip():
-            found[name] = text.strip("\n")
+    for text in filter(str.strip, parts):
+        title = start[0] if (start := re.match(name, text)) else ""
+        while title in found:  # a heading that is there twice
+            title += "'"
+        found[title] = text.strip("\n")
     return found
 
 
@@ -196,12 +193,13 @@ def _facts_of_training(stored: StoredModel) -> dict[str, object]:
             f"scale {settings['cfg_scale']:g}, mix {settings['mix_ratio']:g}, labels dropped "
             f"{settings['cfg_drop_rate']:g}; trained in, so there is none to choose"
         )
+    rate, decay = f"{settings['learning_rate']:g}", f"{settings['weight_decay']:g}"
+    betas = " and ".join(f"{beta:g}" for beta in settings["betas"])
     rows: dict[str, object] = {
         "steps": f"{stored.finished_steps:,} of {settings['total_steps']:,}, "
         f"{settings['batch_size']:,} samples each",
-        "optimizer": f"{settings['optimizer']}, learning rate {settings['learning_rate']:g}, betas "
-        f"{' and '.join(f'{beta:g}' for beta in settings['betas'])}, weight decay "
-        f"{settings['weight_decay']:g}",
+        "optimizer": f"{settings['optimizer']}, learning rate {rate}, betas {betas}, "
+        f"weight decay {decay}",
         "weights": f"averaged, {average}" + (f" every {every} steps" if every != 1 else ""),
         "guidance": guidance,
         "seed": settings["seed"],
@@ -216,21 +214,22 @@ def _facts_of_training(stored: StoredModel) -> dict[str, object]:
 
 
 def _scores(records: Sequence[Mapping[str, Any]]) -> str:
-    """A table for each way in which scores were measured."""
-    if not records:
-        return "The records have no scores of these weights."
-    groups = itertools.groupby(sorted(records, key=_protocol), key=_protocol)
-    return "\n\n".join(_scores_by(protocol, list(group)) for protocol, group in groups)
+    """A table for each way in which scores were measured; only its rows can be compared."""
+    tables: dict[str, list[Mapping[str, Any]]] = {}
+    for row in sorted(records, key=lambda one: (one["sampler"], one.get("NFE") or 0, one["file"])):
+        tables.setdefault(_protocol(row), []).append(row)
+    parts = [f"{_score_table(rows)}\n\n{protocol}" for protocol, rows in sorted(tables.items())]
+    return "\n\n".join(parts) or "The records have no scores of these weights."
 
 
 def _protocol(record: Mapping[str, Any]) -> str:
-    """How scores were measured; scores of one protocol can be compared."""
     reference, graph, versions = (record.get(key, {}) for key in ("reference", "graph", "versions"))
+    notes = "".join(f" {note}." for note in record.get("notes", ()))
     return (
         f"Measured by evaluator.py of soflow {versions.get('soflow', '?')} with TensorFlow "
         f"{versions.get('tensorflow', '?')} and the graph {_named(graph)}, against the reference "
         f"{_named(reference)} of {reference.get('num_images', '?')} images; prec and recall by "
-        f"{record.get('distances', 'exact')} distances."
+        f"{record.get('distances', 'exact')} distances.{notes}"
     )
 
 
@@ -238,14 +237,10 @@ def _named(file: Mapping[str, Any]) -> str:
     return f"{file.get('name', '?')} (SHA-256 {file.get('sha256', 'unknown')})"
 
 
-def _scores_by(protocol: str, records: Sequence[Mapping[str, Any]]) -> str:
-    rows = sorted(records, key=lambda one: (one["sampler"], one.get("NFE") or 0, one["file"]))
+def _score_table(rows: Sequence[Mapping[str, Any]]) -> str:
     columns = [column for column in COLUMNS if any(column in row["scores"] for row in rows)]
     lines = [["steps", "sampler", "N images", *columns], ["---"] * (3 + len(columns))]
     for row in rows:
         scores = [f"{row['scores'][c]:.4g}" if c in row["scores"] else "" for c in columns]
-        counts = [row.get("NFE", "?"), row["sampler"], f"{row.get('num_images', 0):,}"]
-        lines.append([*map(str, counts), *scores])
-    notes = dict.fromkeys(note for row in rows for note in row.get("notes", []))
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return "\n\n".join([table, " ".join([protocol, *(f"{note}." for note in notes)])])
+        lines.append([f"{row.get('NFE', '?')}", row["sampler"], f"{row['num_images']:,}", *scores])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
