@@ -28,37 +28,12 @@ import numpy as np
 from support import __version__
 from support.data.folders import find_pictures
 from support.data.images import EXTENSIONS
-from support.scores import image_sets
+from support.scores import image_sets, measures, references, table
 from support.scores.graph import DEFAULT_NAME, FeatureGraph, find_graph
 from support.scores.image_sets import ImageSet
-from support.scores.measures import (
-    DISTANCES,
-    SPLIT_IMAGES,
-    Manifold,
-    frechet_distance,
-    inception_score,
-    precision_recall,
-)
-from support.scores.references import (
-    POOL,
-    SPATIAL,
-    Measured,
-    Reference,
-    load_reference,
-    measure,
-    reference_images,
-    refuse_to_replace,
-    write_reference,
-)
-from support.scores.table import (
-    FEW_IMAGES,
-    Results,
-    Stamp,
-    Yardstick,
-    format_scores,
-    origin_of,
-    printable,
-)
+from support.scores.measures import Manifold
+from support.scores.references import POOL, SPATIAL, Measured, Reference, measure
+from support.scores.table import FEW_IMAGES, Results, Stamp, Yardstick, printable
 from support.system.files import UserError, make_folder, natural_key, sha256_of
 
 COMMON_IMAGES = 50_000  # behind published scores
@@ -81,13 +56,11 @@ def score_samples(path: Path, samples: ImageSet, reference: Reference, graph: Fe
     Raises UserError if they are damaged, change meanwhile, or are of another size.
     """
     start_seconds = time.monotonic()
-    expected, of = graph.image_shape, "the samples scored first"
-    if reference.images:
-        expected, of = reference.images.image_shape, str(reference.path)
-    if samples.size != image_sets.size_of(expected):
-        size = image_sets.size_of(expected)
-        raise UserError(f"{path}: images are {samples.size}, those of {of} are {size}")
-    stamp, origin = stamp_of(path), origin_of(path, samples.num_images)
+    if samples.image_shape[:2] != graph.image_shape[:2]:  # grey counts as RGB
+        of = reference.path if reference.images else "the samples scored first"
+        shapes = f"{list(samples.image_shape)}, those of {of} are {list(graph.image_shape)}"
+        raise UserError(f"{path}: images are {shapes}")
+    stamp, origin = stamp_of(path), table.origin_of(path, samples.num_images)
     digest = hashlib.sha256()  # of a folder's pixels
     sha256 = None if samples.exif else sha256_of(path)
     measured = measure(samples, graph, digest.update if samples.exif else lambda pixels: None)
@@ -106,12 +79,7 @@ def score_samples(path: Path, samples: ImageSet, reference: Reference, graph: Fe
         **stamp._asdict(),
         "sha256": sha256 or digest.hexdigest(),
         "exif": samples.exif or None,
-        "reference": {
-            "name": str(reference.path),
-            "sha256": reference.sha256,
-            "num_images": reference.images.num_images if reference.images else None,
-            "statistics": {kind: source._asdict() for kind, source in reference.sources.items()},
-        },
+        "reference": reference.record(),
         "graph": {"name": graph.name, "sha256": graph.sha256, "widths": graph.widths},
         "versions": {
             "soflow": __version__,
@@ -130,13 +98,13 @@ def compare(
 ) -> dict[str, float]:
     """The scores by column, as far as the reference allows; the graph names the distances."""
     distance = "FID" if graph.is_inception else "FD"
-    scores = {"IS": inception_score(samples.features, graph.class_weights)}
+    scores = {"IS": measures.inception_score(samples.features, graph.class_weights)}
     for column, kind in ((distance, POOL), (f"s{distance}", SPATIAL)):
         if kind in reference.statistics:
             pair = (samples.statistics[kind], reference.statistics[kind])
-            scores[column] = frechet_distance(*pair)
+            scores[column] = measures.frechet_distance(*pair)
     if balls and reference.manifold:
-        scores["prec"], scores["recall"] = precision_recall(balls, reference.manifold)
+        scores["prec"], scores["recall"] = measures.precision_recall(balls, reference.manifold)
     return scores
 
 
@@ -164,16 +132,12 @@ def notes(
     if reference.images is None:
         found.append("reference: has no images, which prec and recall need")
     if SPATIAL not in reference.statistics:
-        found.append(
-            f"reference: has neither images nor mu_s and sigma_s for {frechet.split()[-1]}"
-        )
+        found.append(f"reference: has no images and no mu_s, sigma_s for {frechet.split()[-1]}")
     if samples.exif:
         found.append("samples: pictures of a folder; the record's SHA-256 is that of their pixels")
     if samples.is_by_class:
-        found.append(
-            f"samples: sorted by class; IS is the mean over splits of {SPLIT_IMAGES:,} images, so "
-            "it is lower than in random order"
-        )
+        splits = f"splits of {measures.SPLIT_IMAGES:,} images"
+        found.append(f"samples: sorted by class; lowers IS, which is the mean over {splits}")
     from_file = [kind for kind, source in reference.sources.items() if source.origin == "file"]
     if from_file and not (reference.names_graph or graph.is_inception):
         found.append("reference: does not say whether this graph made its statistics")
@@ -199,7 +163,7 @@ class Session:
             kind = "is a file, not a folder" if self._folder.exists() else "no such folder"
             raise UserError(f"{self._folder}: {kind} (--sample_batch_dir)")
         make_folder(self._folder)  # so that hours of work do not end with results unwritten
-        self._reference_images = reference_images(arguments.ref_batch)
+        self._reference_images = references.reference_images(arguments.ref_batch)
         self._graph_path = find_graph_of(arguments)
         self._loaded: tuple[Reference, FeatureGraph] | None = None
         self._distances = arguments.distances or "exact"
@@ -245,7 +209,7 @@ class Session:
             return
         self.results.add(record)
         self.failed.pop(path, None)
-        print(f"{printable(path.name)} # {format_scores(record['scores'])}")
+        print(f"{printable(path.name)} # {table.format_scores(record['scores'])}")
         print(f"  {record['num_images']} images in {record['seconds']:.1f} s")
         if "prec" in record["scores"]:
             print(f"  prec and recall by {record['distances']} distances")
@@ -263,7 +227,9 @@ class Session:
             graph = FeatureGraph(self._graph_path, shape, arguments.batch_size)
             print(f"TensorFlow {graph.tensorflow_version} on {graph.device}", flush=True)
             source = (arguments.ref_batch, images, self._sha256)
-            reference = load_reference(*source, graph, self._distances, not arguments.no_cache)
+            reference = references.load_reference(
+                *source, graph, self._distances, not arguments.no_cache
+            )
             self._loaded = reference, graph
         return self._loaded
 
@@ -294,7 +260,7 @@ def score_folder(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         if arguments.watch is None:
             raise
-    if session.results.lines:
+    if session.results.records:
         print(session.results.table(session.yardstick))
     for path in session.failed:
         print(f"not scored: {printable(path.name)}", file=sys.stderr)
@@ -320,11 +286,11 @@ def make_reference(arguments: argparse.Namespace) -> int:
     images = image_sets.find_images(arguments.images, arguments.image_size, arguments.exif)
     if images.left_out_note:
         print(images.left_out_note, flush=True)
-    refuse_to_replace(arguments.write_ref)
+    references.refuse_to_replace(arguments.write_ref)
     graph = FeatureGraph(find_graph_of(arguments), images.image_shape, arguments.batch_size)
     print(f"graph {graph.path}, SHA-256 {graph.sha256}")
-    write_reference(arguments.write_ref, images, graph, arguments.ref_images)
-    print(f"{arguments.write_ref}: {images.num_images} images, {images.size}")
+    references.write_reference(arguments.write_ref, images, graph, arguments.ref_images)
+    print(f"{arguments.write_ref}: {images.num_images} images {list(images.image_shape)}")
     return 0
 
 
@@ -336,7 +302,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     folder_help = "folder whose .npz files are scored, or whose pictures are"
     add("--sample_batch_dir", type=expanduser, metavar="DIR", help=folder_help)
     distances_help = "for precision and recall: exact (default), or float16 as in ADM's evaluator"
-    add("--distances", choices=DISTANCES, help=distances_help)
+    add("--distances", choices=measures.DISTANCES, help=distances_help)
     watch_help = "keep scoring new files, looking every so many seconds (60)"
     add("--watch", type=positive, nargs="?", const=60, metavar="SECONDS", help=watch_help)
     add("--delete_evaluated", action="store_true", help="delete each .npz once it is scored")

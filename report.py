@@ -1,12 +1,12 @@
-"""Make a page of one run or several: curves, scores, samples over training, what differs.
+"""Make a page from one run or several: curves, scores, samples over training, differences.
 
     python report.py runs/digits
     python report.py runs/digits runs/digits-1 --table results.md
     python report.py runs/digits --watch
     python report.py --band docs/expected/digits.json runs/digits runs/digits-1 runs/digits-2
 
-One HTML file that needs no network: RUN/report.html of one run, report.html of several. --band
-writes the curves that are expected of an experiment, from its runs with different seeds.
+One HTML file that needs no network: RUN/report.html for one run, report.html for several. --band
+writes the curves to expect of an experiment, from its runs with different seeds.
 """
 
 from support.system.command import run_command  # isort: skip - first: it attends to the start
@@ -24,6 +24,7 @@ from support.report.expected import Expected, read_expected
 from support.report.page import Meaning, Report, render
 from support.report.runs import RecordedRun, read_runs
 from support.report.tables import check_place, write_table
+from support.scores.table import SCORES
 from support.system.digests import settings_digest
 from support.system.files import PAGE_MARK, UserError, atomic_write, refuse_foreign
 from support.system.settings import may_change
@@ -31,56 +32,53 @@ from support.system.settings import may_change
 EXPECTED = Path(__file__).resolve().parent / "docs" / "expected"
 SCHEDULES, MACHINE = "Schedules", "Machine"  # sections of the page
 
-# What each metric means; of a metric that is not here there is a curve all the same.
+# What each metric means. A metric that is not listed has a curve all the same.
 MEANINGS = {
     "Vel_MSE": Meaning(
-        "Squared error of the velocity: falls fast, then slowly, and never to 0, since noise "
-        "cannot be foreseen.",
+        "Squared error of the velocity against its target: falls fast, then slowly, never to 0, "
+        "because noise cannot be foreseen. With mix_ratio m the target of a labelled sample has a "
+        "share 1 - m of the model's own velocity: the number is m² times the error against the "
+        "guided velocity.",
         better="lower",
     ),
     "Vel_Weight": Meaning("Mean weight 1 / (error + eps)^p of Vel_MSE: rises as the errors fall."),
     "Con_MSE": Meaning(
-        "How far two jumps disagree, per time between them: may rise late, since the gap shrinks."
+        "How far two solutions disagree, per time between them: may rise late, as the gap shrinks."
     ),
     "Con_Weight": Meaning("Mean weight of Con_MSE: settles."),
-    "Grad_Norm": Meaning(
-        "Length of the gradient before any clipping: settles; growth line by line is a bad sign."
-    ),
+    "Grad_Norm": Meaning("Norm of the gradient before clipping: settles; steady growth is bad."),
     "Gap_Fraction": Meaning(
         "r, where l lies between t (0) and s (1): falls by l_schedule.", section=SCHEDULES
     ),
-    "Learning_Rate": Meaning("That of the step just done.", section=SCHEDULES),
+    "Learning_Rate": Meaning("Of the step just done.", section=SCHEDULES),
     "Memory_GB": Meaning("Most memory held so far.", section=MACHINE),
-    "Seconds": Meaning("Time since the line before, samples made in it included.", section=MACHINE),
+    "Seconds": Meaning("Since the line before, including samples made meanwhile.", section=MACHINE),
     "Images_Per_Second": Meaning(
-        "Speed: where it drops, data come too slowly or the machine is shared.", section=MACHINE
+        "Where it drops, data come too slowly or others use the machine.", section=MACHINE
     ),
     "held-out velocity": Meaning(
         "Error of the velocity on images that training does not see: a rise is overfitting.",
         better="lower",
     ),
     "held-out consistency": Meaning(
-        "How far two jumps disagree on these images, always at the final gap.", better="lower"
+        "How far two solutions disagree on these images, at the final gap. It does not rank runs."
     ),
-    "IS": Meaning(
-        "Inception Score: clear and varied samples score high; knows no reference.",
-        better="higher",
-    ),
-    "FID": Meaning("Distance between samples and reference in Inception's features.", "lower"),
-    "sFID": Meaning("The same in features that keep where things are.", "lower"),
-    "FD": Meaning("Distance between samples and reference in the graph's features.", "lower"),
-    "sFD": Meaning("The same in features that keep where things are.", "lower"),
-    "prec": Meaning("Precision: share of samples that look real.", "higher"),
-    "recall": Meaning("Recall: share of the real variety that samples cover.", "higher"),
+    **{name: Meaning(kind.sentence, kind.better) for name, kind in SCORES.items()},
 }
-# A band says nothing of what a schedule or a machine decides.
+# Keys of a config that decide what the velocity is compared with, and on which data.
+TARGET = (
+    *("method", "noising_type", "cfg_scale", "mix_ratio", "cfg_drop_rate", "cfg_decay_time"),
+    *("time_mean", "time_std", "dataset_type", "dataset_path", "data_size", "held_out", "vae"),
+    *("augment_probability", "horizontal_flips", "unet_dropout"),
+)
+# There is no band for what a schedule or the machine decides.
 NOT_EXPECTED = {name for name, meaning in MEANINGS.items() if meaning.section}
 
 
 def experiment_of(run: RecordedRun) -> str | None:
-    """A digest of what makes a run's experiment but its seed; None where its config is unknown.
+    """A digest of what makes a run's experiment, without the seed; None if it is unknown.
 
-    Keys at their defaults are left out, so that a key that is new does not change the digest.
+    Keys at their defaults are left out, so that a new key does not change the digest.
     """
     try:
         config = config_from_dict(run.settings, "config.yaml", pass_over=lambda line: None)
@@ -97,30 +95,32 @@ def experiment_of(run: RecordedRun) -> str | None:
     )
 
 
-def make_report(arguments: argparse.Namespace) -> list[str]:
-    """Read the runs and write the page, and the table if one is asked for; what is to be said."""
-    runs = read_runs(arguments.runs)
+def make(runs: Sequence[RecordedRun], reload_seconds: float = 0) -> Report:
+    """A report of these runs."""
     known = read_expected(EXPECTED)
     expected = [known.get(experiment_of(run) or "") for run in runs]
-    report = Report(runs, MEANINGS, expected, passed_over=["working_dir"])
+    return Report(runs, MEANINGS, expected, TARGET, ["working_dir"], reload_seconds)
+
+
+def write_report(arguments: argparse.Namespace) -> list[str]:
+    """Write the page, and the table if asked for; returns notes for the user."""
+    runs = read_runs(arguments.runs)
+    report = make(runs, arguments.every if arguments.watch else 0)
     refuse_foreign(arguments.output, PAGE_MARK, "say another --output")
     page = render(report, f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}")
     with atomic_write(arguments.output) as file:
         file.write(page.encode(errors="replace"))
     if arguments.table:
-        write_table(arguments.table, report.results())
+        write_table(arguments.table, report.results()[0])
     return [*(note for run in runs for note in run.notes), *missing_metrics(runs)]
 
 
 def make_band(path: Path, folders: Sequence[Path]) -> None:
-    """Write the bands of the metrics that these runs of one experiment share."""
+    """Write the bands of the metrics that these runs of one experiment have in common."""
     runs = read_runs(folders)
     experiments = {experiment_of(run) for run in runs}
     if len(experiments) > 1 or None in experiments:
-        raise UserError(
-            f"--band {path}: the runs are not of one experiment, their configs differ in more than "
-            "the seed"
-        )
+        raise UserError(f"--band {path}: the configs of these runs differ in more than the seed")
     shared = [name for name in runs[0].curves if all(name in run.curves for run in runs)]
     names = [name for name in shared if name not in NOT_EXPECTED]
     Expected.of(str(experiments.pop()), runs, names).write(path)
@@ -134,16 +134,18 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("runs", nargs="+", type=path, metavar="RUN", help="folder of a run (its working_dir)")
     add("--output", type=path, metavar="FILE", help="the page (RUN/report.html, or report.html)")
-    add("--table", type=path, metavar="FILE", help="the results as .md, .csv or .tex too")
-    add("--watch", action="store_true", help="make the page anew until Ctrl-C")
+    add("--table", type=path, metavar="FILE", help="also the results, as .md, .csv or .tex")
+    watch_help = "make the page again and again until Ctrl-C; an open page follows"
+    add("--watch", action="store_true", help=watch_help)
     add("--every", type=positive, metavar="SECONDS", help="how often, with --watch (60)")
     add("--band", type=path, metavar="FILE", help="write the runs' expected curves, and no page")
     arguments = parser.parse_args(argv)
     page_options = ("output", "table", "watch", "every")
     if arguments.band and any(getattr(arguments, name) for name in page_options):
-        parser.error("--band: makes no page, and goes with no other option")
+        parser.error("--band: makes no page, so it takes no other option")
     if arguments.every and not arguments.watch:
         parser.error("--every: goes with --watch")
+    arguments.every = arguments.every or 60
     if arguments.table:
         check_place(arguments.table)
     if arguments.output and arguments.output.suffix != ".html":
@@ -155,7 +157,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def path(text: str) -> Path:
-    """A path of the command line; shells leave ~ as it is after an equals sign."""
+    """A path of the command line; shells do not expand ~ after an equals sign."""
     return Path(os.path.expanduser(text))
 
 
@@ -177,12 +179,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         make_band(arguments.band, arguments.runs)
         print(arguments.band)
         return
-    said = make_report(arguments)
+    said = write_report(arguments)
     print(*said, arguments.output, *filter(None, [arguments.table]), sep="\n", flush=True)
     while arguments.watch:
         try:
-            time.sleep(arguments.every or 60)
-            news = [line for line in make_report(arguments) if line not in said]
+            time.sleep(arguments.every)
+            news = [line for line in write_report(arguments) if line not in said]
         except KeyboardInterrupt:
             return
         print(*news, sep="\n", end="\n" if news else "", flush=True)

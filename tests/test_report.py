@@ -1,7 +1,10 @@
 """The report of runs: what it reads, what it says, and the page in a real browser."""
 
 import csv
+import fcntl
 import json
+import re
+import socket
 import time
 from pathlib import Path
 
@@ -11,10 +14,10 @@ from commands import ROOT
 from PIL import Image
 
 import report
-from config import load_config
-from support.report.comparison import results
+from config import FIELDS, load_config
 from support.report.curves import Curve
 from support.report.expected import Band, read_expected
+from support.report.page import render
 from support.report.pictures import TOTAL_BYTES, embed
 from support.report.runs import RecordedRun, read_run
 from support.system.files import UserError
@@ -51,19 +54,19 @@ def write_run(folder: Path, seed: int = 0, shift: float = 0.0, lines: int = 20) 
         Image.fromarray(pixels).save(folder / "figs" / f"{step}.png")
     (folder / "ckpts" / "500.pt").write_bytes(bytes(3_000_000))
     (folder / "ckpts" / "500.json").write_text(json.dumps({"device": "abacus", "torch": "2.0"}))
-    scores = [score(step, jumps, FD=9 / jumps + seed) for step in (250, 500) for jumps in (1, 2)]
+    scores = [score(step, nfe, FD=9 / nfe + seed) for step in (250, 500) for nfe in (1, 2)]
     write_lines(folder / "evals" / "eval_results.jsonl", scores)
     (folder / "log.txt").write_text("2026-11-25 04:26:20 resumed at step 100 from ckpts/100.pt\n")
     return folder
 
 
-def score(step: int, jumps: int, num_images: int = 600, **values: float) -> dict:
+def score(step: int, nfe: int, num_images: int = 600, **values: float) -> dict:
     """The record of a sample file's scores."""
     return {
-        "file": f"{step}_{jumps}NFE_0.npz",
+        "file": f"{step}_{nfe}NFE_0.npz",
         "scores": values,
         "step": step,
-        "NFE": jumps,
+        "NFE": nfe,
         "num_images": num_images,
         "reference": {"sha256": "a"},
         "graph": {"sha256": "b"},
@@ -82,7 +85,7 @@ def test_files_of_other_kinds_are_not_replaced_and_our_own_are(tmp_path, name):
     run, file = write_run(tmp_path / "run"), tmp_path / name
     words = [run, "--output" if name == "page.html" else "--table", file]
     file.write_text("somebody's")
-    with pytest.raises(UserError, match=f"{name}: exists, and is not a file of this kind"):
+    with pytest.raises(UserError, match=f"{name}: "):
         report.main([*map(str, words)])
     assert file.read_text() == "somebody's"
     file.unlink()
@@ -109,30 +112,41 @@ def test_every_number_of_metrics_jsonl_is_a_curve_but_for_its_place(tmp_path):
     assert run.curves["Odd"].at(1) == 3
 
 
-def test_an_older_run_is_read_from_its_log(tmp_path):
+def test_warnings_of_the_log_and_the_time_of_its_last_line_are_read(tmp_path):
     (tmp_path / "log.txt").write_text(
-        "2026-11-25 03:45:12 fresh run in runs/digits\n"
-        "2026-11-25 03:45:19 Step: 50/1000 (5.0%), Vel_MSE: 0.3428, Memory: 1.00 GB, "
-        "Seconds: 7.0, Images/s: 909.8, ETA: 0:02:14\n"
-        "2026-11-25 03:45:26 Step: 100/1000 (10.0%), Vel_MSE: nan, Seconds: 7.3\n"
         "2026-11-25 03:46:26 resumed at step 50 from runs/digits/ckpts/50.pt\n"
         "2026-11-25 03:46:26 learning_rate changed: 0.002 -> 0.001\n"
         "2026-11-25 03:46:36 Step: 150/1000 (15.0%), Vel_MSE: 0.2, Seco"
     )
     run = read_run(tmp_path, "run")
-    assert {name: dict(zip(c.steps, c.values, strict=True)) for name, c in run.curves.items()} == {
-        "Vel_MSE": {50: 0.3428, 150: 0.2},  # what was logged after step 50 is taken back
-        "Memory_GB": {50: 1.0},
-        "Seconds": {50: 7.0},
-        "Images_Per_Second": {50: 909.8},
-    }
     assert [line.split(" ", 2)[2] for line in run.warnings] == [
         "resumed at step 50 from runs/digits/ckpts/50.pt",
         "learning_rate changed: 0.002 -> 0.001",
     ]
-    assert run.notes[0] == (
-        f"{tmp_path}: no metrics.jsonl, as of an older run; curves are from log.txt"
-    )
+    assert run.last_line == "2026-11-25 03:46:36"
+
+
+def test_a_killed_run_a_running_one_and_a_finished_one_look_different(tmp_path):
+    folder = write_run(tmp_path / "run", lines=3)
+    (folder / ".lock").write_text(json.dumps({"host": socket.gethostname(), "process": 1}))
+
+    def facts():
+        report.main([str(folder)])
+        page = (folder / "report.html").read_text()
+        assert "last line of the log 2026-11-25 04:26:20" in page
+        return re.search("(Running|Stopped|Finished)[^;]*", page)[0]
+
+    killed = facts()
+    assert killed.startswith("Stopped")
+    with open(folder / ".lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert facts() == "Running on this machine"
+    (folder / ".lock").write_text(json.dumps({"host": "elsewhere"}))
+    assert facts() == "Running on elsewhere"
+    (folder / ".lock").unlink()
+    assert facts() == killed
+    write_lines(folder / "metrics.jsonl", [{"step": 1000, "Vel_MSE": 0.1}])
+    assert facts() == "Finished"
 
 
 def test_an_unreadable_line_is_named_and_passed_over(tmp_path):
@@ -199,7 +213,7 @@ def test_bands_made_from_runs_are_drawn_for_runs_of_the_same_experiment(
     band = ["--band", str(tmp_path / "expected/mine.json"), *runs[:3]]
     for _ in range(2):
         report.main(band)
-    with pytest.raises(UserError, match=r"config\.yaml: exists, and is not a file of this kind"):
+    with pytest.raises(UserError, match=r"config\.yaml: "):
         report.main(["--band", f"{runs[0]}/config.yaml", *runs[:3]])
     (expected,) = read_expected(tmp_path / "expected").values()
     assert [*expected.bands] == ["Vel_MSE"]  # no schedule, no speed
@@ -241,7 +255,7 @@ def test_the_best_of_what_can_be_compared_is_bold(tmp_path):
         report.main([*map(str, runs), "--table", str(table), *output])
     markdown = (tmp_path / "results.md").read_text().splitlines()
     assert [cell.strip() for cell in markdown[3].split("|")[1:6]] == [
-        *("a_0", "500", "2", "600", "**4.500**"),  # of two jumps; the last scored step
+        *("a_0", "500", "2", "600", "**4.500**"),  # of two steps; the last scored step
     ]
     assert markdown[5].split("|")[5].strip() == "5.500"
     assert r"a\_0 & 500 & 2 & 600 & \textbf{4.500}" in (tmp_path / "results.tex").read_text()
@@ -249,12 +263,38 @@ def test_the_best_of_what_can_be_compared_is_bold(tmp_path):
         assert [row["FD"] for row in csv.DictReader(file)] == ["9.0", "4.5", "10.0", "5.5"]
 
 
-def test_scores_that_cannot_be_compared_have_no_best(tmp_path):
+def bold(folders, *changes):
+    """The columns with a best value, and the remarks, of runs with changed settings."""
+    runs = [read_run(folder, folder.name) for folder in folders]
+    for run, change in zip(runs, changes, strict=False):
+        run.settings |= change
+    table, remarks = report.make(runs).results()
+    return {table.columns[column] for _, column in table.best}, " ".join(remarks)
+
+
+def test_only_numbers_that_rank_are_bold_and_only_where_they_can_be_compared(tmp_path):
     folders = [write_run(tmp_path / name, seed) for seed, name in enumerate("ab")]
+    losses = {"velocity": [0.4, 0.3, 0.2, 0.1], "consistency": [0.6, 0.4, 0.3, 0.2]}
+    write_lines(folders[0] / "held_out.jsonl", [{"step": 250, "average": losses}])
+    write_lines(folders[1] / "held_out.jsonl", [{"step": 250, "average": {"velocity": [0.9]}}])
+    everything = {"FD", "Vel_MSE", "held-out velocity"}
+    assert bold(folders, {"learning_rate": 0.5}) == (everything, "")
+    for key, value in {"mix_ratio": 0.125, "cfg_scale": 9.0, "dataset_type": "CIFAR10"}.items():
+        columns, remarks = bold(folders, {key: value})
+        assert columns == {"FD"}
+        assert all(word in remarks for word in ("Vel_MSE", "held-out velocity", key))
     path = folders[0] / "evals/eval_results.jsonl"
+    write_lines(path, [score(250, 1, num_images=50, FD=1.0), score(500, 1, FD=1.0)])
+    assert bold(folders) == (everything, "")  # the 50 images are not shown
     write_lines(path, [score(500, 1, num_images=1000, FD=1.0)])
-    table = results([read_run(folder, folder.name) for folder in folders], {"FD": "lower"})
-    assert not {column for _, column in table.best if table.columns[column] == "FD"}
+    columns, remarks = bold(folders)
+    assert columns == everything - {"FD"}
+    assert "numbers of images" in remarks
+    assert bold(folders[1:]) == ({"FD"}, "")  # NFE 1 and 2 of one run
+
+
+def test_the_keys_of_the_target_are_keys_of_a_config():
+    assert {*report.TARGET} <= {*FIELDS}
 
 
 # The command
@@ -263,14 +303,14 @@ def test_scores_that_cannot_be_compared_have_no_best(tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["nowhere"], "nowhere: no such folder of a run"),
-        (["empty"], "empty: holds no run: neither metrics.jsonl nor log.txt is there"),
-        (["run", "--table", "t.doc"], "--table t.doc: must end in .md, .csv or .tex"),
-        (["run", "--output", "no/r.html"], "no/r.html: cannot be written (No such file"),
-        (["--band", "b.json", "run"], "a band needs 2 runs or more, each with another seed"),
-        (["--band", "b.json", "run", "run"], "runs of different seeds, not [0, 0]"),
-        (["--band", "b.json", "run", "short"], "short: at step 150 of 1000; a band needs runs"),
-        (["--band", "b.json", "run", "other"], "not of one experiment"),
+        (["nowhere"], "nowhere: "),
+        (["empty"], "empty: "),
+        (["run", "--table", "t.doc"], "--table t.doc: "),
+        (["run", "--output", "no/r.html"], "no/r.html: "),
+        (["--band", "b.json", "run"], "2 runs"),
+        (["--band", "b.json", "run", "run"], "[0, 0]"),
+        (["--band", "b.json", "run", "short"], "short: at step 150 of 1000"),
+        (["--band", "b.json", "run", "other"], "--band b.json: "),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(tmp_path, monkeypatch, words, said):
@@ -316,7 +356,9 @@ def test_watching_makes_the_page_anew_until_it_is_interrupted(tmp_path, monkeypa
     folder, seen = write_run(tmp_path / "run", lines=3), []
 
     def sleep(seconds):
-        seen.append((seconds, "150 of 1,000" in (folder / "report.html").read_text()))
+        page = (folder / "report.html").read_text()
+        assert "setInterval(reload, 1000 * 5)" in page
+        seen.append((seconds, "150 of 1,000" in page))
         if len(seen) == 2:
             raise KeyboardInterrupt
         with open(folder / "metrics.jsonl", "a") as file:
@@ -359,7 +401,11 @@ def open_page(browser, request):
     """Opens a page; in the end, it has said nothing in the console and asked no network."""
     theme, width = request.param
     context = browser.new_context(
-        color_scheme=theme, viewport={"width": width, "height": 800}, offline=True
+        color_scheme=theme,
+        viewport={"width": width, "height": 800},
+        has_touch=theme == "dark",
+        is_mobile=theme == "dark",
+        offline=True,
     )
     page, said, asked = context.new_page(), [], []
     page.on("console", lambda message: said.append(message.text))
@@ -405,8 +451,42 @@ def test_two_runs_in_a_browser(tmp_path, open_page):
     assert image.get_attribute("src") != last
     assert page.locator("#chosen").inner_text() == "step 250"
 
+    hints = page.locator("footer span").evaluate_all("e => e.map(e => e.checkVisibility())")
+    is_touch = page.evaluate("matchMedia('(pointer: coarse)').matches")
+    assert hints == [not is_touch, is_touch]  # a mouse drags over a curve, a finger taps it
+
     page.locator("#log").check()
     kind = "document.querySelector('.plot')._fullLayout.yaxis.type"
     page.wait_for_function(f"{kind} === 'log'")
     assert page.get_by_text("resumed at step 100").count() == 2
     assert page.get_by_text("500 (3.0 MB)").count() == 2
+
+
+@pytest.mark.slow
+def test_a_page_that_is_watched_follows_its_file_but_not_under_who_looks_closer(
+    tmp_path, open_page
+):
+    folder = write_run(tmp_path / "run", lines=3)
+    path = tmp_path / "page.html"
+
+    def rewrite(step):
+        write_lines(folder / "metrics.jsonl", [{"step": s, "Vel_MSE": 1 / s} for s in (50, step)])
+        path.write_text(render(report.make([read_run(folder, "run")], 3600), "now"))
+
+    rewrite(100)
+    page = open_page(path)
+    page.locator("#log").check()
+    rewrite(200)
+    with page.expect_navigation():
+        page.evaluate("reload()")
+    page.wait_for_function("document.querySelector('.plot')._fullLayout?.yaxis.type === 'log'")
+    assert page.get_by_text("200 of 1,000").count() == 1
+    rewrite(300)
+    page.locator("#step").press("ArrowLeft")
+    page.evaluate("reload()")
+    page.wait_for_timeout(300)
+    assert page.get_by_text("200 of 1,000").count() == 1
+    page.locator("#step").press("ArrowRight")
+    with page.expect_navigation():
+        page.evaluate("reload()")
+    page.wait_for_selector("text=300 of 1,000")

@@ -1,4 +1,4 @@
-"""Runs side by side: what differs in their configs, and what came of them."""
+"""Runs side by side: how their configs differ, and how their results compare."""
 
 from collections.abc import Collection, Mapping, Sequence
 
@@ -9,67 +9,83 @@ from support.system.files import shorten
 from support.system.settings import either
 
 
+def differing_keys(runs: Sequence[RecordedRun], keys: Collection[str]) -> list[str]:
+    """Those of the keys in which the runs' configs differ; a config that is unknown differs."""
+    settings = [run.settings for run in runs]
+    if not all(settings):
+        return [*keys]
+    return [key for key in keys if any(s.get(key) != settings[0].get(key) for s in settings)]
+
+
 def differing_settings(runs: Sequence[RecordedRun], passed_over: Collection[str]) -> Table:
-    """The keys of the configs in which runs differ, a column for each run."""
+    """The keys in which the runs' configs differ, with a column for each run."""
     keys = {key: None for run in runs for key in run.settings if key not in passed_over}
-    rows = []
-    for key in keys:
-        values = [run.settings.get(key) for run in runs]
-        if any(value != values[0] for value in values[1:]):
-            rows.append([key, *map(shorten, values)])
+    rows = [
+        [key, *(shorten(run.settings.get(key)) for run in runs)]
+        for key in differing_keys(runs, keys)
+    ]
     return Table(["key", *(run.name for run in runs)], rows)
 
 
 def missing_metrics(runs: Sequence[RecordedRun]) -> list[str]:
     """A line for each metric that some of the runs lack."""
     names = {name: None for run in runs for name in run.curves}
-    lines = []
-    for name in names:
-        lacking = [run.name for run in runs if name not in run.curves]
-        if lacking:
-            lines.append(f"{name}: {either(lacking)} has none")
-    return lines
+    lacking = {name: [run.name for run in runs if name not in run.curves] for name in names}
+    return [f"{name}: {either(of)} has none" for name, of in lacking.items() if of]
 
 
-def results(runs: Sequence[RecordedRun], better: Mapping[str, str]) -> Table:
-    """A row for each run and number of jumps, of its last scored step; else of its last step.
+def results(
+    runs: Sequence[RecordedRun], better: Mapping[str, str], target: Collection[str]
+) -> tuple[Table, list[str]]:
+    """A row for each run and NFE at its last scored step, or its last step; and remarks.
 
-    `better` says of a column whether "lower" or "higher" values are: the best are marked, scores
-    only where all were made alike, and so can be compared.
+    `better` says of columns whether "lower" or "higher" is better. The best value is marked only
+    where values can be compared: scores if they were measured alike, errors if the runs agree in
+    the keys `target`, which decide what the network learns.
     """
-    last = [(run, score) for run in runs for score in _last_scores(run)]
-    names = [name for name in COLUMNS if any(s is not None and name in s.values for _, s in last)]
+    shown = [(run, score) for run in runs for score in _last_scores(run)]
+    scores = [name for name in COLUMNS if any(s and name in s.values for _, s in shown)]
     losses = {key.loss: None for run in runs for key in run.held_out}
     metrics = [name for name in better if any(name in run.curves for run in runs)]
-    rows = []
-    for run, score in last:
-        step = run.last_step if score is None else score.step
-        rows.append(
-            [
-                run.name,
-                step,
-                score and score.jumps,
-                score and score.num_images,
-                *(score and score.values.get(name) for name in names),
-                *(_held_out_at(run, loss, step) for loss in losses),
-                *(run.curves[name].at(step) if name in run.curves else None for name in metrics),
-            ]
-        )
     held_out = [f"held-out {loss}" for loss in losses]
-    table = Table(["run", "step", "NFE", "images", *names, *held_out, *metrics], rows)
-    comparable = {name: how for name, how in better.items() if name not in COLUMNS or alike(runs)}
-    mark_best(table, comparable)
-    return table
+    rows = []
+    for run, score in shown:
+        step = score.step if score else run.last_step
+        row: list = [run.name, step, score and score.nfe, score and score.num_images]
+        row += [score and score.values.get(name) for name in scores]
+        row += [_held_out_at(run, loss, step) for loss in losses]
+        row += [run.curves[name].at(step) if name in run.curves else None for name in metrics]
+        rows.append(row)
+    table = Table(["run", "step", "NFE", "images", *scores, *held_out, *metrics], rows)
+    remarks = []
+    if how := ways_of_measuring([score for _, score in shown if score]):
+        scores = []
+        remarks.append(f"The scores cannot be compared, because they have different {how}.")
+    errors = [name for name in (*held_out, *metrics) if name in better]
+    if len(runs) > 1 and errors and (keys := differing_keys(runs, target)):
+        remarks.append(
+            f"{either(errors)} cannot be compared, because the runs learn different targets: they "
+            f"differ in {', '.join(keys)}."
+        )
+        errors = []
+    mark_best(table, {name: better[name] for name in (*scores, *errors) if name in better})
+    return table, remarks
 
 
-def alike(runs: Sequence[RecordedRun]) -> bool:
-    """Whether all scores are of as many images, by the same reference, graph and distances."""
-    return len({(s.num_images, s.yardstick) for run in runs for s in run.scores}) < 2
+def ways_of_measuring(scores: Sequence[Score]) -> str:
+    """In what scores differ that decides whether they can be compared; "" if in nothing."""
+    ways: dict[str, set] = {
+        "numbers of images": {score.num_images for score in scores},
+        "references": {score.yardstick.reference_sha256 for score in scores},
+        "graphs": {score.yardstick.graph_sha256 for score in scores},
+        "distances": {score.yardstick.distances for score in scores},
+    }
+    return ", ".join(name for name, found in ways.items() if len(found) > 1)
 
 
 def _last_scores(run: RecordedRun) -> list[Score | None]:
-    """For each number of jumps the score of the last step; [None] where there is no score."""
-    return [*{score.jumps: score for score in run.scores}.values()] or [None]
+    """The score of the last step for each NFE; [None] if there is no score."""
+    return [*{score.nfe: score for score in run.scores}.values()] or [None]
 
 
 def _held_out_at(run: RecordedRun, loss: str, step: int) -> float | None:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-SMOOTHED_SHARE = 1 / 40  # of a curve's points to either side are averaged over
-FEWEST_SMOOTHED = 10  # points; fewer are left as they are
+SMOOTHED_SHARE = 1 / 40  # of a curve's points, averaged to either side
+FEWEST_SMOOTHED = 10  # points; shorter curves stay as they are
 
 
 @dataclass(frozen=True)
@@ -24,18 +24,18 @@ class Curve:
 
     @property
     def interval(self) -> float:
-        """Steps between two points, as a rule; 0 where there is one."""
+        """The median number of steps between two points; 0 for a single point."""
         return float(np.median(np.diff(self.steps))) if len(self.steps) > 1 else 0.0
 
     def at(self, step: int) -> float | None:
-        """The last value up to a step; None where there is none."""
+        """The last value up to a step, if there is one."""
         index = int(np.searchsorted(self.steps, step, side="right")) - 1
         return float(self.values[index]) if index >= 0 else None
 
     def thinned(self, most: int) -> "Curve":
-        """About `most` points at the most: of each stretch the lowest and the highest.
+        """About `most` points: the lowest and the highest of each stretch of the curve.
 
-        Each stretch also keeps its first value that is not finite, if it has one.
+        Each stretch also keeps its first value that is not finite.
         """
         if len(self.steps) <= most:
             return self
@@ -51,11 +51,11 @@ class Curve:
         return Curve(self.steps[indices], self.values[indices])
 
     def smoothed(self) -> "Curve":
-        """Means over as many points before each as after it; what is not finite is left out."""
+        """Means over as many points before each as after it, without values that are not finite."""
         if len(self.steps) < FEWEST_SMOOTHED:
             return self
         half = max(1, int(len(self.steps) * SMOOTHED_SHARE))
-        # Fewer to either side at the ends, so that these are not dragged towards the middle.
+        # Fewer at the ends, so that the means there do not drift towards the middle.
         place = np.arange(len(self.steps))
         reach = np.minimum(half, np.minimum(place, place[::-1]))
         finite = np.isfinite(self.values)

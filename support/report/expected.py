@@ -1,6 +1,6 @@
-"""Expected curves: the band that a metric of an experiment stays in, whatever the seed.
+"""Expected curves: the band in which a metric of an experiment stays with any seed.
 
-A file of docs/expected/ has the bands of one experiment, named by a digest of its config's keys.
+A file of docs/expected/ has the bands of one experiment, identified by a digest of its config.
 """
 
 import json
@@ -17,8 +17,8 @@ from support.report.runs import RecordedRun
 from support.system.files import UserError, atomic_write, refuse_foreign
 
 NEIGHBOURS = 4  # points to either side from which a band's width is estimated
-# A band reaches so many standard deviations to either side of the mean: estimated from few runs,
-# they are often too small, and a run has a hundred values that may each be outside by chance.
+# Standard deviations to either side of the mean. So many, because deviations estimated from few
+# runs are often too small, and because each of a run's hundred values may be outside by chance.
 DEVIATIONS = 6
 DIGITS = 5  # of a bound in the file
 FEWEST_RUNS = 2
@@ -26,7 +26,7 @@ FEWEST_RUNS = 2
 
 @dataclass(frozen=True)
 class Band:
-    """Between which values a metric is expected, at ascending steps; all [N]."""
+    """The values between which a metric is expected, at ascending steps; all [N]."""
 
     steps: np.ndarray
     low: np.ndarray
@@ -34,27 +34,22 @@ class Band:
 
     @classmethod
     def around(cls, curves: Sequence[Curve]) -> "Band":
-        """What another seed is expected to stay in, from the curves of two seeds or more.
+        """The band in which other seeds are expected, from the curves of two seeds or more.
 
-        Three seeds say little about the width at one step, so that it is estimated from the
-        points beside it too.
+        Three seeds say little about the width at one step, so the points beside it count, too.
         """
         steps = curves[0].steps
         for curve in curves[1:]:
             steps = np.intersect1d(steps, curve.steps)
         values = np.stack([curve.values[np.isin(curve.steps, steps)] for curve in curves])
         variances = values.var(axis=0, ddof=1)
-        variances = np.array(
-            [
-                variances[max(0, i - NEIGHBOURS) : i + NEIGHBOURS + 1].mean()
-                for i in range(len(steps))
-            ]
-        )
-        mean, reach = values.mean(axis=0), DEVIATIONS * np.sqrt(variances)
+        around = [slice(max(0, i - NEIGHBOURS), i + NEIGHBOURS + 1) for i in range(len(steps))]
+        reach = DEVIATIONS * np.sqrt([variances[points].mean() for points in around])
+        mean = values.mean(axis=0)
         return cls(steps, mean - reach, mean + reach)
 
     def judge(self, curve: Curve) -> str:
-        """ "inside", "outside since step N", or what else there is to say of a curve."""
+        """A verdict on a curve: "inside", "outside since step N", or another."""
         shared = np.isin(curve.steps, self.steps)
         interval = float(np.median(np.diff(self.steps)))
         if not shared.any() or (len(curve.steps) > 1 and curve.interval != interval):
@@ -74,7 +69,7 @@ class Band:
 
 @dataclass(frozen=True)
 class Expected:
-    """The bands of an experiment, by metric, and the runs that they were made from."""
+    """The bands of an experiment, by metric, and the runs they were made from."""
 
     experiment: str  # digest
     made_from: Sequence[Mapping[str, Any]]
@@ -82,15 +77,13 @@ class Expected:
 
     @classmethod
     def of(cls, experiment: str, runs: Sequence[RecordedRun], names: Sequence[str]) -> "Expected":
-        """The bands of these metrics; UserError where the runs are too few or not whole."""
+        """The bands of these metrics; UserError if the runs are too few or unfinished."""
         if len(runs) < FEWEST_RUNS:
             raise UserError(f"a band needs {FEWEST_RUNS} runs or more, each with another seed")
         for run in runs:
             if run.last_step != run.total_steps:
-                raise UserError(
-                    f"{run.folder}: at step {run.last_step} of {run.total_steps}; a band needs "
-                    "runs that are finished"
-                )
+                place = f"step {run.last_step} of {run.total_steps}"
+                raise UserError(f"{run.folder}: at {place}; a band needs finished runs")
         seeds = [run.settings.get("seed") for run in runs]
         if len({*seeds}) < len(seeds):
             raise UserError(f"a band needs runs of different seeds, not {seeds}")
@@ -99,12 +92,9 @@ class Expected:
         return cls(experiment, made_from, bands)
 
     def judge(self, run: RecordedRun) -> dict[str, str]:
-        """What is to be said of each metric that the run has."""
-        return {
-            name: band.judge(run.curves[name])
-            for name, band in self.bands.items()
-            if name in run.curves
-        }
+        """The verdict on each metric that the run has."""
+        shared = [name for name in self.bands if name in run.curves]
+        return {name: self.bands[name].judge(run.curves[name]) for name in shared}
 
     def write(self, path: Path) -> None:
         """Write the file of an experiment."""
@@ -119,16 +109,14 @@ class Expected:
         content = {"experiment": self.experiment, "made_from": self.made_from, "bands": bands}
         refuse_foreign(path, b'{\n "experiment":', "say another --band")
         with atomic_write(path) as file:
-            file.write(_with_lists_in_lines(json.dumps(content, indent=1)).encode() + b"\n")
-
-
-def _with_lists_in_lines(text: str) -> str:
-    """JSON whose lists of numbers take a line each, and not one for every number."""
-    return re.sub(r"\[[\d\s.,e+-]+\]", lambda found: " ".join(found[0].split()), text)
+            # A line for each list of numbers, not for each number.
+            text = json.dumps(content, indent=1)
+            text = re.sub(r"\[[\d\s.,e+-]+\]", lambda found: " ".join(found[0].split()), text)
+            file.write(text.encode() + b"\n")
 
 
 def read_expected(folder: Path) -> dict[str, Expected]:
-    """What there is in a folder, by experiment."""
+    """The expected curves in a folder, by experiment."""
     found = {}
     for path in sorted(folder.glob("*.json")):
         try:

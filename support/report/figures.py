@@ -1,4 +1,4 @@
-"""Curves as figures of plotly, in colours that do on a light and on a dark page."""
+"""Curves as Plotly figures, in colours for light and dark pages."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,11 +32,11 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """A figure with what stands above it."""
+    """A figure with the text above it."""
 
     title: str
     sentence: str
-    figure: str  # JSON, as plotly's script takes it
+    figure: str  # JSON for Plotly's script
     verdicts: Sequence[str] = ()
 
 
@@ -49,17 +49,11 @@ def draw(lines: Sequence[Line], bands: Sequence[Band] = (), num_runs: int = 1) -
     """A figure of these lines over these bands, as JSON."""
     figure = go.Figure(layout={"template": None, "hovermode": "x unified", "showlegend": False})
     for band in bands:
-        # There and back again, filled.
+        # There and back, filled.
         steps = np.concatenate([band.steps, band.steps[::-1]])
-        _add(
-            figure,
-            Curve(steps, np.concatenate([band.high, band.low[::-1]])),
-            fill="toself",
-            fillcolor=BAND_COLOUR,
-            line={"width": 0},
-            hoverinfo="skip",
-            name="expected",
-        )
+        edge = Curve(steps, np.concatenate([band.high, band.low[::-1]]))
+        fill: dict = {"fill": "toself", "fillcolor": BAND_COLOUR, "line": {"width": 0}}
+        _add(figure, edge, **fill, hoverinfo="skip", name="expected")
     most = max(FEWEST_POINTS, POINTS_PER_METRIC // num_runs)
     for line in lines:
         raw, smoothed = line.curve.thinned(most), line.curve.smoothed().thinned(most)
@@ -79,13 +73,13 @@ def draw(lines: Sequence[Line], bands: Sequence[Band] = (), num_runs: int = 1) -
             _add(figure, smoothed, name=f"{line.label}, smoothed", hoverinfo="skip", line=style)
     values = np.concatenate([line.curve.values for line in lines])
     if not bands and np.ptp(values) == 0:
-        # By itself plotly would let the axis reach from -1 to 1.
+        # Plotly's own axis would reach from -1 to 1.
         figure.update_yaxes(range=sorted([0, 2 * values[0]]))
     return figure.to_json()
 
 
 def _add(figure: go.Figure, curve: Curve, **style: object) -> None:
-    """Add a line in half the usual number of bytes: no eye sees more than float32 can say."""
+    """Add a line, as float32 to halve its bytes."""
     values = np.where(np.isfinite(curve.values), curve.values, np.nan)  # a gap
     x, y = curve.steps.astype(np.int32), values.astype(np.float32)
     figure.add_trace(go.Scatter(x=x, y=y, **{"mode": "lines", **style}))

@@ -1,4 +1,4 @@
-"""Pictures of samples, made small enough to lie within a page."""
+"""Pictures of samples, made small enough for a page."""
 
 import base64
 import io
@@ -9,8 +9,8 @@ from typing import NamedTuple
 from PIL import Image
 
 TOTAL_BYTES = 2_000_000  # of all pictures of a page
-MOST_PICTURES = 48  # of all runs: large grids take a tenth of a second each
-WIDTHS = (768, 512, 384, 256, 128)  # pixels that a picture is shrunk to until it is small enough
+MOST_PICTURES = 48  # of all runs: a large grid takes a tenth of a second
+WIDTHS = (768, 512, 384, 256, 128)  # pixels, tried in turn until a picture is small enough
 
 
 class Picture(NamedTuple):
@@ -23,9 +23,9 @@ class Picture(NamedTuple):
 
 
 def embed(paths_by_run: Iterable[Mapping[int, Path]], notes: list[str]) -> list[list[Picture]]:
-    """The pictures of each run that fit in a page, evenly over the steps, first and last included.
+    """The pictures of each run that fit in a page, evenly over the steps, with first and last.
 
-    What cannot be read is noted and left out.
+    Pictures that cannot be read are noted and left out.
     """
     runs = list(paths_by_run)
     most = max(2, MOST_PICTURES // len(runs))
@@ -42,14 +42,14 @@ def embed(paths_by_run: Iterable[Mapping[int, Path]], notes: list[str]) -> list[
 
 
 def _spread(steps: list[int], most: int) -> list[int]:
-    """At most so many of the steps, evenly, the first and the last included."""
+    """At most so many of the steps, evenly, with the first and the last."""
     if len(steps) <= most:
         return steps
     return [steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)]
 
 
 def _shrink(path: Path, step: int, limit_bytes: int) -> Picture:
-    """A picture within a bound: the file itself where it is small, else in fewer pixels."""
+    """A picture within a bound: the file itself if it is small, else with fewer pixels."""
     data, kind = path.read_bytes(), "png"
     with Image.open(path) as opened:
         size = opened.size

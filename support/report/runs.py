@@ -1,12 +1,14 @@
-"""Reading a run's folder: metrics, held-out losses, scores, pictures, checkpoints, warnings.
+"""Read a run's folder: metrics, held-out losses, scores, pictures, checkpoints, warnings, state.
 
-What the run was made by is read where it stands; what cannot be read is noted and passed over, so
-that there is a report of every run that has logged anything.
+Whatever cannot be read is noted and passed over, so that every run that has logged anything has a
+report.
 """
 
 import contextlib
+import fcntl
 import json
 import re
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,66 +20,69 @@ from support.system.files import UserError, numbered_files, regular_only
 from support.system.settings import read_yaml
 
 LOG_LINE = re.compile(r"(?P<time>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (?P<text>.*)")
-METRICS_LINE = re.compile(r"Step: (?P<step>\d+)/(?P<total>\d+) \([^)]*\), (?P<metrics>.*)")
-RESUMED = re.compile(r"resumed at step (?P<step>\d+) ")
 MODEL = re.compile(r".+ parameters on .+; batch .+")
 # Lines of the log that a reader should not miss.
 WARNING = re.compile(
     r"resumed at step|changed: |passed over|not finite|goes on without|stopped by a signal"
     r"|cannot be read|left out|the order of the data"
 )
-NAMES_IN_LOG = {"Memory": "Memory_GB", "Images/s": "Images_Per_Second"}  # as metrics.jsonl has them
-POSITIONS = ("step", "epoch", "images")  # where a line stands, not how the run does
+POSITIONS = ("step", "epoch", "images")  # where a line of metrics stands
 NAMED_LINES = 3
 MADE_BY = ("code_version", "torch", "device")
 
 
 class Score(NamedTuple):
-    """What a sample file's scores are, and what they depend on."""
+    """The scores of a sample file, and what they depend on."""
 
     step: int
-    jumps: int | None  # NFE
+    nfe: int | None
     num_images: int | None
     values: Mapping[str, float]
     yardstick: Yardstick
 
 
 class HeldOut(NamedTuple):
-    """Which held-out loss a curve is of."""
+    """Which held-out loss a curve shows."""
 
     loss: str  # velocity or consistency
-    whose: str  # the weights' or the average's
+    whose: str  # "weights" or "average"
     bin: int
     num_bins: int
 
 
 @dataclass
 class RecordedRun:
-    """All that a run's folder tells."""
+    """Everything that a run's folder tells."""
 
     folder: Path
     name: str
-    settings: dict[str, Any] = field(default_factory=dict)  # that it went on with last
+    settings: dict[str, Any] = field(default_factory=dict)  # those of the newest checkpoint
     curves: dict[str, Curve] = field(default_factory=dict)
     held_out: dict[HeldOut, Curve] = field(default_factory=dict)
     scores: list[Score] = field(default_factory=list)
     pictures: dict[int, Path] = field(default_factory=dict)
     checkpoint_bytes: dict[int, int] = field(default_factory=dict)
     made_by: dict[str, Any] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)  # what the log warns of
-    notes: list[str] = field(default_factory=list)  # what could not be read
+    warnings: list[str] = field(default_factory=list)  # from the log
+    notes: list[str] = field(default_factory=list)  # about what could not be read
     last_step: int = 0
     total_steps: int | None = None
+    last_line: str = ""  # when the log's last line was written
+    holder: str = ""  # where a process trains it now, in words
 
     @property
     def seconds(self) -> float | None:
-        """How long the steps took that the run's lines are of, where they say it."""
+        """Duration of the logged steps, if the metrics tell it."""
         curve = self.curves.get("Seconds")
         return None if curve is None else float(curve.values.sum())
 
+    @property
+    def is_finished(self) -> bool:
+        return self.last_step == self.total_steps and not self.holder
+
 
 def read_runs(folders: Sequence[Path]) -> list[RecordedRun]:
-    """The runs in these folders, each named by its folder, or its path where that is not enough."""
+    """The runs in these folders, named by folder, or by path if folders have the same name."""
     names = [folder.resolve().name for folder in folders]
     return [
         read_run(folder, name if names.count(name) == 1 else str(folder))
@@ -86,41 +91,71 @@ def read_runs(folders: Sequence[Path]) -> list[RecordedRun]:
 
 
 def read_run(folder: Path, name: str) -> RecordedRun:
-    """The run in a folder; UserError where nothing there is one's."""
-    log, metrics = folder / "log.txt", folder / "metrics.jsonl"
+    """The run in a folder; UserError if the folder holds none."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of a run")
-    if not (log.exists() or metrics.exists()):
+    if not any((folder / file).exists() for file in ("log.txt", "metrics.jsonl")):
         raise UserError(f"{folder}: holds no run: neither metrics.jsonl nor log.txt is there")
     run = RecordedRun(folder, name)
-    rows = read_log(log, run)
-    if not metrics.exists():
-        run.notes.append(f"{folder}: no metrics.jsonl, as of an older run; curves are from log.txt")
-    # Lines of the log stand in for what metrics.jsonl lacks.
-    for row in read_lines(metrics, run.notes):
-        if (step := whole_number(row, "step")) is not None:
-            rows[step] = row
+    read_log(folder / "log.txt", run)
+    rows = dict(read_lines(folder / "metrics.jsonl", run.notes))
     run.curves = curves_of(rows)
     run.last_step = max(rows, default=0)
-    run.settings = read_settings(folder / "config.yaml", run.notes)
+    try:
+        run.settings = read_yaml(folder / "config.yaml")
+    except UserError as error:
+        run.notes.append(str(error))
     run.held_out = read_held_out(folder / "held_out.jsonl", run.notes)
     run.scores = read_scores(folder / "evals")
     run.pictures = numbered_files(folder / "figs", ".png")
     read_checkpoints(folder / "ckpts", run)
-    if run.total_steps is None:
-        run.total_steps = whole_number(run.settings, "total_steps")
+    run.total_steps = whole_number(run.settings, "total_steps")
+    run.holder = holder_of(folder / ".lock")
+    names = "\n".join(path.name for path in folder.iterdir())
     run.warnings += [
         f"step {step} was not finite: broken_step_{step}.json tells more"
-        for step in broken_steps(folder)
+        for step in sorted(map(int, re.findall(r"^broken_step_(\d+)\.json$", names, re.MULTILINE)))
     ]
     return run
 
 
-# Metrics
+def whole_number(record: Mapping[str, Any], key: str) -> int | None:
+    """The value of `key`, if it is a whole number and not negative."""
+    value = record.get(key)
+    return value if type(value) is int and value >= 0 else None
+
+
+def read_lines(path: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The lines of a .jsonl file, by their step; unreadable ones are noted."""
+    unreadable = []
+    for number, line in enumerate(_text_of(path).splitlines(), start=1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict) and (step := whole_number(row, "step")) is not None:
+            yield step, row
+        else:
+            unreadable.append(f"line {number}")
+    if unreadable:
+        more = len(unreadable) - NAMED_LINES
+        named = ", ".join(unreadable[:NAMED_LINES]) + (f" and {more} more" if more > 0 else "")
+        notes.append(f"{path}: {named} cannot be read, passed over")
+
+
+def _text_of(path: Path) -> str:
+    """A file's text; empty if there is no file."""
+    try:
+        with open(path, "rb", opener=regular_only) as file:
+            return file.read().decode(errors="replace")
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def curves_of(rows: Mapping[int, Mapping[str, Any]]) -> dict[str, Curve]:
-    """Every number of the rows but their places, over the steps, in the order of the newest row."""
+    """Every number of the rows over the steps, in the order of the newest row."""
     points: dict[str, dict[int, float]] = {name: {} for name in rows[max(rows)]} if rows else {}
     for step, row in rows.items():
         for name, value in row.items():
@@ -133,111 +168,43 @@ def curves_of(rows: Mapping[int, Mapping[str, Any]]) -> dict[str, Curve]:
     }
 
 
-def read_log(path: Path, run: RecordedRun) -> dict[int, dict[str, Any]]:
-    """The numbers by step that log.txt has; what else it tells goes to the run.
-
-    A run that went on at step k takes back what was logged of later steps.
-    """
-    rows: dict[int, dict[str, Any]] = {}
+def read_log(path: Path, run: RecordedRun) -> None:
+    """Take from log.txt the model, the warnings and the time of the last line."""
     for line in _text_of(path).splitlines():
         if not (found := LOG_LINE.fullmatch(line)):
             continue
-        text = found["text"]
-        if metrics := METRICS_LINE.match(text):
-            rows[int(metrics["step"])] = dict(_metrics_in(metrics["metrics"]))
-            run.total_steps = int(metrics["total"])
-            continue
-        if text.startswith("fresh run"):
-            rows = {}
-        elif resumed := RESUMED.match(text):
-            rows = {step: row for step, row in rows.items() if step <= int(resumed["step"])}
-        elif MODEL.fullmatch(text):
-            run.made_by["model"] = text
-        if WARNING.search(text):
-            run.warnings.append(f"{found['time']} {text}")
-    return rows
+        run.last_line = found["time"]
+        if MODEL.fullmatch(found["text"]):
+            run.made_by["model"] = found["text"]
+        if WARNING.search(found["text"]):
+            run.warnings.append(line)
 
 
-def _metrics_in(text: str) -> Iterator[tuple[str, float]]:
-    """Names and numbers of a line's "name: number unit" parts; what is no number is left out."""
-    for part in text.split(", "):
-        name, _, value = part.partition(": ")
-        with contextlib.suppress(ValueError, IndexError):
-            yield NAMES_IN_LOG.get(name, name), float(value.split()[0])
-
-
-def read_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
-    """The objects of a .jsonl file, none where there is no file; what is unreadable is noted."""
-    unreadable = []
-    for number, line in enumerate(_text_of(path).splitlines(), start=1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if isinstance(row, dict):
-            yield row
-        else:
-            unreadable.append(number)
-    if unreadable:
-        named = ", ".join(f"line {number}" for number in unreadable[:NAMED_LINES])
-        more = len(unreadable) - NAMED_LINES
-        named += f" and {more} more" if more > 0 else ""
-        notes.append(f"{path}: {named} cannot be read, passed over")
-
-
-def _text_of(path: Path) -> str:
-    """A file's text; none where there is no file."""
+def holder_of(lock: Path) -> str:
+    """Who trains a run, by its lock: "this machine", another's name, or nobody ("")."""
     try:
-        with open(path, "rb", opener=regular_only) as file:
-            return file.read().decode(errors="replace")
-    except FileNotFoundError:
+        with open(lock, "rb", opener=regular_only) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return "this machine"
+    except OSError:
         return ""
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-
-
-def broken_steps(folder: Path) -> list[int]:
-    """The steps that the run has left the record of a failure of."""
-    names = [re.fullmatch(r"broken_step_(\d+)\.json", path.name) for path in folder.iterdir()]
-    return sorted(int(name[1]) for name in names if name)
-
-
-# What lies beside them
-
-
-def read_settings(path: Path, notes: list[str]) -> dict[str, Any]:
-    """The run's config as plain values; none where it cannot be read."""
-    try:
-        return read_yaml(path)
-    except UserError as error:
-        notes.append(str(error))
-        return {}
-
-
-def whole_number(record: Mapping[str, Any], key: str) -> int | None:
-    """The value of `key`, if it is one and not below 0."""
-    value = record.get(key)
-    return value if type(value) is int and value >= 0 else None
+    # A killed process leaves the file, unlocked; so does a live one where nothing can be locked.
+    host = read_record(lock).get("host", "")
+    return "" if host == socket.gethostname() else str(host)
 
 
 def read_held_out(path: Path, notes: list[str]) -> dict[HeldOut, Curve]:
-    """The held-out losses over the steps, each bin of t by itself."""
+    """The held-out losses over the steps, one curve for each bin of t."""
     points: dict[HeldOut, dict[int, float]] = {}
-    for row in read_lines(path, notes):
-        step = whole_number(row, "step")
-        for key, value in _held_out_in(row):
-            if step is not None:
-                points.setdefault(key, {})[step] = value
+    for step, row in read_lines(path, notes):
+        for whose, losses in row.items():
+            for loss, bins in losses.items() if isinstance(losses, dict) else ():
+                if isinstance(bins, list) and all(isinstance(v, int | float) for v in bins):
+                    for number, value in enumerate(bins):
+                        key = HeldOut(loss, whose, number, len(bins))
+                        points.setdefault(key, {})[step] = float(value)
     return {key: Curve.of(values) for key, values in points.items()}
-
-
-def _held_out_in(row: Mapping[str, Any]) -> Iterator[tuple[HeldOut, float]]:
-    """The losses of one line; what has another form is left out."""
-    for whose, losses in row.items():
-        for loss, bins in losses.items() if isinstance(losses, dict) else ():
-            if isinstance(bins, list) and all(isinstance(value, int | float) for value in bins):
-                for number, value in enumerate(bins):
-                    yield HeldOut(loss, whose, number, len(bins)), float(value)
 
 
 def read_scores(folder: Path) -> list[Score]:
@@ -246,16 +213,16 @@ def read_scores(folder: Path) -> list[Score]:
     for name, record in read_records(folder).items():
         num_images = whole_number(record, "num_images")
         origin = record if "step" in record else origin_of(folder / name, num_images)
-        step, jumps = whole_number(origin, "step"), whole_number(origin, "NFE")
+        step, nfe = whole_number(origin, "step"), whole_number(origin, "NFE")
         if step is not None:
-            found.append(Score(step, jumps, num_images, record["scores"], Yardstick.of(record)))
-    return sorted(found, key=lambda score: (score.step, score.jumps or 0))
+            found.append(Score(step, nfe, num_images, record["scores"], Yardstick.of(record)))
+    return sorted(found, key=lambda score: (score.step, score.nfe or 0))
 
 
 def read_checkpoints(folder: Path, run: RecordedRun) -> None:
-    """Sizes of the checkpoints, and what the newest was made by.
+    """Take from ckpts/ the sizes, and from the newest record what made the run.
 
-    Its settings are newer than those of config.yaml, where a run went on with others.
+    Its settings are newer than those of config.yaml if the run continued with others.
     """
     paths = numbered_files(folder, ".pt")
     for step, path in paths.items():

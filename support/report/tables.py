@@ -1,17 +1,18 @@
-"""Tables of a report: for a page, and as Markdown, CSV and LaTeX."""
+"""Tables of a report, as HTML, Markdown, CSV and LaTeX."""
 
 import csv
 import html
 import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from support.system.files import UserError, atomic_write, refuse_foreign
 from support.system.settings import either
 
-LATEX_MEANS_SOMETHING_BY = {
+LATEX_SPECIAL = {
     **{character: f"\\{character}" for character in "&%$#_{}"},
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -21,7 +22,7 @@ LATEX_MEANS_SOMETHING_BY = {
 
 @dataclass
 class Table:
-    """Rows of values, None where there is none, and which cells are the best of their column."""
+    """Rows of values, None for missing ones, and which cells are the best of their column."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
@@ -30,31 +31,31 @@ class Table:
     def cells(
         self, escape: Callable[[str], str], bold: Callable[[str], str]
     ) -> Iterable[list[str]]:
-        """The rows as text, in a format's way of writing."""
+        """The rows as text in some format."""
         for i, row in enumerate(self.rows):
             texts = [escape(text_of(value)) for value in row]
             yield [bold(text) if (i, j) in self.best else text for j, text in enumerate(texts)]
 
 
 def mark_best(table: Table, better: dict[str, str]) -> None:
-    """Mark the lowest or highest value of each column that `better` says this of."""
+    """Mark the "lower" or "higher" values of the columns in `better`, unless all are the same."""
     for j, column in enumerate(table.columns):
-        values = [(row[j], i) for i, row in enumerate(table.rows) if row[j] is not None]
-        if column in better and len(values) > 1:
+        values = {i: row[j] for i, row in enumerate(table.rows) if row[j] is not None}
+        if column in better and len({*values.values()}) > 1:
             choose = min if better[column] == "lower" else max
-            best = choose(value for value, _ in values)
-            table.best |= {(i, j) for value, i in values if value == best}
+            best = choose(filter(isfinite, values.values()), default=None)
+            table.best |= {(i, j) for i, value in values.items() if value == best}
 
 
 def text_of(value: Any) -> str:
-    """A value as a reader wants it: four digits of a number with a fraction."""
+    """A value for a reader: four digits of a number with a fraction."""
     if value is None:
         return "-"
     return f"{value:#.4g}".rstrip(".") if isinstance(value, float) else str(value)
 
 
 def as_html(table: Table) -> str:
-    """For a page; numbers stand to the right."""
+    """As HTML; the page aligns numbers to the right."""
     head = "".join(f"<th>{html.escape(column)}</th>" for column in table.columns)
     rows = table.cells(html.escape, "<b>{}</b>".format)
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
@@ -63,58 +64,48 @@ def as_html(table: Table) -> str:
 
 def as_markdown(table: Table) -> str:
     """A table as GitHub shows it."""
-    rows = [
-        [escape_markdown(column) for column in table.columns],
-        ["---"] * len(table.columns),
-        *table.cells(escape_markdown, "**{}**".format),
-    ]
+
+    def escape(text: str) -> str:
+        return text.replace("|", "\\|")
+
+    head = [[escape(column) for column in table.columns], ["---"] * len(table.columns)]
+    rows = [*head, *table.cells(escape, "**{}**".format)]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def escape_markdown(text: str) -> str:
-    return text.replace("|", "\\|")
-
-
 def as_csv(table: Table) -> str:
-    """For other programs: values in full, no value where there is none, nothing bold."""
+    """For other programs: values in full, nothing bold."""
     file = io.StringIO()
     csv.writer(file, lineterminator="\n").writerows([table.columns, *table.rows])
     return file.getvalue()
 
 
 def as_latex(table: Table) -> str:
-    """A tabular that needs the package booktabs."""
-    columns = [escape_latex(column) for column in table.columns]
-    rows = [" & ".join(row) for row in table.cells(escape_latex, "\\textbf{{{}}}".format)]
-    lines = [
-        f"\\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}",
-        "\\toprule",
-        f"{' & '.join(columns)} \\\\",
-        "\\midrule",
-        *(f"{row} \\\\" for row in rows),
-        "\\bottomrule",
-        "\\end{tabular}",
-    ]
-    return "\n".join(lines) + "\n"
+    """As a LaTeX tabular, which needs the package booktabs."""
 
+    def escape(text: str) -> str:
+        return "".join(LATEX_SPECIAL.get(character, character) for character in text)
 
-def escape_latex(text: str) -> str:
-    return "".join(LATEX_MEANS_SOMETHING_BY.get(character, character) for character in text)
+    columns = [escape(column) for column in table.columns]
+    rows = [columns, *table.cells(escape, "\\textbf{{{}}}".format)]
+    head, *body = (f"{' & '.join(row)} \\\\\n" for row in rows)
+    begin, end = f"\\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}\n", "\\end{tabular}\n"
+    return f"{begin}\\toprule\n{head}\\midrule\n{''.join(body)}\\bottomrule\n{end}"
 
 
 FORMATS = {".md": as_markdown, ".csv": as_csv, ".tex": as_latex}
-# What tells a table of runs from any other, by its first columns.
+# How a table of runs begins, which tells it from other files.
 MARKS = {".md": b"| run | step | NFE |", ".csv": b"run,step,NFE,", ".tex": b"\nrun & step & NFE &"}
 
 
 def check_place(path: Path) -> None:
-    """UserError where a table's file does not end like a format that there is, or is another's."""
+    """UserError if the file has no known ending, or exists and is not such a table."""
     if path.suffix not in FORMATS:
         raise UserError(f"--table {path}: must end in {either(FORMATS)}")
     refuse_foreign(path, MARKS[path.suffix], "say another --table")
 
 
 def write_table(path: Path, table: Table) -> None:
-    """Write a table in the format that the file's ending names."""
+    """Write a table in the format of the file's ending."""
     with atomic_write(path) as file:
         file.write(FORMATS[path.suffix](table).encode(errors="replace"))

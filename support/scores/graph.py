@@ -106,7 +106,7 @@ class FeatureGraph:
                 [f"{POOL}:0", f"{SPATIAL}:0"], {self._input: rgb.astype(np.float32)}
             )
         except self._tf.errors.OpError as error:
-            self._refuse(f"cannot run on images {list(rgb.shape[1:])}: {shorten(error.message)}")
+            self._refuse(f"cannot run on images {list(rgb.shape[1:])}: {shorten(error)}")
         if pool.size % len(rgb) or spatial.ndim != 4 or len(spatial) != len(rgb):
             self._refuse(
                 f"for {len(rgb)} images, {POOL} gives {list(pool.shape)} and {SPATIAL} "

@@ -41,16 +41,6 @@ class ImageSet:
                 f"{self.name}: too few images, {self.num_images} of at least {NEIGHBOUR + 1}"
             )
 
-    @property
-    def size(self) -> str:
-        """Sides and colours, as errors name them."""
-        return size_of(self.image_shape)
-
-
-def size_of(image_shape: tuple[int, ...]) -> str:
-    """Sides and colours in words; grey counts as RGB."""
-    return f"{image_shape[1]} x {image_shape[0]} RGB"
-
 
 def archive_images(path: str | Path) -> ImageSet:
     """The images of an .npz."""

@@ -18,7 +18,7 @@ from typing import IO, NamedTuple, NoReturn
 import numpy as np
 from numpy.typing import DTypeLike
 
-from support.system.files import UserError, atomic_write, shorten
+from support.system.files import UserError, atomic_write, identify, shorten
 
 IMAGES, LABELS = "arr_0", "arr_1"
 HEADER_LIMIT_BYTES = 10_000  # as numpy.load
@@ -42,18 +42,14 @@ class ImageWriter:
 
     def append(self, pixels: np.ndarray) -> None:
         """Write `pixels`, uint8 [B, H, W, C]; all batches have the same H, W, C."""
-        if pixels.dtype != np.uint8 or pixels.ndim != 4:
-            found = f"{pixels.dtype} {pixels.shape}"
-            raise ValueError(f"pixels must be uint8 [B, H, W, C], not {found}")
         if self._image_shape is None:
             self._image_shape = pixels.shape[1:]
             shape = (self._num_images, *self._image_shape)
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(self._member, header)
-        if pixels.shape[1:] != self._image_shape:
-            raise ValueError(f"image shape changed from {self._image_shape} to {pixels.shape[1:]}")
-        if self.written_images + len(pixels) > self._num_images:
-            raise ValueError(f"more than the {self._num_images} images announced")
+        if pixels.dtype != np.uint8 or pixels.shape[1:] != self._image_shape or pixels.ndim != 4:
+            found = f"{pixels.dtype} {list(pixels.shape)} after [.., {self._image_shape}]"
+            raise ValueError(f"pixels must be uint8 [B, H, W, C] of one size, not {found}")
         self._member.write(np.ascontiguousarray(pixels).data)
         self.written_images += len(pixels)
 
@@ -227,7 +223,7 @@ def read_archive(path: str | Path) -> Iterator[ArchiveReader]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # zipfile also raises struct, value and unicode errors
-        raise UserError(f"{path}: not a whole .npz archive ({shorten(error)})") from error
+        raise UserError(f"{path}: not a whole .npz archive ({identify(path)})") from error
     with archive:
         yield ArchiveReader(path, archive)
 

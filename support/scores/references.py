@@ -141,6 +141,15 @@ class Reference:
     manifold: Manifold | None  # of the images
     names_graph: bool  # whether the file says which graph made its statistics
 
+    def record(self) -> dict[str, Any]:
+        """What the record of scores tells about it."""
+        return {
+            "name": str(self.path),
+            "sha256": self.sha256,
+            "num_images": self.images.num_images if self.images else None,
+            "statistics": {kind: source._asdict() for kind, source in self.sources.items()},
+        }
+
 
 def reference_images(path: str | Path) -> ImageSet | None:
     """The images of a reference file, None if it has only statistics; UserError if neither."""

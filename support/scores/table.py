@@ -1,6 +1,5 @@
 """What is known about the sample files of a folder: scores as lines, as records and as a table."""
 
-import contextlib
 import json
 import os
 import re
@@ -31,7 +30,6 @@ SCORES = {
 }
 COLUMNS = tuple(SCORES)
 FRECHET = ("FID", "sFID", "FD", "sFD")
-LINE = re.compile(r"(?P<file>.+) # (?P<scores>IS: .+)", re.DOTALL)
 SAMPLES_NAME = re.compile(r"(?P<step>[0-9]{1,18})(_(?P<NFE>[0-9]{1,18})NFE_[0-9]+)?")  # no .npz
 CHECKPOINT_NAME = re.compile(r"(.*/)?(?P<step>[0-9]{1,18})\.pt", re.DOTALL)
 FEW_IMAGES = 10_000  # with fewer, Frechet distances are far too large
@@ -73,31 +71,24 @@ class Results:
     """eval_results.jsonl, the records, and eval_results.txt, a line for each, for people.
 
     A record is written before its line. A line that a killed process did not write is added when
-    the folder is opened again. Files with a line but no record (of another program) count as
-    scored.
+    the folder is opened again.
     """
 
     folder: Path
-    lines: dict[str, list[str]] = field(default_factory=dict)  # file name -> scores as text
     records: dict[str, dict] = field(default_factory=dict)  # file name -> its last record
 
     @classmethod
     def open(cls, folder: Path) -> "Results":
-        results = cls(folder)
-        for text in _whole_lines(folder / "eval_results.txt"):
-            if match := LINE.fullmatch(text.rstrip()):
-                results.lines.setdefault(match["file"], []).append(match["scores"])
-        results.records = read_records(folder)
-        for name, record in results.records.items():
-            if format_scores(record["scores"]) not in results.lines.get(name, []):
-                results._add_line(name, record)
+        results = cls(folder, read_records(folder))
+        written = set(_whole_lines(folder / "eval_results.txt"))
+        for record in results.records.values():
+            if _line_of(record) not in written:
+                results._add_line(record)
         return results
 
     def has(self, name: str, stamp: Stamp, yardstick: Yardstick) -> bool:
-        """Whether a file has a score: a line without a record, or a record that still fits."""
-        record = self.records.get(name)
-        if record is None:
-            return name in self.lines
+        """Whether a file has a record that still fits."""
+        record = self.records.get(name, {})
         known = (record.get("size_bytes"), record.get("modified_ns"), Yardstick.of(record))
         return known == (*stamp, yardstick)
 
@@ -105,63 +96,46 @@ class Results:
         """Keep a new record and its line."""
         append_line(self.folder / "eval_results.jsonl", json.dumps(record))
         self.records[record["file"]] = record
-        self._add_line(record["file"], record)
+        self._add_line(record)
 
-    def _add_line(self, name: str, record: dict) -> None:
-        text = format_scores(record["scores"])
-        append_line(self.folder / "eval_results.txt", f"{name} # {text}")
-        self.lines.setdefault(name, []).append(text)
+    def _add_line(self, record: dict) -> None:
+        append_line(self.folder / "eval_results.txt", _line_of(record))
 
     def table(self, yardstick: Yardstick) -> str:
         """All files with their last scores, in natural order, with remarks for the reader."""
-        rows = {name: self._row(name) for name in sorted(self.lines, key=natural_key)}
-        columns = [column for column in COLUMNS if any(column in row for row in rows.values())]
-        header = ["images", "step", "NFE", *columns, "distances"]
-        texts = [["file", *header]]
-        texts += [[name, *(_cell(row.get(key)) for key in header)] for name, row in rows.items()]
+        records = {name: self.records[name] for name in sorted(self.records, key=natural_key)}
+        columns = [name for name in COLUMNS if any(name in r["scores"] for r in records.values())]
+        texts = [["file", "images", "step", "NFE", *columns, "distances"]]
+        for name, record in records.items():
+            values = [record.get(key) for key in ("num_images", "step", "NFE")]
+            values += [record["scores"].get(column) for column in columns]
+            texts.append([name, *map(_cell, [*values, Yardstick.of(record).distances])])
         name_width, *widths = (max(map(len, column)) for column in zip(*texts, strict=True))
         lines = [
             "  ".join([name.ljust(name_width), *map(str.rjust, cells, widths)])
             for name, *cells in texts
         ]
         frechet = ", ".join(column for column in columns if column in FRECHET)
+        few = [name for name, record in records.items() if _fewest_images(record) < FEW_IMAGES]
+        foreign = [name for name, r in records.items() if Yardstick.of(r)[:2] != yardstick[:2]]
         remarks = {
-            f"fewer than {FEW_IMAGES:,} images bias {frechet} upwards": self._few_images(),
-            "by another reference or graph, or not known by which": self._foreign(yardstick),
+            f"fewer than {FEW_IMAGES:,} images bias {frechet} upwards": few,
+            "by another reference or graph": foreign,
         }
         lines += [f"{remark}: {_listed(names)}" for remark, names in remarks.items() if names]
         return printable("\n".join(lines))
 
-    def _row(self, name: str) -> dict[str, float | str | None]:
-        """A file's row by column; a line without a record does not tell everything."""
-        record = self.records.get(name)
-        if record is None:
-            return {**origin_of(self.folder / name), **parse_scores(self.lines[name][-1])}
-        return {
-            "images": record.get("num_images"),
-            "step": record.get("step"),
-            "NFE": record.get("NFE"),
-            **record["scores"],
-            "distances": str(Yardstick.of(record).distances),
-        }
 
-    def _few_images(self) -> list[str]:
-        """Files with few images of their own, or behind the statistics of their reference."""
-        few = []
-        for name, record in self.records.items():
-            sources = _part(_part(record, "reference"), "statistics").values()
-            behind = [source.get("images") for source in sources if isinstance(source, dict)]
-            counts = [n for n in (record.get("num_images"), *behind) if isinstance(n, int)]
-            if min(counts, default=FEW_IMAGES) < FEW_IMAGES:
-                few.append(name)
-        return few
+def _line_of(record: Mapping) -> str:
+    return f"{record['file']} # {format_scores(record['scores'])}"
 
-    def _foreign(self, yardstick: Yardstick) -> list[str]:
-        """Files whose scores cannot be compared with those by `yardstick`, or may not be."""
-        wanted = yardstick[:2]
-        return [
-            name for name in self.lines if Yardstick.of(self.records.get(name, {}))[:2] != wanted
-        ]
+
+def _fewest_images(record: Mapping) -> int:
+    """The number of images of a file, or behind the statistics of its reference, if smaller."""
+    sources = _part(_part(record, "reference"), "statistics").values()
+    counts = [source.get("num_images") for source in sources if isinstance(source, dict)]
+    counts.append(record.get("num_images"))
+    return min((count for count in counts if isinstance(count, int)), default=FEW_IMAGES)
 
 
 def read_records(folder: Path) -> dict[str, dict]:
@@ -177,7 +151,6 @@ def _cell(value: float | str | None) -> str:
 
 
 def _listed(names: list[str]) -> str:
-    names = sorted(names, key=natural_key)
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
@@ -210,15 +183,6 @@ def read_record(path: Path) -> dict:
 def format_scores(scores: dict[str, float]) -> str:
     """`IS: .., FID: .., sFID: .., prec: .., recall: ..` in full precision."""
     return ", ".join(f"{column}: {scores[column]!r}" for column in COLUMNS if column in scores)
-
-
-def parse_scores(text: str) -> dict[str, float]:
-    """The inverse of `format_scores`; parts that are not understood are left out."""
-    scores = {}
-    for column, number in re.findall(r"(\w+): ([^\s,]+)", text):
-        with contextlib.suppress(ValueError):
-            scores[column] = float(number)
-    return scores
 
 
 def _whole_lines(path: Path) -> list[str]:
