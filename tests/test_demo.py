@@ -202,13 +202,7 @@ def test_the_page_works_on_a_phone_and_with_forced_colors_and_asks_no_other_host
 def test_a_space_has_all_that_it_runs(run, space):
     export.main([str(run), str(space), "--space", "--overwrite"])
     first_lines = (space / "README.md").read_text().split("---\n")[1]
-    for key in (
-        "sdk: gradio",
-        "sdk_version: ",
-        "python_version: '3.",
-        "app_file: app.py",
-        "library_name",
-    ):
-        assert f"\n{key}" in f"\n{first_lines}"
+    for key in ("sdk", "sdk_version", "python_version", "app_file", "library_name"):
+        assert f"\n{key}: " in f"\n{first_lines}"
     assert "gradio==" in (space / "requirements.txt").read_text()
     assert (space / "soflow" / "sampling.py").read_text() == (ROOT / "sampling.py").read_text()

@@ -247,6 +247,12 @@ function showControls() {
   });
 }
 
+// Shows the chosen one of many classes, without moving the page.
+function scrollToClass() {
+  const box = byId("classes").querySelector(".chips"), chosen = box.querySelector(":checked");
+  box.scrollTop = chosen.parentNode.offsetTop - box.offsetTop - box.clientHeight / 2;
+}
+
 // The link: wrong values in it are ignored
 
 const READERS = {
@@ -374,7 +380,7 @@ function listen() {
   byId("save").addEventListener("click", KEYS.s);
   byId("link").addEventListener("click", KEYS.l);
   byId("controls").addEventListener("submit", event => event.preventDefault());
-  addEventListener("hashchange", () => change(readLink()));
+  addEventListener("hashchange", () => { change(readLink()); scrollToClass(); });
   document.addEventListener("keydown", event => {
     if (event.ctrlKey || event.metaKey || event.altKey || event.target.type === "text") return;
     KEYS[event.key.toLowerCase()]?.();
@@ -392,6 +398,7 @@ async function start() {
   listen();
   Object.assign(state, readLink());
   showControls();
+  scrollToClass();
   try {
     await startWorker();
   } catch (error) {
