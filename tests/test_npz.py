@@ -1,6 +1,5 @@
 """Archives are written and read as streams, and nothing a file declares is believed."""
 
-import io
 import os
 import pickle
 import struct
@@ -9,8 +8,8 @@ import zipfile
 
 import numpy as np
 import pytest
+from damage import damaged, in_memory
 from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 from support.scores.image_sets import archive_images
 from support.scores.npz import read_archive, write_images
@@ -270,25 +269,6 @@ def test_a_header_that_cannot_be_parsed_is_refused(tmp_path):
     for header in ("", "[]", "{'descr': '|u1'}", "__import__('os')", "(" * 9000):
         write_member(tmp_path / "a.npz", npy_bytes(header, bytes(12)))
         assert_refused(tmp_path / "a.npz", "arr_0")
-
-
-def damaged(data: bytes):
-    """Copies of `data` with bytes replaced, cut out, put in, and cut off."""
-    places = st.integers(0, len(data) - 1)
-    edit = st.tuples(places, st.integers(0, 40), st.binary(max_size=8))
-
-    def apply(edits, end):
-        changed = bytearray(data)
-        for start, length, new in edits:
-            changed[start : start + length] = new
-        return bytes(changed[:end] if end else changed)
-
-    return st.builds(apply, st.lists(edit, min_size=1, max_size=3), st.none() | places)
-
-
-def in_memory(write) -> bytes:
-    write(buffer := io.BytesIO())
-    return buffer.getvalue()
 
 
 MEAN = np.arange(3.0)

@@ -223,7 +223,7 @@ class FolderData(TrainingData):
 
 
 class LatentData(TrainingData):
-    """What a VAE makes of pictures, read from a latent file when it is asked for."""
+    """Pictures encoded by a VAE, read from a latent file when they are asked for."""
 
     def __init__(self, reader: LatentReader):
         spec = DataSpec(LATENT_CHANNELS, reader.size, reader.class_names, len(reader))
@@ -237,10 +237,9 @@ class LatentData(TrainingData):
         return {**super().record(), **made_by}
 
     def prepare(self, indices: list[int]) -> RawBatch | list[int]:
-        """The batch; from a loader worker its indices, its values being in the system's cache.
+        """The batch; in a loader worker its indices, once its values are in the system's cache.
 
-        From there the training process has them in a fraction of the time that a worker takes to
-        hand them over: the worker waits for the disk, and no more.
+        The training process reads them from there much faster than a worker can send them.
         """
         if get_worker_info() and self.reader.is_plain:
             self.reader.fetch(indices)
@@ -248,7 +247,7 @@ class LatentData(TrainingData):
         return self[indices]
 
     def stored(self, indices: list[int]) -> Tensor:
-        """[B, 8, H, W]: the posterior's mean and then its standard deviation."""
+        """[B, 8, H, W]: the posterior's mean, then its standard deviation."""
         return self.reader.read(indices)
 
     def refusals(self, share: range) -> Iterator[str]:
@@ -308,7 +307,7 @@ def load_folder_data(request: SharedRequest) -> TrainingData:
 
 
 def list_pictures(folder: Path, processes: Processes) -> LabelledFiles:
-    """`class_folders`, listed by the main process; UserError where another sees other pictures."""
+    """`class_folders`, listed by rank 0; UserError where another process sees other pictures."""
     files = processes.on_rank0(lambda: class_folders(folder))
     sizes = processes.gather(files.some_sizes())
     for rank, seen in enumerate(sizes):
@@ -318,7 +317,7 @@ def list_pictures(folder: Path, processes: Processes) -> LabelledFiles:
 
 
 def load_latents_data(request: DataRequest) -> TrainingData:
-    """The latents in dataset_path; UserError where they are not what the config describes."""
+    """The latents in dataset_path; UserError where they are not as the config describes them."""
     reader = LatentReader(request.folder / LATENT_FILE)
     if reader.size != request.data_size:
         raise UserError(
@@ -352,7 +351,7 @@ def refuse_other_vae(vae_name: str, path: Path, info: LatentInfo) -> None:
 
 @dataclass(frozen=True)
 class DataSet:
-    """A kind of data set: what it is made of, how to load it, and how it is usually trained on."""
+    """A kind of data set: what it is made of, how to load it, and its usual training settings."""
 
     channels: int
     num_classes: int | None  # None: known only from the data themselves
@@ -434,7 +433,7 @@ class MadeUpData(TrainingData):
         return torch.zeros(len(indices), self.spec.channels, *side, dtype=torch.uint8)
 
     def clean(self, stored: Tensor, source: torch.Generator) -> Tensor:
-        """x_0, made of it by the same work."""
+        """x_0, by the same computation."""
         return draw_latents(stored, source) if self.is_latent else super().clean(stored, source)
 
     def whole(self) -> RawBatch:

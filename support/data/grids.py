@@ -1,4 +1,4 @@
-"""Pictures of samples: which images they show, and where."""
+"""Grids of samples: which images they show, and where."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -9,13 +9,13 @@ import numpy as np
 
 from support.data.images import ImageBatch, save_png, tile
 
-MIN_TILE_PIXELS = 48  # so that a grid of 8 x 8 digits can be seen
+MIN_TILE_PIXELS = 48  # smaller images are enlarged
 FRAME_GREY = 96
-MOST_CLASS_ROWS = 32  # of a grid that has a row for each class asked for
+MOST_CLASS_ROWS = 32  # in a grid with one row per requested class
 
 
 def save_grid(path: Path, pixels: np.ndarray, columns: int) -> None:
-    """Write uint8 [N, H, W, C] as full rows of one picture; small images are enlarged."""
+    """Write uint8 [N, H, W, C] as the full rows of one picture."""
     zoom = max(1, MIN_TILE_PIXELS // pixels.shape[1])
     enlarged = pixels.repeat(zoom, axis=1).repeat(zoom, axis=2)
     framed = np.pad(enlarged, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=FRAME_GREY)
@@ -27,16 +27,16 @@ class Grid(NamedTuple):
 
     pixels: np.ndarray
     columns: int
-    classes: list[int]  # none where rows are not of one class
+    classes: list[int]  # empty if rows mix classes
 
 
 class GridImages:
-    """Gathers from a stream of batches what a picture of (rows, columns) is to show.
+    """Collects from a stream of batches the images for a grid of (rows, columns).
 
-    That is one class a row: each of the `given` classes, in that order, with as many columns as all
-    of them fill; where none are given (or too many), classes spread evenly over `num_classes`, if
-    their rows fill up. Otherwise it is the first images as they come, in a rectangle that they
-    fill.
+    The grid has one class per row: each of the `given` classes in that order, with as many columns
+    as all of them fill. If none are given (or too many), the classes are spread evenly over
+    `num_classes`, provided that their rows fill up. Otherwise the grid shows the first images, in a
+    rectangle that they fill.
     """
 
     def __init__(self, shape: tuple[int, int], num_classes: int, given: Sequence[int] = ()):
@@ -49,13 +49,13 @@ class GridImages:
         self.rows_of_each = max(1, self.rows // len(choices))
         self._of_class: dict[int, list[np.ndarray]] = {label: [] for label in choices}
         self._first: list[np.ndarray] = []
-        self._room: Iterator[np.ndarray] | None = None  # for the images that are kept
+        self._room: Iterator[np.ndarray] | None = None  # memory for the kept images
 
     def add(self, batch: ImageBatch) -> None:
-        """Keep what may be shown of the batch, in copies: a view would keep all of it.
+        """Keep copies of what may be shown: views would keep the whole batch.
 
-        The copies lie in one piece, taken at once. One by one, between batches that come and go,
-        they would leave the heap no gap for the next batch, and it would grow by each.
+        All copies share one allocation. Allocated one by one between batches, they would fragment
+        the heap, which would then grow with every batch.
         """
         if self._room is None:
             most = (self.rows + len(self._of_class) * self.rows_of_each) * self.columns
@@ -76,7 +76,7 @@ class GridImages:
         return copy
 
     def arranged(self) -> Grid:
-        """The picture's images, which leave no cell of it empty."""
+        """The images of the grid, which leave no cell empty."""
         made = {label: images for label, images in self._of_class.items() if images}
         shown = made if self.shows_all else self._of_class
         fewest = min(map(len, shown.values()), default=0)
@@ -85,12 +85,12 @@ class GridImages:
             pixels = [image for images in shown.values() for image in images[: rows * columns]]
             return Grid(np.stack(pixels), columns, [label for label in shown for _ in range(rows)])
         rows, columns = fullest_rectangle(len(self._first), (self.rows, self.columns))
-        # As they come: sorted, a class would go on in the next row.
+        # Not sorted: a class would continue in the next row.
         return Grid(np.stack(self._first[: rows * columns]), columns, [])
 
 
 def fullest_rectangle(num_images: int, shape: tuple[int, int]) -> tuple[int, int]:
-    """The (rows, columns) within `shape` that take most of the images and are full."""
+    """The (rows, columns) within `shape` that hold most of the images and are full."""
     rows, columns = shape
     fitting = [(row, min(columns, num_images // row)) for row in range(1, rows + 1)]
     return max(fitting, key=math.prod)

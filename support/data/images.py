@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError, features
 
-from support.system.files import UserError, atomic_write, regular_only, shorten
+from support.system.files import UserError, atomic_write, identify, regular_only, shorten
 
 if TYPE_CHECKING:  # torch does not come with this module
     import torch
 
-PNG_MARK = b"Software\0SoFlow"  # in pictures that were made here
+PNG_MARK = b"Software\0SoFlow"  # in pictures that this project writes
 
-# What is read, and by which endings it is found. Named, because some of Pillow's other decoders
-# start programs (EPS), open further files, or take anything for a picture (TGA).
+# The formats that are read, and the endings of their files. Some of Pillow's other decoders start
+# programs (EPS), open further files, or accept anything as a picture (TGA).
 ENDINGS = {
     "AVIF": (".avif", ".avifs"),
     "BMP": (".bmp", ".dib"),
@@ -32,20 +32,20 @@ ENDINGS = {
     "TIFF": (".tif", ".tiff"),
     "WEBP": (".webp",),
 }
-# Builds of Pillow may lack these, under its own names for them.
+# Some builds of Pillow lack these; the values are its names for them.
 MAY_LACK = {"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}
 FORMATS = tuple(kind for kind in ENDINGS if kind not in MAY_LACK or features.check(MAY_LACK[kind]))
 EXTENSIONS = tuple(sorted(ending for kind in FORMATS for ending in ENDINGS[kind]))
-# How files of these formats begin (RIFF: WebP; P1 to P6: PPM and its kin).
+# How files of these formats start (RIFF: WebP; P1 to P6: the PPM family).
 SIGNATURE = re.compile(
     rb"\xff\xd8\xff|\x89PNG|BM|RIFF|II\*\0|MM\0\*|P[1-6]|GIF8|qoif"
     rb"|\xff\x4f\xff\x51|\0\0\0\x0cjP|....ftypavi[fs]",
     re.DOTALL,
 )
 SIGNATURE_BYTES = 12
-# HEIC and its kin, as phones save them, which Pillow does not read.
+# HEIC and related formats, as phones save them, which Pillow does not read.
 HEIC = re.compile(rb"....ftyp(hei|hev|mif1|msf1)", re.DOTALL)
-SKIPPED_FILE = "skipped_images.txt"  # lists pictures that are left out, as they cannot be read
+SKIPPED_FILE = "skipped_images.txt"  # lists pictures that are left out as unreadable
 MAX_PIXELS = 89_478_485  # 256 MiB of RGB
 
 Array = TypeVar("Array", np.ndarray, "torch.Tensor")
@@ -60,7 +60,7 @@ def to_pixels(images: Array) -> Array:
 
 
 def to_images(pixels: Array) -> Array:
-    """float32 in -1..1 of uint8: pixels / 127.5 - 1, which `to_pixels` takes back exactly."""
+    """float32 in -1..1 of uint8: pixels / 127.5 - 1, which `to_pixels` inverts exactly."""
     floats = pixels.astype(np.float32) if isinstance(pixels, np.ndarray) else pixels.float()
     return floats / 127.5 - 1
 
@@ -70,10 +70,10 @@ def read_image(
 ) -> np.ndarray:
     """The picture at `path` as RGB, uint8 [H, W, 3]; with `crop_size`, its `centre_crop`.
 
-    Decoded as Pillow does: grey is repeated, alpha dropped, of several frames the first is taken;
-    but of 16 bits a value the upper 8 are taken in grey too, which Pillow would cut off at white.
-    Turned upright as its EXIF data say, unless told not to. Raises UserError where the file is
-    damaged, of another format, or unpacks to more than 89 megapixels.
+    Decoded as Pillow does: grey is repeated, alpha dropped, and only the first frame is read. Of 16
+    bits of grey the upper 8 are kept, where Pillow would clip at white. Turned upright as the EXIF
+    data say, unless told not to. UserError where the file is damaged, of another format, or unpacks
+    to more than 89 megapixels.
     """
     start = b""
     try:
@@ -87,26 +87,24 @@ def read_image(
                 pixels = np.asarray(_upright(rgb, picture) if apply_exif else rgb)
         return pixels if crop_size is None else centre_crop(pixels, crop_size)
     except UnidentifiedImageError as error:
-        reason = f"cannot identify it as one of {', '.join(FORMATS)}"
-        if HEIC.match(start):
-            reason = "it is HEIC, whatever its name: convert it"
-        if not start:
-            reason = "it is empty"
-        raise UserError(f"{path}: not a readable picture ({reason})") from error
+        kind = "HEIC: convert it" if HEIC.match(start) else identify(Path(path))
+        raise UserError(
+            f"{path}: not a readable picture (it is {kind}; readable: {', '.join(FORMATS)})"
+        ) from error
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
         reason = getattr(error, "strerror", None) or shorten(error)
         raise UserError(f"{path}: not a readable picture ({reason})") from error
 
 
 def _as_rgb(picture: Image.Image) -> Image.Image:
-    """`picture` with 8 bits a colour; ValueError where nothing says which value is white."""
-    # Where Pillow has 32 bits a value, those of PNG and PPM had 16 in the file.
+    """`picture` with 8 bits per colour; ValueError where nothing says which value is white."""
+    # Pillow decodes PNG and PPM files of 16 bits per value to 32.
     had_sixteen = picture.mode == "I" and picture.format in ("PNG", "PPM")
     if had_sixteen or picture.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
     if picture.mode in ("I", "F"):
         raise ValueError(
-            "32 bits a value, of which none is known to be white; save it with 8 or 16"
+            "32 bits per value, and no value is known to be white; save it with 8 or 16"
         )
     return picture.convert("RGB")
 
@@ -121,10 +119,10 @@ def _upright(pixels: Image.Image, picture: Image.Image) -> Image.Image:
 
 
 def centre_crop(pixels: np.ndarray, size: int) -> np.ndarray:
-    """The middle [size, size, 3] of uint8 [H, W, 3] whose short side was brought to `size`.
+    """The middle [size, size, 3] of uint8 [H, W, 3], after resizing its short side to `size`.
 
-    ADM's crop: the sides are halved with a box filter while the short one is at least twice `size`,
-    then resized with a bicubic filter, then cut.
+    ADM's crop: halve the sides with a box filter while the short one is at least twice `size`, then
+    resize with a bicubic filter, then cut.
     """
     picture = Image.fromarray(pixels)
     while min(picture.size) >= 2 * size:
@@ -158,7 +156,7 @@ class LabelledImages(NamedTuple):
 
 
 class ImageBatch(NamedTuple):
-    """Images made: pixels uint8 [B, H, W, C], and labels [B] where there are classes."""
+    """Generated images: pixels uint8 [B, H, W, C], and labels [B] if there are classes."""
 
     pixels: np.ndarray
     labels: np.ndarray | None
@@ -173,7 +171,7 @@ def tile(pixels: np.ndarray, rows: int, columns: int) -> np.ndarray:
 
 
 def save_png(path: str | Path, pixels: np.ndarray) -> None:
-    """Write uint8 [H, W, 3] or grey [H, W, 1] to `path`, whole or not at all."""
+    """Write uint8 [H, W, 3] or grey [H, W, 1] to `path`, completely or not at all."""
     picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
     said = PngImagePlugin.PngInfo()
     keyword, _, maker = PNG_MARK.decode().partition("\0")
