@@ -192,13 +192,13 @@ def make_file(
     labels = choose_labels(arguments.labels, loaded)
     sampler = arguments.sampler or loaded.model.sampler
     # What differs from the published way is recorded, and part of the file's name.
-    unusual = {
+    nondefault = {
         "ema": loaded.average,
         "sampler": sampler if sampler != "renoise" else "",
         "times": list(arguments.times or ()),
     }
-    unusual = {name: value for name, value in unusual.items() if value}
-    output = choose_output(arguments, sources, unusual)
+    nondefault = {name: value for name, value in nondefault.items() if value}
+    output = choose_output(arguments, sources, nondefault)
     stream = choose_stream(arguments.noise_stream, labels, config, loaded, processes)
     counts = (config.eval_num_samples, config.eval_batch_size, config.eval_NFE)
     request = SampleRequest(*counts, stream, arguments.times, sampler)
@@ -210,12 +210,12 @@ def make_file(
             processes,
             config.seed,
             num_images=request.num_images,
-            NFE=request.num_jumps,
+            NFE=request.num_steps,
             labels=labels or ("uniform" if config.is_conditional else None),
             noise_stream=arguments.noise_stream,
             checkpoint=str(sources.checkpoint),
             weights_sha256=loaded.weights_sha256,
-            **unusual,
+            **nondefault,
             **decoder_record(config),
         )
 
@@ -253,7 +253,7 @@ def draw(grid: Grid, path: Path, class_names: Sequence[str]) -> None:
 
 
 def choose_output(
-    arguments: argparse.Namespace, sources: Sources, unusual: Mapping[str, Any]
+    arguments: argparse.Namespace, sources: Sources, nondefault: Mapping[str, Any]
 ) -> Path:
     """The file of the samples."""
     for flag, suffix in (("output", ".npz"), ("grid", ".png")):
@@ -263,7 +263,7 @@ def choose_output(
     if arguments.output:
         return Path(arguments.output)
     name = f"{sources.name}_{sources.config.eval_NFE}NFE_{sources.config.seed}"
-    for value in unusual.values():
+    for value in nondefault.values():
         name += "_" + (value if isinstance(value, str) else "-".join(f"{t:g}" for t in value))
     return sources.folder / f"{name}.npz"
 

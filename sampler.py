@@ -144,7 +144,7 @@ class SampleRequest(NamedTuple):
 
     num_images: int
     batch_size: int
-    num_jumps: int
+    num_steps: int
     stream: SamplingStream
     times: tuple[float, ...] | None = None  # None: evenly spaced
     sampler: str = "renoise"  # of SAMPLERS
@@ -180,7 +180,7 @@ def sample_batches(
     """This process's batches of the request; `decode` turns x_0 into images."""
     device, rank, world_size = processes.device, processes.rank, processes.world_size
     dtype = next((weight.dtype for weight in model.parameters()), torch.float32)
-    times = request.times or even_times(request.num_jumps)
+    times = request.times or even_times(request.num_steps)
     num_noises = SAMPLERS[request.sampler].num_noises(len(times) - 1)
     for places in places_of(rank, request.num_images, world_size, request.batch_size):
         draws = request.stream.draw(places, num_noises)

@@ -36,8 +36,8 @@ def test_a_generator_is_made_anew_and_touches_no_other():
 
 def test_per_image_draws_do_not_depend_on_the_batch():
     stream = PerImageStream(7, 10, SHAPE)
-    whole = stream.draw(range(12), num_jumps=2)
-    pieces = [stream.draw(images, num_jumps=2) for images in (range(5), range(5, 6), range(6, 12))]
+    whole = stream.draw(range(12), num_noises=2)
+    pieces = [stream.draw(images, num_noises=2) for images in (range(5), range(5, 6), range(6, 12))]
     assert torch.equal(whole.labels, torch.cat([piece.labels for piece in pieces]))
     for jump in range(2):
         assert torch.equal(whole.noises[jump], torch.cat([piece.noises[jump] for piece in pieces]))

@@ -90,8 +90,8 @@ def test_rounds_cover_every_image_once_and_in_order(images, world_size, batch):
     assert all(0 < len(one) <= batch for together in rounds for one in together)
 
 
-def request(num_images: int, batch_size: int, num_jumps: int = 1) -> SampleRequest:
-    return SampleRequest(num_images, batch_size, num_jumps, PerImageStream(7, 10, SHAPE))
+def request(num_images: int, batch_size: int, num_steps: int = 1) -> SampleRequest:
+    return SampleRequest(num_images, batch_size, num_steps, PerImageStream(7, 10, SHAPE))
 
 
 def pixels_of(model, wanted: SampleRequest) -> np.ndarray:
@@ -105,10 +105,10 @@ def test_images_do_not_depend_on_the_batch_size():
     network = nn.Conv2d(1, 1, 3, padding=1)
     model = SoFlow(network)
     network.forward = lambda x, t, gap, labels=None: nn.Conv2d.forward(network, x) * t[0]
-    whole = pixels_of(model, request(10, 10, num_jumps=2)).astype(int)
+    whole = pixels_of(model, request(10, 10, num_steps=2)).astype(int)
     assert whole.shape == (10, 4, 4, 1)
     for batch_size in (1, 3, 64):
-        cut = pixels_of(model, request(10, batch_size, num_jumps=2)).astype(int)
+        cut = pixels_of(model, request(10, batch_size, num_steps=2)).astype(int)
         assert np.abs(whole - cut).max() <= 1  # kernels may differ in the last bit
 
 

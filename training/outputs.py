@@ -139,7 +139,7 @@ def make_eval(run: Run, path: Path) -> None:
         record = run.results.record(
             path,
             num_images=request.num_images,
-            NFE=request.num_jumps,
+            NFE=request.num_steps,
             labels="uniform" if config.is_conditional else None,
             noise_stream="image",
             finished_steps=state.finished_steps,

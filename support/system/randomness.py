@@ -38,7 +38,7 @@ def draw_null_mask(count: int, drop_rate: float, source: torch.Generator) -> Ten
 
 
 class ImageDraws(NamedTuple):
-    """All that a batch of images is made from: labels [B] and, per jump, noise [B, C, H, W]."""
+    """All that a batch of images is made from: labels [B] and noises [B, C, H, W] each."""
 
     labels: Tensor | None
     noises: list[Tensor]
@@ -47,7 +47,7 @@ class ImageDraws(NamedTuple):
 class SamplingStream(Protocol):
     """A source of labels and noise for images identified by their place in the output."""
 
-    def draw(self, images: Sequence[int], num_jumps: int) -> ImageDraws: ...
+    def draw(self, images: Sequence[int], num_noises: int) -> ImageDraws: ...
 
 
 class PerImageStream:
@@ -60,16 +60,16 @@ class PerImageStream:
     def __init__(self, seed: int, num_classes: int | None, shape: tuple[int, int, int]):
         self.seed, self.num_classes, self.shape = seed, num_classes, shape
 
-    def draw(self, images: Sequence[int], num_jumps: int) -> ImageDraws:
-        """Labels and noises of `images`; the first noise is the same for any number of jumps."""
+    def draw(self, images: Sequence[int], num_noises: int) -> ImageDraws:
+        """Labels and noises of `images`; the first noise is the same for any number of noises."""
         labels = None
         if self.num_classes is not None:
             sources = [self._source("sampling label", image) for image in images]
             labels = torch.tensor([int(source.integers(self.num_classes)) for source in sources])
-        return ImageDraws(labels, [self._noise(images, jump) for jump in range(num_jumps)])
+        return ImageDraws(labels, [self._noise(images, step) for step in range(num_noises)])
 
-    def _noise(self, images: Sequence[int], jump: int) -> Tensor:
-        sources = [self._source("sampling noise", image, jump) for image in images]
+    def _noise(self, images: Sequence[int], step: int) -> Tensor:
+        sources = [self._source("sampling noise", image, step) for image in images]
         drawn = [source.standard_normal(self.shape, dtype=np.float32) for source in sources]
         return torch.from_numpy(np.stack(drawn))
 
@@ -98,14 +98,14 @@ class ReferenceStream:
         self.is_conditional, self.device = is_conditional, device
         self._source = torch.Generator(device).manual_seed(seed + rank)
 
-    def draw(self, images: Sequence[int], num_jumps: int) -> ImageDraws:
+    def draw(self, images: Sequence[int], num_noises: int) -> ImageDraws:
         """The next draws for a batch of as many images; which images does not matter."""
         labels = torch.randint(
             self.num_classes, (len(images),), generator=self._source, device=self.device
         )
         size = (len(images), *self.shape)
         noises = [
-            torch.randn(size, generator=self._source, device=self.device) for _ in range(num_jumps)
+            torch.randn(size, generator=self._source, device=self.device) for _ in range(num_noises)
         ]
         return ImageDraws(labels if self.is_conditional else None, noises)
 
@@ -116,9 +116,9 @@ class GivenLabels:
     def __init__(self, stream: SamplingStream, labels: Sequence[int]):
         self.stream, self.labels = stream, labels
 
-    def draw(self, images: Sequence[int], num_jumps: int) -> ImageDraws:
+    def draw(self, images: Sequence[int], num_noises: int) -> ImageDraws:
         labels = torch.tensor([self.labels[image % len(self.labels)] for image in images])
-        return self.stream.draw(images, num_jumps)._replace(labels=labels)
+        return self.stream.draw(images, num_noises)._replace(labels=labels)
 
 
 class PerSeedStream:
@@ -127,8 +127,8 @@ class PerSeedStream:
     def __init__(self, seeds: Sequence[int], num_classes: int | None, shape: tuple[int, int, int]):
         self._streams = [PerImageStream(seed, num_classes, shape) for seed in seeds]
 
-    def draw(self, images: Sequence[int], num_jumps: int) -> ImageDraws:
-        draws = [self._streams[image].draw([0], num_jumps) for image in images]
+    def draw(self, images: Sequence[int], num_noises: int) -> ImageDraws:
+        draws = [self._streams[image].draw([0], num_noises) for image in images]
         noises = [torch.cat(step) for step in zip(*(one.noises for one in draws), strict=True)]
         labels = [one.labels for one in draws if one.labels is not None]
         return ImageDraws(torch.cat(labels) if labels else None, noises)
@@ -140,6 +140,6 @@ class GivenNoise:
     def __init__(self, stream: SamplingStream, noise: Tensor):
         self.stream, self.noise = stream, noise
 
-    def draw(self, images: Sequence[int], num_jumps: int) -> ImageDraws:
-        draws = self.stream.draw(images, num_jumps)
+    def draw(self, images: Sequence[int], num_noises: int) -> ImageDraws:
+        draws = self.stream.draw(images, num_noises)
         return draws._replace(noises=[self.noise[list(images)], *draws.noises[1:]])
