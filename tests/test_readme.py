@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from commands import ROOT, succeed
-from documents import DOCUMENTS, SMALL, Command, commands_of, copy_project
+from documents import DOCUMENTS, SMALL, Command, blocks, commands_of, copy_project
 from PIL import Image
 from released import LATENT_KEYS, UNET_KEYS, release
 from standins import crops, photographs, write_cifar10
@@ -192,6 +192,9 @@ def test_every_command_works_as_written(checkout):
         except Exception as error:
             failures.append(f"{command}\n    {type(error).__name__}: {error}")
     assert not failures, "\n".join(["", *failures])
+    for path in (ROOT / "README.md", ROOT / "docs" / "sampling.md"):
+        for block in blocks(path, "python"):
+            exec(block, {})
 
 
 @pytest.mark.slow
