@@ -46,8 +46,9 @@ NOT_RUN = {
     "python page.py": "needs npm's registry",
     "python demo.py": "runs until it is interrupted",
     "python export.py exported/digits --push": "needs a token of the hub",
-    "python train.py --config configs/digits.yaml --set method": "needs an example of the document",
-    "python train.py --config configs/digits.yaml --set dataset_type": "needs an example, too",
+    "python train.py --config configs/digits.yaml --set method": "needs an example of extending.md",
+    "python train.py --config configs/digits.yaml --set dataset_type": "likewise",
+    "python inference.py --ckpt runs/mine": "likewise",
     "python report.py --band": "needs three finished runs",
 }
 
