@@ -214,7 +214,7 @@ def assert_alike(found: np.ndarray, expected: np.ndarray) -> None:
 
 def until(opened, condition: str) -> None:
     """Wait for a JavaScript condition. The page's policy forbids playwright's own way."""
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while not opened.evaluate(condition):
         assert time.monotonic() < end, f"still not: {condition}"
         opened.wait_for_timeout(20)
