@@ -144,37 +144,6 @@ def test_folder_alone_makes_a_data_set(photographs):
     assert count_classes(config_of("ImageFolder", photographs).data_request()) == 4
 
 
-def test_every_kind_of_picture_becomes_rgb_of_one_size(tmp_path):
-    photograph = Image.fromarray(standins.photographs()["cat"])
-    kinds = {
-        "grey.png": photograph.convert("L").crop((0, 0, 90, 50)),
-        "palette.png": photograph.convert("P").crop((0, 0, 40, 41)),
-        "alpha.webp": photograph.convert("RGBA").crop((0, 0, 16, 16)),
-        "small.jpg": photograph.crop((0, 0, 9, 12)),
-        "deep/print.TIFF": photograph.convert("CMYK").crop((0, 0, 33, 17)),
-    }
-    for name, picture in kinds.items():
-        (tmp_path / "cat" / name).parent.mkdir(parents=True, exist_ok=True)
-        picture.save(tmp_path / "cat" / name)
-    data = data_of(config_of("ImageFolder", tmp_path))
-    raw = data[list(range(5))]
-    assert raw.stored.shape == (5, 3, 16, 16)
-    alpha, grey = raw.stored[0], raw.stored[1]
-    np.testing.assert_array_equal(
-        alpha.permute(1, 2, 0), np.asarray(Image.open(tmp_path / "cat/alpha.webp").convert("RGB"))
-    )
-    assert torch.equal(grey[0], grey[1])
-    assert torch.equal(grey[0], grey[2])
-
-
-def test_names_that_are_not_text_are_read(tmp_path):
-    folder = tmp_path / "caf\udce9"
-    folder.mkdir()
-    Image.new("RGB", (16, 16)).save(folder / "\udcff.png")
-    data = data_of(config_of("ImageFolder", tmp_path, batch_size=1, velocity_loss_ratio=0))
-    assert data[[0]].stored.shape == (1, 3, 16, 16)
-
-
 def test_files_that_are_no_pictures_are_named_at_the_start(tmp_path):
     standins.write_image_folder(tmp_path)
     (tmp_path / "cat" / "page.jpg").write_text("<html>not found</html>")

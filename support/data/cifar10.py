@@ -1,14 +1,16 @@
-"""CIFAR-10: fetched once, and read by torchvision.
+"""CIFAR-10: fetched once, verified by the published MD5 of each file, and only then unpickled.
 
-torchvision unpickles the files, so their published MD5 is verified first. It is imported only when
-there is something to read, because the evaluator works without torch.
+torchvision knows where the files are and their MD5. It is imported only when there is something to
+read, because the evaluator works without torch.
 """
 
+import hashlib
 import os
+import pickle
 import shutil
 import tarfile
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +19,7 @@ from support.system.files import UserError, atomic_write, download, make_folder
 from support.system.locks import done_by_one
 
 FOLDER = "cifar-10-batches-py"
+SIDE = 32
 CLASS_NAMES = (
     *("airplane", "automobile", "bird", "cat", "deer"),
     *("dog", "frog", "horse", "ship", "truck"),
@@ -46,23 +49,48 @@ def load_test_set(folder: Path) -> LabelledImages:
 
 
 def _load(folder: Path, is_training: bool) -> LabelledImages:
-    published = _published(folder, is_training)
+    published = _published(folder)
+    md5_of = dict(published.train_list if is_training else published.test_list)
     place = find_copy(folder) or folder / FOLDER
-    reason = f"another process failed to fetch {published.filename}"
+    archive = folder / published.filename
+
+    def missing() -> list[str]:
+        return [name for name in md5_of if not os.path.exists(place / name)]
+
+    def not_fetched(reason: str) -> UserError:
+        return UserError(
+            f"{place}: lacks {', '.join(missing())}; {reason}; put {archive.name} from "
+            f"{published.url} into {folder} yourself"
+        )
+
+    def fetch() -> None:
+        if os.path.exists(archive):
+            _unpack(archive, published.tgz_md5, place, missing())
+            return
+        try:
+            download(published.url, archive)
+            _unpack(archive, published.tgz_md5, place, missing())
+        except UserError as error:
+            raise not_fetched(str(error)) from error
+        finally:
+            archive.unlink(missing_ok=True)
+
     done_by_one(
-        folder / f".{published.filename}.lock",
-        lambda: _fetch(folder, place, published),
-        is_due=lambda: bool(_missing(place, published)),
-        refusal=lambda: _not_fetched(folder, place, published, reason),
+        folder / f".{archive.name}.lock",
+        fetch,
+        is_due=lambda: bool(missing()),
+        refusal=lambda: not_fetched(f"another process failed to fetch {archive.name}"),
     )
-    for name, md5 in published.md5_of.items():
+    for name, md5 in md5_of.items():
         _verify(place / name, md5)
-    images = published(place, train=is_training)
-    return LabelledImages(images.data, np.array(images.targets, np.int64))
+    batches = [pickle.loads((place / name).read_bytes(), encoding="latin1") for name in md5_of]
+    pixels = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, SIDE, SIDE)
+    labels = np.concatenate([batch["labels"] for batch in batches])
+    return LabelledImages(np.ascontiguousarray(pixels.transpose(0, 2, 3, 1)), labels)
 
 
-def _published(folder: Path, is_training: bool) -> Any:
-    """torchvision's class for one half of the data set, with the batches' folder as its root."""
+def _published(folder: Path) -> Any:
+    """torchvision's class, which knows the address and the MD5 of every file."""
     try:
         from torchvision.datasets import CIFAR10
     except ImportError as error:
@@ -70,64 +98,27 @@ def _published(folder: Path, is_training: bool) -> Any:
             f"{folder}: reading CIFAR-10 needs torchvision, which is not installed here; "
             "requirements_soflow.txt has it"
         ) from error
-
-    class OneHalf(CIFAR10):
-        base_folder = ""
-        # The other half need not be there.
-        train_list: ClassVar = CIFAR10.train_list if is_training else []
-        test_list: ClassVar = [] if is_training else CIFAR10.test_list
-        md5_of: ClassVar = dict(
-            [*train_list, *test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]
-        )
-
-    return OneHalf
+    return CIFAR10
 
 
-def _missing(place: Path, published: Any) -> list[str]:
-    return [name for name in published.md5_of if not os.path.exists(place / name)]
-
-
-def _fetch(folder: Path, place: Path, published: Any) -> None:
-    """Complete `place` from the archive in `folder`, which is downloaded if it is not there."""
-    archive = folder / published.filename
-    if os.path.exists(archive):
-        _unpack(archive, place, published)
-        return
-    try:
-        download(published.url, archive)
-        _unpack(archive, place, published)
-    except UserError as error:
-        raise _not_fetched(folder, place, published, str(error)) from error
-    finally:
-        archive.unlink(missing_ok=True)
-
-
-def _not_fetched(folder: Path, place: Path, published: Any, reason: str) -> UserError:
-    return UserError(
-        f"{place}: lacks {', '.join(_missing(place, published))}; {reason}; put "
-        f"{published.filename} from {published.url} into {folder} yourself"
-    )
-
-
-def _unpack(archive: Path, place: Path, published: Any) -> None:
-    """Write the published files that `place` lacks."""
-    _verify(archive, published.tgz_md5)
+def _unpack(archive: Path, md5: str, place: Path, names: list[str]) -> None:
+    """Write the files of these names from the archive, which must have this MD5."""
+    _verify(archive, md5)
     make_folder(place)
-    missing = {f"{FOLDER}/{name}": place / name for name in _missing(place, published)}
+    wanted = {f"{FOLDER}/{name}": place / name for name in names}
     with tarfile.open(archive) as members:
         for member in members:
-            content = members.extractfile(member) if member.name in missing else None
+            content = members.extractfile(member) if member.name in wanted else None
             if content:
-                with atomic_write(missing[member.name]) as file:
+                with atomic_write(wanted[member.name]) as file:
                     shutil.copyfileobj(content, file)
 
 
 def _verify(path: Path, md5: str) -> None:
     """UserError where the file at `path` is not the published one."""
-    from torchvision.datasets.utils import calculate_md5
-
     try:
-        actual = calculate_md5(path)
+        with open(path, "rb") as file:
+            actual = hashlib.file_digest(file, "md5").hexdigest()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     if actual != md5:
