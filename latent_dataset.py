@@ -293,7 +293,7 @@ def run_extraction(
 
 def refuse_skipped(folder: PartsFolder, plan: Plan, data_path: str) -> None:
     """UserError if finished parts left out pictures, which now is not asked for."""
-    if skipped := list(folder.skipped(plan)):
+    if skipped := folder.skipped(plan):
         raise UserError(
             f"{Path(data_path) / skipped[0]}: not a readable picture, as {len(skipped)} in all; "
             "earlier, --skip-bad left them out: give it again, or mend them and delete "

@@ -143,11 +143,11 @@ def test_two_processes_make_the_same_file_and_go_on_when_one_is_killed(made, tmp
     killed = run(*script, "1:4", *arguments)  # amid the second part of the process
     assert killed.returncode != 0
     assert not (tmp_path / LATENT_FILE).exists()
-    there = [int(path.stem) for path in tmp_path.glob("*/0*.npz")]
+    there = [int(path.stem) for path in tmp_path.glob("*/0*.part")]
     num_parts = len(there)
     assert 1 <= num_parts < 7
     parts = latent_parts.PartsFolder(tmp_path)
-    missing_images = 27 - sum(len(parts.read_part(index).labels) for index in there)
+    missing_images = 27 - sum(len(parts.read_header(index).labels) for index in there)
     said = succeed(*script, "none:0", *arguments)
     assert f"in 7 parts; {7 - num_parts} of them are to be made" in said
     assert f"\n{missing_images} images in " in said  # each made by one of the processes
@@ -364,8 +364,8 @@ def assert_nothing_passes_for_complete(folder, whole):
     if (folder / LATENT_FILE).exists():
         assert (folder / LATENT_FILE).read_bytes() == whole
     parts = latent_parts.PartsFolder(folder)
-    for path in parts.folder.glob("0*.npz"):
-        assert len(parts.read_part(int(path.stem)).labels) > 0
+    for path in parts.folder.glob("0*.part"):
+        parts.check_latents(int(path.stem))
 
 
 @pytest.mark.slow
@@ -423,7 +423,7 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_file(scratch, made):
 def test_finished_parts_are_not_made_again(scratch, monkeypatch, capsys):
     killed, _ = extract_and_kill(options(scratch), 10)
     assert killed
-    there = sorted((scratch / "latents").glob("*/0*.npz"))
+    there = sorted((scratch / "latents").glob("*/0*.part"))
     assert there
     read = []
     monkeypatch.setattr(
@@ -518,7 +518,7 @@ def test_unreadable_picture_stops_the_run_or_is_left_out(scratch, made):
     said = refusal(options(scratch))
     assert str(bad) in said
     assert "--skip-bad" in said
-    finished = len(list((scratch / "latents").glob("*/0*.npz")))
+    finished = len(list((scratch / "latents").glob("*/0*.part")))
     assert finished == 3  # the picture is the 13th
     latent_dataset.main([*options(scratch), "--skip-bad"])
     reader, whole = (LatentReader(f / "latents" / LATENT_FILE) for f in (scratch, made))
@@ -553,7 +553,7 @@ def test_damaged_part_is_named_set_aside_and_made_again(scratch, made, monkeypat
     merged = [at for at, event in enumerate(events) if event == "pwrite"]
     killed, _ = extract_and_kill(options(scratch), merged[2] if is_merging else merged[0] - 9)
     assert killed
-    parts = sorted((scratch / "latents").glob("*/0*.npz"))
+    parts = sorted((scratch / "latents").glob("*/0*.part"))
     assert is_merging == (parts[0].stem != "000000")
     damaged = bytearray(parts[1].read_bytes())
     damaged[len(damaged) // 3] ^= 1
@@ -643,7 +643,7 @@ def test_vae_that_gives_no_numbers_is_refused(scratch, monkeypatch):
     )
     said = refusal(options(scratch, dtype="float16"))
     assert "gives values that are not finite in float16 for pictures 0 to 3" in said
-    assert not list((scratch / "latents").glob("*/0*.npz"))
+    assert not list((scratch / "latents").glob("*/0*.part"))
 
 
 # A full disk.
@@ -691,6 +691,6 @@ def test_full_disk_is_said_and_with_more_room_the_same_command_goes_on(scratch, 
     assert f"done ['{LATENT_FILE}']" in said
     full = [line for line in said if line.startswith("full")]
     assert all("No space left on device" in line for line in full)
-    assert sum(".npz: not written" in line for line in full) >= 5
+    assert sum(".part: not written" in line for line in full) >= 5
     assert sum("merged.hdf5: not written" in line for line in full) >= 1
     assert_same_latents(scratch / "disk.copy", made / "latents")

@@ -1,9 +1,10 @@
 """A latent file in the making: parts that stand on their own, and their merge into one file.
 
 Everything is in the folder imagenet_latent.parts beside the target: plan.json says what is being
-made, 000000.npz and so on are the parts. A process killed at any moment leaves whole parts, and the
-same command makes the missing ones. The merge copies the parts into merged.hdf5, deletes each when
-it has been read back from there, and gives the file its final name when it has all of them.
+made, and 000000.part and so on are the parts: a line with a CRC-32 and a JSON header, then the
+latents' bytes. A process killed at any moment leaves whole parts, and the same command makes the
+missing ones. The merge copies the parts into merged.hdf5, deletes each when it has been read back
+from there, and gives the file its final name when it has all of them.
 """
 
 import contextlib
@@ -12,8 +13,6 @@ import io
 import json
 import os
 import shutil
-import struct
-import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -36,7 +35,6 @@ from support.system.locks import hold_lock
 PART_IMAGES = 256  # a killed process loses less work than this
 SYNCED_BYTES = 1 << 28  # of a merge, at a time
 COPIED_BYTES = 1 << 20
-ZIP_HEADER_BYTES = 30  # of an entry, before its name and an extra field of any length
 KEPT = "finished work is kept: mend this, and the same command continues"
 
 Record = TypeVar("Record")  # Plan or Ledger
@@ -88,6 +86,15 @@ class Part(NamedTuple):
     skipped: tuple[str, ...]
 
 
+class Header(NamedTuple):
+    """What a part's file says before its latents."""
+
+    labels: list[int]
+    skipped: list[str]
+    num_bytes: int  # of the latents
+    crc32: int
+
+
 class Ledger(NamedTuple):
     """What the parts held when the merge began, in order."""
 
@@ -105,7 +112,7 @@ class PartsFolder:
         self.merged_path = self.folder / "merged.hdf5"
 
     def part_path(self, part: int) -> Path:
-        return self.folder / f"{part:06}.npz"
+        return self.folder / f"{part:06}.part"
 
     def damaged_path(self, part: int) -> Path:
         """Where a damaged part is set aside."""
@@ -169,36 +176,54 @@ class PartsFolder:
 
     def write_part(self, index: int, part: Part) -> None:
         """Write a part, whole or not at all."""
-        # In memory first, so that only one place meets a full disk: NumPy seeks.
-        buffer = io.BytesIO()
-        np.savez(
-            buffer,
-            latents=part.latents,
-            labels=part.labels,
-            skipped=np.array(json.dumps(part.skipped)),
-        )
+        latents = part.latents.tobytes()
+        header = Header(part.labels.tolist(), [*part.skipped], len(latents), zlib.crc32(latents))
+        line = json.dumps(header._asdict()).encode()
         with _kept(), atomic_write(self.part_path(index)) as file:
-            file.write(buffer.getbuffer())
+            file.write(b"%08x %b\n" % (zlib.crc32(line), line))
+            file.write(latents)
         self.damaged_path(index).unlink(missing_ok=True)
 
-    def read_part(self, index: int, has_latents: bool = True) -> Part:
-        """A part, or all but its latents; UserError if it is damaged, and set aside."""
-        with self._whole(index), np.load(self.part_path(index), allow_pickle=False) as entries:
-            latents = entries["latents"] if has_latents else np.empty(0)
-            return Part(latents, entries["labels"], tuple(json.loads(str(entries["skipped"]))))
+    def read_header(self, index: int) -> Header:
+        """A part's header; UserError if it is damaged, and the part set aside."""
+        with self._whole(index), open(self.part_path(index), "rb") as file:
+            checksum, _, line = file.readline().rstrip(b"\n").partition(b" ")
+            if int(checksum, 16) != zlib.crc32(line):
+                raise ValueError("its header is damaged")
+            header = Header(**json.loads(line))
+            if os.fstat(file.fileno()).st_size != file.tell() + header.num_bytes:
+                raise ValueError("its latents are not complete")
+            return header
 
-    def skipped(self, plan: Plan) -> Iterator[str]:
+    def read_latents(self, index: int) -> Iterator[bytes]:
+        """The bytes of a part's latents, in pieces; not checked."""
+        with self._whole(index), open(self.part_path(index), "rb") as file:
+            file.readline()
+            while piece := file.read(COPIED_BYTES):
+                yield piece
+
+    def check_latents(self, index: int) -> None:
+        """UserError if a part's latents are damaged, and the part set aside."""
+        checksum = 0
+        for piece in self.read_latents(index):
+            checksum = zlib.crc32(piece, checksum)
+        with self._whole(index):
+            if checksum != self.read_header(index).crc32:
+                raise ValueError("its latents are damaged")
+
+    def skipped(self, plan: Plan) -> list[str]:
         """The pictures that finished parts left out."""
-        for index in range(plan.num_parts):
-            if self.part_path(index).exists():
-                yield from self.read_part(index, has_latents=False).skipped
+        finished = [part for part in range(plan.num_parts) if self.part_path(part).exists()]
+        return [path for part in finished for path in self.read_header(part).skipped]
 
     @contextlib.contextmanager
     def _whole(self, index: int) -> Iterator[None]:
         """A block that reads a part: if it cannot, the part is set aside for another to be made."""
         try:
             yield
-        except Exception as error:  # zipfile and NumPy raise many kinds
+        except UserError:
+            raise
+        except Exception as error:  # a damaged header may raise any kind
             path, aside = self.part_path(index), self.damaged_path(index)
             with contextlib.suppress(OSError):
                 path.rename(aside)
@@ -242,8 +267,8 @@ class PartsFolder:
 
     def _begin_merge(self, plan: Plan, describe: Callable[[np.ndarray], LatentInfo]) -> None:
         """Write a merged file without latents, and then the ledger."""
-        parts = [self.read_part(index, has_latents=False) for index in range(plan.num_parts)]
-        labels = np.concatenate([part.labels for part in parts])
+        parts = [self.read_header(index) for index in range(plan.num_parts)]
+        labels = np.array([label for part in parts for label in part.labels], np.int64)
         if len(labels) == 0:
             raise UserError(f"{self.folder}: none of the {plan.num_images} pictures can be read")
         with _kept(), atomic_write(self.merged_path) as file:
@@ -254,54 +279,33 @@ class PartsFolder:
 
     def _merge_group(self, merged: io.FileIO, places: Mapping[int, range]) -> None:
         """Copy parts to their places, read them back from the disk, and delete them."""
-        entries = {index: self._find_latents(index) for index in places}
+        headers = {index: self.read_header(index) for index in places}
         for index, place in places.items():
-            if entries[index].num_bytes != len(place):
+            if headers[index].num_bytes != len(place):
                 raise UserError(
                     f"{self.part_path(index)}: has other rows than when the merge began; delete "
                     f"{self.folder} to start again"
                 )
             start = place.start
-            for piece in self._read_latents(index, entries[index]):
+            for piece in self.read_latents(index):
                 _write_at(merged.fileno(), memoryview(piece), start)
                 start += len(piece)
         os.fsync(merged.fileno())
         if hasattr(os, "posix_fadvise"):  # else they may come from the system's cache
             os.posix_fadvise(merged.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         for index, place in places.items():
-            checksum = zlib.crc32(entries[index].header)
+            checksum = 0
             for start in range(place.start, place.stop, COPIED_BYTES):
                 size = min(COPIED_BYTES, place.stop - start)
                 checksum = zlib.crc32(os.pread(merged.fileno(), size, start), checksum)
-            if checksum != entries[index].checksum:
-                self.read_part(index)  # raises if the part was damaged before
+            if checksum != headers[index].crc32:
+                self.check_latents(index)  # raises if the part was damaged before
                 raise UserError(
                     f"{self.merged_path}: the latents of part {index} are not read back as they "
                     "were written; check the disk, then give the same command"
                 )
         for index in places:
             self.part_path(index).unlink()
-
-    def _find_latents(self, index: int) -> "Entry":
-        path = self.part_path(index)
-        with self._whole(index), zipfile.ZipFile(path) as archive, open(path, "rb") as source:
-            entry = archive.getinfo("latents.npy")
-            source.seek(entry.header_offset + ZIP_HEADER_BYTES - 4)
-            name_and_extra = struct.unpack("<HH", source.read(4))
-            start = source.seek(sum(name_and_extra), os.SEEK_CUR)
-            np.lib.format.read_magic(source)
-            np.lib.format.read_array_header_1_0(source)
-            header_bytes = source.tell() - start
-            source.seek(start)
-            header = source.read(header_bytes)
-            return Entry(header, source.tell(), entry.file_size - header_bytes, entry.CRC)
-
-    def _read_latents(self, index: int, entry: "Entry") -> Iterator[bytes]:
-        """The bytes of a part's latents in pieces, quicker than NumPy reads them; not checked."""
-        with self._whole(index), open(self.part_path(index), "rb", buffering=0) as source:
-            source.seek(entry.start)
-            for done in range(0, entry.num_bytes, COPIED_BYTES):
-                yield source.read(min(COPIED_BYTES, entry.num_bytes - done))
 
     def _publish(self, ledger: Ledger) -> None:
         if ledger.skipped:
@@ -314,15 +318,6 @@ class PartsFolder:
     def clear(self) -> None:
         """Delete the folder, which is no longer needed."""
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-class Entry(NamedTuple):
-    """Where a part's file has its latents: uncompressed, after NumPy's header."""
-
-    header: bytes
-    start: int
-    num_bytes: int
-    checksum: int  # CRC-32 of the header and the latents
 
 
 @contextlib.contextmanager
