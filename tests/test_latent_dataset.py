@@ -27,7 +27,7 @@ import train
 from support.data import latent_parts
 from support.data.images import read_image
 from support.data.latents import LATENT_FILE, LatentReader
-from support.data.vae import find_vae, load_vae
+from support.data.vae import decoder_notes, find_vae, load_vae
 from support.system.files import UserError
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -224,6 +224,21 @@ def test_training_without_pixels_needs_no_vae(made, tmp_path, monkeypatch):
     arguments = training_options(tmp_path, tmp_path / "run", **nothing)
     train.main([argument for argument in arguments if not argument.startswith("--set=vae=")])
     assert (tmp_path / "run" / "ckpts" / "2.pt").exists()
+
+
+def test_training_tells_that_another_vae_decodes_than_made_the_latents(made, tmp_path):
+    shutil.copytree(made / "latents", tmp_path / "latents")
+    with h5py.File(tmp_path / "latents" / LATENT_FILE, "r+") as file:
+        file.attrs["vae_sha256"] = "0" * 64
+    few = {"total_steps": 1, "eval_demo_steps": 1, "eval_steps": 0}
+    for place in (made, tmp_path):
+        folder = tmp_path / place.name
+        train.main(training_options(made, folder, dataset_path=place / "latents", **few))
+        record = load(folder, 1)["data"]
+        assert record["vae"] == str(made / "vae")
+        notes = decoder_notes(find_vae(str(made / "vae")), record)
+        assert len(notes) == (place == tmp_path)
+        assert all(note in (folder / "log.txt").read_text() for note in notes)
 
 
 def without_attributes(made, folder):

@@ -12,6 +12,7 @@ from support.data.batches import BatchPlan, build_loader
 from support.data.build import build_data, compare_data
 from support.data.datasets import RawBatch, TrainingData
 from support.data.images import SKIPPED_FILE
+from support.data.vae import decoder_notes
 from support.runs.budget import count_parameters
 from support.runs.logbook import Logbook, device_name
 from support.runs.metrics import METRICS_FILE, Metrics
@@ -49,12 +50,12 @@ def build_run(config: Config, processes: Processes, check_data: bool = False) ->
     """A fresh run with checked data and model; does not touch its folder."""
     refuse_start(config)
     plan = config.batch_plan(processes.world_size)
-    if config.result_schedule().has_images:
-        find_decoder(config)
+    decoder = find_decoder(config) if config.result_schedule().has_images else None
     check_installed(config.log_to)
-    return assemble_run(
-        config, processes, plan, build_data(config.data_request(), processes, check_data)
-    )
+    data = build_data(config.data_request(), processes, check_data)
+    if decoder:
+        data.notes += decoder_notes(decoder, data.record())
+    return assemble_run(config, processes, plan, data)
 
 
 def assemble_run(config: Config, processes: Processes, plan: BatchPlan, data: TrainingData) -> Run:
