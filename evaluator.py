@@ -16,6 +16,7 @@ from support.system.command import run_command  # isort: skip - first: it attend
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import platform
 import sys
@@ -146,11 +147,8 @@ def notes(
 
 # The commands.
 
-SCORING_ONLY = (
-    *("ref_batch", "sample_batch_dir", "distances"),
-    *("watch", "delete_evaluated", "no_cache"),
-)
-MAKING_ONLY = ("write_ref", "images", "image_size", "exif", "ref_images")
+SCORING = ("ref_batch", "sample_batch_dir", "distances", "watch", "delete_evaluated", "no_cache")
+MAKING = ("write_ref", "images", "image_size", "exif", "ref_images")
 
 
 class Session:
@@ -209,13 +207,10 @@ class Session:
             return
         self.results.add(record)
         self.failed.pop(path, None)
-        print(f"{printable(path.name)} # {table.format_scores(record['scores'])}")
-        print(f"  {record['num_images']} images in {record['seconds']:.1f} s")
+        lines = [f"{record['num_images']} images in {record['seconds']:.1f} s"]
         if "prec" in record["scores"]:
-            print(f"  prec and recall by {record['distances']} distances")
-        for note in record["notes"]:
-            print(f"  {note}")
-        sys.stdout.flush()
+            lines.append(f"prec and recall by {record['distances']} distances")
+        print(printable(table.line_of(record)), *lines, *record["notes"], sep="\n  ", flush=True)
         if self._arguments.delete_evaluated and not samples.exif:
             self._delete(path)
 
@@ -298,37 +293,32 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
-    add("--ref_batch", type=expanduser, metavar="R.npz", help="reference file to score against")
-    folder_help = "folder whose .npz files are scored, or whose pictures are"
-    add("--sample_batch_dir", type=expanduser, metavar="DIR", help=folder_help)
-    distances_help = "for precision and recall: exact (default), or float16 as in ADM's evaluator"
-    add("--distances", choices=measures.DISTANCES, help=distances_help)
-    watch_help = "keep scoring new files, looking every so many seconds (60)"
-    add("--watch", type=positive, nargs="?", const=60, metavar="SECONDS", help=watch_help)
+    path, number = functools.partial(add, type=expanduser), functools.partial(add, type=positive)
+    path("--ref_batch", metavar="R.npz", help="reference file to score against")
+    path("--sample_batch_dir", metavar="DIR", help="folder of .npz files, or of pictures")
+    kinds = "for precision and recall: exact (default), or float16 as in ADM's evaluator"
+    add("--distances", choices=measures.DISTANCES, help=kinds)
+    again = "keep scoring new files, looking every so many seconds (60)"
+    number("--watch", nargs="?", const=60, metavar="SECONDS", help=again)
     add("--delete_evaluated", action="store_true", help="delete each .npz once it is scored")
     add("--no_cache", action="store_true", help="neither read nor write the reference's cache")
-    making_help = "make a reference file from --images"
-    add("--write_ref", type=expanduser, metavar="OUT.npz", help=making_help)
-    source_help = "folder of pictures, of CIFAR-10 or of Fashion-MNIST, or an .npz"
-    add("--images", type=expanduser, metavar="SOURCE", help=source_help)
-    add("--image_size", type=positive, help="centre crop of pictures to this many pixels")
-    exif_help = (
-        "turn pictures upright as their EXIF data say (apply, the default), or ignore these, as "
-        "ImageNet's published recipe does"
-    )
-    add("--exif", choices=("apply", "ignore"), help=exif_help)
-    add("--ref_images", type=positive, help="images to keep in the reference file (all)")
-    graph_help = f"frozen graph (default: {DEFAULT_NAME})"
-    add("--inception", type=expanduser, metavar="PATH", help=graph_help)
+    path("--write_ref", metavar="OUT.npz", help="make a reference file from --images")
+    source = "folder of pictures, of CIFAR-10 or of Fashion-MNIST, or an .npz"
+    path("--images", metavar="SOURCE", help=source)
+    number("--image_size", help="centre crop of pictures to this many pixels")
+    exif = "rotation of pictures: apply (default), or ignore as ImageNet's published recipe does"
+    add("--exif", choices=("apply", "ignore"), help=exif)
+    number("--ref_images", help="images to keep in the reference file (all)")
+    path("--inception", metavar="PATH", help=f"frozen graph (default: {DEFAULT_NAME})")
     add("--inception_sha256", metavar="HEX", help="digest that the graph must have")
-    add("--batch_size", type=positive, default=64, help="images per run of the graph (64)")
+    number("--batch_size", default=64, help="images per run of the graph (64)")
     arguments = parser.parse_args(list(map(underscored, sys.argv[1:] if argv is None else argv)))
     chosen = vars(arguments)
-    scoring = all(chosen[key] for key in ("ref_batch", "sample_batch_dir"))
-    making = all(chosen[key] for key in ("write_ref", "images"))
-    if scoring == making:
+    scoring = chosen["ref_batch"] and chosen["sample_batch_dir"]
+    making = chosen["write_ref"] and chosen["images"]
+    if bool(scoring) == bool(making):
         parser.error("give --ref_batch and --sample_batch_dir, or --write_ref and --images")
-    stray = SCORING_ONLY if making else MAKING_ONLY
+    stray = SCORING if making else MAKING
     if given := [f"--{key}" for key in stray if chosen[key]]:
         parser.error(f"{', '.join(given)}: not used with {'--write_ref' if making else 'scoring'}")
     return arguments

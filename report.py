@@ -12,6 +12,7 @@ writes the curves to expect of an experiment, from its runs with different seeds
 from support.system.command import run_command  # isort: skip - first: it attends to the start
 
 import argparse
+import contextlib
 import os
 import time
 from collections.abc import Sequence
@@ -84,15 +85,10 @@ def experiment_of(run: RecordedRun) -> str | None:
         config = config_from_dict(run.settings, "config.yaml", pass_over=lambda line: None)
     except UserError:
         return None
-    return settings_digest(
-        {
-            name: value
-            for name, value in config.to_dict().items()
-            if not may_change(FIELDS[name])
-            and name != "seed"
-            and getattr(config, name) != FIELDS[name].default
-        }
-    )
+    names = [name for name in FIELDS if name != "seed" and not may_change(FIELDS[name])]
+    names = [name for name in names if getattr(config, name) != FIELDS[name].default]
+    values = config.to_dict()
+    return settings_digest({name: values[name] for name in names})
 
 
 def make(runs: Sequence[RecordedRun], reload_seconds: float = 0) -> Report:
@@ -181,14 +177,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     said = write_report(arguments)
     print(*said, arguments.output, *filter(None, [arguments.table]), sep="\n", flush=True)
-    while arguments.watch:
-        try:
+    with contextlib.suppress(KeyboardInterrupt):
+        while arguments.watch:
             time.sleep(arguments.every)
-            news = [line for line in write_report(arguments) if line not in said]
-        except KeyboardInterrupt:
-            return
-        print(*news, sep="\n", end="\n" if news else "", flush=True)
-        said += news
+            for line in write_report(arguments):
+                if line not in said:
+                    print(line, flush=True)
+                    said.append(line)
 
 
 if __name__ == "__main__":

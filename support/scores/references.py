@@ -211,13 +211,12 @@ def _read_statistics(archive: ArchiveReader, graph: FeatureGraph) -> dict[str, S
     found = {}
     for (kind, (mean, covariance)), width in zip(KEYS.items(), graph.widths, strict=False):
         if mean in archive or covariance in archive:
-            found[kind] = Statistics(
-                archive.floats(mean, (width,)), archive.floats(covariance, (width, width))
-            )
+            square = archive.floats(covariance, (width, width))
+            found[kind] = Statistics(archive.floats(mean, (width,)), square)
             try:
                 _ = found[kind].factor
             except ValueError as error:
-                raise UserError(f"{archive.path}: {covariance}: {error}; no covariance") from error
+                raise UserError(f"{archive.path}: {covariance}: {error}") from error
     return found
 
 

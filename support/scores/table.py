@@ -82,7 +82,7 @@ class Results:
         results = cls(folder, read_records(folder))
         written = set(_whole_lines(folder / "eval_results.txt"))
         for record in results.records.values():
-            if _line_of(record) not in written:
+            if line_of(record) not in written:
                 results._add_line(record)
         return results
 
@@ -99,7 +99,7 @@ class Results:
         self._add_line(record)
 
     def _add_line(self, record: dict) -> None:
-        append_line(self.folder / "eval_results.txt", _line_of(record))
+        append_line(self.folder / "eval_results.txt", line_of(record))
 
     def table(self, yardstick: Yardstick) -> str:
         """All files with their last scores, in natural order, with remarks for the reader."""
@@ -126,8 +126,11 @@ class Results:
         return printable("\n".join(lines))
 
 
-def _line_of(record: Mapping) -> str:
-    return f"{record['file']} # {format_scores(record['scores'])}"
+def line_of(record: Mapping) -> str:
+    """`{file} # IS: .., FID: .., sFID: .., prec: .., recall: ..` in full precision."""
+    scores = record["scores"]
+    texts = [f"{column}: {scores[column]!r}" for column in COLUMNS if column in scores]
+    return f"{record['file']} # {', '.join(texts)}"
 
 
 def _fewest_images(record: Mapping) -> int:
@@ -178,11 +181,6 @@ def read_record(path: Path) -> dict:
     except (OSError, ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}
-
-
-def format_scores(scores: dict[str, float]) -> str:
-    """`IS: .., FID: .., sFID: .., prec: .., recall: ..` in full precision."""
-    return ", ".join(f"{column}: {scores[column]!r}" for column in COLUMNS if column in scores)
 
 
 def _whole_lines(path: Path) -> list[str]:
