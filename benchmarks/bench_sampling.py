@@ -66,7 +66,7 @@ def bench_speed() -> None:
     judge(f"{MODEL}, batch {BATCH}: loop over forward", ratio, "of its images/s", least=0.95)
 
 
-class Still:
+class Still(torch.nn.Module):
     """A model that does nothing."""
 
     def jump(self, x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:

@@ -86,7 +86,7 @@ def test_recipe_of_the_data_set_fills_what_the_config_leaves_open(
 
 def test_numbers_are_read_as_they_are_written():
     assert config_from_dict({"working_dir": "x"}, "test", ["seed=010"]).seed == 10
-    with pytest.raises(UserError, match="'1:30' is not a whole number"):
+    with pytest.raises(UserError, match="seed: '1:30' "):
         config_from_dict({"working_dir": "x"}, "test", ["seed=1:30"])
 
 
@@ -141,7 +141,7 @@ def test_operational_keys_may_change_and_others_may_not(load):
         "num_workers changed: 12 -> 0",
         "eval_NFE changed: 1 -> 2",
     ]
-    with pytest.raises(UserError, match=r"record is of another experiment: seed 42 -> 1; "):
+    with pytest.raises(UserError, match=r"record .*seed 42 -> 1"):
         refuse_another_experiment(old, load(BASE, "seed=1"), [], "record")
     assert refuse_another_experiment(old, load(BASE, "seed=1"), ["seed"], "record") == [
         "seed changed: 42 -> 1"
@@ -172,12 +172,12 @@ def test_unknown_keys_of_a_file_are_passed_over_in_one_line_where_that_is_asked_
         f"{path}: passed over keys that are not known here: use_fp16, noising_typ; did you mean "
         "noising_type?"
     ]
-    with pytest.raises(UserError, match="use_fp16: unknown key"):
+    with pytest.raises(UserError, match="use_fp16: "):
         load_config(path)
-    with pytest.raises(UserError, match="--set batchsize: unknown key; did you mean batch_size"):
+    with pytest.raises(UserError, match=r"--set batchsize: .*batch_size"):
         load_config(path, ["batchsize=8"], said.append)
     path.write_text("working_dir: runs/x\nuse_fp16: true\nseed: seven\n")
-    with pytest.raises(UserError, match="seed: 'seven' is not a whole number"):
+    with pytest.raises(UserError, match="seed: 'seven' "):
         load_config(path, pass_over=said.append)
 
 
@@ -214,7 +214,9 @@ def test_a_method_in_a_file_is_taken_from_the_command_line_alone(load, tmp_path,
     mine = tmp_path / "mine.py"
     mine.write_text(MINE)
     named = "{working_dir: x, method: 'mine.py:PseudoHuber'}"
-    with pytest.raises(UserError, match=r"config.yaml: method: .*--set method=mine.py:PseudoHuber"):
+    with pytest.raises(
+        UserError, match=r"config\.yaml: method: .*--set method=mine\.py:PseudoHuber"
+    ):
         load(named)
     assert load("working_dir: x", f"method={mine}:PseudoHuber").method == "mine.py:PseudoHuber"
     assert METHODS.pop("mine.py:PseudoHuber").__name__ == "PseudoHuber"

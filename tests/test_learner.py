@@ -160,7 +160,7 @@ def test_a_step_that_is_not_finite_is_held_back_on_the_device(optimizer, is_mask
         step_as_on_a_gpu(made, batch)
     assert is_masked or all(map(torch.equal, all_of(made.state), before))
     assert all(tensor.isfinite().all() for tensor in all_of(made.state))
-    with pytest.raises(UserError, match=r"step 3: .*Grad_Norm not finite; the step was not"):
+    with pytest.raises(UserError, match=r"step 3: .*Grad_Norm"):
         made.guard.refuse()
 
 

@@ -365,9 +365,9 @@ def test_without_guidance_no_pass_is_for_it_where_shapes_are_fixed():
 def test_dropped_labels_without_a_null_class_are_refused():
     x_0, x_1, times = draws(2)
     model = build_model("DiT-Nano-2", 2, 4, 3, cfg_drop_rate=0.0)
-    with pytest.raises(ValueError, match="no null class"):
+    with pytest.raises(ValueError, match="null"):
         model.velocity(x_0.float(), times.t.float())
-    with pytest.raises(ValueError, match="no null label"):
+    with pytest.raises(ValueError, match="null"):
         terms_of(
             model, UNGUIDED, times.t, x_0, x_1, torch.tensor([0, 1]), torch.tensor([True, False])
         )
@@ -500,12 +500,12 @@ def test_network_keeps_the_shape_of_the_data_for_any_patch():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("DiT-B", 3, 8, 10, 0.1), "SIZE one of Nano, Ti, S, B, M, L, XL"),
-        (("DiT-Q-2", 3, 8, 10, 0.1), "SIZE one of"),
-        (("VGG", 3, 8, 10, 0.1), "neither UNet nor DiT-SIZE-PATCH"),
-        (("UNet-2", 3, 8, 10, 0.1), "neither UNet nor DiT-SIZE-PATCH"),
-        (("UNet", 3, 6, 10, 0.0), "data_size must be a multiple of 4"),
-        (("DiT-B-3", 3, 8, 10, 0.1), "patch that does not divide data_size 8; 1, 2, 4, 8 would"),
+        (("DiT-B", 3, 8, 10, 0.1), "DiT-B.*Nano, Ti, S, B, M, L, XL"),
+        (("DiT-Q-2", 3, 8, 10, 0.1), "DiT-Q-2"),
+        (("VGG", 3, 8, 10, 0.1), "VGG.*UNet.*DiT-SIZE-PATCH"),
+        (("UNet-2", 3, 8, 10, 0.1), "UNet-2"),
+        (("UNet", 3, 6, 10, 0.0), "data_size.* 4"),
+        (("DiT-B-3", 3, 8, 10, 0.1), "data_size 8.*1, 2, 4, 8"),
         (("DiT-Nano-2", 3, 8, 10, 0.1, "Cubic"), "noising_type 'Cubic'"),
         (("DiT-Nano-2", 3, 8, 10, 0.1, "Linear", "euler"), "coefficient_type 'euler'"),
     ],
@@ -517,5 +517,5 @@ def test_unknown_names_and_unfit_patches_are_refused(arguments, message):
 
 def test_times_of_the_wrong_shape_are_refused():
     model = toy_model()
-    with pytest.raises(ValueError, match="one per sample"):
+    with pytest.raises(ValueError, match=r"\[2\].*\[3\]"):
         model.velocity(torch.zeros(2, 2, 4, 4, dtype=torch.float64), torch.rand(3))

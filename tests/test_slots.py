@@ -40,7 +40,7 @@ def log_of(tmp_path):
 
 def assert_known(key: str, name: str) -> None:
     """Whoever misspells the name in a config is pointed to it."""
-    with pytest.raises(UserError, match=f"{key}: .* did you mean {name}\\?"):
+    with pytest.raises(UserError, match=f"{key}: .*{name.lower()}.*{name}"):
         config_from_dict({"working_dir": "x", key: name.lower()}, "c.yaml")
 
 
@@ -57,7 +57,7 @@ def test_a_data_set_is_an_entry_in_its_table(monkeypatch, log_of):
     assert "16 examples of 2 classes, in order: upright (8), lying (8)" in log_of(
         dataset_type="Stripes"
     )
-    with pytest.raises(UserError, match=r"is for pixels \(CIFAR10, .*, Stripes\), not for"):
+    with pytest.raises(UserError, match=r"model_type: .*Stripes"):
         config_from_dict({"working_dir": "x", "model_type": "UNet"}, "c.yaml")
 
 

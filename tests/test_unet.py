@@ -291,5 +291,5 @@ def test_the_smallest_size_works():
 
 
 def test_labels_are_refused(network):
-    with pytest.raises(ValueError, match="unconditional"):
+    with pytest.raises(ValueError, match="UNet"):
         outputs(network, labels=torch.zeros(2, dtype=torch.long))
