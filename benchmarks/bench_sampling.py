@@ -26,7 +26,7 @@ from measuring import (
 )
 
 # isort: split
-from torch import Tensor
+from torch import Tensor, nn
 
 from models import Method
 from sampler import SampleRequest, sample_pixels, write_samples
@@ -66,7 +66,7 @@ def bench_speed() -> None:
     judge(f"{MODEL}, batch {BATCH}: loop over forward", ratio, "of its images/s", least=0.95)
 
 
-class Still(torch.nn.Module):
+class Still(nn.Module):
     """A model that does nothing."""
 
     def jump(self, x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
