@@ -1,6 +1,5 @@
 """The jobs of an experiments file: each is one training run and its samples."""
 
-import ast
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
@@ -8,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from support.system.files import UserError, shorten
+from models import add_method
+from support.system.files import UserError
 from support.system.settings import read_yaml
 
 FOLDER = Path(__file__).resolve().parent
@@ -22,7 +22,7 @@ class Job:
 
     part: str  # of PARTS
     name: str  # as tables show it
-    objective: str  # of arena/objectives, or FILE.py:NAME
+    objective: str  # the `method` of its config
     seed: int
     settings: Mapping[str, Any]
     guided: bool = False
@@ -70,17 +70,15 @@ class Plan:
     def with_objective(self, text: str) -> "Plan":
         """The plan with a user's objective, FILE.py:NAME, beside the others, without guidance."""
         file, _, name = text.rpartition(":")
-        if not (name.isidentifier() and Path(file).is_file()):
-            raise UserError(f"--objective {text}: must be FILE.py:NAME, where FILE.py exists")
+        if not file.endswith(".py"):
+            raise UserError(f"--objective {text}: must be FILE.py:NAME")
         if name in {**self.values["guided"], **self.values["unguided"]}:
             raise UserError(f"--objective {text}: {name} is taken; choose another name")
         try:
-            body = ast.parse(Path(file).read_bytes()).body
-        except (SyntaxError, ValueError) as error:
-            raise UserError(f"{file}: not Python ({shorten(error)})") from error
-        if name not in [node.name for node in body if isinstance(node, ast.ClassDef)]:
-            raise UserError(f"--objective {text}: {file} has no class {name}")
-        entry = {"objective": f"{Path(file).resolve()}:{name}"}
+            add_method(text)
+        except ValueError as error:
+            raise UserError(f"--objective {text}: {error}") from error
+        entry = {"objective": f"{Path(file).expanduser().resolve()}:{name}"}
         values = {**self.values, "unguided": {**self.values["unguided"], name: entry}}
         return dataclasses.replace(self, values=values)
 

@@ -209,21 +209,6 @@ def test_the_documents_show_the_tables_of_the_results_that_they_keep():
     assert all(line.rstrip("| ") in shown for line in made["## Ablations"].splitlines()[3:])
 
 
-def test_a_change_has_a_verdict_where_all_seeds_agree():
-    found = {"as it is": (10, 14), "p 0": (11, 16), "no guidance": (8, 13), "mix_ratio 1": (9, 15)}
-    rows = [
-        {"name": name, "seed": seed, "FD": fd}
-        for name, values in found.items()
-        for seed, fd in enumerate(values)
-    ]
-    lines = tables.ablations_table(rows).splitlines()[3:]
-    assert [line.split(" | ")[2:] for line in lines] == [
-        ["+1.5 (+1.0 to +2.0)", "worse |"],
-        ["-1.5 (-2.0 to -1.0)", "better |"],
-        ["+0.0 (-1.0 to +1.0)", "undecided |"],
-    ]
-
-
 # Runs
 
 TWIN = """

@@ -49,9 +49,8 @@ def test_the_lock_names_the_public_index_alone():
     ("flags", "expected"),
     [
         (["UV=uv"], r"^uv sync --locked --all-groups *$"),
-        (["UV=uv", "PYTHON=python3.12"], r"^uv sync .* --python python3\.12$"),
-        (["UV="], r"^\.venv/bin/pip install .*-r requirements_soflow\.txt .*_dev\.txt$"),
         (["UV=", "PYTHON=python3.12"], r"^python3\.12 -m venv \.venv$"),
+        (["UV="], r"^\.venv/bin/pip install .*-r requirements_soflow\.txt .*_dev\.txt$"),
     ],
 )
 def test_make_installs_with_uv_or_with_pip(flags, expected, tmp_path: Path):
