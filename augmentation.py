@@ -1,4 +1,4 @@
-"""Geometric augmentation of training images, told to the network as six labels per image.
+"""Geometric augmentation of training images, with six labels per image for the network.
 
 The part of Karras et al. 2022 (arXiv 2206.00364, appendix F.2) that SoFlow trains its UNet with:
 flip, isotropic and anisotropic scaling, translation, resampled through a wavelet's low-pass filter.
@@ -39,7 +39,7 @@ PEAK = 5  # the tap that connects pixel i to the upsampled sample at the same pl
 
 @dataclass(frozen=True)
 class AugmentationParameters:
-    """What happens to each of N images: float32 on the CPU, 0 for what does not happen."""
+    """The parameters of N images' augmentation: float32 on the CPU, 0 where nothing is drawn."""
 
     flip: Tensor  # [N], 1 where left and right are exchanged
     scale: Tensor  # [N], in standard deviations
@@ -49,7 +49,7 @@ class AugmentationParameters:
 
     @property
     def labels(self) -> Tensor:
-        """What the network is told: [N, 6], all 0 for an image left as it is."""
+        """The augmentation labels, [N, 6]; all 0 for an image that is left as it is."""
         along_x = self.aniso * self.aniso_angle.cos()
         along_y = self.aniso * self.aniso_angle.sin()
         return torch.stack([self.flip, self.scale, along_x, along_y, *self.translate], dim=1)

@@ -1,4 +1,4 @@
-"""What may be asked for: the frozen `Config`, loaded from YAML, checked, and resolved once.
+"""The frozen `Config`: loaded from YAML, checked, and resolved once.
 
 The keys and their defaults are the reference's, so that released configs mean here what they mean
 there; keys of our own have defaults that keep the reference's behaviour.
@@ -55,7 +55,7 @@ LARGEST_PICTURE_PIXELS = 500_000_000  # of a grid of samples
 
 
 def _expanded(name: str) -> str:
-    """`name` with ~ and $VARIABLES written out; ValueError for a variable that is not set."""
+    """`name` with ~ and $VARIABLES expanded; ValueError for a variable that is not set."""
     name = os.path.expanduser(os.path.expandvars(name))
     if unset := re.search(r"\$\{?(\w+)", name):
         raise ValueError(f"uses ${unset[1]}, which the environment does not set")
@@ -63,7 +63,7 @@ def _expanded(name: str) -> str:
 
 
 def _folder(name: str) -> str:
-    """`name` expanded; ValueError where no file system could have such a folder."""
+    """`name` expanded; ValueError if no folder can have that name."""
     folder = _expanded(name)
     try:
         Path(folder).stat()
@@ -75,9 +75,9 @@ def _folder(name: str) -> str:
 
 
 def _method(name: str) -> str:
-    """`name`, if it is known; code is taken from a file that the command line names, and no other.
+    """`name`, if METHODS lists it; ValueError otherwise.
 
-    Otherwise a downloaded config or checkpoint could run code.
+    Only the command line may name a file of code: a downloaded config could run anything.
     """
     if ".py:" in name and name not in METHODS:
         raise ValueError(
@@ -87,7 +87,7 @@ def _method(name: str) -> str:
 
 
 def _network(model_type: str) -> str:
-    """`model_type`, if there is such a network."""
+    """`model_type`, if a backbone recognises it; ValueError otherwise."""
     try:
         backbone_of(model_type)
     except ValueError as error:
@@ -147,12 +147,12 @@ class Config(BaseModel):
         le=1,
     )
     horizontal_flips: bool = key(False, "mirror each picture with probability 1/2 (ImageFolder)")
-    # May change, since what it changes is known by the number of pictures that are left.
+    # May change: the number of pictures that are left tells the difference.
     skip_bad: bool = changeable(
         False, "skip unreadable pictures (ImageFolder); decodes all of them at the start"
     )
-    # May change, since one and the same VAE has a name here and a folder there; that it made the
-    # latents is checked against their file.
+    # May change: the same VAE has a name on one machine and a folder on another. Training checks
+    # against the latent file that this VAE made the latents.
     vae: Location = changeable(
         VAE_NAME, "VAE of the latents: a name on the Hugging Face Hub, or a folder"
     )
@@ -277,7 +277,7 @@ class Config(BaseModel):
     keep_every_steps: Whole | None = changeable(
         None, "also keep those at multiples of so many steps", ge=1
     )
-    # Machine; none of these changes results but by rounding
+    # Machine: these change results by rounding at most
     device: Annotated[str, Choice(("auto", "cuda", "mps", "cpu"))] = changeable(
         "auto", "auto takes the best device there is"
     )
@@ -295,21 +295,21 @@ class Config(BaseModel):
 
     @property
     def is_conditional(self) -> bool:
-        """Whether the network is told the class."""
+        """Whether the network takes labels."""
         return backbone_of(self.model_type).is_conditional
 
     @property
     def is_latent(self) -> bool:
-        """Whether x_0 is a VAE's latent, to be decoded, rather than an image."""
+        """Whether x_0 is a latent of a VAE rather than an image."""
         return DATASETS[self.dataset_type].is_latent
 
     @property
     def flow_matching_count(self) -> int:
-        """How many of the global batch's samples go to flow matching."""
+        """The number of samples of the global batch for flow matching."""
         return int(self.velocity_loss_ratio * self.batch_size)
 
     def model_arguments(self, data_channels: int, num_classes: int) -> dict[str, Any]:
-        """What `build_model` takes, for this config on data of so many channels and classes."""
+        """The arguments of `build_model` for data with so many channels and classes."""
         return {
             "method": self.method,
             "model_type": self.model_type,
@@ -332,16 +332,16 @@ class Config(BaseModel):
         return warmed_up(self.learning_rate, self.warmup_steps, finished_steps)
 
     def further_averages(self) -> list[Rule]:
-        """How the averages beside `ema_decay_rate`'s follow."""
+        """The rules of the averages besides `ema_decay_rate`'s."""
         return [*map(Exponential, self.ema_decay_rates), *map(PowerFunction, self.ema_power)]
 
     @property
     def num_averages(self) -> int:
-        """How many averages are kept in all."""
+        """The number of averages, `ema_decay_rate`'s included."""
         return 1 + len(self.further_averages())
 
     def batch_plan(self, world_size: int) -> BatchPlan:
-        """How the batch is cut over so many processes."""
+        """How the batch is cut over the processes."""
         return BatchPlan(
             self.batch_size, self.flow_matching_count, world_size, self.accumulation_steps
         )
@@ -357,11 +357,11 @@ class Config(BaseModel):
         )
 
     def data_request(self) -> DataRequest:
-        """What `build_data` takes."""
+        """The argument of `build_data`."""
         return DataRequest(**{f.name: getattr(self, f.name) for f in fields(DataRequest)})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types only, as YAML, JSON and `torch.load(weights_only=True)` know them."""
+        """The config in plain types, for YAML, JSON and `torch.load(weights_only=True)`."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in self}
 
     def digest(self) -> str:
@@ -377,7 +377,7 @@ TYPES = typing.get_type_hints(Config)
 
 
 def add_options(parser: argparse.ArgumentParser, needs_config: bool = True) -> None:
-    """Give a command the options that `load_config` takes: --config and --set."""
+    """Add --config and --set, the arguments of `load_config`."""
     parser.add_argument(
         "--config",
         required=needs_config,
@@ -398,7 +398,7 @@ def add_options(parser: argparse.ArgumentParser, needs_config: bool = True) -> N
 def parse_options(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None
 ) -> argparse.Namespace:
-    """The command line's options; one that is a key of the config is answered with --set."""
+    """Parse the command line; an option that is a key of the config is refused with --set."""
     arguments, unknown = parser.parse_known_args(argv)
     for word, following in zip(unknown, [*unknown[1:], "--"], strict=False):
         option, _, value = word.partition("=")
@@ -421,14 +421,14 @@ def load_config(
     """The resolved config of a YAML file with `KEY=VALUE` overrides; UserError names what is wrong.
 
     Numeric strings are numbers (YAML reads 1e-4 as a string), whole numbers are floats, and
-    `Triangular` is read as `Trig`. Unknown keys of the file are refused, or left out and named in a
-    line for `pass_over`.
+    `Triangular` is read as `Trig`. Unknown keys of the file are refused, or skipped and reported to
+    `pass_over` if that is given.
     """
     return config_from_dict(read_yaml(path), str(path), overrides, pass_over)
 
 
 def override_by(option: str, key: str, text: str) -> str:
-    """KEY=VALUE of an option that stands for a key; UserError, in its name, where it is wrong."""
+    """KEY=VALUE for an option that sets a key; UserError, in the option's name, if it is wrong."""
     override = f"{key}={text}"
     try:
         config_from_dict({"working_dir": "any"}, option, [override])
@@ -443,7 +443,7 @@ def config_from_dict(
     overrides: Sequence[str] = (),
     pass_over: Callable[[str], None] | None = None,
 ) -> Config:
-    """The resolved config of plain values, such as a checkpoint holds; as `load_config`."""
+    """The resolved config of plain values, as a checkpoint holds them; see `load_config`."""
     unknown = [key for key in values if key not in FIELDS]
     if unknown and pass_over:
         named = ", ".join(shorten(key).strip(QUOTES) for key in unknown) + "".join(
@@ -482,7 +482,7 @@ def config_from_dict(
 
 
 def resolve(config: Config) -> Config:
-    """Fill the fields that the data set's recipe decides where the config is silent."""
+    """Fill in the fields that the data set's recipe decides, unless the config sets them."""
     dataset = DATASETS[config.dataset_type]
     recipe = {
         "optimizer": dataset.optimizer,
@@ -493,11 +493,11 @@ def resolve(config: Config) -> Config:
     return config.model_copy(update=missing)
 
 
-# Keys together
+# Contradictions between keys
 
 
 def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
-    """Keys of a resolved config whose values are fine alone and contradict others; the reasons."""
+    """Keys of a resolved config with values that contradict others, and the reasons."""
     if not config.working_dir.strip():
         yield "working_dir", "must name the folder of the run"
     yield from _of_network(config)
@@ -531,7 +531,7 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _of_averages(config: Config) -> Iterator[tuple[str, str]]:
-    """What contradicts the averages."""
+    """Contradictions among the averages."""
     for name in ("ema_decay_rates", "ema_power"):
         if len(set(values := getattr(config, name))) < len(values):
             yield name, "names an average twice"
@@ -543,7 +543,7 @@ def _of_averages(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _of_network(config: Config) -> Iterator[tuple[str, str]]:
-    """What contradicts the network."""
+    """Contradictions with the network."""
     backbone = backbone_of(config.model_type)
     name = next(name for name, kind in BACKBONES.items() if kind is backbone)
     others = either(
@@ -565,7 +565,7 @@ def _of_network(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _of_data(config: Config) -> Iterator[tuple[str, str]]:
-    """What contradicts the data set."""
+    """Contradictions with the data set."""
     dataset = DATASETS[config.dataset_type]
     for name in ("horizontal_flips", "skip_bad"):
         if getattr(config, name) and not dataset.has_files:

@@ -95,7 +95,7 @@ class TimeEmbedding(nn.Module):
 
 
 class LabelEmbedding(nn.Module):
-    """[B] labels -> [B, D]; the null class, where there is one, is the last row."""
+    """[B] labels -> [B, D]; the null label, if there is one, is the last row."""
 
     def __init__(self, num_classes: int, null_class: bool, width: int):
         super().__init__()
@@ -241,14 +241,14 @@ class DiT(Backbone):
                 nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, t: Tensor, gap: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The network's output, shaped like x; labels None means the null class for all."""
+        """F(x, t, t - gap), shaped like x; labels None means the null label for all."""
         if labels is None:
             labels = self._null_labels(x)
         condition = self.t_embedder(t) + self.s_embedder(gap) + self.y_embedder(labels)
         tokens = self.x_embedder(x) + self.pos_embed
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                # No random state is kept: blocks draw nothing.
+                # Blocks draw nothing, so there is no random state to keep.
                 tokens = checkpoint(
                     block, tokens, condition, use_reentrant=False, preserve_rng_state=False
                 )

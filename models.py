@@ -150,10 +150,10 @@ def velocity_of(x: Tensor, F: Tensor, a_s: Tensor, b_s: Tensor) -> Tensor:
 
 
 class Method(nn.Module):
-    """What is trained around a network, and how a trained one goes from t to s.
+    """An objective for a network, and the step from t to s that a trained one takes.
 
-    `network` holds the network, as the names in checkpoints say. A method defines `forward`, from a
-    drawn batch to its StepTerms, and `jump`. METHODS lists the methods that configs may name.
+    The attribute `network` gives parameters their names in checkpoints. A method defines `forward`,
+    from a drawn batch to its StepTerms, and `jump`. METHODS lists the methods that configs name.
     """
 
     sampler = "renoise"  # the sampler that images are made by unless another is asked for

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Times and all that is made of them are [B], one per sample
+# Times and the values computed from them are [B], one per sample
 
 MIN_TIME_GAP = 1e-4  # consistency: t >= this, and t - s, t - l >= this
 MAX_DECAY_ARGUMENT = 1 - 1e-6
@@ -101,7 +101,7 @@ def warmed_up(learning_rate: float, warmup_steps: int | None, step: int) -> floa
 
 
 class Times(NamedTuple):
-    """The times of a microbatch, [B] each; s = l = t for flow matching, s <= l < t else."""
+    """The times of a microbatch, [B] each; s = l = t for flow matching, s <= l < t for consistency."""
 
     t: Tensor
     l: Tensor  # noqa: E741 - the paper's letter

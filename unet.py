@@ -55,7 +55,7 @@ def _norm(channels: int) -> nn.GroupNorm:
 def _draw_mask(
     shape: Sequence[int], like: Tensor, probability: float, generator: torch.Generator
 ) -> Tensor:
-    """Which elements stay in a dropout of an h of this shape, with the type and device of `like`.
+    """A dropout mask for an h of this shape, with the type and device of `like`.
 
     True where they stay on an accelerator, what to multiply them by on a CPU: each the fastest.
     """
@@ -75,12 +75,12 @@ def _dropout(h: Tensor, probability: float, mask: Tensor) -> Tensor:
     """Training-time dropout of `h`, in place on the CPU."""
     if h.device.type == "cpu":
         return h.mul_(mask)
-    # One kernel on CUDA: what a dropout does to values is what it does to their gradients.
+    # One kernel on CUDA: dropout treats values and their gradients alike.
     return torch.ops.aten.native_dropout_backward(h, mask, 1 / (1 - probability))
 
 
 class _Convolution(nn.Conv2d):
-    """A convolution that keeps the size, after halving or doubling it where it resamples."""
+    """A convolution that keeps the size, after resampling by 1/2 or 2 if asked to."""
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel: int, resample: Resampling | None = None
@@ -106,7 +106,7 @@ class _Convolution(nn.Conv2d):
 
 
 class _Block(nn.Module):
-    """A residual block told the time by an embedding, with self-attention after it on request."""
+    """A residual block conditioned on the embedding, with optional self-attention after it."""
 
     def __init__(
         self,
@@ -139,7 +139,7 @@ class _Block(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor, mask: Tensor | None = None) -> Tensor:
         """mask, as `_draw_mask` makes it, is of the output's shape; None drops nothing."""
         h = self.conv0(F.silu(self.norm0(x)))
-        # In place where nothing needs what was there: memory is what these cost.
+        # In place where nothing needs the old values: the cost of these operations is memory.
         h += self.affine(embedding)[:, :, None, None]
         h = F.silu(self.norm1(h))
         if mask is not None:
@@ -170,7 +170,7 @@ class _Block(nn.Module):
 def _encoder(
     sizes: list[int], data_channels: int, dropout: float
 ) -> dict[str, _Convolution | _Block]:
-    """The way to the smallest size, by the names of its parts; all their outputs are stored."""
+    """The encoder's parts by name; the decoder takes the outputs of all."""
     stem = _Convolution(data_channels, STEM_WIDTH, 3)
     entries: dict[str, _Convolution | _Block] = {f"{sizes[0]}x{sizes[0]}_conv": stem}
     width = STEM_WIDTH
@@ -188,7 +188,7 @@ def _encoder(
 def _decoder(
     sizes: list[int], stored_widths: list[int], data_channels: int, dropout: float
 ) -> nn.ModuleDict:
-    """The way back from the smallest size; its blocks widen by what the encoder has stored."""
+    """The decoder's parts by name; their inputs widen by the encoder's outputs."""
     stored_widths = stored_widths.copy()
     entries: dict[str, nn.Module] = {}
     for level, size in reversed(list(enumerate(sizes))):
@@ -245,7 +245,7 @@ class UNet(Backbone):
         self._kept_masks: dict[tuple, list[Tensor | None]] = {}  # of one pass at most
 
     def blocks(self) -> list[_Block]:
-        """All blocks, in the order in which a pass takes them."""
+        """All blocks, in the order of the forward pass."""
         return [part for part in self.modules() if isinstance(part, _Block)]
 
     def parts_to_compile(self) -> Iterable[nn.Module]:
@@ -321,16 +321,16 @@ class UNet(Backbone):
         return masks
 
     def _pass(self, block: nn.Module, x: Tensor, embedding: Tensor, mask: Tensor | None) -> Tensor:
-        """The block's output; with activation checkpointing its input and mask alone are kept."""
+        """The block's output; activation checkpointing keeps only its input and mask."""
         if not (self.activation_checkpointing and torch.is_grad_enabled()):
             return block(x, embedding, mask)
-        # No random state is kept: a block draws nothing.
+        # A block draws nothing, so there is no random state to keep.
         return checkpoint(block, x, embedding, mask, use_reentrant=False, preserve_rng_state=False)
 
     def _embed(self, t: Tensor, gap: Tensor, augment_labels: Tensor | None) -> Tensor:
-        """What the blocks are told of times and augmentation: [B, 512]."""
+        """The blocks' conditioning on times and augmentation: [B, 512]."""
         if augment_labels is None:
-            # Adds nothing, yet gives every parameter a gradient, which DDP insists on.
+            # Adds zero, but gives every parameter a gradient, as DDP requires.
             augment_labels = t.new_zeros(t.shape[0], AUGMENT_LABELS)  # len() is fixed in a graph
         embedding = torch.cat([_time_features(t), _time_features(gap)], dim=1)
         embedding = embedding + self.map_augment(augment_labels)
