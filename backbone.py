@@ -52,7 +52,7 @@ class Backbone(nn.Module):
 
     @classmethod
     def recognises(cls, model_type: str) -> bool:
-        """Whether `model_type` names such a network; override if there are more names than examples."""
+        """Whether `model_type` names such a network; the default knows the examples alone."""
         return model_type in cls.examples
 
     @classmethod

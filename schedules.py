@@ -101,7 +101,7 @@ def warmed_up(learning_rate: float, warmup_steps: int | None, step: int) -> floa
 
 
 class Times(NamedTuple):
-    """The times of a microbatch, [B] each; s = l = t for flow matching, s <= l < t for consistency."""
+    """A microbatch's times, [B] each: s = l = t for flow matching, s <= l < t for consistency."""
 
     t: Tensor
     l: Tensor  # noqa: E741 - the paper's letter

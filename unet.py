@@ -57,12 +57,13 @@ def _draw_mask(
 ) -> Tensor:
     """A dropout mask for an h of this shape, with the type and device of `like`.
 
-    True where they stay on an accelerator, what to multiply them by on a CPU: each the fastest.
+    On an accelerator it is True where an element is kept. On a CPU it holds the factors, 0 or
+    1 / (1 - probability). Each is the fastest form there.
     """
     if like.device.type != "cpu":
         stays = like.new_empty(shape, dtype=torch.bool)
         return stays.bernoulli_(1 - probability, generator=generator)
-    # One draw for four elements, of 16 bits each: draws are what masks cost on a CPU.
+    # One 64-bit draw serves four elements: on a CPU, drawing dominates the cost of a mask.
     count = math.prod(shape)
     words = torch.empty(-(-count // 4), dtype=torch.int64)
     bits = words.random_(-(2**63), None, generator=generator).view(torch.int16)
