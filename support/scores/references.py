@@ -211,8 +211,8 @@ def _read_statistics(archive: ArchiveReader, graph: FeatureGraph) -> dict[str, S
     found = {}
     for (kind, (mean, covariance)), width in zip(KEYS.items(), graph.widths, strict=False):
         if mean in archive or covariance in archive:
-            square = archive.floats(covariance, (width, width))
-            found[kind] = Statistics(archive.floats(mean, (width,)), square)
+            shapes = {mean: (width,), covariance: (width, width)}
+            found[kind] = Statistics(*(archive.floats(key, shapes[key]) for key in shapes))
             try:
                 _ = found[kind].factor
             except ValueError as error:
