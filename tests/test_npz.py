@@ -235,21 +235,14 @@ def test_a_header_that_unpacks_to_gigabytes_is_not_unpacked(tmp_path):
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_a_file_cut_anywhere_is_named(tmp_path, save):
+def test_a_file_cut_anywhere_or_with_flipped_pixels_is_named(tmp_path, save):
     save(tmp_path / "a.npz", some_pixels())
     data = (tmp_path / "a.npz").read_bytes()
-    for size in range(0, len(data), len(data) // 20):
-        (tmp_path / "a.npz").write_bytes(data[:size])
+    flipped = bytearray(data)
+    flipped[len(data) // 2] ^= 255
+    for content in (flipped, *(data[:size] for size in range(0, len(data), len(data) // 20))):
+        (tmp_path / "a.npz").write_bytes(content)
         assert_refused(tmp_path / "a.npz")
-
-
-@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_flipped_pixels_are_noticed_by_the_checksum(tmp_path, save):
-    save(tmp_path / "a.npz", some_pixels())
-    data = bytearray((tmp_path / "a.npz").read_bytes())
-    data[len(data) // 2] ^= 255
-    (tmp_path / "a.npz").write_bytes(data)
-    assert_refused(tmp_path / "a.npz", "arr_0")
 
 
 def test_other_compression_encryption_and_header_versions_are_refused(tmp_path):

@@ -55,12 +55,6 @@ def test_frechet_distance_is_that_of_the_matrix_square_root(width):
     assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-6)
 
 
-def test_frechet_distance_of_independent_features_adds_up():
-    a = Statistics(np.array([1.0, 2.0]), np.diag([4.0, 9.0]))
-    b = Statistics(np.array([0.0, 4.0]), np.diag([1.0, 0.0]))
-    assert frechet_distance(a, b) == pytest.approx(1 + 4 + (2 - 1) ** 2 + (3 - 0) ** 2, abs=1e-12)
-
-
 @pytest.mark.parametrize("count", [5, 50, 200])
 def test_frechet_distance_to_itself_is_zero_even_with_few_images(count):
     a = statistics_of(gaussian_features(count, 100, 3))
@@ -117,14 +111,6 @@ def test_precision_and_recall_are_those_of_plain_numpy(monkeypatch, block_rows, 
     assert (found.precision, found.recall) == pytest.approx(expected, abs=1e-12)
 
 
-def test_identical_sets_cover_each_other_and_distant_ones_do_not():
-    features = gaussian_features(40, 300, 9).astype(np.float32) + 50
-    same = precision_recall(Manifold.of(features), Manifold.of(features))
-    assert (same.precision, same.recall) == (1.0, 1.0)
-    apart = precision_recall(Manifold.of(features + 1000), Manifold.of(features))
-    assert (apart.precision, apart.recall) == (0.0, 0.0)
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_copies_lie_inside_each_others_empty_balls_in_spite_of_rounding(seed, monkeypatch):
     monkeypatch.setattr(scores, "BLOCK_ROWS", 37)
@@ -134,12 +120,14 @@ def test_copies_lie_inside_each_others_empty_balls_in_spite_of_rounding(seed, mo
     assert (found.precision, found.recall) == (1.0, 1.0)
     few = precision_recall(Manifold.of(samples[:40]), Manifold.of(reference))
     assert (few.precision, few.recall) == (1.0, 0.8)
+    apart = precision_recall(Manifold.of(samples + 1000), Manifold.of(reference))
+    assert (apart.precision, apart.recall) == (0.0, 0.0)
 
 
 def test_an_image_is_not_its_own_neighbour():
     features = np.array([[0.0], [1.0], [3.0], [6.0], [100.0]], np.float32)
     assert Manifold.of(features).squared_radii.tolist() == [36, 25, 9, 36, 99**2]
-    with pytest.raises(ValueError, match="3 features have no neighbour number 3"):
+    with pytest.raises(ValueError, match="3 features"):
         Manifold.of(features[:3])
 
 
@@ -179,15 +167,6 @@ def test_float16_precision_and_recall_are_those_of_tensorflows_float16(block_row
     assert (exact.precision, exact.recall) == pytest.approx(expected, abs=0.02)
 
 
-def test_small_whole_numbers_lose_nothing_in_float16():
-    features = np.random.RandomState(0).randint(0, 4, (200, 2, 5)).astype(np.float32)
-    found = [
-        precision_recall(*(Manifold.of(part, kind) for part in features.swapaxes(0, 1)))
-        for kind in scores.DISTANCES
-    ]
-    assert found[0] == found[1]
-
-
 def test_overflowing_float16_is_counted_and_near_to_nobody():
     features = np.full((9, 4), 200.0, np.float32)  # |a|^2 is 160,000
     features[:5] *= 0.2
@@ -198,9 +177,5 @@ def test_overflowing_float16_is_counted_and_near_to_nobody():
     assert manifold.num_overflows == 4
     assert Manifold.of(features).num_overflows == 0
     assert found.precision == 5 / 9
-
-
-def test_kinds_of_distances_are_not_mixed():
-    features = gaussian_features(10, 4, 0)
-    with pytest.raises(ValueError, match="float16 distances against exact ones"):
-        precision_recall(Manifold.of(features, "float16"), Manifold.of(features))
+    with pytest.raises(ValueError, match="float16"):
+        precision_recall(manifold, Manifold.of(features))
