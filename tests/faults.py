@@ -3,8 +3,8 @@
     python tests/faults.py                    every fault, in its long form; prints a table
     python tests/faults.py --quick kills      the named ones, as the tests run them
 
-A try survives when what the fault left is whole, the user was told in one line, and the same
-command then ends as a run does that nothing happened to. The table's `lost` are the others.
+A try survives if all files that the fault leaves are whole, the user is told in one line, and the
+same command then ends as a run without the fault does. The table counts the others as lost.
 """
 
 import argparse
@@ -25,14 +25,16 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from commands import ROOT, digits_settings
+from checkpoints import assert_equal, numbers_of
+from commands import ROOT, digits_settings, run
 from faulty import AS_ON_A_GPU, BALLAST, GONE, Fault, Moment, Watch, work
 from PIL import Image
 from tqdm import tqdm
@@ -45,6 +47,7 @@ from support.system.processes import Processes
 from training.run import build_run, continue_run
 
 TESTS = ROOT / "tests"
+INSIDE = "FAULTS_INSIDE"  # in the environment: this process has a namespace of its own
 LIMIT_SECONDS = 60  # for a process that should have ended by itself
 STEPS = 6
 SETTINGS = {
@@ -61,7 +64,7 @@ ALONE = Processes(0, 0, 1, torch.device("cpu"))
 
 @dataclass
 class Tally:
-    """What came of the tries of one fault."""
+    """The results of the tries of one fault."""
 
     fault: str
     tries: int = 0
@@ -92,7 +95,7 @@ class Tally:
 
 
 def check(holds: object, otherwise: object) -> None:
-    """An assertion that pytest's absence does not make mute."""
+    """An assertion that says what it found, with pytest or without."""
     if not holds:
         raise AssertionError(str(otherwise))
 
@@ -158,9 +161,10 @@ class Process:
     def err(self) -> str:
         return Path(f"{self.output}.err").read_text()
 
-    def events(self) -> list[Moment]:
-        """What happened in it, each as the last of its kind."""
-        return [Moment(*event) for event in json.loads(Path(f"{self.output}.json").read_text())]
+
+def events_in(output: Path) -> list[Moment]:
+    """What happened in a process, each as the last of its kind."""
+    return [Moment(*event) for event in json.loads(Path(f"{output}.json").read_text())]
 
 
 def start(folder: Path, fault: Fault | None = None, **values: object) -> Process:
@@ -203,10 +207,14 @@ def refused(process: Process, *words: str) -> None:
         check(word in lines[0], f"{word!r} is not in {lines[0]!r}")
 
 
+def listed(run: Process | list[Process]) -> list[Process]:
+    return run if isinstance(run, list) else [run]
+
+
 def whole(folder: Path, begin: Callable = start, **values: object) -> Path:
     """The unbroken run to compare with."""
-    run = begin(folder, **values)
-    finish(run if isinstance(run, list) else [run])
+    if not folder.exists():
+        finish(listed(begin(folder, **values)))
     return folder
 
 
@@ -245,7 +253,7 @@ def _read(path: Path) -> object:
         case ".txt":
             return logged(path.read_text())
         case ".jsonl":
-            return numbers_in(path)
+            return numbers_of(path.parent) if path.read_bytes().endswith(b"\n") else None
     raise AssertionError(f"{path}: what is this?")
 
 
@@ -268,31 +276,6 @@ def logged(log: str) -> dict[int, str]:
     return steps
 
 
-def numbers_in(path: Path) -> list[dict[str, object]]:
-    """The whole lines of metrics.jsonl, but for what no two runs have in common."""
-    lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]
-    varying = {"Memory_GB", "Seconds", "Images_Per_Second", "Time"}
-    return [
-        {name: value for name, value in json.loads(line).items() if name not in varying}
-        for line in lines
-    ]
-
-
-def same(one: object, other: object) -> bool:
-    """Equality bit for bit, through all containers."""
-    if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and torch.equal(one, other)
-    if isinstance(one, dict):
-        return (
-            isinstance(other, dict)
-            and one.keys() == other.keys()
-            and all(same(one[key], other[key]) for key in one)
-        )
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
-
-
 def ends_as(folder: Path, unbroken: Path, surplus: int | None = None) -> None:
     """Check that two runs left the same; one of them may have a checkpoint more."""
     found, expected = contents(folder), contents(unbroken)
@@ -300,18 +283,93 @@ def ends_as(folder: Path, unbroken: Path, surplus: int | None = None) -> None:
         if f"ckpts/{surplus}.{suffix}" not in expected:
             found.pop(f"ckpts/{surplus}.{suffix}", None)
     check(found.keys() == expected.keys(), f"files {sorted(found.keys() ^ expected.keys())}")
-    differing = [name for name in found if not same(found[name], expected[name])]
+    differing = [name for name in found if not is_same(found[name], expected[name])]
     check(not differing, f"other than in the unbroken run: {differing}")
     check(not list(folder.rglob(".*.tmp")), "temporary files are left")
+
+
+def is_same(one: object, other: object) -> bool:
+    """Equality bit for bit, through all containers."""
+    try:
+        assert_equal(one, other)
+    except AssertionError:
+        return False
+    return True
 
 
 def steps_saved(folder: Path) -> list[int]:
     return list(find_checkpoints(folder / "ckpts"))
 
 
+# The faults
+
+FAULTS: dict[str, Callable[[bool, Path], Tally]] = {}  # by name: with their quick form or the long
+
+Cases = Sequence[Any]
+
+
+def register(name: str, fault: Callable[[bool, Path], Tally]) -> None:
+    FAULTS[name] = fault
+
+
+def each_of(
+    title: str, cases: Cases, quick: int, begin: Callable = start, on_own_disk: bool = False
+) -> Callable[[Callable[[Path, Any, Path], None]], Callable]:
+    """Register a fault whose cases are tried one by one, the first `quick` in the quick form.
+
+    A try gets a folder of its own, the case, and the folder of an unbroken run. With `on_own_disk`
+    it may mount what it wants: nobody else sees that.
+    """
+
+    def register_attempt(attempt: Callable[[Path, Any, Path], None]) -> Callable:
+        def tries(is_quick: bool, folder: Path) -> Tally:
+            tally, name = Tally(title), attempt.__name__
+            if on_own_disk and INSIDE not in os.environ:
+                return in_namespace(tally, name, is_quick, folder)
+            unbroken = whole(folder / "whole", begin)
+            for number, case in enumerate(cases[: quick if is_quick else None]):
+                with tally.attempt(case):
+                    attempt(folder / str(number), case, unbroken)
+            return tally
+
+        register(attempt.__name__, tries)
+        return attempt
+
+    return register_attempt
+
+
+def in_namespace(tally: Tally, name: str, is_quick: bool, folder: Path) -> Tally:
+    """The tally of a fault on disks that only a process of its own sees."""
+    if sys.platform != "linux":
+        return dataclasses.replace(tally, skipped="needs Linux's namespaces")
+    if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "x", "/mnt"]).returncode:
+        return dataclasses.replace(tally, skipped="namespaces are denied")
+    return told_by("faults.py", name, str(folder), *["--quick"] * is_quick, is_inside=True)
+
+
+def told_by(script: str, *arguments: str, is_inside: bool = False) -> Tally:
+    """The tally that another script prints as JSON, inside a namespace of its own if asked."""
+    command = ["unshare", "-rm"] * is_inside + [sys.executable, str(TESTS / script), "--json"]
+    ended = subprocess.run(
+        [*command, *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=20 * LIMIT_SECONDS,
+        env={**os.environ, **({INSIDE: "yes"} if is_inside else {})},
+    )
+    return Tally(**json.loads(ended.stdout.splitlines()[-1])[0])
+
+
+def goes_on(place: Path, unbroken: Path, begin: Callable = start, **values: object) -> None:
+    """Check that what is left is whole, and that the same command ends as the unbroken run."""
+    contents(place)
+    finish(listed(begin(place, **values)))
+    ends_as(place, unbroken)
+
+
 # Kills
 
-# What is to be hit: the first eight are those of the quick form.
+# What to hit: the first eight are those of the quick form.
 TARGETS = (
     ("write", ".pt"),
     ("write", ".npz"),
@@ -333,41 +391,24 @@ TARGETS = (
 WHILE_OPEN = ("open", "write", "fsync", "replace")
 
 
-def moments(events: list[Moment], tries: int) -> list[Moment]:
-    """Moments among `events`, targets in turn, the same for the same number."""
-    source = random.Random(7)
-    chosen = []
-    for event, suffix in (TARGETS * tries)[:tries]:
-        fitting = [m for m in events if m.event == event and m.name.endswith(suffix)]
-        last = source.choice(fitting)
-        chosen.append(last._replace(count=source.randint(1, last.count)))
-    return chosen
-
-
-def kills(tries: int, folder: Path) -> Tally:
+@each_of("SIGKILL", [*enumerate((TARGETS * 3)[:40])], quick=8)
+def kills(place: Path, case: tuple[int, tuple[str, str]], unbroken: Path) -> None:
     """SIGKILL at moments of every kind, most of them while a temporary file is open."""
-    tally = Tally("SIGKILL")
-    finish([unbroken := start(folder / "whole")])
-    chosen = moments(unbroken.events(), tries)
-    check(sum(m.event in WHILE_OPEN for m in chosen) >= tries // 4, "too few amid a write")
-    for number, moment in enumerate(chosen):
-        with tally.attempt(moment):
-            place = folder / str(number)
-            status = start(place, Fault(moment, "SIGKILL")).end()
-            check(status == -signal.SIGKILL, f"not killed but {status}")
-            check(moment.event not in WHILE_OPEN or list(place.rglob(".*.tmp")), "no open file")
-            contents(place)
-            finish([start(place)])
-            ends_as(place, folder / "whole")
-            shutil.rmtree(place)
-    return tally
+    number, (event, suffix) = case
+    source = random.Random(number)
+    events = events_in(unbroken.with_suffix(".rank0"))
+    last = source.choice([m for m in events if m.event == event and m.name.endswith(suffix)])
+    moment = last._replace(count=source.randint(1, last.count))
+    status = start(place, Fault(moment, "SIGKILL")).end()
+    check(status == -signal.SIGKILL, f"not killed but {status} at {moment}")
+    check(event not in WHILE_OPEN or list(place.rglob(".*.tmp")), "no open file")
+    goes_on(place, unbroken)
+    shutil.rmtree(place)
 
 
-def kills_of_two(tries: int, folder: Path) -> Tally:
-    """SIGKILL of one of two processes: the other ends without saving."""
-    tally = Tally("SIGKILL of one of two processes")
-    whole(folder / "whole", start_two)
-    cases = [
+@each_of(
+    "SIGKILL of one of two processes",
+    [
         Fault(Moment("step", "", 4), "SIGKILL", 1),
         Fault(Moment("write", "4.pt", 100), "SIGKILL", 0),
         Fault(Moment("step", "", 2), "SIGKILL", 0),
@@ -376,71 +417,60 @@ def kills_of_two(tries: int, folder: Path) -> Tally:
         Fault(Moment("step", "", 5), "SIGKILL", 1),
         Fault(Moment("write", "3.npz", 3), "SIGKILL", 0),
         Fault(Moment("sample", "", 1), "SIGKILL", 1),
-    ]
-    for number, fault in enumerate(cases[:tries]):
-        with tally.attempt(fault):
-            place = folder / str(number)
-            run = start_two(place, fault)
-            check(run[fault.rank].end() == -signal.SIGKILL, "not killed")
-            refused(run[1 - fault.rank], "another process is gone")
-            due = set(range(0, STEPS, SETTINGS["ckpt_saving_steps"]))
-            check(due.issuperset(steps_saved(place)), f"saved {steps_saved(place)}")
-            contents(place)
-            finish(start_two(place))
-            ends_as(place, folder / "whole")
-    return tally
+    ],
+    quick=2,
+    begin=start_two,
+)
+def kills_of_two(place: Path, fault: Fault, unbroken: Path) -> None:
+    """The other process ends without saving."""
+    processes = start_two(place, fault)
+    check(processes[fault.rank].end() == -signal.SIGKILL, "not killed")
+    refused(processes[1 - fault.rank], "is gone")
+    due = set(range(0, STEPS, SETTINGS["ckpt_saving_steps"]))
+    check(due.issuperset(steps_saved(place)), f"saved {steps_saved(place)}")
+    goes_on(place, unbroken, start_two)
 
 
-def kills_under_torchrun(tries: int, folder: Path) -> Tally:
-    """SIGKILL of a worker that torchrun then starts again, without anybody's help."""
-    tally = Tally("SIGKILL under torchrun's restarts")
-    whole(folder / "whole", start_two)
-    cases = [
+@each_of(
+    "SIGKILL under torchrun's restarts",
+    [
         Fault(Moment("step", "", 4), "SIGKILL", 1),
         Fault(Moment("write", "4.pt", 100), "SIGKILL", 0),
         Fault(Moment("sample", "", 2), "SIGKILL", 1),
-    ]
-    for number, fault in enumerate(cases[:tries]):
-        with tally.attempt(fault):
-            place = folder / str(number)
-            flags = ["--standalone", "--nproc-per-node=2", "--max-restarts=1"]
-            (event, name, count), action, rank = fault
-            what = json.dumps([event, name, count, action, rank])
-            script = [str(TESTS / "faulty.py"), what, *options_of(place)]
-            ended = subprocess.run(
-                [sys.executable, "-m", "torch.distributed.run", *flags, *script],
-                cwd=ROOT,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                capture_output=True,
-                text=True,
-                timeout=LIMIT_SECONDS,
-            )
-            check(ended.returncode == 0, ended.stdout + ended.stderr)
-            check("resumed at step" in ended.stdout, ended.stdout)
-            ends_as(place, folder / "whole")
-    return tally
+    ],
+    quick=1,
+    begin=start_two,
+)
+def kills_under_torchrun(place: Path, fault: Fault, unbroken: Path) -> None:
+    """torchrun starts the killed process again, without anybody's help."""
+    flags = ["--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    what = json.dumps([*fault.moment, fault.action, fault.rank])
+    ended = run(
+        "-m", "torch.distributed.run", *flags, TESTS / "faulty.py", what, *options_of(place)
+    )
+    check(ended.returncode == 0, ended.stdout + ended.stderr)
+    check("resumed at step" in ended.stdout, ended.stdout)
+    ends_as(place, unbroken)
 
 
 # Signals
 
 
 def stopped(process: Process, place: Path) -> int:
-    """Wait for a process that has to stop as signals ask; the step that it stopped after."""
+    """Wait for a process that must stop at a signal; returns the step after which it stopped."""
     status = process.end()
     check(status == STOPPED_STATUS, f"exit status {status}: {process.out()}{process.err()}")
     check(process.err() == "", process.err())
-    said = re.search(r"stopped by a signal after step (\d+), saved in (.*);", process.out())
+    said = re.search(r"step (\d+), saved in (.*?\.pt)", process.out())
     check(said, process.out())
     check(read_checkpoint(Path(said[2]))["finished_steps"] == int(said[1]), said[0])
     check(not (place / ".lock").exists(), "a lock is left")
     return int(said[1])
 
 
-def signals(tries: int, folder: Path) -> Tally:
-    """SIGTERM and SIGINT stop a run with the step saved, at any moment."""
-    tally = Tally("SIGTERM, SIGINT")
-    whole(folder / "whole")
-    cases = [
+@each_of(
+    "SIGTERM, SIGINT",
+    [
         (Fault(Moment("sample", "", 2), "SIGTERM"), 3, {}),  # amid the eval of step 3
         (Fault(Moment("step", "", 4), "SIGINT"), 4, {}),
         (Fault(Moment("step", "", 5), "group SIGTERM"), 5, {"num_workers": 2}),
@@ -449,64 +479,68 @@ def signals(tries: int, folder: Path) -> Tally:
         (Fault(Moment("write", "3.png", 1), "SIGINT"), 3, {}),
         (Fault(Moment("step", "", 1), "SIGTERM"), 1, {}),
         (Fault(Moment("fsync", "4.pt", 1), "SIGINT"), None, {}),
-    ]
-    for number, (fault, step, values) in enumerate(cases[:tries]):
-        with tally.attempt(fault):
-            place = folder / str(number)
-            at = stopped(start(place, fault, **values), place)
-            check(step in (at, None), f"stopped after step {at}")
-            check(not list(place.rglob(".*.tmp")), "temporary files are left")
-            check(at > 3 or not list((place / "evals").iterdir()), "an abandoned eval is there")
-            contents(place)
-            finish([start(place, **values)])
-            ends_as(place, folder / "whole", surplus=at)
-    return tally
+    ],
+    quick=3,
+)
+def signals(place: Path, case: tuple[Fault, int | None, dict[str, int]], unbroken: Path) -> None:
+    """They stop a run at any moment, with its step saved."""
+    fault, step, values = case
+    at = stopped(start(place, fault, **values), place)
+    check(step in (at, None), f"stopped after step {at}")
+    check(not list(place.rglob(".*.tmp")), "temporary files are left")
+    check(at > 3 or not list((place / "evals").iterdir()), "an abandoned eval is there")
+    contents(place)
+    finish([start(place, **values)])
+    ends_as(place, unbroken, surplus=at)
 
 
-def signals_to_one_of_two(tries: int, folder: Path) -> Tally:
-    """A signal to one of two processes stops both after the same step, the next one or the last."""
-    tally = Tally("SIGTERM to one of two processes")
-    whole(folder / "whole", start_two)
-    cases = [
+@each_of(
+    "SIGTERM to one of two processes",
+    [
         (Fault(Moment("step", "", 4), "SIGTERM", 1), 5),
         (Fault(Moment("sample", "", 2), "SIGINT", 1), 3),  # amid the eval of step 3
         (Fault(Moment("write", "2.pt", 9), "SIGTERM", 0), None),
         (Fault(Moment("step", "", 5), "SIGINT", 0), 6),
-    ]
-    for number, (fault, step) in enumerate(cases[:tries]):
-        with tally.attempt(fault):
-            place = folder / str(number)
-            run = start_two(place, fault)
-            at = stopped(run[0], place)
-            check(step in (at, None), f"stopped after step {at}")
-            check(run[1].end() == STOPPED_STATUS, run[1].err())
-            contents(place)
-            finish(start_two(place))
-            ends_as(place, folder / "whole", surplus=at)
-    return tally
+    ],
+    quick=1,
+    begin=start_two,
+)
+def signals_to_one_of_two(place: Path, case: tuple[Fault, int | None], unbroken: Path) -> None:
+    """Both stop after the same step: the next one, or the last."""
+    fault, step = case
+    processes = start_two(place, fault)
+    at = stopped(processes[0], place)
+    check(step in (at, None), f"stopped after step {at}")
+    check(processes[1].end() == STOPPED_STATUS, processes[1].err())
+    contents(place)
+    finish(start_two(place))
+    ends_as(place, unbroken, surplus=at)
 
 
-def requests_to_save(tries: int, folder: Path) -> Tally:
-    """SIGUSR1 saves, and the run goes on as if nothing had been."""
-    tally = Tally("SIGUSR1")
-    whole(folder / "one")
-    rarely = {"ckpt_saving_steps": 3}  # so that two processes, which are late, show it
-    whole(folder / "two", start_two, **rarely)
-    cases = [
+RARELY = {"ckpt_saving_steps": 3}  # of two processes, which save a step late: so it shows
+
+
+@each_of(
+    "SIGUSR1",
+    [
         (start, Fault(Moment("step", "", 3), "SIGUSR1"), 3),
         (start_two, Fault(Moment("step", "", 4), "SIGUSR1", 1), 5),
         (start, Fault(Moment("sample", "", 2), "SIGUSR1"), 4),
         (start, Fault(Moment("write", "4.pt", 9), "SIGUSR1"), None),
-    ]
-    for number, (begin, fault, step) in enumerate(cases[:tries]):
-        with tally.attempt(fault):
-            place = folder / str(number)
-            run = begin(place, fault, **(rarely if begin is start_two else {}))
-            finish(run if isinstance(run, list) else [run])
-            surplus = step or next((k for k in steps_saved(place) if k % 2), None)
-            check(step is None or step in steps_saved(place), f"not saved: step {step}")
-            ends_as(place, folder / ("one" if begin is start else "two"), surplus)
-    return tally
+    ],
+    quick=1,
+)
+def requests_to_save(place: Path, case: tuple[Callable, Fault, int | None], unbroken: Path) -> None:
+    """The run saves, and goes on as if nothing had happened."""
+    begin, fault, step = case
+    values = RARELY if begin is start_two else {}
+    if begin is start_two:
+        unbroken = whole(unbroken.with_name("two"), start_two, **RARELY)
+    processes = begin(place, fault, **values)
+    finish(listed(processes))
+    surplus = step or next((k for k in steps_saved(place) if k % 2), None)
+    check(step is None or step in steps_saved(place), f"not saved: step {step}")
+    ends_as(place, unbroken, surplus)
 
 
 # Damaged checkpoints
@@ -525,9 +559,9 @@ def _split(options: list[str]) -> tuple[str, list[str]]:
     return options[1], [option.removeprefix("--set=") for option in options[2:]]
 
 
-def damage(tries: int, folder: Path) -> Tally:
+def damage(is_quick: bool, folder: Path) -> Tally:
     """The newest checkpoint is damaged: named and passed over, or the same when read."""
-    tally = Tally("damaged newest checkpoint")
+    tally, tries = Tally("damaged newest checkpoint"), 24 if is_quick else 400
     place = whole(folder / "run")
     newest, log = place / "ckpts" / "6.pt", (place / "log.txt").read_bytes()
     original = newest.read_bytes()
@@ -537,11 +571,11 @@ def damage(tries: int, folder: Path) -> Tally:
     def refused_or_harmless(what: str, may_be_harmless: bool = False) -> None:
         step, notes, state = used(place)
         if step == STEPS and may_be_harmless:
-            check(same(state, expected), f"{what}: other values were loaded")
+            check(is_same(state, expected), f"{what}: other values were loaded")
             return
         check(step == 4, f"{what}: went on from step {step}")
         check(notes[0].startswith("resumed at step 4"), notes)
-        check(any(str(newest) in note and "passed over" in note for note in notes), notes)
+        check(any(str(newest) in note for note in notes[1:]), notes)
 
     with tally.attempt("undamaged"):
         refused_or_harmless("undamaged", may_be_harmless=True)
@@ -574,35 +608,38 @@ def damage(tries: int, folder: Path) -> Tally:
     with tally.attempt("the command goes on"):
         newest.rmdir()
         newest.write_bytes(original[:-1000])
-        finish([start(place)], saying="passed over: ")
-        check(newest.read_bytes() == original or same(_read(newest), used(place)[2]), "differs")
+        finish([start(place)], saying=str(newest))
+        check(newest.read_bytes() == original or is_same(_read(newest), used(place)[2]), "differs")
     with tally.attempt("none is left"):
         (place / "log.txt").write_bytes(log)
         for path in find_checkpoints(place / "ckpts").values():
             path.write_bytes(path.read_bytes()[:-1000])
         before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
-        refused(start(place), "none of its 4 checkpoints can be used; the newest: ", str(newest))
+        refused(start(place), " 4 ", str(newest))
         after = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
         check(before == after, "something was changed")
     return tally
 
 
+register("damage", damage)
+
+
 # Retention
 
+KEPT = {"ckpt_saving_steps": 1, "eval_steps": 1, "keep_last": 2, "keep_every_steps": 3}
+EXPECTED = {
+    "ckpts": {f"{step}.{end}" for step in (0, 3, 5, 6) for end in ("pt", "json")},
+    "evals": {f"{step}.{end}" for step in (3, 5, 6) for end in ("npz", "json")},
+}
+NOT_OURS = {
+    "ckpts": {"9.pt": "of another branch", "9.json": "{}", "best.pt": "not numbered"},
+    "evals": {"2_1NFE_42.npz": "", "2_1NFE_42.json": "{}", "9.npz": "of another branch"},
+}
 
-def retention(tries: int, folder: Path) -> Tally:
-    """Old checkpoints and evals go, with their records, once a newer one is whole."""
-    tally = Tally("retention, killed and not")
-    every = {"ckpt_saving_steps": 1, "eval_steps": 1, "keep_last": 2, "keep_every_steps": 3}
-    expected = {
-        "ckpts": {f"{step}.{end}" for step in (0, 3, 5, 6) for end in ("pt", "json")},
-        "evals": {f"{step}.{end}" for step in (3, 5, 6) for end in ("npz", "json")},
-    }
-    not_ours = {
-        "ckpts": {"9.pt": "of another branch", "9.json": "{}", "best.pt": "not numbered"},
-        "evals": {"2_1NFE_42.npz": "", "2_1NFE_42.json": "{}", "9.npz": "of another branch"},
-    }
-    cases = [
+
+@each_of(
+    "retention, killed and not",
+    [
         None,
         Fault(Moment("write", "6.pt", 50), "SIGKILL"),  # nothing may be gone yet
         Fault(Moment("unlink", "2.json", 1), "SIGKILL"),
@@ -612,34 +649,41 @@ def retention(tries: int, folder: Path) -> Tally:
         Fault(Moment("write", "6.npz", 1), "SIGKILL"),
         Fault(Moment("unlink", "4.npz", 1), "SIGKILL"),
         Fault(Moment("named", "3.pt", 1), "SIGKILL"),
-    ]
-    for number, fault in enumerate(cases[:tries]):
-        with tally.attempt(fault or "unbroken"):
-            place = folder / str(number)
-            if fault is not None:
-                check(start(place, fault, **every).end() == -signal.SIGKILL, "not killed")
-                contents(place)
-                if fault.moment[:2] == ("write", "6.pt"):
-                    check(steps_saved(place) == [0, 3, 4, 5], f"left: {steps_saved(place)}")
-            for kind, files in not_ours.items():
-                for name, text in files.items():
-                    (place / kind).mkdir(parents=True, exist_ok=True)
-                    (place / kind / name).write_text(text)
-            if fault is None:
-                (place / "ckpts" / "9.pt").unlink()  # with no other, the run would be refused
-            finish([start(place, **every)])
-            for kind, names in expected.items():
-                left = {path.name for path in (place / kind).iterdir()}
-                wanted = names | not_ours[kind].keys() - ({"9.pt"} if fault is None else set())
-                check(left == wanted, f"{kind}: {sorted(left ^ wanted)} too many or missing")
-    return tally
+    ],
+    quick=3,
+)
+def retention(place: Path, fault: Fault | None, unbroken: Path) -> None:
+    """Old checkpoints and evals go with their records once a newer one is whole; no others go."""
+    if fault is not None:
+        check(start(place, fault, **KEPT).end() == -signal.SIGKILL, "not killed")
+        contents(place)
+        if fault.moment[:2] == ("write", "6.pt"):
+            check(steps_saved(place) == [0, 3, 4, 5], f"left: {steps_saved(place)}")
+    for kind, files in NOT_OURS.items():
+        for name, text in files.items():
+            (place / kind).mkdir(parents=True, exist_ok=True)
+            (place / kind / name).write_text(text)
+    if fault is None:
+        (place / "ckpts" / "9.pt").unlink()  # with no other, the run would be refused
+    finish([start(place, **KEPT)])
+    for kind, names in EXPECTED.items():
+        left = {path.name for path in (place / kind).iterdir()}
+        wanted = names | NOT_OURS[kind].keys() - ({"9.pt"} if fault is None else set())
+        check(left == wanted, f"{kind}: {sorted(left ^ wanted)} too many or missing")
 
 
-# Numbers that are none
+# Numbers that are not finite
+
+IN_DATA = [
+    (start, 0, {}),
+    (start_two, 1, {}),
+    (start, 0, {"accumulation_steps": 2}),
+    (start_two, 0, {"ckpt_saving_steps": 1}),
+]
 
 
 def assert_finite(folder: Path, but: tuple[int, ...] = ()) -> None:
-    """Check that no checkpoint holds weights that are not finite."""
+    """Check that no checkpoint has weights that are not finite."""
     for step, path in find_checkpoints(folder / "ckpts").items():
         content = read_checkpoint(path)
         for part in ("model", "ema_model"):
@@ -658,103 +702,75 @@ def spoil(path: Path, entry: str) -> None:
     save_checkpoint(path, content)
 
 
-def non_finite(tries: int, folder: Path) -> Tally:
-    """NaN in the data, on any process, or in a checkpoint: the run stops, and saves none of it."""
-    tally = Tally("NaN in data and weights")
-    in_data = [
-        (start, 0, {}),
-        (start_two, 1, {}),
-        (start, 0, {"accumulation_steps": 2}),
-        (start_two, 0, {"ckpt_saving_steps": 1}),
-    ]
-    for number, (begin, rank, values) in enumerate(in_data[: max(2, tries // 2)]):
-        with tally.attempt(f"data of process {rank}, {begin.__name__}, {values}"):
-            place = folder / f"data{number}"
-            # Both losses of a step draw their images.
-            count = 5 * values.get("accumulation_steps", 1)
-            run = begin(place, Fault(Moment("clean", "", count), "", rank), **values)
-            words = ("step 5: ", "_MSE", "Grad_Norm not finite; the step was not applied")
-            for process in run if isinstance(run, list) else [run]:
-                refused(process, *words)
-            check(5 not in steps_saved(place), "the step is saved")
-            check(5 not in contents(place)["log.txt"], "the step is logged")
-            assert_finite(place)
-    spoilt = whole(folder / "spoilt")
-    for entry in ("model", "optimizer", "ema_model")[:tries]:
-        with tally.attempt(f"{entry} in a checkpoint"):
-            place = folder / entry
-            shutil.copytree(spoilt, place)
-            (place / "ckpts" / "6.pt").unlink()
-            spoil(place / "ckpts" / "4.pt", entry)
-            refused(start(place, ckpt_saving_steps=1), "step ", "not finite")
-            assert_finite(place, but=(4,))
-    # Step 4 is found broken at step 6, when that is logged or about to be saved or sampled.
-    for key in ("logging_steps", "ckpt_saving_steps", "eval_steps")[:tries]:
-        with tally.attempt(f"data, as on a GPU, until {key}"):
-            place = folder / key
-            values = {"logging_steps": 0, "ckpt_saving_steps": 0, "eval_steps": 0} | {key: 3}
-            options = options_of(place, eval_demo_steps=0, total_steps=9, **values)
-            fault = Fault(Moment("clean", "", 4), "")
-            run = Process(options, folder / "late", fault, {AS_ON_A_GPU: "yes"})
-            refused(run, "step 4: ", "_MSE", "Grad_Norm not finite; the step was not applied")
-            steps = next(moment.count for moment in run.events() if moment.event == "step")
-            check(steps == 6, f"stopped after step {steps}")
-            saved = [0, 3] if key == "ckpt_saving_steps" else [0]
-            check(steps_saved(place) == saved, f"saved {steps_saved(place)}")
-            assert_finite(place)
-    return tally
+NON_FINITE = [
+    *(("data", case) for case in IN_DATA[:2]),
+    *(("checkpoint", entry) for entry in ("model", "optimizer")),
+    *(("late", key) for key in ("logging_steps", "ckpt_saving_steps")),
+    *(("data", case) for case in IN_DATA[2:]),
+    ("checkpoint", "ema_model"),
+    ("late", "eval_steps"),
+]
 
 
-# Writes that fail
+@each_of("NaN in data and weights", NON_FINITE, quick=6)
+def non_finite(place: Path, case: tuple[str, Any], unbroken: Path) -> None:
+    """NaN in the data of any process, or in a checkpoint: the run stops, and saves none of it."""
+    kind, what = case
+    {"data": nan_in_data, "checkpoint": nan_in_checkpoint, "late": nan_found_late}[kind](
+        place, what, unbroken
+    )
 
 
-def failed_writes(tries: int, folder: Path) -> Tally:
-    """A checkpoint that cannot be written beside training is told of, at the latest at the end."""
-    tally = Tally("failed write beside training")
-    for step in (4, 6, 0, 2)[:tries]:
-        with tally.attempt(f"checkpoint {step}"):
-            place = folder / str(step)
-            fault = Fault(Moment("save", f"{step}.pt", 1), "")
-            run = start(place, fault, total_steps=STEPS)
-            refused(run, f"{step}.pt: the disk is on fire")
-            check("finished" not in run.out(), run.out())
-            check(max(contents(place)["log.txt"], default=0) <= step + 2, "goes on all the same")
-            check(steps_saved(place) == list(range(0, step, 2)), steps_saved(place))
-    return tally
+def nan_in_data(place: Path, what: tuple[Callable, int, dict[str, int]], unbroken: Path) -> None:
+    begin, rank, values = what
+    # Each microbatch draws its images once.
+    count = 5 * values.get("accumulation_steps", 1)
+    processes = begin(place, Fault(Moment("clean", "", count), "", rank), **values)
+    for process in listed(processes):
+        refused(process, "step 5: ", "_MSE")
+    check(5 not in steps_saved(place), "the step is saved")
+    check(5 not in contents(place)["log.txt"], "the step is logged")
+    assert_finite(place)
+
+
+def nan_in_checkpoint(place: Path, entry: str, unbroken: Path) -> None:
+    shutil.copytree(unbroken, place)
+    (place / "ckpts" / "6.pt").unlink()
+    spoil(place / "ckpts" / "4.pt", entry)
+    refused(start(place, ckpt_saving_steps=1), "step ", "not finite")
+    assert_finite(place, but=(4,))
+
+
+def nan_found_late(place: Path, key: str, unbroken: Path) -> None:
+    """As on a GPU: step 4 is found broken at step 6, before that is logged, saved or sampled."""
+    values = {"logging_steps": 0, "ckpt_saving_steps": 0, "eval_steps": 0} | {key: 3}
+    options = options_of(place, eval_demo_steps=0, total_steps=9, **values)
+    fault = Fault(Moment("clean", "", 4), "")
+    process = Process(options, place.with_suffix(".late"), fault, {AS_ON_A_GPU: "yes"})
+    refused(process, "step 4: ", "_MSE")
+    steps = next(m.count for m in events_in(process.output) if m.event == "step")
+    check(steps == 6, f"stopped after step {steps}")
+    saved = [0, 3] if key == "ckpt_saving_steps" else [0]
+    check(steps_saved(place) == saved, f"saved {steps_saved(place)}")
+    assert_finite(place)
 
 
 # Places that cannot be written
 
 
-def denied() -> str:
-    """Why this machine cannot have disks of our own; empty where it can."""
-    if sys.platform != "linux":
-        return "needs Linux's namespaces"
-    trial = subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "x", "/mnt"])
-    return "namespaces are denied" if trial.returncode else ""
+@each_of("failed write beside training", [4, 6, 0, 2], quick=2)
+def failed_writes(place: Path, step: int, unbroken: Path) -> None:
+    """A checkpoint that cannot be written beside training is told of, at the latest at the end."""
+    process = start(place, Fault(Moment("save", f"{step}.pt", 1), ""), total_steps=STEPS)
+    refused(process, f"{step}.pt: the disk is on fire")
+    check("finished" not in process.out(), process.out())
+    check(max(contents(place)["log.txt"], default=0) <= step + 2, "goes on all the same")
+    check(steps_saved(place) == list(range(0, step, 2)), steps_saved(place))
 
 
-def in_namespace(name: str, tries: int, folder: Path) -> Tally:
-    """What `{name}_there` finds on a disk that only it sees."""
-    if why := denied():
-        return Tally(name, skipped=why)
-    command = [sys.executable, __file__, "--in-namespace", name, str(tries), str(folder)]
-    ended = subprocess.run(
-        ["unshare", "-rm", *command], stdout=subprocess.PIPE, text=True, timeout=10 * LIMIT_SECONDS
-    )
-    check(ended.returncode == 0, ended.stdout)
-    return Tally(**json.loads(ended.stdout.splitlines()[-1]))
-
-
-def full_disk(tries: int, folder: Path) -> Tally:
-    """The disk fills up just before a write of each kind."""
-    return in_namespace("full_disk", tries, folder)
-
-
-def full_disk_there(tries: int, folder: Path) -> Tally:
-    tally = Tally("full disk")
-    unbroken = whole(folder / "whole")
-    cases = [
+@each_of(
+    "full disk",
+    [
         Moment("write", "4.pt", 60),
         Moment("open", "3.npz", 1),
         Moment("open", "3.png", 1),
@@ -764,33 +780,27 @@ def full_disk_there(tries: int, folder: Path) -> Tally:
         Moment("open", "config.yaml", 1),
         Moment("write", "3.npz", 3),
         Moment("step", "", 2),
-    ]
-    for number, moment in enumerate(cases[:tries]):
-        with tally.attempt(moment):
-            place = folder / str(number)
-            place.mkdir()
-            subprocess.run(["mount", "-t", "tmpfs", "-o", "size=120m", "x", place], check=True)
-            # Down to a page's end, of which tmpfs has given all to the file.
-            (place / "log.txt").write_text("." * 3500 + "\n")
-            refused(start(place, Fault(moment, "fill")), "No space left on device")
-            contents(place)
-            check(not list(place.rglob(".*.tmp")), "temporary files take room")
-            (place / BALLAST).unlink()
-            finish([start(place)])
-            ends_as(place, unbroken)
-            subprocess.run(["umount", place], check=True)
-    return tally
+    ],
+    quick=4,
+    on_own_disk=True,
+)
+def full_disk(place: Path, moment: Moment, unbroken: Path) -> None:
+    """The disk fills up just before a write of each kind."""
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=120m", "x", place], check=True)
+    # Up to the end of a page, all of which tmpfs has given to the file.
+    (place / "log.txt").write_text("." * 3500 + "\n")
+    refused(start(place, Fault(moment, "fill")), "No space left on device")
+    contents(place)
+    check(not list(place.rglob(".*.tmp")), "temporary files take room")
+    (place / BALLAST).unlink()
+    goes_on(place, unbroken)
+    subprocess.run(["umount", place], check=True)
 
 
-def read_only(tries: int, folder: Path) -> Tally:
-    """The working_dir cannot be written, from the start or all of a sudden."""
-    return in_namespace("read_only", tries, folder)
-
-
-def read_only_there(tries: int, folder: Path) -> Tally:
-    tally = Tally("read-only working_dir")
-    unbroken = whole(folder / "whole")
-    cases = [
+@each_of(
+    "read-only working_dir",
+    [
         Moment("step", "", 3),
         Moment("write", "4.pt", 50),
         None,
@@ -798,52 +808,48 @@ def read_only_there(tries: int, folder: Path) -> Tally:
         Moment("fsync", "3.png", 1),
         Moment("lock", ".lock", 1),
         Moment("unlink", ".lock", 1),
-    ]
-    for number, moment in enumerate(cases[:tries]):
-        with tally.attempt(moment or "from the start"):
-            place = folder / str(number)
-            place.mkdir()
-            if moment is None:
-                finish([start(place, total_steps=2)], saying="finished: all 2 steps")
-                Watch(None, place).freeze()
-                refused(start(place, total_steps=2), "Read-only file system")
-                subprocess.run(["umount", place], check=True)
-                continue
-            process = start(place, Fault(moment, "freeze"))
-            if moment.event == "unlink":  # nothing but the lock is left to be written
-                finish([process])
-            else:
-                refused(process, "Read-only file system")
-            contents(place)
-            subprocess.run(["umount", place], check=True)
-            finish([start(place)])
-            ends_as(place, unbroken)
-    return tally
+    ],
+    quick=3,
+    on_own_disk=True,
+)
+def read_only(place: Path, moment: Moment | None, unbroken: Path) -> None:
+    """The working_dir cannot be written, from the start (None) or all of a sudden."""
+    place.mkdir()
+    if moment is None:
+        finish([start(place, total_steps=2)], saying="finished: all 2 steps")
+        Watch(None, place).freeze()
+        refused(start(place, total_steps=2), "Read-only file system")
+        subprocess.run(["umount", place], check=True)
+        return
+    process = start(place, Fault(moment, "freeze"))
+    if moment.event == "unlink":  # nothing but the lock is left to write
+        finish([process])
+    else:
+        refused(process, "Read-only file system")
+    contents(place)
+    subprocess.run(["umount", place], check=True)
+    goes_on(place, unbroken)
 
 
-def vanished(tries: int, folder: Path) -> Tally:
-    """The working_dir is moved away or deleted while the run is at work."""
-    tally = Tally("vanished working_dir")
-    unbroken = whole(folder / "whole")
-    cases = [
+@each_of(
+    "vanished working_dir",
+    [
         Fault(Moment("sample", "", 1), "vanish"),
         Fault(Moment("write", "4.pt", 50), "destroy"),
         Fault(Moment("write", "3.npz", 2), "vanish"),
         Fault(Moment("step", "", 3), "destroy"),
         Fault(Moment("fsync", "2.pt", 1), "vanish"),
         Fault(Moment("line", "log.txt", 4), "vanish"),
-    ]
-    for number, fault in enumerate(cases[:tries]):
-        with tally.attempt(fault):
-            place = folder / str(number)
-            refused(start(place, fault), str(place), "No such file or directory")
-            if fault.action == "vanish":
-                check(not place.exists(), "the folder is made anew")
-                place.with_name(place.name + GONE).rename(place)
-                contents(place)
-            finish([start(place)])
-            ends_as(place, unbroken)
-    return tally
+    ],
+    quick=2,
+)
+def vanished(place: Path, fault: Fault, unbroken: Path) -> None:
+    """The working_dir is moved away or deleted while the run is at work."""
+    refused(start(place, fault), str(place), "No such file or directory")
+    if fault.action == "vanish":
+        check(not place.exists(), "the folder is made anew")
+        place.with_name(place.name + GONE).rename(place)
+    goes_on(place, unbroken)
 
 
 # Several runs, and processes that hang
@@ -869,25 +875,14 @@ def has_group(number: int) -> bool:
     return True
 
 
-def two_runs(tries: int, folder: Path) -> Tally:
-    """A second run in a working_dir is refused; once the first is dead, it is not."""
-    tally = Tally("two runs in one working_dir")
-    unbroken = whole(folder / "whole")
-    for workers in (0, 2):
-        with tally.attempt(f"{workers} loader workers"):
-            place = folder / f"workers{workers}"
-            first = start(place, Fault(Moment("step", "", 3), "SIGSTOP"), num_workers=workers)
-            wait_until(lambda first=first: is_stopped(first))
-            second = Process(options_of(place, num_workers=workers), folder / "second")
-            refused(second, "another run is using this working_dir")
-            first.kill()
-            finish([start(place, num_workers=workers)])
-            ends_as(place, unbroken)
-            wait_until(lambda first=first: not has_group(first.pid))
-    with tally.attempt("a second start that waits while the first run finishes"):
-        place = folder / "late"
+@each_of("two runs in one working_dir", [0, 2, None], quick=3)
+def two_runs(place: Path, workers: int | None, unbroken: Path) -> None:
+    """The second run is refused until the first is dead (with so many workers) or has finished."""
+    if workers is None:
         late = Process(
-            options_of(place), folder / "late2", Fault(Moment("lock", ".lock", 1), "SIGSTOP")
+            options_of(place),
+            place.with_suffix(".late"),
+            Fault(Moment("lock", ".lock", 1), "SIGSTOP"),
         )
         wait_until(lambda: is_stopped(late))
         finish([start(place)])
@@ -897,50 +892,27 @@ def two_runs(tries: int, folder: Path) -> Tally:
         after = (place / "log.txt").read_text().removeprefix(before)
         check("resumed at step 6" in after and "Step: " not in after, after)
         ends_as(place, unbroken)
-    return tally
+        return
+    first = start(place, Fault(Moment("step", "", 3), "SIGSTOP"), num_workers=workers)
+    wait_until(lambda: is_stopped(first))
+    second = Process(options_of(place, num_workers=workers), place.with_suffix(".second"))
+    refused(second, "working_dir", str(place))
+    first.kill()
+    goes_on(place, unbroken, num_workers=workers)
+    wait_until(lambda: not has_group(first.pid))
 
 
-def hangs(tries: int, folder: Path) -> Tally:
+@each_of("hanging process", [1, 0], quick=1, begin=start_two)
+def hangs(place: Path, rank: int, unbroken: Path) -> None:
     """One of two processes hangs: the other gives up after the time-out."""
-    tally = Tally("hanging process")
-    whole(folder / "whole", start_two)
-    for rank in (1, 0)[:tries]:
-        with tally.attempt(f"process {rank}"):
-            place = folder / str(rank)
-            fault = Fault(Moment("step", "", 4), "SIGSTOP", rank)
-            run = start_two(place, fault, timeout_minutes=0.1)
-            refused(run[1 - rank], "another process was silent for 0.1 minutes")
-            run[rank].kill()
-            contents(place)
-            finish(start_two(place))
-            ends_as(place, folder / "whole")
-    return tally
+    fault = Fault(Moment("step", "", 4), "SIGSTOP", rank)
+    processes = start_two(place, fault, timeout_minutes=0.1)
+    refused(processes[1 - rank], "silent for 0.1 minutes")
+    processes[rank].kill()
+    goes_on(place, unbroken, start_two)
 
 
 # Several machines
-
-
-def told_by(script: str, *arguments: str) -> Tally:
-    """What another script finds; in a process of its own, because it takes its tools here."""
-    command = [sys.executable, TESTS / script, "--json", *arguments]
-    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=20 * LIMIT_SECONDS)
-    return Tally(**json.loads(ended.stdout)[0])
-
-
-def on_two_machines(name: str) -> Callable[[int, Path], Tally]:
-    """What happens to two machines."""
-
-    def fault(tries: int, folder: Path) -> Tally:
-        return told_by("machines.py", name)
-
-    fault.__name__ = f"machines_{name}"
-    return fault
-
-
-def slurm(tries: int, folder: Path) -> Tally:
-    """Jobs of examples/slurm.sh that fail, are cancelled, preempted and run out of time."""
-    return told_by("slurm.py")
-
 
 MACHINES = {
     "trains": "two machines",
@@ -953,35 +925,21 @@ MACHINES = {
     "unshared": "working_dir that is not shared",
     "misled": "wrong address, port in use",
 }
+for _name in MACHINES:
+    register(f"machines_{_name}", lambda is_quick, folder, of=_name: told_by("machines.py", of))
+register("slurm", lambda is_quick, folder: told_by("slurm.py"))
+
+
+SLOW = {"slurm", *(f"machines_{name}" for name in MACHINES)}  # no test makes these
+
 
 # The command
 
-QUICK_AND_LONG = {
-    kills: (8, 40),
-    kills_of_two: (2, 8),
-    kills_under_torchrun: (1, 3),
-    signals: (3, 8),
-    signals_to_one_of_two: (1, 4),
-    requests_to_save: (1, 4),
-    damage: (24, 400),
-    retention: (3, 9),
-    non_finite: (2, 8),
-    failed_writes: (2, 4),
-    full_disk: (4, 9),
-    read_only: (3, 7),
-    vanished: (2, 6),
-    two_runs: (1, 1),
-    hangs: (1, 2),
-    **{on_two_machines(name): (1, 1) for name in MACHINES},
-    slurm: (1, 1),
-}
 
-
-def run_fault(fault: Callable[[int, Path], Tally], is_quick: bool) -> Tally:
+def run_fault(name: str, is_quick: bool) -> Tally:
     """One fault in a folder of its own."""
-    tries = QUICK_AND_LONG[fault][0 if is_quick else 1]
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        return fault(tries, Path(folder))
+        return FAULTS[name](is_quick, Path(folder))
 
 
 def main() -> int:
@@ -989,20 +947,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    if sys.argv[1:2] == ["--in-namespace"]:
-        name, tries, folder = sys.argv[2:]
-        tally = globals()[f"{name}_there"](int(tries), Path(folder))
-        print(json.dumps(dataclasses.asdict(tally)))
-        return 0
-    faults = {fault.__name__: fault for fault in QUICK_AND_LONG}
-    parser.add_argument("names", nargs="*", metavar="FAULT", help=f"of {', '.join(faults)}")
+    parser.add_argument("names", nargs="*", metavar="FAULT", help=f"of {', '.join(FAULTS)}")
     parser.add_argument("--quick", action="store_true", help="as few tries as the tests make")
+    parser.add_argument("--json", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if INSIDE in os.environ:
+        name, folder = arguments.names
+        print(json.dumps([dataclasses.asdict(FAULTS[name](arguments.quick, Path(folder)))]))
+        return 0
     tallies = []
-    for name in arguments.names or faults:
+    for name in arguments.names or FAULTS:
         started = time.monotonic()
-        tallies.append(run_fault(faults[name], arguments.quick))
+        tallies.append(run_fault(name, arguments.quick))
         print(f"{tallies[-1].row()}   ({time.monotonic() - started:.0f} s)", flush=True)
         for failure in tallies[-1].failures:
             print(f"    {failure}", flush=True)
