@@ -1,15 +1,11 @@
 """Every draw belongs to its seed, purpose and position."""
 
-import numpy as np
-import pytest
 import torch
 
 from support.system.randomness import (
     GivenLabels,
     PerImageStream,
     derive_seed,
-    draw_logit_normal,
-    draw_null_mask,
     generator,
 )
 
@@ -81,17 +77,3 @@ def test_given_labels_repeat_and_leave_the_noise_alone():
     draws = GivenLabels(stream, [3, 7, 7]).draw(range(2, 7), 1)
     assert draws.labels.tolist() == [7, 3, 7, 7, 3]
     assert torch.equal(draws.noises[0], stream.draw(range(2, 7), 1).noises[0])
-
-
-def test_times_are_logit_normal():
-    times = draw_logit_normal(20_000, -0.9, 1.6, generator(0, "times"))
-    logits = torch.logit(times.double())
-    assert logits.mean().item() == pytest.approx(-0.9, abs=5 * 1.6 / 20_000**0.5)
-    assert logits.std().item() == pytest.approx(1.6, abs=5 * 1.6 / 40_000**0.5)
-
-
-def test_labels_are_dropped_at_their_rate():
-    mask = draw_null_mask(20_000, 0.1, generator(0, "mask"))
-    assert mask.dtype == torch.bool
-    assert abs(mask.double().mean().item() - 0.1) < 5 * np.sqrt(0.09 / 20_000)
-    assert not draw_null_mask(100, 0.0, generator(0, "mask")).any()

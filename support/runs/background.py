@@ -8,18 +8,18 @@ from support.system.files import UserError
 
 
 class Background:
-    """Runs a job; what it raises is raised again at the next call."""
+    """Runs a job; its exception is raised again by the next call."""
 
     def __init__(self, pool: ThreadPoolExecutor):
         self._pool = pool
         self._job: Future[None] | None = None
 
     def start(self, job: Callable[[], None]) -> None:
-        """Start `job`, the one before having been waited for."""
+        """Start `job`; call `wait` for the one before first."""
         self._job = self._pool.submit(job)
 
     def check(self) -> None:
-        """Raise what the last job raised, if it has ended by that."""
+        """Raise the last job's exception, if it has failed by now."""
         if self._job is not None and self._job.done():
             self.wait()
 
@@ -32,9 +32,9 @@ class Background:
 
 @contextlib.contextmanager
 def background() -> Iterator[Background]:
-    """A block whose jobs have all ended when it does, also where it ends by an error.
+    """A block that ends after all its jobs, also if it fails.
 
-    Where both have one that a user can mend, one line has both.
+    If the block and a job both raise a UserError, the error names both.
     """
     with ThreadPoolExecutor(1, "background") as pool:
         jobs = Background(pool)
@@ -44,6 +44,6 @@ def background() -> Iterator[Background]:
             try:
                 jobs.wait()
             except UserError as another:
-                raise UserError(f"{error}; and {another}") from error
+                raise UserError(f"{error}; {another}") from error
             raise
         jobs.wait()

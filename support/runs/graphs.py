@@ -1,4 +1,4 @@
-"""A network as a graph for onnxruntime (ONNX), which has to give what torch gives."""
+"""Export of a network as an ONNX graph, checked against torch."""
 
 import contextlib
 import importlib.util
@@ -20,7 +20,7 @@ Inputs = Mapping[str, Tensor]  # by name, [B, ...] each
 
 
 def missing_packages() -> list[str]:
-    """Which of the packages that graphs need are not installed."""
+    """The packages that graphs need and that are not installed."""
     return [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 
 
@@ -28,11 +28,11 @@ def missing_packages() -> list[str]:
 def write_graph(
     path: Path, module: nn.Module, output: str, make_inputs: Callable[[int], Inputs]
 ) -> None:
-    """Write `module`, called with inputs in their order, as a graph that takes any batch size.
+    """Write `module`, called with its inputs in order, as a graph for any batch size.
 
-    `make_inputs` makes B samples to try it with. The weights of a graph above 2 GB lie beside it,
-    in a .data file. UserError where torch cannot export the module, or onnxruntime gives another
-    output; then the file is not to be used.
+    `make_inputs(B)` makes inputs to check it with. Weights above 2 GB go to a .data file beside the
+    graph. UserError where torch cannot export the module, or onnxruntime computes something else;
+    then do not use the file.
     """
     inputs = make_inputs(2)
     batch = torch.export.Dim("batch", min=1)
@@ -53,12 +53,12 @@ def write_graph(
         raise
     except Exception as error:  # the exporter and onnxruntime raise many kinds
         raise UserError(
-            f"{path.name}: cannot be made of this network ({shorten(error)})"
+            f"{path.name}: torch cannot export this network ({shorten(error)})"
         ) from error
-    if not max(differences) <= TOLERANCE:  # which not-a-number is not, either
+    if not max(differences) <= TOLERANCE:  # true for NaN, too
         raise UserError(
-            f"{path.name}: gives by onnxruntime other values than torch, by up to "
-            f"{max(differences):.2g}; {TOLERANCE:g} would do"
+            f"{path.name}: onnxruntime and torch differ by up to {max(differences):.2g}, more than "
+            f"{TOLERANCE:g}"
         )
 
 
@@ -73,7 +73,7 @@ def _difference(path: Path, module: nn.Module, inputs: Inputs) -> float:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """A block in which the exporter's talk of its own work does not reach the user."""
+    """A block that hides the exporter's messages about its own work."""
     before = logging.root.manager.disable
     with (
         warnings.catch_warnings(),

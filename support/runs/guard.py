@@ -1,4 +1,4 @@
-"""What keeps a step that is not finite out of the weights, and ends the run."""
+"""Keeps a step that is not finite from the weights, and ends the run."""
 
 import math
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from support.system.processes import Processes
 NORMS_KEPT = 5
 
 
-class NonFiniteStep(UserError):  # noqa: N818 - says what it is of
+class NonFiniteStep(UserError):  # noqa: N818 - it names a step
     """A step that was not finite, and was not applied."""
 
     def __init__(self, step: int, broken: list[str]):
@@ -28,7 +28,7 @@ class NonFiniteGuard:
 
     def __init__(self, processes: Processes):
         self.processes = processes
-        # On the CPU, where looking at a step's result waits for nothing.
+        # On the CPU, where reading a result does not wait.
         self.refuses_at_once = processes.device.type == "cpu"
         self._step = torch.full((), -1, device=processes.device)
         self._names: list[str] = []
@@ -52,7 +52,7 @@ class NonFiniteGuard:
         num_broken = self.processes.sum_over_ranks((~values.isfinite()).sum())
         is_first = (num_broken > 0) & (self._step < 0)
         self._step = torch.where(is_first, step, self._step)
-        # Up to the first that is not finite, which is not among them.
+        # Those before the first that is not finite.
         newer = torch.cat([self._norms[1:], norm.reshape(1)])
         self._norms = torch.where(self._step < 0, newer, self._norms)
         self._names = list(metrics)
@@ -61,8 +61,8 @@ class NonFiniteGuard:
             self.refuse()
             return
         is_broken = self._step >= 0
-        if optimizer.defaults.get("fused") and norm.device.type != "mps":  # which overlooks it
-            # By this a fused step, on the device, leaves weights and state as they are.
+        if optimizer.defaults.get("fused") and norm.device.type != "mps":  # which ignores it
+            # Makes a fused step leave weights and state as they are, without a wait.
             optimizer.found_inf = is_broken.float()  # type: ignore[attr-defined]
             return
         for parameter in optimizer.param_groups[0]["params"]:
@@ -70,10 +70,7 @@ class NonFiniteGuard:
                 parameter.grad.masked_fill_(is_broken, 0)
 
     def refuse(self) -> None:
-        """NonFiniteStep where one so far was not finite; to be asked before anything is saved.
-
-        Waits for the device.
-        """
+        """NonFiniteStep if a step was not finite. Call before saving; it waits for the device."""
         step = int(self._step)
         if step < 0 or self._values is None:
             return

@@ -1,4 +1,4 @@
-"""What a run says: log.txt, interval means, and the record beside each result."""
+"""A run's log.txt, and the record beside each result."""
 
 import functools
 import json
@@ -21,13 +21,13 @@ from support.system.processes import Processes
 
 
 class Logbook:
-    """Lines for log.txt and the screen, of the main process alone."""
+    """Writes lines to log.txt and the screen, on rank 0 only."""
 
     def __init__(self, path: Path, is_main: bool):
         self.path, self.is_main = path, is_main
 
     def line(self, text: str) -> None:
-        """Write one line, with the time of day in the file."""
+        """Write a line; the file gets the time, too."""
         if not self.is_main:
             return
         tqdm.write(text, file=sys.stdout)  # above a progress bar
@@ -36,7 +36,7 @@ class Logbook:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Most memory held so far, in GB: on the GPU by torch, elsewhere resident in this process."""
+    """Peak memory so far, in GB: torch's on a GPU, elsewhere that resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -50,7 +50,7 @@ def duration(seconds: float) -> str:
 
 @functools.cache
 def code_version() -> str:
-    """The version, with the git commit and whether it was changed, where that is known."""
+    """The version, with the git commit and `-dirty` if it was changed, where git is there."""
     root = Path(__file__).resolve().parent.parent.parent
     if not (root / ".git").exists():
         return support.__version__
@@ -77,7 +77,7 @@ def device_name(device: torch.device) -> str:
 def record_of(
     path: Path, settings: Mapping[str, Any], processes: Processes, seed: int, **details: Any
 ) -> dict[str, Any]:
-    """What the result `path` is made by and from; the settings are a config's plain values."""
+    """The origin of the result `path`; the settings are a config's plain values."""
     return {
         "file": path.name,
         "made_at": datetime.now().astimezone().isoformat(timespec="seconds"),

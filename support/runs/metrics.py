@@ -1,4 +1,4 @@
-"""A run's numbers by name: their means, metrics.jsonl, and what trackers are told of them."""
+"""A run's numbers by name: their means, metrics.jsonl, and the trackers."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ HELD_OUT_FILE = "held_out.jsonl"
 
 
 class Interval:
-    """Sums of metrics between two log lines; they stay on the device until they are wanted."""
+    """Sums of metrics between two log lines; they stay on the device until `close`."""
 
     def __init__(self):
         self._sums: dict[str, torch.Tensor] = {}  # this process's share
@@ -28,7 +28,7 @@ class Interval:
         self.start_clock()
 
     def start_clock(self) -> None:
-        """Let the seconds count from here: setting up is not training."""
+        """Count the seconds from here: setting up is not training."""
         self._started = time.monotonic()
 
     def add(self, metrics: Mapping[str, torch.Tensor]) -> None:
@@ -38,18 +38,18 @@ class Interval:
         self._steps += 1
 
     def close(self, processes: Processes) -> tuple[dict[str, float], float, int]:
-        """Metrics summed over the processes and averaged over the steps, seconds, and the steps."""
+        """The metrics, summed over processes and averaged over steps; the seconds; the steps."""
         sums = processes.sum_over_ranks(torch.stack([*self._sums.values()]))
         means = dict(zip(self._sums, (sums / self._steps).tolist(), strict=True))
         return means, time.monotonic() - self._started, self._steps
 
     def state_dict(self, processes: Processes) -> dict[str, Any]:
-        """What a checkpoint keeps between two log lines: by process, so that sums go on exactly."""
+        """The sums of each process, from which a continued run goes on exactly."""
         sums = [sum_.item() for sum_ in self._sums.values()]
         return {"names": [*self._sums], "sums": processes.gather(sums), "steps": self._steps}
 
     def load_state_dict(self, state: Mapping[str, Any], processes: Processes) -> None:
-        """Go on from a checkpoint's sums; of another number of processes, the first takes all."""
+        """Continue a checkpoint's sums; with another number of processes, rank 0 takes all."""
         shares = state["sums"]
         if len(shares) != processes.world_size:
             total = [sum(values) for values in zip(*shares, strict=True)]
@@ -60,10 +60,7 @@ class Interval:
 
 
 class Metrics:
-    """Where the numbers of each line of metrics in the log go by name: files and trackers.
-
-    Silent on all but the main process.
-    """
+    """Writes each log line's numbers, by name, to files and trackers; on rank 0 only."""
 
     def __init__(
         self,
@@ -78,14 +75,14 @@ class Metrics:
         self._trackers = Trackers(report)
 
     def open(self, log_to: Sequence[str], settings: Mapping[str, Any], step: int) -> None:
-        """Begin after `step`, of whose checkpoint the run goes on: what is later is cut."""
+        """Start after `step`, from whose checkpoint the run continues: later lines are cut."""
         if self._is_main:
             for name in (METRICS_FILE, HELD_OUT_FILE):
                 cut_after(self._folder / name, step)
             self._trackers.open(log_to, self._folder, settings, step)
 
     def add(self, step: int, numbers: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl, and the same numbers for the trackers."""
+        """Write a line of metrics.jsonl, and give the trackers the same numbers."""
         if not self._is_main:
             return
         images = step * self._batch_size
@@ -95,7 +92,7 @@ class Metrics:
         self._trackers.add(step, numbers)
 
     def add_held_out(self, step: int, errors: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
-        """One line of held_out.jsonl: for each set of weights and loss, a number for each bin."""
+        """Write a line of held_out.jsonl: a number for each set of weights, loss and bin."""
         if not self._is_main:
             return
         append_numbers(self._folder / HELD_OUT_FILE, {"step": step, **errors})
@@ -109,7 +106,7 @@ class Metrics:
 
     @contextlib.contextmanager
     def closing(self) -> Iterator[None]:
-        """A block at whose end, however it comes, trackers have what they were told."""
+        """A block that closes the trackers at its end, also if it fails."""
         try:
             yield
         finally:
@@ -117,12 +114,12 @@ class Metrics:
 
 
 def append_numbers(path: Path, numbers: Mapping[str, Any]) -> None:
-    """Add a line; `numbers` has the `step` that it is of. A number that is not finite is null."""
+    """Append a line of `numbers`, `step` among them; a number that is not finite becomes null."""
     append_line(path, json.dumps(_finite(numbers), allow_nan=False))
 
 
 def _finite(value: Any) -> Any:
-    """The same with null for what JSON has no word for, however deep in lists and mappings."""
+    """`value` with None for each float that is not finite, in lists and mappings too."""
     if isinstance(value, Mapping):
         return {name: _finite(one) for name, one in value.items()}
     if isinstance(value, list | tuple):
@@ -131,9 +128,9 @@ def _finite(value: Any) -> Any:
 
 
 def cut_after(path: Path, step: int) -> None:
-    """Leave of a file of numbers what is not later than `step`, at once or not at all.
+    """Cut the lines later than `step` from a file of numbers, atomically.
 
-    Lines are in the order of their steps; one without its end, which a kill left, is cut, too.
+    Lines are in the order of their steps. A last line without its end, left by a kill, goes too.
     """
     if not path.exists():
         return
@@ -152,7 +149,7 @@ def cut_after(path: Path, step: int) -> None:
 
 
 def _step_of(line: bytes) -> float:
-    """The step of a line; before all others where it cannot be read: whoever reads it says so."""
+    """The step of a line; -1 if it cannot be read: it stays, and its reader reports it."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError, RecursionError):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-OVERWHELMING = 1e20  # an eps beside which the root of no second moment counts
+OVERWHELMING = 1e20  # an eps so large that the second moment does not count
 
 
 class RAdam(torch.optim.Adam):
@@ -20,14 +20,13 @@ class RAdam(torch.optim.Adam):
         RAdam:  theta -= lr r m / c_1 / ((sqrt(v) + eps) / sqrt(c_2))   where r can be computed,
                 theta -= lr m / c_1                                     in the first steps.
 
-    The second line is Adam's with lr r and eps / sqrt(c_2), the third Adam's with an eps beside
-    which v does not count, and lr as many times larger. So the state is what torch's own RAdam has,
-    and a step agrees with its own to rounding.
+    The second line is Adam with lr r and eps / sqrt(c_2). The third is Adam with an overwhelming
+    eps, and lr times that. So the state is that of torch's RAdam, and steps agree to rounding.
     """
 
     def __init__(self, *args: Any, **settings: Any):
         super().__init__(*args, fused=True, **settings)
-        self._steps: int | None = None  # done; on the host, where the device need not be asked
+        self._steps: int | None = None  # finished; on the host, so that no step waits
 
     def load_state_dict(self, state_dict: Any) -> None:
         super().load_state_dict(state_dict)
@@ -48,7 +47,7 @@ class RAdam(torch.optim.Adam):
 
 
 def as_adam(lr: float, eps: float, beta_2: float, step: int) -> tuple[float, float]:
-    """The learning rate and eps that make a step of Adam one of RAdam; the first step is 1."""
+    """The learning rate and eps with which Adam makes a step of RAdam; the first step is 1."""
     c_2 = 1 - beta_2**step
     rho_inf = 2 / (1 - beta_2) - 1
     rho = rho_inf - 2 * step * beta_2**step / c_2
@@ -67,5 +66,5 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 def build_optimizer(
     name: str, model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float
 ) -> torch.optim.Optimizer:
-    """The optimizer of OPTIMIZERS: one group of all parameters, in the state dict's order."""
+    """An optimizer of OPTIMIZERS with all parameters in one group, in the state dict's order."""
     return OPTIMIZERS[name](model.parameters(), lr=lr, betas=betas, weight_decay=weight_decay)

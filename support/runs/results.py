@@ -1,4 +1,4 @@
-"""What a run writes as it goes: weights, demos and evals. When, where, and what is kept."""
+"""The results of a run: when and where it writes and deletes checkpoints, demos and evals."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -17,15 +17,15 @@ SUFFIXES = {"ckpts": ".pt", "averages": ".pt", "figs": ".png", "evals": ".npz"} 
 
 
 def is_due(finished_steps: int, every: int | None) -> bool:
-    """Whether something that happens every so many steps happens now; 0 and None are never."""
+    """Whether something due every so many steps is due now; 0 and None mean never."""
     return bool(every and finished_steps > 0 and finished_steps % every == 0)
 
 
 @dataclass(frozen=True)
 class ResultSchedule:
-    """Every how many steps a run writes each kind of result; 0 and None are never.
+    """After how many steps a run writes each kind of result; 0 and None mean never.
 
-    Checkpoints are written of the first and the last step besides.
+    The first and the last step get a checkpoint in any case.
     """
 
     total_steps: int
@@ -35,41 +35,40 @@ class ResultSchedule:
     averages: int | None = None
 
     def steps(self, kind: str) -> list[int]:
-        """The steps after which a kind of result is due, in ascending order."""
+        """The steps after which this kind of result is due, in ascending order."""
         every, last = getattr(self, kind), self.total_steps
         found = {*range(every, last + 1, every)} if every else set()
         return sorted(found | {0, last} if kind == "ckpts" else found)
 
     def is_due(self, kind: str, step: int) -> bool:
-        """Whether a kind of result is due after this step."""
+        """Whether this kind of result is due after this step."""
         is_end = kind == "ckpts" and step in (0, self.total_steps)
         return is_end or is_due(step, getattr(self, kind))
 
     @property
     def has_images(self) -> bool:
-        """Whether any picture is made at all."""
+        """Whether the run makes images at all."""
         return bool(self.steps("figs") or self.steps("evals"))
 
 
 @dataclass
 class Results:
-    """A run's folder, in one process: the main one alone writes there."""
+    """A run's folder as one process sees it; only rank 0 writes there."""
 
     folder: Path
     processes: Processes
     schedule: ResultSchedule
-    settings: Mapping[str, Any]  # the config's plain values, recorded beside each result
+    settings: Mapping[str, Any]  # the config's plain values, for records
     seed: int
     keep_last: int | None = None
     keep_every_steps: int | None = None
-    jobs: Background = field(init=False)  # what is written beside training, in `claimed`
+    jobs: Background = field(init=False)  # writes beside training; set in `claimed`
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
-        """A block in which the folder is there and nobody else's.
+        """A block in which the folder exists and no other run can use it.
 
-        UserError where another run is using it; the lock ends with the process that holds it. What
-        is written beside training is written when the block ends.
+        UserError where another run is using it. The block ends when all writes have.
         """
         with contextlib.ExitStack() as stack:
             if self.processes.is_main:
@@ -87,14 +86,13 @@ class Results:
                 make_folder(self.folder / kind)
 
     def path(self, kind: str, step: int) -> Path:
-        """Where a kind of result is, or would be, of this step."""
+        """The path of this kind of result of this step."""
         return self.folder / kind / f"{step}{SUFFIXES[kind]}"
 
     def due(self, step: int, is_saving: bool = False, is_stopping: bool = False) -> list[Path]:
-        """What is to be written after this step, the checkpoint first.
+        """The results to write after this step, the checkpoint first.
 
-        A run that is asked to stop writes the checkpoint alone; what else is due it makes when it
-        goes on.
+        A run that is asked to stop writes the checkpoint only, and the rest when it continues.
         """
         if is_stopping:
             return [self.path("ckpts", step)]
@@ -103,8 +101,8 @@ class Results:
         return [self.path(kind, step) for kind in SUFFIXES if due[kind]]
 
     def save(self, kind: str, content: Mapping[str, Any]) -> None:
-        """Have weights and their record written, beside the training that goes on."""
-        self.jobs.wait()  # for the last one: two would take the memory of two
+        """Write weights and their record while training goes on."""
+        self.jobs.wait()  # two copies at once would take twice the memory
         if not self.processes.is_main:
             return
         step = content["finished_steps"]
@@ -113,7 +111,7 @@ class Results:
 
         def write() -> None:
             refuse_non_finite(copied)
-            write_record(path, record)  # first, so that a kill leaves no checkpoint without one
+            write_record(path, record)  # first: a kill then leaves no checkpoint without a record
             save_checkpoint(path, copied)
             if kind == "ckpts":
                 self.delete_superseded(kind, step)
@@ -121,7 +119,7 @@ class Results:
         self.jobs.start(write)
 
     def record(self, path: Path, **details: Any) -> dict[str, Any]:
-        """What a result is made by and from."""
+        """The record of a result."""
         return record_of(path, self.settings, self.processes, self.seed, **details)
 
     def delete_superseded(self, kind: str, newest: int) -> None:

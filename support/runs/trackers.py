@@ -1,6 +1,6 @@
-"""Where a run's numbers go besides its folder (`log_to`): TensorBoard, Weights & Biases, Trackio.
+"""Trackers that a run sends its numbers to (`log_to`): TensorBoard, Weights & Biases, Trackio.
 
-Each is a thin adapter over the library's own client, imported only when it is named.
+Each is a thin adapter of the library's own client, which is imported when it is used.
 """
 
 import importlib.util
@@ -17,23 +17,22 @@ PROJECT = "soflow"
 
 
 class Tracker(Protocol):
-    """What a run tells its numbers: opened on its folder, an identity and the config's values."""
+    """Receives a run's numbers; opened for its folder, identity and config values."""
 
     def __init__(self, folder: Path, run_id: str, settings: Mapping[str, Any], step: int): ...
 
     def add(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Take the numbers of a step."""
+        """Receive the numbers of a step."""
 
     def close(self) -> None:
-        """Write what is not written yet."""
+        """Write everything that is pending."""
 
 
 class TensorBoard:
     """Event files in the run's folder tensorboard/."""
 
     def __init__(self, folder: Path, run_id: str, settings: Mapping[str, Any], step: int):
-        # With this module, TensorBoard does without TensorFlow, which takes seconds and memory to
-        # import, and is not to be loaded into one process with torch.
+        # This module keeps TensorBoard from importing TensorFlow, which takes seconds and memory.
         sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))
         from torch.utils.tensorboard import SummaryWriter
 
@@ -48,7 +47,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of wandb, which knows by its own settings whether it is on-line."""
+    """A run of wandb; its own settings decide whether it is online."""
 
     def __init__(self, folder: Path, run_id: str, settings: Mapping[str, Any], step: int):
         import wandb
@@ -94,14 +93,14 @@ TRACKERS: dict[str, type[Tracker]] = {
 
 
 def check_installed(names: Sequence[str]) -> None:
-    """UserError where a tracker's package, which has its name, is not there."""
+    """UserError where a tracker's package, of the same name, is not installed."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"log_to: {name} is not installed; pip install {name}")
 
 
 class Trackers:
-    """The trackers of one run. One that fails is said once and left out; training goes on."""
+    """The trackers of one run. One that fails is reported once and dropped; training goes on."""
 
     def __init__(self, report: Callable[[str], None]):
         self._report = report
@@ -110,19 +109,19 @@ class Trackers:
     def open(
         self, names: Sequence[str], folder: Path, settings: Mapping[str, Any], step: int
     ) -> None:
-        """Begin, or go on after `step` in the same runs."""
+        """Start, or continue the same runs after `step`."""
         for name in names:
             opened = self._attempt(name, TRACKERS[name], folder, run_id(folder), settings, step)
             if opened is not None:
                 self._open[name] = opened
 
     def add(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Tell all of them the numbers of a step."""
+        """Send the numbers of a step to all of them."""
         for name, tracker in list(self._open.items()):
             self._attempt(name, tracker.add, step, numbers)
 
     def close(self) -> None:
-        """Have all of them write what they have."""
+        """Close all of them."""
         for name, tracker in list(self._open.items()):
             self._attempt(name, tracker.close)
         self._open.clear()
@@ -132,12 +131,12 @@ class Trackers:
             return act(*arguments)
         except Exception as error:  # any of a library's, and of the network's
             self._open.pop(name, None)
-            self._report(f"log_to: {name} failed and is left out ({type(error).__name__}: {error})")
+            self._report(f"log_to: {name} failed and is dropped ({type(error).__name__}: {error})")
             return None
 
 
 def run_id(folder: Path) -> str:
-    """The identity that trackers know a run by, made when it is first asked for."""
+    """The identity of a run for trackers, made once and kept in its folder."""
     path = folder / "run_id"
     if not path.exists():
         with atomic_write(path) as file:

@@ -1,8 +1,8 @@
-"""A command from its first import to its exit status: whatever a user can cause ends in one line.
+"""A command from its first import to its exit status: every error of a user ends in one line.
 
-Every command imports this first. It needs the standard library alone, and so can speak where the
-rest cannot be imported. Ctrl-C and a missing package are seen to from here on, but only in the
-process of a command: imported from elsewhere, a command's module changes nothing.
+Every command imports this module first. It needs the standard library alone, so it can report a
+missing package. From then on it handles Ctrl-C and missing packages, but only in the process of a
+command: importing a command's module from elsewhere changes nothing.
 """
 
 import os
@@ -20,30 +20,30 @@ from typing import TextIO
 
 from support.system.files import Stopped, UserError
 
-STOPPED_STATUS = 75  # what sysexits.h calls a temporary failure: try again
-INTERRUPTED_STATUS = 130  # what shells say of SIGINT
-UNREAD_STATUS = 141  # and of SIGPIPE
-PATIENCE_SECONDS = 3  # torchrun ends the others within a tenth of a second of one's end
+STOPPED_STATUS = 75  # a temporary failure in sysexits.h: try again
+INTERRUPTED_STATUS = 130  # SIGINT, in shells
+UNREAD_STATUS = 141  # SIGPIPE, in shells
+PATIENCE_SECONDS = 3  # torchrun ends the others 0.1 s after the first
 ROOT = Path(__file__).resolve().parent.parent.parent
 REQUIREMENTS = (
     "requirements_soflow.txt",
     "requirements_soflow_demo.txt",
     "requirements_soflow_eval.txt",
 )
-PACKAGES = {"yaml": "PyYAML", "PIL": "pillow", "sklearn": "scikit-learn"}  # imported as: called
+PACKAGES = {"yaml": "PyYAML", "PIL": "pillow", "sklearn": "scikit-learn"}  # import name: package
 
 
 def run_command(main: Callable[[], int | None]) -> None:
     """Exit with main's status; a `UserError` becomes one line on stderr and status 1.
 
-    Where nobody reads what is printed any more (`| head`), the command ends without a word.
+    If nobody reads the output any more (`| head`), the command ends silently.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         try:
             status = _status_of(main)
-        finally:  # here: from the interpreter's way out, an error could not be caught
+        finally:  # errors at the interpreter's exit could not be caught
             _flush()
     except BrokenPipeError:
         unread = [stream for stream in _streams() if _is_unread(stream)]
@@ -53,25 +53,25 @@ def run_command(main: Callable[[], int | None]) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         status = UNREAD_STATUS
     if _has_others():
-        # Without the interpreter's way out: there, threads of torch's connections that are still
-        # there have been seen to abort a process that had finished its work.
+        # Skip the interpreter's exit: there, threads of torch's connections have been seen to abort
+        # a process that had finished its work.
         _flush()
         os._exit(status)
     sys.exit(status)
 
 
 def is_first_process() -> bool:
-    """Whether this process talks: of those that torchrun has started, or because it is alone."""
+    """Whether this is the process that prints: rank 0, or the only one."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def _has_others() -> bool:
-    """Whether this is one of several processes of a run."""
+    """Whether the run has several processes."""
     return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def _status_of(main: Callable[[], int | None]) -> int:
-    """Main's status, or that of what ended it, which is said."""
+    """Main's status, or that of the exception that ended it, which is printed."""
     try:
         refuse_empty_words(sys.argv[1:])
         return main() or 0
@@ -90,27 +90,27 @@ def _status_of(main: Callable[[], int | None]) -> int:
     except Exception:
         if not _has_others():
             raise
-        # At once and in one piece: the others end next, each with a line of its own.
+        # At once and in one piece: the other processes end next, each with a line of its own.
         text = f"process {os.environ.get('RANK')}: {traceback.format_exc()}"
         print(text, end="", file=sys.stderr, flush=True)
         return 1
 
 
 def refuse_empty_words(words: Sequence[str]) -> None:
-    """UserError where an option is given nothing, as by a variable of the shell that is not set.
+    """UserError where an option has an empty value, as from a shell variable that is not set.
 
-    As if it had not been given, it would start something else than what was meant.
+    Ignoring the option would start something that the user did not mean.
     """
     empty = [word[:-1] for word in words if re.fullmatch(r"--[\w-]+=", word)]
     empty += [before for before, word in pairwise(words) if before.startswith("--") and not word]
     if empty:
-        raise UserError(f"{empty[0]}: is given nothing; give it a value, or leave it out")
+        raise UserError(f"{empty[0]}: has an empty value; give it one, or leave the option out")
 
 
 def _say_error(text: str) -> None:
-    """One line on stderr; what all processes of a machine meet the first of them says.
+    """Print one line on stderr. An error of all processes is printed by the first of each machine.
 
-    torchrun ends the others, on other machines only those that it has heard of.
+    The others wait: torchrun ends them meanwhile.
     """
     whose = ""
     if not is_first_process():
@@ -121,7 +121,7 @@ def _say_error(text: str) -> None:
 
 
 def _streams() -> list[TextIO]:
-    """Stdout and stderr, as far as the process has them."""
+    """Stdout and stderr, if the process has them."""
     return [stream for stream in (sys.stdout, sys.stderr) if stream is not None]
 
 
@@ -141,18 +141,18 @@ def _is_unread(stream: TextIO) -> bool:
 
 
 def _attend_start() -> None:
-    """Until `run_command`, end at Ctrl-C at once, and explain a missing package."""
+    """Until `run_command`: let Ctrl-C end the process at once, and explain a missing package."""
     script = getattr(sys.modules["__main__"], "__file__", None)
     if script is None or Path(script).resolve().parent != ROOT:
         return
     sys.excepthook = _explain
-    # Python's handler would raise in the middle of an import, where some packages catch everything.
+    # Python's handler would raise during an import, where some packages catch everything.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """The hook for what nobody catches: a line where a package is missing, else the traceback."""
+    """Hook for uncaught exceptions: one line for a missing package, else the traceback."""
     name = error.name if isinstance(error, ModuleNotFoundError) else None
     is_ours = name and ((ROOT / f"{name}.py").exists() or (ROOT / name).exists())
     if not name or "." in name or is_ours:
@@ -162,7 +162,7 @@ def _explain(kind: type[BaseException], error: BaseException, trace: TracebackTy
 
 
 def _describe_missing(package: str) -> str:
-    """Which package is missing where, and what to do."""
+    """A line that names the missing package and how to install it."""
     files = REQUIREMENTS[::-1] if Path(sys.argv[0]).stem == "evaluator" else REQUIREMENTS
     line = re.compile(rf"^{re.escape(package)}\b", re.MULTILINE | re.IGNORECASE)
     needing = [file for file in files if line.search((ROOT / file).read_text())] or files

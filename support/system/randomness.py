@@ -1,7 +1,7 @@
-"""Who draws what: every draw belongs to a seed, a purpose and a position, and to nothing else.
+"""Random draws, each determined by a seed, a purpose and a position.
 
-No generator's state is ever saved or shared: continuing at step k, or sampling image i in another
-batch or process, derives the same generators again.
+No generator's state is saved or shared: a run that continues at step k, or another process that
+samples image i, derives the same generators again.
 """
 
 import hashlib
@@ -27,16 +27,6 @@ def generator(
     return torch.Generator(device).manual_seed(derive_seed(seed, purpose, *position))
 
 
-def draw_logit_normal(count: int, mean: float, std: float, source: torch.Generator) -> Tensor:
-    """[count] draws of sigmoid(std N + mean), on the CPU."""
-    return torch.sigmoid(std * torch.randn(count, generator=source) + mean)
-
-
-def draw_null_mask(count: int, drop_rate: float, source: torch.Generator) -> Tensor:
-    """[count] bool on the CPU, True with probability drop_rate."""
-    return torch.rand(count, generator=source) < drop_rate
-
-
 class ImageDraws(NamedTuple):
     """All that a batch of images is made from: labels [B] and noises [B, C, H, W] each."""
 
@@ -45,16 +35,16 @@ class ImageDraws(NamedTuple):
 
 
 class SamplingStream(Protocol):
-    """A source of labels and noise for images identified by their place in the output."""
+    """A source of labels and noise for images, which have their place in the output as number."""
 
     def draw(self, images: Sequence[int], num_noises: int) -> ImageDraws: ...
 
 
 class PerImageStream:
-    """Draws that depend on (seed, image index) alone: any batch size, process or device.
+    """Draws that depend on (seed, image number) alone, not on batch size, process or device.
 
-    Drawn by NumPy's counter-based Philox generator, whose normals do not depend on the processor's
-    vector width, as torch's do.
+    They come from NumPy's counter-based Philox generator. Unlike torch's, its normals do not depend
+    on the processor's vector width.
     """
 
     def __init__(self, seed: int, num_classes: int | None, shape: tuple[int, int, int]):
@@ -79,10 +69,10 @@ class PerImageStream:
 
 
 class ReferenceStream:
-    """The reference's draws: one generator per process on its device, used batch after batch.
+    """The reference's draws, batch after batch, from one generator per process on its device.
 
-    Per batch: labels (also where the network takes none), the first noise, then one noise per
-    re-noising. What is drawn depends on the batch size and on the number of processes.
+    A batch draws labels (even if the network takes none), the first noise, then one noise for each
+    further step. The draws depend on the batch size and the number of processes.
     """
 
     def __init__(
@@ -99,7 +89,7 @@ class ReferenceStream:
         self._source = torch.Generator(device).manual_seed(seed + rank)
 
     def draw(self, images: Sequence[int], num_noises: int) -> ImageDraws:
-        """The next draws for a batch of as many images; which images does not matter."""
+        """The next draws for a batch of this size; the numbers of the images do not matter."""
         labels = torch.randint(
             self.num_classes, (len(images),), generator=self._source, device=self.device
         )

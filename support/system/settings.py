@@ -1,4 +1,4 @@
-"""What users write: texts read as YAML, the types of a config's values, and words for errors."""
+"""Settings that users write: YAML, the types of config values, and the words of errors."""
 
 import difflib
 import os
@@ -18,9 +18,9 @@ from pydantic_core import ErrorDetails, PydanticCustomError, core_schema
 
 from support.system.files import UserError, shorten
 
-LARGEST_NUMBER = 2**63  # beyond this neither torch nor a file system can count
-FILE_LIMIT_BYTES = 1 << 17  # of a config; the YAML parser takes a second for these
-RANGES = {  # by their bounds
+LARGEST_NUMBER = 2**63  # neither torch nor file systems count further
+FILE_LIMIT_BYTES = 1 << 17  # of a config, which the YAML parser reads in a second
+RANGES = {  # in words, by the kinds of bounds
     ("ge",): "{ge} or more",
     ("gt",): "above {gt}",
     ("ge", "le"): "between {ge:,} and {le:,}",
@@ -51,7 +51,7 @@ def suggest(word: str, choices: Sequence[str] | Mapping[str, Any]) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML without aliases (they can explode) and without silently repeated keys."""
+    """Safe YAML that refuses aliases (they can explode) and repeated keys."""
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
@@ -71,7 +71,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# But not what YAML 1.1 makes of 010, which is 8 there, and of 1:30, which is 90.
+# Without YAML 1.1's octal numbers (010 is 8) and base 60 (1:30 is 90).
 _Loader.yaml_implicit_resolvers = {
     first: [
         (tag, re.compile(NO_OTHER_BASE + pattern.pattern, re.VERBOSE))
@@ -91,8 +91,8 @@ def parse_yaml(text: str, place: str) -> Any:
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise UserError(f"{place}{line}: not valid YAML ({problem[:200]})") from None
-    except (LookupError, AttributeError):  # of a value such as `!!int ""`
-        raise UserError(f"{place}: not valid YAML (a value is not what its tag says)") from None
+    except (LookupError, AttributeError):  # for a value such as `!!int ""`
+        raise UserError(f"{place}: not valid YAML (a value does not fit its tag)") from None
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def _number(value: Any) -> Any:
-    """The number that `value` spells, if it does: YAML reads 1e-4 as a text."""
+    """The number that a text spells, if it does: YAML reads 1e-4 as a text."""
     if isinstance(value, str):
         try:
             value = float(value) if re.search(r"[.eE]", value) else int(value)
@@ -139,14 +139,14 @@ def _decimal(value: Any) -> Any:
 
 
 def _name(value: Any) -> Any:
-    """A text; what is asked for by texts are files and names."""
+    """`value`, if it is a text that can name a file."""
     try:
         if isinstance(value, str) and b"\0" not in os.fsencode(value):
             return value
     except UnicodeEncodeError:
         pass
     if isinstance(value, str):
-        raise ValueError("has a character that no name can have")
+        raise ValueError("has a character that names cannot have")
     return value
 
 
@@ -160,13 +160,13 @@ def tuple_of(count: int) -> Callable[[Any], Any]:
 
 
 def listed(value: Any) -> tuple[Any, ...]:
-    """The values of a list of any length; one that stands alone is a list of one."""
+    """The values of a list of any length; a single value is a list of one."""
     return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
 @dataclass(frozen=True, eq=False)  # hashed by pydantic, which a table is not
 class Choice:
-    """A type of text: one of the names in a table. The table that implements is the list."""
+    """The type of a text that must be a name in a table, the one that implements the names."""
 
     table: Collection[str]
 
@@ -174,7 +174,7 @@ class Choice:
         return core_schema.no_info_before_validator_function(self.read, handler(source))
 
     def read(self, value: Any) -> str:
-        """`value`, if it is in the table; `Triangular` is read as `Trig`."""
+        """`value`, if the table has it; `Triangular` means `Trig`."""
         if value == "Triangular" and "Trig" in self.table:
             return "Trig"
         if isinstance(value, str) and value in self.table:
@@ -191,15 +191,15 @@ Name = Annotated[str, BeforeValidator(_name)]
 def key(
     default: Any, comment: str, or_else: str = "", may_change: bool = False, **limits: Any
 ) -> Any:
-    """A key of a config: its default, what it means, and the range of its number.
+    """A key of a config: its default, its meaning, and the bounds of its number.
 
-    `or_else` is said after the range.
+    `or_else` follows the range in descriptions and errors.
     """
     extra: JsonDict = {"may_change": may_change, "or_else": or_else}
     return Field(default, description=comment, json_schema_extra=extra, **limits)
 
 
-# A key that may change when a run continues, which stays the same experiment.
+# A key that may change when a run continues: it remains the same experiment.
 changeable = partial(key, may_change=True)
 
 
@@ -209,12 +209,12 @@ def may_change(field: FieldInfo) -> bool:
 
 
 def _extra(field: FieldInfo) -> JsonDict:
-    """What `key` notes beside a field."""
+    """The notes that `key` leaves with a field."""
     return cast(JsonDict, field.json_schema_extra)
 
 
 def choices_of(field: FieldInfo) -> list[str] | None:
-    """The values that this key may have, where they are listed."""
+    """The values that this key allows, if it has a list of them."""
     for part in _metadata(field):
         if isinstance(part, Choice):
             return list(part.table)
@@ -222,12 +222,12 @@ def choices_of(field: FieldInfo) -> list[str] | None:
 
 
 def _metadata(field: FieldInfo) -> list[Any]:
-    """What the types in a field are annotated with."""
+    """The annotations of a field and of the types in it."""
     return [*field.metadata, *_annotations(field.annotation)]
 
 
 def _annotations(kind: Any) -> list[Any]:
-    """What a type and the types within it are annotated with."""
+    """The annotations of a type and of the types in it."""
     found = []
     for part in getattr(kind, "__metadata__", ()):
         found += part.metadata if isinstance(part, FieldInfo) else [part]
@@ -237,7 +237,7 @@ def _annotations(kind: Any) -> list[Any]:
 
 
 def range_of(field: FieldInfo) -> str | None:
-    """The range of this key's number, or numbers, in words."""
+    """The range of this key's number or numbers, in words."""
     limits = {
         bound: getattr(part, bound)
         for bound in ("ge", "gt", "le", "lt")
@@ -253,13 +253,13 @@ def range_of(field: FieldInfo) -> str | None:
 def what_is_wrong(
     model: type[BaseModel], error: ErrorDetails, given: Mapping[str, Any]
 ) -> tuple[str, str]:
-    """The key of a value that pydantic refused, and what is said of it."""
+    """The key of a value that pydantic refused, and the text of the error."""
     name, *index = error["loc"]
     name, value = str(name), error["input"]
     if error["type"] == "value_error":
         return name, f"{shorten(value)} {error['ctx']['error']}"
     if error["type"].startswith(("greater_than", "less_than")):
-        # Of a list all is shown.
+        # For an element, show the whole list.
         shown = shorten(given[name] if index else value)
         return name, f"{shown} must be {range_of(model.model_fields[name])}"
     kind = typing.get_type_hints(model)[name]
@@ -267,7 +267,7 @@ def what_is_wrong(
 
 
 def wanted(kind: Any, is_element: bool = False) -> str:
-    """What a value of this type is called; of a list's type, the list or one of its elements."""
+    """The name of a type in words; for a list's type, that of the list or of an element."""
     parts = typing.get_args(kind)
     if type(None) in parts:
         return f"{wanted(parts[0], is_element)} or null"

@@ -1,4 +1,4 @@
-"""What the system tells a run by signals: to save and go on, or to save and stop."""
+"""Signals by which the system asks a run to save, or to save and stop."""
 
 import contextlib
 import enum
@@ -12,7 +12,7 @@ from support.system.processes import Processes
 
 
 class Signalled(enum.IntEnum):
-    """What signals tell a run to do; of several, the greatest counts."""
+    """The request of a signal; of several, the greatest counts."""
 
     NOTHING = 0
     SAVE = 1
@@ -21,21 +21,21 @@ class Signalled(enum.IntEnum):
 
 MEANINGS: dict[int, Signalled] = {
     signal.SIGUSR1: Signalled.SAVE,
-    signal.SIGTERM: Signalled.STOP,  # what schedulers send before they kill
+    signal.SIGTERM: Signalled.STOP,  # schedulers send it before they kill
     signal.SIGINT: Signalled.STOP,  # Ctrl-C
 }
 
 
 class Listener:
-    """Remembers what signals told, until it is done, and exchanges it with the other processes."""
+    """Remembers requests until they are carried out, and shares them with the other processes."""
 
     def __init__(self):
         self._signalled = Signalled.NOTHING
-        self._exchange: Callable[[], int] | None = None  # what is under way
+        self._exchange: Callable[[], int] | None = None  # the one under way
         self._is_saved = False  # since that began
 
     def hear(self, number: int, frame: object) -> None:
-        """The handler. A signal that comes again says nothing new: torchrun passes it on too."""
+        """The signal handler. A repeated signal adds nothing: torchrun passes them on as well."""
         self._signalled = max(self._signalled, MEANINGS[number])
 
     def signalled(self, processes: Processes, may_be_late: bool = False) -> Signalled:
@@ -68,7 +68,7 @@ class Listener:
 
 @contextlib.contextmanager
 def listening() -> Iterator[Listener]:
-    """A block in which signals end nothing by themselves, but are remembered."""
+    """A block in which these signals are remembered instead of ending the process."""
     listener = Listener()
     before = {number: signal.signal(number, listener.hear) for number in MEANINGS}
     try:
@@ -79,10 +79,10 @@ def listening() -> Iterator[Listener]:
 
 
 def leave_to_parent(worker: int) -> None:
-    """Let a loader worker outlive the signals that its whole group gets: the run still needs it.
+    """Let a loader worker ignore signals to its process group: the run still needs it.
 
-    It ends with the loader, or at once when the run is gone: until then it would hold the run's
-    locks, which it has from it, and below a fork server, which stays, it would not notice.
+    It ends with the loader, or at once when the run is gone. A fork server would keep it alive, and
+    with it the locks that it inherited.
     """
     for number in MEANINGS:
         signal.signal(number, signal.SIG_IGN)
