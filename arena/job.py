@@ -24,33 +24,33 @@ BATCH = 200  # images sampled at a time
 
 
 def run_job(job: Job, config: str, folder: Path) -> None:
-    """Train in `folder`, write its samples there by step and NFE, then what made them."""
+    """Train in the job's folder, write its samples there by step and NFE, then what made them."""
+    place = folder / job.file_name
     objective_file = job.objective.rpartition(":")[0]
     at_start = sources(config, objective_file)  # later changes of a file do not count
     settings = {
         **job.settings,
         "method": job.objective,
-        "working_dir": folder,
+        "working_dir": place,
         "seed": job.seed,
         "ckpt_saving_steps": job.steps[0],
         "device": "cpu",
     }
+    (place / "samples").mkdir()
     train.main(["--config", config, *(f"--set={key}={value}" for key, value in settings.items())])
     for step in job.steps:
-        model = load(folder / "ckpts" / f"{step}.pt", device="cpu", report=None)
+        model = load(place / "ckpts" / f"{step}.pt", device="cpu", report=None)
         labels = [label % model.num_classes for label in range(job.images)]
         for nfe in job.nfe:
             images = model.sample(
                 labels, range(job.images), nfe, sampler=model.model.sampler, batch_size=BATCH
             )
-            with atomic_write(folder / "samples" / f"{step}_{nfe}.npz") as file:
+            with atomic_write(place / "samples" / f"{step}_{nfe}.npz") as file:
                 np.savez(file, arr_0=images.numpy(), arr_1=np.array(labels))
-    shutil.rmtree(folder / "ckpts")
-    write_record(folder / "job.json", job.record(), sources() | at_start)
+    shutil.rmtree(place / "ckpts")
+    write_record(folder, job, "job.json", sources() | at_start)
 
 
 if __name__ == "__main__":
     given = json.loads(sys.argv[1])
-    folder = Path(given["folder"])
-    (folder / "samples").mkdir(parents=True)
-    run_job(Job(**given["job"]), given["config"], folder)
+    run_job(Job(**given["job"]), given["config"], Path(given["folder"]))

@@ -7,6 +7,7 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
+from arena.plan import Job
 from support.system.files import atomic_write, sha256_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,20 +33,19 @@ def sources(*others: str | Path) -> dict[str, str]:
     return {os.path.relpath(file, ROOT): sha256_of(file) for file in sorted(own)}
 
 
-def write_record(path: Path, job: Record, files: dict[str, str], **values: Any) -> None:
-    """Write `values` with the job and the digests of the sources that made them."""
-    with atomic_write(path) as file:
-        file.write(json.dumps({"job": job, "sources": files, **values}, indent=1).encode())
+def write_record(folder: Path, job: Job, name: str, files: dict[str, str], **values: Any) -> None:
+    """Write `values` into a job's folder, with the job and the sources that made them."""
+    with atomic_write(folder / job.file_name / name) as file:
+        record = {"job": job.record(), "sources": files, **values}
+        file.write(json.dumps(record, indent=1).encode())
 
 
-def read_record(path: Path, job: Record | None = None) -> Record | None:
-    """The record, unless it is absent, of another job, or made by sources that have changed."""
+def read_record(folder: Path, job: Job, name: str) -> Record | None:
+    """A job's record, unless it is absent, of another job, or of sources that have changed."""
     try:
-        record = json.loads(path.read_bytes())
-        if job not in (None, record["job"]):
-            return None
+        record = json.loads((folder / job.file_name / name).read_bytes())
         files = record["sources"].items()
         is_current = all(sha256_of(ROOT / file) == digest for file, digest in files)
+        return record if is_current and record["job"] == job.record() else None
     except (OSError, ValueError, KeyError):
         return None
-    return record if is_current else None

@@ -43,7 +43,7 @@ SCORES = ("FD", "prec", "recall", "class")
 
 def train_all(jobs: Sequence[Job], plan: Plan, folder: Path) -> None:
     """Run the jobs that are not done; UserError names the log of one that failed."""
-    waiting = [job for job in jobs if not read_record(*place_of(job, folder, "job.json"))]
+    waiting = [job for job in jobs if not read_record(folder, job, "job.json")]
     with (
         ThreadPoolExecutor(usable_cores()) as pool,
         tqdm(total=len(jobs), initial=len(jobs) - len(waiting), unit="run", desc="training") as bar,
@@ -52,17 +52,12 @@ def train_all(jobs: Sequence[Job], plan: Plan, folder: Path) -> None:
             bar.update()
 
 
-def place_of(job: Job, folder: Path, name: str) -> tuple[Path, Record]:
-    """The path of a job's file, and the job as that file records it."""
-    return folder / job.file_name / name, job.record()
-
-
 def train_one(job: Job, plan: Plan, folder: Path) -> None:
     """Train and sample in a process of its own, with one thread."""
     place = folder / job.file_name
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
-    given = {"folder": str(place), "config": plan.config, "job": dataclasses.asdict(job)}
+    given = {"folder": str(folder), "config": plan.config, "job": dataclasses.asdict(job)}
     with open(place / "output.txt", "wb") as output:
         finished = subprocess.run(
             [sys.executable, HERE / "job.py", json.dumps(given)],
@@ -77,9 +72,7 @@ def train_one(job: Job, plan: Plan, folder: Path) -> None:
 
 def score_all(jobs: Iterable[Job], plan: Plan, folder: Path) -> None:
     """Score the samples that have no current scores, in one run of the evaluator."""
-    waiting = {
-        job.file_name: job for job in jobs if not read_record(*place_of(job, folder, "scores.json"))
-    }
+    waiting = {job.file_name: job for job in jobs if not read_record(folder, job, "scores.json")}
     if not waiting:
         return
     # TensorFlow comes in here, after the trainings.
@@ -99,7 +92,7 @@ def score_all(jobs: Iterable[Job], plan: Plan, folder: Path) -> None:
                 found = {key: round(scores[str(path)][key], 4) for key in SCORES}
                 rows.append({"step": step, "nfe": nfe, **found})
         rows.sort(key=lambda row: (row["step"], row["nfe"]))
-        write_record(*place_of(job, folder, "scores.json"), sources(small.graph), rows=rows)
+        write_record(folder, job, "scores.json", sources(small.graph), rows=rows)
 
 
 def rows_of(jobs: Iterable[Job], data: str, folder: Path) -> list[Record]:
@@ -114,8 +107,8 @@ def rows_of(jobs: Iterable[Job], data: str, folder: Path) -> list[Record]:
             "scale": job.settings.get("cfg_scale"),
             "seed": job.seed,
         }
-        is_done = read_record(*place_of(job, folder, "job.json"))
-        scored = read_record(*place_of(job, folder, "scores.json"))
+        is_done = read_record(folder, job, "job.json")
+        scored = read_record(folder, job, "scores.json")
         rows += [{**described, **row} for row in (scored["rows"] if is_done and scored else [])]
     return rows
 

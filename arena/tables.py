@@ -16,13 +16,13 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from arena.records import Record
 from support.system.files import UserError
 
+Row = dict[str, Any]
 Curve = dict[int, list[float]]  # step -> a value of each seed
 
 
@@ -36,11 +36,11 @@ class Entry(NamedTuple):
         return f"{self.name}, guided" if self.guided else self.name
 
 
-def entries_of(rows: Iterable[Record]) -> list[Entry]:
+def entries_of(rows: Iterable[Row]) -> list[Entry]:
     return list(dict.fromkeys(Entry(row["name"], row["guided"]) for row in rows))
 
 
-def curve_of(rows: Sequence[Record], entry: Entry, nfe: int, key: str = "FD") -> Curve:
+def curve_of(rows: Sequence[Row], entry: Entry, nfe: int, key: str = "FD") -> Curve:
     """A value by step, of one entry at one NFE."""
     found: Curve = {}
     for row in rows:
@@ -61,7 +61,7 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def scales_table(rows: Sequence[Record]) -> str:
+def scales_table(rows: Sequence[Row]) -> str:
     """FD by guidance scale in one step, for flow matching in eight."""
     scales = sorted({row["scale"] for row in rows})
     last = max(row["step"] for row in rows)
@@ -74,7 +74,7 @@ def scales_table(rows: Sequence[Record]) -> str:
     return table(["objective", "steps", *(f"scale {scale}" for scale in scales)], lines)
 
 
-def steps_table(rows: Sequence[Record]) -> str:
+def steps_table(rows: Sequence[Row]) -> str:
     """FD after the last training step, by sampling steps."""
     counts = sorted({row["nfe"] for row in rows})
     last = max(row["step"] for row in rows)
@@ -90,13 +90,13 @@ def steps_table(rows: Sequence[Record]) -> str:
     return table([f"after {last} steps", *head, "right class, 1 step"], lines)
 
 
-def step_in_forwards(cost: Record) -> float:
+def step_in_forwards(cost: Row) -> float:
     """The median over turns of a step's time in forwards of the same turn."""
     pairs = zip(cost["seconds"], cost["forward_seconds"], strict=True)
     return statistics.median(step / forward for step, forward in pairs)
 
 
-def costs_table(costs: Sequence[Record]) -> str:
+def costs_table(costs: Sequence[Row]) -> str:
     """Time, FLOPs and memory of a step."""
     lines = [
         [
@@ -111,9 +111,7 @@ def costs_table(costs: Sequence[Record]) -> str:
     return table(["a step", "seconds", "in forwards", "counted", "memory"], lines)
 
 
-def budget_table(
-    rows: Sequence[Record], costs: Sequence[Record], cost_of: Callable[[Record], float]
-) -> str:
+def budget_table(rows: Sequence[Row], costs: Sequence[Row], cost_of: Callable[[Row], float]) -> str:
     """One-step FD at an equal budget: that of all steps of the cheapest objective."""
     last = max(row["step"] for row in rows)
     # Flow matching does not sample in one step.
@@ -129,7 +127,7 @@ def budget_table(
     return table(["1 step", "training steps", "FD"], lines)
 
 
-def ablations_table(rows: Sequence[Record]) -> str:
+def ablations_table(rows: Sequence[Row]) -> str:
     """One-step FD after one change."""
     found: dict[str, dict[int, float]] = {}
     for row in rows:
@@ -151,7 +149,7 @@ def verdict_of(differences: Sequence[float]) -> str:
     return "better" if max(differences) < 0 else "undecided"
 
 
-def tables(rows: Sequence[Record], costs: Sequence[Record]) -> Iterator[tuple[str, str]]:
+def tables(rows: Sequence[Row], costs: Sequence[Row]) -> Iterator[tuple[str, str]]:
     """Title and Markdown of each table that there are results for."""
     of = {
         part: [row for row in rows if row["part"] == part] for part in (*{r["part"] for r in rows},)
@@ -170,7 +168,7 @@ def tables(rows: Sequence[Record], costs: Sequence[Record]) -> Iterator[tuple[st
         yield "Ablations", ablations_table(of["ablations"])
 
 
-def read_rows(path: Path) -> list[Record]:
+def read_rows(path: Path) -> list[Row]:
     """The rows of a file; none if it does not exist."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 

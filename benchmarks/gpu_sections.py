@@ -14,15 +14,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
-from measuring import (
-    NUM_CLASSES,
-    ROOT,
-    bench_config,
-    bench_learner,
-    data_shape,
-    drawn_batches,
-    raw_batch,
-)
+from measuring import ROOT, bench_config, bench_learner, drawn_batches, raw_batch
 from PIL import Image
 
 # isort: split
@@ -37,7 +29,6 @@ from support.data.images import to_pixels
 from support.system.files import shorten
 from support.system.hardware import allow_tf32, is_out_of_memory
 from support.system.processes import Processes, exchanging_gradients
-from support.system.randomness import PerImageStream
 from training.learner import Learner
 
 LEAST_BATCH = 4
@@ -156,11 +147,9 @@ def step_values(bench: Bench, model_type: str, variant: str) -> Values:
         yield f"batch {batch}, memory", torch.cuda.max_memory_allocated(), "bytes"
 
 
-def wait_values(bench: Bench, model_type: str, backend: str) -> Values:
+def wait_values(bench: Bench, model_type: str, variant: str) -> Values:
     """Steps that must not wait for the GPU, with gradients exchanged in a group of one."""
-    if backend == "nccl":
-        bench.need_gpu()
-    device = bench.device if backend == "nccl" else None
+    backend, device = ("nccl", bench.device) if bench.on_gpu else ("gloo", None)
     store = dist.HashStore()
     dist.init_process_group(backend, store=store, rank=0, world_size=1, device_id=device)
     try:
@@ -178,20 +167,18 @@ def wait_values(bench: Bench, model_type: str, backend: str) -> Values:
         if bench.on_gpu:
             torch.cuda.set_sync_debug_mode("default")
         dist.destroy_process_group()
-    yield "without a wait", count, "steps"
+    yield f"by {backend} without a wait", count, "steps"
 
 
 def sampling_values(bench: Bench, model_type: str, nfe: int) -> Values:
-    """Images a second, draws and pixels included."""
-    learner, count = bench.learner(model_type, LEAST_BATCH), LEAST_BATCH if bench.is_tiny else 64
-    classes = NUM_CLASSES if learner.config.is_conditional else None
-    stream = PerImageStream(42, classes, data_shape(learner.config))
+    """Images a second, without their draws."""
+    count = LEAST_BATCH if bench.is_tiny else 64
+    learner = bench.learner(model_type, count)
+    (drawn,) = drawn_batches(learner)
 
     def work() -> None:
-        draws = stream.draw(range(count), nfe)
-        labels = None if draws.labels is None else draws.labels.to(bench.device)
-        noises = [noise.to(bench.device) for noise in draws.noises]
-        to_pixels(sample(learner.state.ema_model, noises, labels)[:, :3]).cpu()
+        images = sample(learner.state.ema_model, [drawn.x_1] * nfe, drawn.labels)
+        to_pixels(images[:, :3]).cpu()
 
     yield "NFE", count / bench.seconds(work), "images/s"
 
@@ -269,7 +256,7 @@ def write_vae(folder: Path) -> None:
 SECTIONS: dict[str, tuple[Callable[..., Values], Iterable]] = {
     "exactness": (beside_cpu, ("fp32", "tf32")),
     "steps": (step_values, VARIANTS),
-    "waits": (wait_values, ("nccl", "gloo")),
+    "waits": (wait_values, ("",)),
     "sampling": (sampling_values, (1, 2)),
     "profile": (profile_values, ("bf16",)),
     "commands": (command_values, ("",)),

@@ -15,7 +15,7 @@ from arena import tables
 from arena.objectives import OBJECTIVES
 from arena.plan import Job, Plan, read_plan
 from arena.records import read_record, write_record
-from arena.run import known_plan, main, place_of, train_one, write_results
+from arena.run import known_plan, main, train_one, write_results
 from config import Config
 from models import Batch, build_model
 from support.system.files import UserError, sha256_of
@@ -259,7 +259,7 @@ def test_a_users_subclass_of_soflow_is_sampled_like_it_and_trained_anew_when_a_s
         np.testing.assert_array_equal(twin["arr_0"], soflow["arr_0"])
 
     def records() -> dict:
-        found = {name: read_record(*place_of(jobs[name], tmp_path, "job.json")) for name in jobs}
+        found = {name: read_record(tmp_path, jobs[name], "job.json") for name in jobs}
         return {name: record for name, record in found.items() if record}
 
     used = {Path(file).name for file in records()["Twin"]["sources"]}
@@ -281,7 +281,7 @@ def test_results_of_an_objective_given_before_stay_until_a_source_changes(mine, 
         for file in ("job.json", "scores.json"):
             rows = [{"step": 500, "nfe": 1, "FD": 1.0}]
             files = {str(source): sha256_of(source)}
-            write_record(*place_of(job, folder, file), files, rows=rows)
+            write_record(folder, job, file, files, rows=rows)
 
     def names() -> set[str]:
         plan = known_plan("digits", [f"{mine}:Other"], folder)

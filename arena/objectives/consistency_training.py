@@ -1,14 +1,14 @@
-"""Consistency training as easy consistency tuning has it (Geng et al. 2025, arXiv 2406.14548).
+"""Consistency training in the form of easy consistency tuning (Geng et al., arXiv 2406.14548).
 
-f(x, t) = f(x, t, 0) leads to the data at once. From x_t, and from the point with the same data and
-noise at an earlier l, it is to lead to the same place:
+f(x, t) = f(x, t, 0) predicts the data in one step. It is trained to give the same result at x_t and
+at the point with the same data and noise at an earlier time l:
 
     loss = |f(x_t, t) - stopgrad f(x_l, l)|^2 / (t - l) / (|f_t - f_l|^2 + c^2)^(1/2)
 
-The share of the way, (t - l) / t, falls over training from 1, where this is regression to the data,
-to near 0 (their mapping function, by our l_schedule). With q = (f_t - f_l) / (t - l) and c
-proportional to t - l the loss is q^2 / (q^2 + eps)^(1/2): our weight with p = 1/2. The paper trains
-in no guidance, and starts from a diffusion model; here it starts from scratch.
+The gap fraction (t - l) / t falls over training from 1, where this is regression to the data, to
+near 0: our l_schedule in place of the paper's mapping function. With q = (f_t - f_l) / (t - l) and
+c proportional to t - l, the loss is q^2 / (q^2 + eps)^(1/2): our adaptive loss weight with p = 1/2.
+The paper trains without guidance and starts from a diffusion model; here training starts fresh.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ from models import Batch, Method, StepTerms, sample_mean, solution_of, widen
 
 
 class ConsistencyTraining(Method):
-    """Trained on the batch's consistency part, whose s is not used; samples by `renoise`."""
+    """Trained on the rows for consistency; their s is not used."""
 
     p, eps = 0.5, 0.01
 
@@ -55,7 +55,7 @@ class ConsistencyTraining(Method):
         return solution_of(x, F, form.a, form.b)
 
     def jump(self, x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
-        """x_s, with the data of f(x_t, t) and the noise that x_t then has."""
+        """x_s from the predicted data and the noise that x_t then contains."""
         x_0 = self.f(x_t, t, labels)
         alpha, beta, *_ = (widen(value, x_t) for value in self.path(t))
         x_1 = (x_t - alpha * x_0) / beta

@@ -1,8 +1,8 @@
-"""Flow matching (Lipman et al. 2023, arXiv 2210.02747): the velocity alone, many steps.
+"""Flow matching (Lipman et al. 2023, arXiv 2210.02747): the velocity, sampled in many steps.
 
     loss = |v(x_t, t) - v_t|^2
 
-The network is told no gap. Guidance (Ho & Salimans, arXiv 2207.12598) acts when sampling:
+The network gets a gap of 0. Guidance (Ho & Salimans, arXiv 2207.12598) acts at sampling:
 
     v_w(x, t) = v(x, t | none) + w (v(x, t | label) - v(x, t | none))
 """
@@ -19,7 +19,7 @@ from models import Batch, Method, StepTerms, sample_mean, widen
 
 
 class FlowMatching(Method):
-    """Trained on the batch's flow matching part; a jump is a step of Euler's method."""
+    """Trained on the rows for flow matching; a jump is a step of Euler's method."""
 
     sampler = "chain"
     cfg_scale = 1.0

@@ -1,7 +1,7 @@
 """MeanFlow (Geng et al. 2025, arXiv 2505.13447): the average velocity, by forward derivatives.
 
-u(x, s, t) is the average velocity from t to s (their r): x_s = x_t - (t - s) u(x_t, s, t). It is
-the network's F of SoFlow with the Euler form. Their identity and loss:
+u(x, s, t) is the average velocity from t to s (their r): x_s = x_t - (t - s) u(x_t, s, t). It
+equals SoFlow's network F with the Euler form. The paper's identity and loss:
 
     u = v - (t - s) du/dt,    du/dt = v d_x u + d_t u
     loss = |u - stopgrad(v~ - (t - s) du/dt)|^2,    weight 1 / (error + c)^p
@@ -24,10 +24,10 @@ from models import Batch, Method, StepTerms, sample_mean, widen
 
 
 class MeanFlow(Method):
-    """The flow matching part of the batch has s = t, its consistency part s < t.
+    """Rows for flow matching have s = t, rows for consistency s < t.
 
-    Where s = t the derivative is multiplied by 0, and is not computed: that makes no difference to
-    the gradient and saves time, so that the comparison is not to our advantage.
+    Where s = t the derivative is multiplied by 0, so it is not computed. This leaves the gradient
+    alone and saves time, which keeps the comparison fair.
     """
 
     sampler = "chain"
@@ -50,7 +50,7 @@ class MeanFlow(Method):
         return StepTerms((weight * errors).sum() / total, metrics)
 
     def errors(self, batch: Batch, is_instant: bool = False) -> Tensor:
-        """The squared error of each sample, [B]; `is_instant` says that all have s = t."""
+        """The squared error of each row, [B]; with `is_instant`, all have s = t."""
         t, s, labels = batch.t, batch.s, batch.labels
         if len(t) == 0:
             return t
@@ -72,7 +72,7 @@ class MeanFlow(Method):
             return self.network(x, t, t - s, **conditions)
 
         tangents = (v, torch.zeros_like(s), torch.ones_like(t))
-        # The fused kernels have no forward-mode derivative.
+        # Fused attention has no forward-mode derivative.
         with sdpa_kernel(SDPBackend.MATH):
             value, derivative, *_ = torch.func.jvp(u, (x_t, s, t), tangents)
         return value, derivative

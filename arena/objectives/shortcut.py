@@ -1,21 +1,21 @@
-"""Shortcut models (Frans et al. 2025, arXiv 2410.12557): a step is to equal two half steps.
+"""Shortcut models (Frans et al. 2025, arXiv 2410.12557): one step equals two half steps.
 
-F(x, t, s) is their s(x, t, d), the velocity that leads over the step d = t - s; with d = 0 it is
-the instantaneous one. On most of the batch flow matching, on the rest self-consistency, in our
-direction of time:
+F(x, t, s) is the paper's s(x, t, d), the velocity over a step of d = t - s; at d = 0 it is the
+instantaneous velocity. Most of the batch trains flow matching, the rest self-consistency, here in
+our direction of time:
 
     |F(x_t, t, t) - v_t|^2
     |F(x_t, t, t - 2d) - stopgrad(F_1 + F_2) / 2|^2
         F_1 = F(x_t, t, t - d),  x' = x_t - d F_1,  F_2 = F(x', t - d, t - 2d)
 
-2d is one of 1, 1/2, ..., 1/64, all as likely, and t a multiple of it. The smallest d = 1/128 is
-asked for as d = 0. Guidance acts there alone, since larger steps learn from it:
+2d is one of 1, 1/2, ..., 1/64 with equal probability, and t a multiple of it. The network gets the
+smallest d = 1/128 as d = 0. Guidance acts there alone, since larger steps learn from it:
 
     F_w = F(. | none) + w (F(. | label) - F(. | none))
 
-In the paper an average of the weights makes the targets. Here the weights themselves do: over the
-arena's few steps an average lags so far behind that the longest steps, which learn from it through
-seven halvings, are not reached (docs/arena.md).
+The paper's targets come from an EMA of the weights. Here they come from the weights themselves: in
+the arena's few training steps an EMA lags too far behind for the longest steps, which learn from it
+through seven halvings (docs/arena.md).
 """
 
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ SMALLEST = 128  # steps of the finest grid
 
 
 class Shortcut(Method):
-    """The batch's consistency part is for self-consistency, with times of its own."""
+    """Rows for consistency train self-consistency, at times of their own."""
 
     sampler = "chain"
     cfg_scale = 1.0
@@ -54,7 +54,7 @@ class Shortcut(Method):
         return StepTerms((velocity.sum() + consistency.sum()) / sum(counts), metrics)
 
     def self_consistency(self, batch: Batch, t: Tensor, d: Tensor) -> Tensor:
-        """The squared error of each sample, [B], over a step of 2d from t."""
+        """The squared error of each row, [B], over a step of 2d from t."""
         x_t, _ = self.interpolate(batch.x_0, batch.x_1, t)
         labels = batch.labels
         with torch.no_grad():
@@ -63,7 +63,7 @@ class Shortcut(Method):
         return sample_mean((self.ask(x_t, t, 2 * d, labels) - (F_1 + F_2) / 2).square())
 
     def guided(self, x: Tensor, t: Tensor, d: Tensor, labels: Tensor | None) -> Tensor:
-        """F over the step d: of the finest grid at d = 0, and guided there."""
+        """F over the step d; the smallest d counts as 0, with guidance."""
         is_finest = d <= 1 / SMALLEST
         asked = torch.where(is_finest, torch.zeros_like(d), d)
         if self.cfg_scale == 1 or labels is None:
@@ -82,7 +82,7 @@ class Shortcut(Method):
 
 
 def draw_steps(batch: Batch) -> tuple[Tensor, Tensor]:
-    """t and d, [B] each: of the microbatch's own seed, as its dropout masks would be."""
+    """t and d, [B] each, from the microbatch's seed for dropout masks."""
     source = torch.Generator().manual_seed(batch.dropout_seeds[1])
     count = len(batch.x_0)
     levels = SMALLEST.bit_length() - 1  # 2d = 1, 1/2, ..., 2 / SMALLEST
