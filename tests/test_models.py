@@ -1,6 +1,7 @@
-"""The mathematics: golden numbers of the reference, autograd, and a network known exactly."""
+"""The method: the reference's golden numbers, autograd identities, and the exact network."""
 
 import math
+from dataclasses import replace
 
 import goldens
 import pytest
@@ -148,28 +149,20 @@ def test_state_dict_has_the_names_shapes_order_and_kinds_of_released_checkpoints
 
 
 @pytest.mark.slow
-def test_initial_weights_have_the_spread_of_the_reference():
-    expected = goldens.initial_std()["DiT-B-4"]
+@pytest.mark.parametrize(("entry", "channels"), [("DiT-B-4", 4), ("UNet", 3)])
+def test_initial_weights_have_the_spread_of_the_reference(entry, channels):
+    expected = goldens.initial_std()[entry]
     torch.manual_seed(0)
-    model = build_model("DiT-B-4", 4, 32, 1000, 0.1)
+    model = build_model(entry, channels, 32, 1000, 0.1 if entry == "DiT-B-4" else 0.0)
     for name, tensor in model.state_dict().items():
         mean, std, elements = expected[name]
-        # Five standard errors of a mean and of a standard deviation, and the stored rounding.
-        slack = 5 / math.sqrt(elements)
-        assert abs(tensor.mean().item() - mean) <= slack * std + 1e-5, name
+        # Five standard errors of a mean over three seeds and one, and the stored rounding.
+        slack = 5 * math.sqrt(4 / 3 / elements)
+        assert abs(tensor.mean().item() - mean) <= slack * std + 1e-5 + 1e-4 * abs(mean), name
         assert abs(tensor.std(correction=0).item() - std) <= slack * std + 1e-4 * std, name
-
-
-def test_positions_are_fixed_and_tell_columns_from_rows():
-    model = build_model("DiT-Nano-2", 1, 8, 10, 0.1)
-    table = model.network.pos_embed
-    assert not table.requires_grad
-    grid = table.detach().view(4, 4, 128)  # row, column, width
-    assert torch.equal(grid[0, :, :64], grid[3, :, :64])  # first half: the column alone
-    assert torch.equal(grid[:, 0, 64:], grid[:, 3, 64:])  # second half: the row alone
-    first = grid[0, 2, :64]
-    assert torch.allclose(first[0], torch.tensor(2.0).sin())  # frequency 1, sine first
-    assert torch.allclose(first[32], torch.tensor(2.0).cos())
+        if entry == "UNet" and std and not name.endswith("resample_filter"):
+            # Uniform: the largest of so many draws is all but sqrt(3) standard deviations.
+            assert tensor.abs().max().item() == pytest.approx(math.sqrt(3) * std, rel=0.06), name
 
 
 # Autograd
@@ -182,10 +175,9 @@ def derivative(function, at: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("kind", schedules.PATHS)
 def test_path_derivatives_equal_autograd(kind):
     t = torch.linspace(0.01, 0.99, 23, dtype=torch.float64)
-    point = schedules.PATHS[kind](t)
     path = schedules.PATHS[kind]
-    assert torch.allclose(point.alpha_prime, derivative(lambda t: path(t).alpha, t))
-    assert torch.allclose(point.beta_prime, derivative(lambda t: path(t).beta, t))
+    assert torch.allclose(path(t).alpha_prime, derivative(lambda t: path(t).alpha, t))
+    assert torch.allclose(path(t).beta_prime, derivative(lambda t: path(t).beta, t))
 
 
 @pytest.mark.parametrize("kind", schedules.SOLUTION_FORMS)
@@ -206,7 +198,6 @@ class ToyNetwork(nn.Module):
     """A smooth network with classes (the last row of its table is the null class)."""
 
     null_label = 3
-    uses_dropout_seed = True
 
     def __init__(self):
         super().__init__()
@@ -214,10 +205,10 @@ class ToyNetwork(nn.Module):
         self.table = nn.Embedding(4, 2)
         self.calls: list[tuple] = []
 
-    def forward(self, x, t, gap, labels=None, dropout_seed=None):
+    def forward(self, x, t, gap, labels=None):
         if labels is None:
             labels = torch.full((len(x),), self.null_label)
-        self.calls.append((len(x), torch.is_grad_enabled(), labels.tolist(), dropout_seed))
+        self.calls.append((torch.is_grad_enabled(), labels.tolist()))
         shift = (1 + t + 2 * gap)[:, None] * self.table(labels)
         return torch.tanh(self.mix(x) + shift[:, :, None, None])
 
@@ -234,6 +225,26 @@ def draws(batch: int, channels: int = 2, seed: int = 0):
 def toy_model(**kinds) -> SoFlow:
     torch.manual_seed(1)
     return SoFlow(ToyNetwork(), **kinds).double()
+
+
+class PseudoHuber(SoFlow):
+    def loss_weight(self, squared_error, scale=1):
+        return 1 / (scale * (squared_error + self.objective.eps).sqrt())
+
+
+def test_a_variant_of_the_consistency_loss_is_a_subclass_with_one_short_method():
+    x_0, x_1, times = draws(5)
+    labels, found = torch.tensor([0, 1, 2, 0, 1]), []
+    for kind, p in ((SoFlow, 1.0), (PseudoHuber, 1.0), (SoFlow, 0.5)):
+        torch.manual_seed(1)
+        model = kind(ToyNetwork()).double()
+        loss = terms_of(model, replace(UNGUIDED, p=p), times, x_0, x_1, labels).loss
+        found.append(
+            torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*model.parameters()])])
+        )
+    plain, huber, same = found
+    assert not torch.allclose(huber, plain, rtol=0.1)
+    torch.testing.assert_close(huber, same)
 
 
 def test_the_exact_network_has_no_loss_and_solves_the_path():
@@ -320,46 +331,33 @@ def test_guided_target_is_the_stated_mixture():
     assert torch.allclose(terms.squared_error, quotient.square().mean())
 
 
-def test_decay_is_one_up_to_its_time_and_zero_at_noise():
-    t = torch.tensor([0.0, 0.5, 0.8, 0.9, 1.0], dtype=torch.float64)
-    kappa = guidance_decay(t, 0.8)
-    expected = 1 - math.exp(-0.025)  # d = 1/2 at t = 0.9
-    assert torch.allclose(kappa, torch.tensor([1, 1, 1, expected, 0], dtype=torch.float64))
-    assert torch.equal(guidance_decay(t, 1.0), torch.ones_like(t))
-
-
+@pytest.mark.parametrize("is_flow_matching", [True, False])
 @pytest.mark.parametrize(
-    ("mix_ratio", "loss", "no_grad_passes"),
-    [(0.25, "flow_matching", [2]), (1.0, "flow_matching", [2]),
-     (0.25, "consistency", [4, 3]), (1.0, "consistency", [2, 3])],
-)  # fmt: skip
-def test_guidance_runs_only_the_passes_and_samples_it_needs(mix_ratio, loss, no_grad_passes):
+    ("objective", "dropped", "fixed_shapes", "flow_matching", "consistency"),
+    # The labels of each call without gradient: guidance, and for consistency F(x_l, l, s).
+    [
+        (GUIDED, [2], False, [[3, 3]], [[3, 3, 0, 1], [0, 1, 3]]),
+        (replace(GUIDED, mix_ratio=1.0), [2], False, [[3, 3]], [[3, 3], [0, 1, 3]]),
+        (GUIDED, [0, 1, 2], False, [], [[3, 3, 3]]),
+        (GUIDED, [2], True, [[3, 3, 3]], [[3, 3, 3, 0, 1, 3], [0, 1, 3]]),
+        (UNGUIDED, [2], True, [], [[0, 1, 3]]),
+    ],
+    ids=["mixed", "not mixed", "all dropped", "fixed shapes", "unguided, fixed shapes"],
+)
+def test_the_network_is_called_for_the_rows_that_need_it_only(
+    objective, dropped, fixed_shapes, flow_matching, consistency, is_flow_matching
+):
     model = toy_model()
+    model.execution = Execution(fixed_shapes=fixed_shapes)
     x_0, x_1, times = draws(3)
-    labels, null_mask = torch.tensor([0, 1, 2]), torch.tensor([False, False, True])
-    objective = Objective(3.0, mix_ratio, 1.0, 1.0, 0.01)
-    times = times.t if loss == "flow_matching" else times
-    terms_of(model, objective, times, x_0, x_1, labels, null_mask)
+    null_mask = torch.tensor([row in dropped for row in range(3)])
+    times = times.t if is_flow_matching else times
+    terms_of(model, objective, times, x_0, x_1, torch.tensor([0, 1, 2]), null_mask)
     calls = model.network.calls
-    assert [size for size, has_grad, *_ in calls if not has_grad] == no_grad_passes
-    (with_gradient,) = [call for call in calls if call[1]]
-    assert with_gradient[2] == [0, 1, 3]  # the dropped label became the null class
-
-
-def test_a_batch_of_dropped_labels_needs_no_guidance_pass():
-    model = toy_model()
-    x_0, x_1, times = draws(2)
-    null_mask = torch.tensor([True, True])
-    terms_of(model, GUIDED, times.t, x_0, x_1, torch.tensor([0, 1]), null_mask)
-    assert len(model.network.calls) == 1
-
-
-def test_without_guidance_no_pass_is_for_it_where_shapes_are_fixed():
-    model = toy_model()
-    model.execution = Execution(fixed_shapes=True)
-    x_0, x_1, times = draws(2)
-    terms_of(model, UNGUIDED, times, x_0, x_1, torch.tensor([0, 1]))
-    assert [has_grad for _, has_grad, *_ in model.network.calls] == [True, False]
+    expected = flow_matching if is_flow_matching else consistency
+    assert [labels for has_grad, labels in calls if not has_grad] == expected
+    (with_gradient,) = [labels for has_grad, labels in calls if has_grad]
+    assert with_gradient == [3 if row in dropped else row for row in range(3)]
 
 
 def test_dropped_labels_without_a_null_class_are_refused():
@@ -385,16 +383,6 @@ def test_consistency_times_are_ordered_and_apart_at_the_edges():
         assert (times.s <= times.l + 1e-7).all()
         assert (times.t - times.l >= 0.99e-4).all()
     assert torch.allclose(consistency_times(t, s, 0.5).l[1], torch.tensor(0.35))
-
-
-def test_gap_fraction_runs_from_init_to_end():
-    for schedule in ("Linear", "Cosine", "Exponent"):
-        fractions = [gap_fraction(schedule, step, 100, 0.1, 0.002) for step in (0, 50, 100)]
-        assert fractions[0] == pytest.approx(0.1)
-        assert fractions[2] == pytest.approx(0.002)
-        assert fractions[0] > fractions[1] > fractions[2]
-    assert gap_fraction("Const", 7, 100, 0.1, 0.002) == 0.002
-    assert gap_fraction("Exponent", 50, 100, 0.1, 0.001) == pytest.approx(0.01)
 
 
 # One step on parts of a batch
@@ -440,27 +428,6 @@ def test_parts_of_a_batch_add_up_to_the_whole_and_to_the_weighted_losses():
     assert torch.allclose(whole, torch.stack([expected, *velocity[1:], *consistency[1:]]))
 
 
-def test_forward_draws_nothing():
-    model = toy_model().eval()
-    x_0, x_1, times = draws(4)
-    labels, null_mask = torch.zeros(4, dtype=torch.long), torch.zeros(4, dtype=torch.bool)
-    model.objective = GUIDED
-    batch = part(x_0, x_1, times, labels, null_mask, range(4), 2, (2, 2))
-    before = torch.get_rng_state()
-    model(batch)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_both_consistency_passes_get_the_same_dropout_seed():
-    model = toy_model().train()
-    x_0, x_1, times = draws(2)
-    terms_of(model, UNGUIDED, times, x_0, x_1, torch.tensor([0, 1]))
-    seeds = [seed for *_, seed in model.network.calls]
-    assert len(seeds) == 2
-    assert seeds[0] is not None
-    assert seeds[0] == seeds[1]
-
-
 def test_both_consistency_passes_of_a_unet_drop_the_same_and_leave_the_global_state_alone():
     """With l = t and x_l = x_t, two passes with one set of masks are one and the same."""
     torch.manual_seed(0)
@@ -487,14 +454,10 @@ def test_both_consistency_passes_of_a_unet_drop_the_same_and_leave_the_global_st
 def test_every_size_takes_every_patch_that_divides_the_data(size, patch):
     with torch.device("meta"):
         model = build_model(f"DiT-{size}-{patch}", 3, 16, 10, 0.1)
-    assert model.network.pos_embed.shape == (1, (16 // patch) ** 2, dit.SIZES[size].width)
-
-
-def test_network_keeps_the_shape_of_the_data_for_any_patch():
-    for patch in (1, 2, 4):
-        model = build_model(f"DiT-Nano-{patch}", 3, 8, 10, 0.1)
-        output = model.velocity(torch.randn(2, 3, 8, 8), torch.rand(2))
-        assert output.shape == (2, 3, 8, 8)
+        assert model.network.pos_embed.shape == (1, (16 // patch) ** 2, dit.SIZES[size].width)
+        if size == "Nano":
+            x = torch.empty(2, 3, 16, 16)
+            assert model.velocity(x, torch.empty(2)).shape == x.shape
 
 
 @pytest.mark.parametrize(
