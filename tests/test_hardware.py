@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from commands import succeed
 
 from support.system import hardware
 from support.system.files import UserError
@@ -74,15 +73,3 @@ def test_segments_expand_unless_the_user_says_otherwise(monkeypatch):
         monkeypatch.setattr("os.environ", {name: "max_split_size_mb:64"})
         let_segments_expand()
         assert hardware.os.environ == {name: "max_split_size_mb:64"}
-
-
-@pytest.mark.skipif(
-    not hasattr(torch._C, "_accelerator_getAllocatorSettings"), reason="this torch does not tell"
-)
-def test_torch_reads_that_segments_expand_although_it_is_imported_before():
-    said = succeed(
-        "-c",
-        "import torch; from support.system.hardware import let_segments_expand as let; let();"
-        "torch.cuda.is_available(); print(torch._C._accelerator_getAllocatorSettings())",
-    )
-    assert said == "expandable_segments:True\n"

@@ -46,7 +46,19 @@ class TensorBoard:
         self._writer.close()
 
 
-class WeightsAndBiases:
+class _Client:
+    """A tracker whose library has run objects with `log` and `finish`."""
+
+    _run: Any
+
+    def add(self, step: int, numbers: Mapping[str, float]) -> None:
+        self._run.log(dict(numbers), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class WeightsAndBiases(_Client):
     """A run of wandb; its own settings decide whether it is online."""
 
     def __init__(self, folder: Path, run_id: str, settings: Mapping[str, Any], step: int):
@@ -62,14 +74,8 @@ class WeightsAndBiases:
             settings=wandb.Settings(quiet=True),
         )
 
-    def add(self, step: int, numbers: Mapping[str, float]) -> None:
-        self._run.log(dict(numbers), step=step)
 
-    def close(self) -> None:
-        self._run.finish()
-
-
-class Trackio:
+class Trackio(_Client):
     """A run of trackio, in its own folder (TRACKIO_DIR)."""
 
     def __init__(self, folder: Path, run_id: str, settings: Mapping[str, Any], step: int):
@@ -77,12 +83,6 @@ class Trackio:
 
         name = f"{folder.name}-{run_id}"
         self._run = trackio.init(PROJECT, name=name, resume="allow", config=dict(settings))
-
-    def add(self, step: int, numbers: Mapping[str, float]) -> None:
-        self._run.log(dict(numbers), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
 
 
 TRACKERS: dict[str, type[Tracker]] = {

@@ -257,6 +257,8 @@ def connected(device: str, timeout_minutes: float) -> Iterator[Processes]:
         yield Processes(rank, local_rank, world_size, chosen)
         return
     timeout = timedelta(minutes=timeout_minutes)
+    if rank == 0 and _from_torchrun("LOCAL_WORLD_SIZE", world_size) < world_size:
+        print(f"connecting {world_size} processes: {timeout_minutes:g} minutes at most", flush=True)
     with _reporting_failed_connection(timeout_minutes):
         _choose_interface(world_size)
         store = _store_of_this_attempt(timeout)
