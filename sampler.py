@@ -32,7 +32,7 @@ def even_times(steps: int) -> tuple[float, ...]:
     return (*(1 - step / steps for step in range(steps)), 0.0)
 
 
-def check_times(times: Sequence[float], place: str) -> tuple[float, ...]:
+def check_times(times: Sequence[float | str], place: str) -> tuple[float, ...]:
     """The times if they fall from 1 to 0; else a UserError that names `place`."""
     try:
         values = tuple(map(float, times))
