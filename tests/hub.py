@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-LARGE = (".safetensors", ".pt", ".png", ".onnx")  # goes up by itself, before the commit
 
 
 class Hub:
@@ -20,7 +19,6 @@ class Hub:
     def __init__(self, folder: Path):
         self.folder, self.asked = folder, []
         self.private: dict[str, bool] = {}  # of the repositories that were made here
-        self.uploads: dict[str, bytes] = {}  # large files, by their SHA-256
         self.token: str | None = None  # which uploads need
         self.refused: int | None = None  # with this status are all commits
 
@@ -43,16 +41,12 @@ class Hub:
         return entries
 
     def commit(self, name: str, lines: list[str]) -> None:
-        """Take over the files of a commit, those sent before it too."""
+        """Take over the files of a commit."""
         for entry in map(json.loads, lines):
-            value = entry["value"]
-            if entry["key"] == "header":
-                continue
-            is_large = entry["key"] == "lfsFile"
-            content = self.uploads[value["oid"]] if is_large else base64.b64decode(value["content"])
-            path = self.folder / name / value["path"]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
+            if entry["key"] == "file":
+                path = self.folder / name / entry["value"]["path"]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(base64.b64decode(entry["value"]["content"]))
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -107,12 +101,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         path = self.hub.folder / match[1] / match[2] if match else None
         if path is None or not path.is_file():
             return self.refuse(404, "EntryNotFound")
-        return self.file(path)
-
-    def file(self, path: Path) -> None:
         content = path.read_bytes()
-        headers = {"X_Repo_Commit": COMMIT, "ETag": f'"{hashlib.sha1(content).hexdigest()}"'}
-        self.answer(content, **headers)
+        tag = f'"{hashlib.sha1(content).hexdigest()}"'
+        return self.answer(content, X_Repo_Commit=COMMIT, ETag=tag)
 
     def do_POST(self):
         self.hub.asked.append((self.command, self.path))
@@ -124,21 +115,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.create(json.loads(body))
         if self.path == "/api/validate-yaml":
             return self.answer({"errors": [], "warnings": []})
-        if self.path.endswith(".git/info/lfs/objects/batch"):
-            return self.large_files(json.loads(body)["objects"])
         name = re.match(r"/api/models/([^/]+/[^/]+)/", self.path)[1]
         if "/preupload/" in self.path:
-            return self.ways_up(json.loads(body)["files"])
+            told = {"uploadMode": "regular", "shouldIgnore": False}  # all within the commit
+            files = [{"path": one["path"], **told} for one in json.loads(body)["files"]]
+            return self.answer({"files": files})
         if self.hub.refused:
             return self.refuse(self.hub.refused, "Forbidden")
         self.hub.commit(name, body.decode().splitlines())
         url = f"{self.address}/{name}/commit/{COMMIT}"
         return self.answer({"commitUrl": url, "commitOid": COMMIT, "pullRequestUrl": None})
-
-    def do_PUT(self):
-        content = self.body()
-        self.hub.uploads[hashlib.sha256(content).hexdigest()] = content
-        self.answer({})
 
     def create(self, asked: dict) -> None:
         name = f"{asked.get('organization')}/{asked['name']}"
@@ -147,18 +133,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         (self.hub.folder / name).mkdir(parents=True)
         self.hub.private[name] = asked.get("visibility") == "private"
         return self.answer({"url": f"{self.address}/{name}"})
-
-    def ways_up(self, files: list[dict]) -> None:
-        """Which files go up within the commit, and which before it."""
-        ways = {True: "lfs", False: "regular"}
-        paths = [file["path"] for file in files]
-        told = [{"path": p, "uploadMode": ways[p.endswith(LARGE)]} for p in paths]
-        self.answer({"files": [{**one, "shouldIgnore": False} for one in told]})
-
-    def large_files(self, objects: list[dict]) -> None:
-        actions = {"upload": {"href": f"{self.address}/upload"}}
-        told = [{"oid": one["oid"], "size": one["size"], "actions": actions} for one in objects]
-        self.answer({"transfer": "basic", "objects": told})
 
 
 @contextlib.contextmanager

@@ -114,18 +114,12 @@ def test_seed_and_stream_choose_the_images_and_the_record_says_so(run):
     assert np.abs(expected - images["--seed=4", "--noise-stream=reference"]).max() <= 1
 
 
-def test_flags_win_over_settings_and_settings_over_defaults(run):
+def test_flags_win_over_settings_over_defaults_and_no_data_are_opened(run, monkeypatch):
+    monkeypatch.setattr("support.data.digits.load_training_set", lambda: pytest.fail("opened"))
     run("--num-samples=2", "--set=eval_NFE=2")
     run("--num-samples=2", "--set=eval_NFE=2", "--eval-NFE=3")
     names = sorted(path.name for path in (run.folder / "evals").glob("*.npz"))
     assert names == ["6_2NFE_42.npz", "6_3NFE_42.npz"]
-
-
-def test_data_set_is_not_opened(run, monkeypatch):
-    monkeypatch.setattr(
-        "support.data.digits.load_training_set", lambda: pytest.fail("opened the data set")
-    )
-    run("--num-samples=1")
 
 
 @pytest.mark.parametrize(
@@ -353,18 +347,6 @@ def test_a_config_elsewhere_means_its_working_dir(elsewhere):
     assert made(elsewhere) == ["here/runs/digits/evals/6_1NFE_42.npz"]
 
 
-def test_a_checkpoint_alone_is_enough(elsewhere, monkeypatch):
-    (elsewhere / "shared" / "config.yaml").unlink()
-    sample_two("--ckpt=../shared/ckpts/6.pt", "--set=eval_NFE=2")
-    assert made(elsewhere) == ["shared/evals/6_2NFE_42.npz"]
-    monkeypatch.chdir("../shared/ckpts")
-    sample_two("--ckpt=6.pt")
-    assert "shared/evals/6_1NFE_42.npz" in made(elsewhere)
-    shutil.copy("6.pt", "../../here/mine.pt")
-    sample_two("--ckpt=../../here/mine.pt")
-    assert "here/mine_1NFE_42.npz" in made(elsewhere)
-
-
 def test_a_checkpoint_without_config_takes_that_of_its_run_or_asks_for_one(elsewhere):
     path = elsewhere / "shared" / "ckpts" / "6.pt"
     content = torch.load(path, weights_only=True)
@@ -380,16 +362,22 @@ def test_a_checkpoint_without_config_takes_that_of_its_run_or_asks_for_one(elsew
         sample_two("--ckpt-steps=6")
 
 
-def test_every_place_of_a_model_that_load_takes_is_sampled(elsewhere):
+def test_every_place_of_a_model_that_load_takes_is_sampled(elsewhere, monkeypatch):
+    (elsewhere / "shared" / "config.yaml").unlink()  # the checkpoint holds it
     for folder in ("../shared", "../shared/ckpts", "../shared/ckpts/6.pt"):
         sample_two(f"--ckpt={folder}")
         assert made(elsewhere) == ["shared/evals/6_1NFE_42.npz"]
     export.main(["../shared", "exported"])
-    sample_two("--ckpt=exported")
-    assert "here/exported_1NFE_42.npz" in made(elsewhere)
+    shutil.copy("../shared/ckpts/6.pt", "mine.pt")
+    for name in ("exported", "mine.pt"):
+        sample_two(f"--ckpt={name}")
+        assert f"here/{Path(name).stem}_1NFE_42.npz" in made(elsewhere)
     for folder, named in (("..", "shared"), ("../shard", "shared"), ("../shared/ckpts/5.pt", "pt")):
         with pytest.raises(UserError, match=rf"^{re.escape(folder)}.*{named}"):
             sample_two(f"--ckpt={folder}")
+    monkeypatch.chdir("../shared/ckpts")
+    sample_two("--ckpt=6.pt", "--seed=1")
+    assert "shared/evals/6_1NFE_1.npz" in made(elsewhere)
 
 
 def test_keys_of_a_published_config_that_are_not_known_are_named_and_passed_over(elsewhere, capsys):

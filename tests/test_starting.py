@@ -36,13 +36,15 @@ def matched(source, target, names=("a", "b"), target_names=("a", "b")):
     return match(stored(source.state_dict(), names), target, TABLE, null_label, target_names)
 
 
-def test_of_the_same_network_and_classes_all_is_copied():
-    source, target = network(), network()
+@pytest.mark.parametrize("size", [8, 16])  # of the source's images
+def test_of_the_same_network_and_classes_all_but_the_positions_is_copied(size):
+    source, target = network(size=size), network()
+    expected = {**source.state_dict(), "pos_embed": target.pos_embed.clone()}
     found = matched(source, target)
     assert (found.new, found.left) == ([], [])
     target.load_state_dict(found.copied, strict=False)
-    for name, tensor in source.state_dict().items():
-        assert torch.equal(target.state_dict()[name], tensor), name
+    for name, tensor in target.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
 
 
 def test_rows_of_the_label_table_are_those_of_the_same_name():
@@ -63,15 +65,6 @@ def test_without_trusted_names_as_many_classes_are_matched_by_number():
         assert torch.equal(found.copied[TABLE], source.state_dict()[TABLE])
         found = matched(network("abcd"), target, names, "xyz")
         assert TABLE in found.new and TABLE not in found.copied
-
-
-def test_of_images_of_another_size_all_but_the_positions_is_copied():
-    source, target = network(size=16), network(size=8)
-    positions = target.pos_embed.clone()
-    found = matched(source, target)
-    assert (found.new, found.left) == ([], [])
-    target.load_state_dict(found.copied, strict=False)
-    assert torch.equal(target.pos_embed, positions)
 
 
 def test_of_images_with_other_channels_what_touches_them_is_new():
