@@ -58,12 +58,8 @@ class Place:
         return self.samples / name
 
     def arguments(self, *more):
-        flags = {
-            "--ref_batch": self.reference,
-            "--sample_batch_dir": self.samples,
-            "--inception": self.graph,
-        }
-        return [str(word) for pair in flags.items() for word in pair] + list(map(str, more))
+        flags = ["--ref_batch", self.reference, "--sample_batch_dir", self.samples]
+        return list(map(str, [*flags, "--inception", self.graph, *more]))
 
     def run(self, *more):
         return evaluator.main(self.arguments(*more))
@@ -301,22 +297,14 @@ def test_distances_are_called_fid_only_with_the_inception_graph(place, monkeypat
     assert "FID, sFID, FD, sFD" in remarks[0]
 
 
-def test_batch_size_does_not_change_the_scores(place):
-    place.add()
+def test_neither_batch_size_nor_repeating_grey_as_rgb_changes_the_scores(place):
+    grey = some_pixels(1, channels=1)
+    np.savez(place.samples / "a.npz", grey)
     first = place.score("--batch_size", "7", "--no_cache")
-    os.utime(place.samples / "a.npz", (1, 1))
+    np.savez(place.samples / "b.npz", grey.repeat(3, axis=3))
     last = place.score("--no_cache")
     assert first["scores"] == pytest.approx(last["scores"], rel=1e-4)
     assert (len(place.records), place.caches) == (2, [])
-
-
-def test_grey_images_count_as_rgb(place):
-    grey = some_pixels(1, channels=1)
-    np.savez(place.samples / "grey.npz", grey)
-    np.savez(place.samples / "rgb.npz", grey.repeat(3, axis=3))
-    place.run()
-    first, last = place.records
-    assert first["scores"] == last["scores"]
 
 
 def test_graph_of_2015_with_its_old_operations_is_run(place, tmp_path):
@@ -642,7 +630,9 @@ def write_pictures(folder: Path, pixels, **options):
     return folder
 
 
-def test_own_reference_scores_like_its_images_and_may_keep_fewer_but_counts_all(place, toy):
+def test_own_reference_scores_like_its_images_and_may_keep_fewer_but_counts_all(
+    place, toy, other_toy
+):
     place.add()
     expected = place.score()["scores"]
     own = make_reference(place, place.reference)
@@ -659,25 +649,19 @@ def test_own_reference_scores_like_its_images_and_may_keep_fewer_but_counts_all(
     make_reference(place, place.reference)
     place.reference = place.folder / "own.npz"
     assert place.score()["scores"] == pytest.approx(expected, rel=1e-6)
-
-
-def test_own_reference_of_another_graph_is_refused(place, other_toy):
-    place.add()
-    make_reference(place, place.reference)
-    place.reference = place.folder / "own.npz"
     refusal = place.refusal("--inception", other_toy)
     assert all(word in refusal for word in ("own.npz", "toy.pb", "other.pb"))
 
 
 def test_own_reference_from_pictures_of_classes_grey_ones_as_rgb(place):
-    pixels = some_pixels(2, 6)
-    for index, name in enumerate(["b/1.png", "b/0.png", "a/0.png", "a/1.png", "c.png", "d.png"]):
-        path = place.folder / "pictures" / name
-        path.parent.mkdir(exist_ok=True, parents=True)
-        Image.fromarray(pixels[index]).convert("L" if name == "c.png" else "RGB").save(path)
-    own = make_reference(place, place.folder / "pictures")["arr_0"]
-    np.testing.assert_array_equal(own[[5, 4, 2, 3, 1]], pixels[[0, 1, 2, 3, 5]])
-    assert (own[0][..., 0] == own[0][..., 1]).all()
+    pixels, folder = some_pixels(2, 6), place.folder / "pictures"
+    write_pictures(folder / "b", pixels[:2])
+    write_pictures(folder / "a", pixels[2:4])
+    write_pictures(folder, pixels[4:])
+    Image.fromarray(pixels[5]).convert("L").save(folder / "1.png")
+    own = make_reference(place, folder)["arr_0"]
+    np.testing.assert_array_equal(own[[0, 2, 3, 4, 5]], pixels[[4, 2, 3, 0, 1]])
+    assert (own[1][..., 0] == own[1][..., 1]).all()
 
 
 def test_pictures_of_different_sizes_need_a_crop(place):
@@ -691,25 +675,22 @@ def test_pictures_of_different_sizes_need_a_crop(place):
     np.testing.assert_array_equal(own[3], centre_crop(some_pixels(3, 1, 40)[0], 8))
 
 
-def test_own_reference_turns_pictures_upright_unless_told_not_to_and_records_it(place):
+def test_own_reference_turns_pictures_upright_unless_told_not_to_and_names_files_left_out(
+    place, capsys
+):
     turned = Image.Exif()
     turned[ExifTags.Base.Orientation] = 3
     folder = write_pictures(place.folder / "pictures", some_pixels(0, 4), exif=turned)
+    (folder / "below").mkdir()
+    for name in ("a.heic", "below/b.HEIC", "notes.txt"):
+        (folder / name).touch()
     for flags, exif, step in (([], "apply", -1), (["--exif", "ignore"], "ignore", 1)):
         own = make_reference(place, folder, *flags)
         np.testing.assert_array_equal(own["arr_0"], some_pixels(0, 4)[:, ::step, ::step])
         assert str(own["exif"]) == exif
+        assert "3 files (2 .heic, 1 .txt)\n" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"ref\.npz: --exif"):
         make_reference(place, place.reference, "--exif", "ignore")
-
-
-def test_own_reference_says_which_files_of_a_folder_are_left_out(place, capsys):
-    folder = write_pictures(place.folder / "pictures", some_pixels(0, 4))
-    (folder / "below").mkdir()
-    for name in ("a.heic", "below/b.HEIC", "notes.txt"):
-        (folder / name).touch()
-    make_reference(place, folder)
-    assert "3 files (2 .heic, 1 .txt)\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("source", ["missing", "one/0.png", "empty", "one"])
@@ -903,9 +884,7 @@ def test_commands_that_ask_for_nothing_or_too_much_are_refused(arguments, words,
 def test_options_are_understood_with_hyphens_too(place):
     place.add()
     words = place.arguments()
-    options = [word.replace("_", "-", 2) for word in words[::2]]
-    assert "--sample-batch-dir" in options
-    pairs = [f"{option}={value}" for option, value in zip(options, words[1::2], strict=True)]
+    pairs = [f"{o.replace('_', '-')}={v}" for o, v in zip(words[::2], words[1::2], strict=True)]
     assert evaluator.main([*pairs, "--no-cache"]) == 0
     assert place.names == ["a.npz"]
 

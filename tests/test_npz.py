@@ -95,13 +95,12 @@ def test_archive_with_other_images_than_announced_never_appears(tmp_path, batche
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-@pytest.mark.parametrize("batch_images", [1, 2, 5, 100])
-def test_reader_gives_the_images_in_order_and_batches(tmp_path, save, batch_images):
-    pixels = some_pixels()
-    save(tmp_path / "a.npz", pixels)
-    batches = read_all(tmp_path / "a.npz", batch_images)
-    assert [len(batch) for batch in batches[:-1]] == [batch_images] * (len(batches) - 1)
-    np.testing.assert_array_equal(np.concatenate(batches), pixels)
+def test_reader_gives_the_images_in_order_and_batches(tmp_path, save):
+    save(tmp_path / "a.npz", some_pixels())
+    for size, lengths in {1: [1] * 5, 2: [2, 2, 1], 5: [5], 100: [5]}.items():
+        batches = read_all(tmp_path / "a.npz", size)
+        assert [len(batch) for batch in batches] == lengths
+        np.testing.assert_array_equal(np.concatenate(batches), some_pixels())
 
 
 def test_header_of_version_2_is_read(tmp_path):
@@ -110,25 +109,16 @@ def test_header_of_version_2_is_read(tmp_path):
     assert batch.tobytes() == bytes(range(12))
 
 
-def test_large_images_come_in_small_batches(tmp_path):
-    shape = (5, 4096, 4096, 1)
-    with write_images(tmp_path / "a.npz", 5) as writer:
-        for _ in range(5):
-            writer.append(np.zeros((1, *shape[1:]), np.uint8))
-    with read_archive(tmp_path / "a.npz") as archive:
-        assert len(next(archive.batches(1000))) == 4
-
-
-def test_memory_is_that_of_one_batch(tmp_path):
-    with write_images(tmp_path / "a.npz", 640) as writer:
-        for _ in range(640):
-            writer.append(some_pixels(1, 64, 64))
+def test_memory_is_that_of_one_batch_which_is_small_for_large_images(tmp_path):
+    with write_images(tmp_path / "a.npz", 10) as writer:
+        for _ in range(10):
+            writer.append(np.zeros((1, 4096, 4096, 1), np.uint8))
     tracemalloc.start()
     with read_archive(tmp_path / "a.npz") as archive:
-        assert sum(len(batch) for batch in archive.batches(16)) == 640
+        assert [len(batch) for batch in archive.batches(1000)] == [4, 4, 2]
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 2 * 16 * 64 * 64 * 3 + (3 << 20)
+    assert peak < (2 << 26) + (3 << 20)
 
 
 @pytest.mark.parametrize("dtype", ["<f2", "<f4", "<f8", ">f8"])
