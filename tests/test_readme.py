@@ -13,9 +13,8 @@ import pytest
 import torch
 from commands import ROOT, succeed
 from documents import DOCUMENTS, SMALL, Command, blocks, commands_of, copy_project
-from PIL import Image
 from released import LATENT_KEYS, UNET_KEYS, release
-from standins import crops, photographs, write_cifar10
+from standins import crops, photographs, write_cifar10, write_image_folder
 from tiny_vae import make_tiny_vae
 from torch.distributed.run import get_args_parser as torchrun_parser
 from toy_graph import write_toy_graph
@@ -145,14 +144,6 @@ def leave_what_quickstart_leaves() -> None:
     inference.main(["--ckpt", "runs/digits/ckpts/2.pt", "--eval-NFE", "1,2", *labels])
 
 
-def write_pictures(folder: Path, classes: list[str], size: int) -> None:
-    """Six pictures for each class."""
-    for name, photograph in zip(classes, photographs().values(), strict=False):
-        (folder / name).mkdir(parents=True)
-        for number, pixels in enumerate(crops(photograph, 6, size)):
-            Image.fromarray(pixels).save(folder / name / f"{number}.jpg")
-
-
 def write_released_folder() -> None:
     """SoFlow/ as it is downloaded: two small models, and both references."""
     latent = build_model("DiT-Nano-4", 4, 32, 1000, 0.1)
@@ -173,8 +164,9 @@ def checkout(tmp_path, monkeypatch):
     copy_project(tmp_path)
     monkeypatch.chdir(tmp_path)
     leave_what_quickstart_leaves()
-    write_pictures(Path("my-images"), ["cat", "dog"], 280)
-    write_pictures(Path("imagenet/train"), ["n01440764", "n01443537"], 256)
+    write_image_folder(Path("my-images"), size=280)
+    Path("my-images/cup").rename("my-images/dog")
+    write_image_folder(Path("imagenet/train"), size=256)
     write_cifar10(Path("data/cifar10"), monkeypatch)
     make_tiny_vae(Path("vae"))
     write_toy_graph(Path("classify_image_graph_def.pb"), stride=64)
