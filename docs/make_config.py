@@ -47,7 +47,7 @@ def section_or_row(line: str) -> str:
     if key := re.match(r"    (\w+): ", line):
         row_of_key = row(key[1], FIELDS[key[1]])
         return head_of("Run", None) + row_of_key if key[1] == "working_dir" else row_of_key
-    if section := re.fullmatch(r"    # ([A-Z]\w+)(?:; (.+))?", line):
+    if section := re.fullmatch(r"    # ([A-Z]\w+)(?:[:;] (.+))?", line):
         return head_of(section[1], section[2])
     return ""
 
