@@ -162,7 +162,7 @@ class Session:
             raise UserError(f"{self._folder}: {kind} (--sample_batch_dir)")
         make_folder(self._folder)  # so that hours of work do not end with results unwritten
         self._reference_images = references.reference_images(arguments.ref_batch)
-        self._graph_path = find_graph_of(arguments)
+        self._graph_path = find_graph(arguments.inception, arguments.inception_sha256)
         self._loaded: tuple[Reference, FeatureGraph] | None = None
         self._distances = arguments.distances or "exact"
         self._sha256 = sha256_of(arguments.ref_batch)
@@ -271,18 +271,14 @@ def watch_once(session: Session, seconds: float) -> None:
             session.score(path, stamp)
 
 
-def find_graph_of(arguments: argparse.Namespace) -> Path:
-    beside = Path(__file__).resolve().parent
-    return find_graph(arguments.inception, beside, arguments.inception_sha256)
-
-
 def make_reference(arguments: argparse.Namespace) -> int:
     """Write the reference file that was asked for."""
     images = image_sets.find_images(arguments.images, arguments.image_size, arguments.exif)
     if images.left_out_note:
         print(images.left_out_note, flush=True)
     references.refuse_to_replace(arguments.write_ref)
-    graph = FeatureGraph(find_graph_of(arguments), images.image_shape, arguments.batch_size)
+    path = find_graph(arguments.inception, arguments.inception_sha256)
+    graph = FeatureGraph(path, images.image_shape, arguments.batch_size)
     print(f"graph {graph.path}, SHA-256 {graph.sha256}")
     references.write_reference(arguments.write_ref, images, graph, arguments.ref_images)
     print(f"{arguments.write_ref}: {images.num_images} images {list(images.image_shape)}")

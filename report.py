@@ -22,10 +22,10 @@ from pathlib import Path
 from config import FIELDS, config_from_dict
 from support.report.comparison import missing_metrics
 from support.report.expected import Expected, read_expected
-from support.report.page import Meaning, Report, render
+from support.report.page import Report, render
 from support.report.runs import RecordedRun, read_runs
 from support.report.tables import check_place, write_table
-from support.scores.table import SCORES
+from support.scores.table import SCORES, Meaning
 from support.system.digests import settings_digest
 from support.system.files import PAGE_MARK, UserError, atomic_write, refuse_foreign
 from support.system.settings import may_change
@@ -64,7 +64,7 @@ MEANINGS = {
     "held-out consistency": Meaning(
         "How far two solutions disagree on these images, at the final gap. It does not rank runs."
     ),
-    **{name: Meaning(kind.sentence, kind.better) for name, kind in SCORES.items()},
+    **SCORES,
 }
 # Keys of a config that decide what the velocity is compared with, and on which data.
 TARGET = (

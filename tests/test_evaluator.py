@@ -808,19 +808,19 @@ def test_graph_is_looked_for_here_then_beside_the_script_then_downloaded(
     beside.mkdir()
     monkeypatch.chdir(here)
     monkeypatch.setattr(feature_graph, "URL", toy.as_uri())
-    assert feature_graph.find_graph(None, beside).resolve().parent == here  # downloaded
+    assert feature_graph.find_graph(None, beside=beside).resolve().parent == here  # downloaded
     assert (here / name).read_bytes() == toy.read_bytes()
     (here / name).rename(beside / name)
-    assert feature_graph.find_graph(None, beside).parent == beside
+    assert feature_graph.find_graph(None, beside=beside).parent == beside
     shutil.copy(toy, here / name)
-    assert feature_graph.find_graph(None, beside).resolve().parent == here
+    assert feature_graph.find_graph(None, beside=beside).resolve().parent == here
 
 
 def test_offline_the_line_says_what_to_download_and_where_to_put_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(feature_graph, "URL", "http://127.0.0.1:9/graph.pb")
     with pytest.raises(UserError, match="refused") as caught:
-        feature_graph.find_graph(None, tmp_path)
+        feature_graph.find_graph(None, beside=tmp_path)
     assert str(caught.value).count("http://127.0.0.1:9/graph.pb") == 2
     assert feature_graph.DEFAULT_NAME in str(caught.value)
     assert os.listdir(tmp_path) == []

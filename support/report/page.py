@@ -20,19 +20,10 @@ from support.report.figures import Line, Panel, colour_of, draw
 from support.report.pictures import embed
 from support.report.runs import HeldOut, RecordedRun
 from support.report.tables import Table, as_html
-from support.scores.table import COLUMNS
+from support.scores.table import COLUMNS, Meaning
 
 TEMPLATE = Path(__file__).with_name("page.html")
 DASHES = ("solid", "dash", "dot", "dashdot")
-
-
-@dataclass(frozen=True)
-class Meaning:
-    """What a reader is told about a metric."""
-
-    sentence: str
-    better: str = ""  # "lower" or "higher", if the value alone says which run is better
-    section: str = ""  # of its curve, if not with those of training
 
 
 @dataclass
@@ -162,10 +153,11 @@ def _facts(run: RecordedRun) -> dict[str, object]:
 
 
 def _state(run: RecordedRun) -> str:
-    """Whether a run goes on, as far as can be told, and when it last said something."""
+    """Whether a run still trains, as far as can be told, and when it wrote its last line."""
     state = f"Running on {run.holder}" if run.holder else "Stopped before its last step"
     since = f"; last line of the log {run.last_line}" if run.last_line else ""
-    return f"{'Finished' if run.is_finished else state}{since}"
+    is_finished = run.last_step == run.total_steps and not run.holder
+    return f"{'Finished' if is_finished else state}{since}"
 
 
 def _whole_verdict(report: Report, number: int) -> str:

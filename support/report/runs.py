@@ -76,10 +76,6 @@ class RecordedRun:
         curve = self.curves.get("Seconds")
         return None if curve is None else float(curve.values.sum())
 
-    @property
-    def is_finished(self) -> bool:
-        return self.last_step == self.total_steps and not self.holder
-
 
 def read_runs(folders: Sequence[Path]) -> list[RecordedRun]:
     """The runs in these folders, named by folder, or by path if folders have the same name."""

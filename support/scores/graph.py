@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from support.scores.tensorflow_start import import_tensorflow
+from support.system.command import ROOT
 from support.system.files import UserError, download, sha256_of, shorten
 
 DEFAULT_NAME = "classify_image_graph_def.pb"
@@ -39,7 +40,7 @@ class Features(NamedTuple):
     spatial: np.ndarray
 
 
-def find_graph(path: str | Path | None, beside: Path, sha256: str | None = None) -> Path:
+def find_graph(path: str | Path | None, sha256: str | None = None, beside: Path = ROOT) -> Path:
     """The graph's file: `path`, or the default name here or in `beside`, or downloaded to here.
 
     Raises UserError if it is absent and cannot be downloaded, or if its digest is not `sha256`.

@@ -11,22 +11,23 @@ from typing import NamedTuple
 from support.system.files import UserError, append_line, natural_key, regular_only
 
 
-class ScoreKind(NamedTuple):
-    """What a score says, and whether "lower" or "higher" values are better."""
+class Meaning(NamedTuple):
+    """What a reader is told about a score or a metric."""
 
-    better: str
     sentence: str
+    better: str = ""  # "lower" or "higher", if the value alone says which run is better
+    section: str = ""  # of a report, if its curve is not with those of training
 
 
 # All scores there are, in the order of columns.
 SCORES = {
-    "IS": ScoreKind("higher", "Inception Score: clear and varied samples score high."),
-    "FID": ScoreKind("lower", "Distance between samples and reference in Inception's features."),
-    "sFID": ScoreKind("lower", "The same in spatial features, which keep positions in the image."),
-    "FD": ScoreKind("lower", "Distance between samples and reference in the graph's features."),
-    "sFD": ScoreKind("lower", "The same in spatial features, which keep positions in the image."),
-    "prec": ScoreKind("higher", "Precision: the share of samples that look real."),
-    "recall": ScoreKind("higher", "Recall: the share of the real variety that the samples cover."),
+    "IS": Meaning("Inception Score: clear and varied samples score high.", "higher"),
+    "FID": Meaning("Distance between samples and reference in Inception's features.", "lower"),
+    "sFID": Meaning("The same in spatial features, which keep positions in the image.", "lower"),
+    "FD": Meaning("Distance between samples and reference in the graph's features.", "lower"),
+    "sFD": Meaning("The same in spatial features, which keep positions in the image.", "lower"),
+    "prec": Meaning("Precision: the share of samples that look real.", "higher"),
+    "recall": Meaning("Recall: the share of the real variety that the samples cover.", "higher"),
 }
 COLUMNS = tuple(SCORES)
 FRECHET = ("FID", "sFID", "FD", "sFD")
@@ -81,9 +82,9 @@ class Results:
     def open(cls, folder: Path) -> "Results":
         results = cls(folder, read_records(folder))
         written = set(_whole_lines(folder / "eval_results.txt"))
-        for record in results.records.values():
-            if line_of(record) not in written:
-                results._add_line(record)
+        for line in map(line_of, results.records.values()):
+            if line not in written:
+                append_line(folder / "eval_results.txt", line)
         return results
 
     def has(self, name: str, stamp: Stamp, yardstick: Yardstick) -> bool:
@@ -96,9 +97,6 @@ class Results:
         """Keep a new record and its line."""
         append_line(self.folder / "eval_results.jsonl", json.dumps(record))
         self.records[record["file"]] = record
-        self._add_line(record)
-
-    def _add_line(self, record: dict) -> None:
         append_line(self.folder / "eval_results.txt", line_of(record))
 
     def table(self, yardstick: Yardstick) -> str:
