@@ -38,15 +38,13 @@ def run_job(job: Job, config: str, folder: Path) -> None:
     }
     (place / "samples").mkdir()
     train.main(["--config", config, *(f"--set={key}={value}" for key, value in settings.items())])
-    for step in job.steps:
+    for (step, nfe), path in job.samples(folder).items():
         model = load(place / "ckpts" / f"{step}.pt", device="cpu", report=None)
         labels = [label % model.num_classes for label in range(job.images)]
-        for nfe in job.nfe:
-            images = model.sample(
-                labels, range(job.images), nfe, sampler=model.model.sampler, batch_size=BATCH
-            )
-            with atomic_write(place / "samples" / f"{step}_{nfe}.npz") as file:
-                np.savez(file, arr_0=images.numpy(), arr_1=np.array(labels))
+        sampler = model.model.sampler
+        images = model.sample(labels, range(job.images), nfe, sampler=sampler, batch_size=BATCH)
+        with atomic_write(path) as file:
+            np.savez(file, arr_0=images.numpy(), arr_1=np.array(labels))
     shutil.rmtree(place / "ckpts")
     write_record(folder, job, "job.json", sources() | at_start)
 

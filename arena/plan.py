@@ -1,6 +1,7 @@
 """The jobs of an experiments file: each is one training run and its samples."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -41,13 +42,15 @@ class Job:
 
     @property
     def steps(self) -> list[int]:
-        """The training steps with samples."""
+        """The training steps with samples, evenly spaced."""
         total = int(self.settings["total_steps"])
-        if total % self.checkpoints:
-            raise UserError(
-                f"total_steps {total}: is no multiple of checkpoints {self.checkpoints}"
-            )
         return [total * (k + 1) // self.checkpoints for k in range(self.checkpoints)]
+
+    def samples(self, folder: Path) -> dict[tuple[int, int], Path]:
+        """The archive of samples for each training step and NFE."""
+        place = folder / self.file_name / "samples"
+        pairs = itertools.product(self.steps, self.nfe)
+        return {(step, nfe): place / f"{step}_{nfe}.npz" for step, nfe in pairs}
 
     def record(self) -> dict[str, Any]:
         """The job's part in what its samples are, as JSON holds it."""

@@ -44,12 +44,10 @@ SCORES = ("FD", "prec", "recall", "class")
 def train_all(jobs: Sequence[Job], plan: Plan, folder: Path) -> None:
     """Run the jobs that are not done; UserError names the log of one that failed."""
     waiting = [job for job in jobs if not read_record(folder, job, "job.json")]
-    with (
-        ThreadPoolExecutor(usable_cores()) as pool,
-        tqdm(total=len(jobs), initial=len(jobs) - len(waiting), unit="run", desc="training") as bar,
-    ):
-        for _ in pool.map(lambda job: train_one(job, plan, folder), waiting):
-            bar.update()
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        runs = pool.map(lambda job: train_one(job, plan, folder), waiting)
+        for _ in tqdm(runs, total=len(waiting), unit="run", desc="training"):
+            pass
 
 
 def train_one(job: Job, plan: Plan, folder: Path) -> None:
@@ -79,19 +77,16 @@ def score_all(jobs: Iterable[Job], plan: Plan, folder: Path) -> None:
     from quickstart.score import score
     from quickstart.small_sets import DEFAULT_FOLDER, SMALL_SETS, read_samples
 
-    archives = [path for name in waiting for path in (folder / name).glob("samples/*.npz")]
-    images = {str(path): read_samples(path) for path in archives}
-    print(f"scoring {len(archives)} archives", file=sys.stderr)
+    samples = {name: job.samples(folder) for name, job in waiting.items()}
+    images = {str(path): read_samples(path) for of in samples.values() for path in of.values()}
+    print(f"scoring {len(images)} archives", file=sys.stderr)
     small = SMALL_SETS[plan.values["scored_as"]]
     scores = score(images, small.load(DEFAULT_FOLDER).held_out.pixels, small.graph)
     for name, job in waiting.items():
         rows = []
-        for path in archives:
-            if path.parent.parent.name == name:
-                step, nfe = map(int, path.stem.split("_"))
-                found = {key: round(scores[str(path)][key], 4) for key in SCORES}
-                rows.append({"step": step, "nfe": nfe, **found})
-        rows.sort(key=lambda row: (row["step"], row["nfe"]))
+        for (step, nfe), path in samples[name].items():
+            found = {key: round(scores[str(path)][key], 4) for key in SCORES}
+            rows.append({"step": step, "nfe": nfe, **found})
         write_record(folder, job, "scores.json", sources(small.graph), rows=rows)
 
 

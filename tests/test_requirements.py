@@ -22,11 +22,6 @@ def pins(lines: list[str]) -> dict[str, str]:
     return {re.sub("[-_.]+", "-", name).lower(): version for name, version in pairs}
 
 
-def test_every_requirement_file_has_its_list_in_pyproject():
-    names = {path.name for path in ROOT.glob("requirements*.txt")}
-    assert names == {f"requirements_soflow{end}.txt" for end in LISTS}
-
-
 @pytest.mark.parametrize("end", LISTS)
 def test_a_requirement_file_pins_the_versions_of_pyproject_and_the_lock(end):
     listed = pins(LISTS[end])
@@ -39,7 +34,9 @@ def test_a_requirement_file_pins_the_versions_of_pyproject_and_the_lock(end):
     assert listed.items() <= versions.items()
 
 
-def test_the_lock_names_the_public_index_alone():
+def test_all_lists_are_compared_and_the_lock_names_the_public_index_alone():
+    names = {path.name for path in ROOT.glob("requirements*.txt")}
+    assert names == {f"requirements_soflow{end}.txt" for end in LISTS}
     assert LOCK["requires-python"] == PROJECT["project"]["requires-python"]
     hosts = set(re.findall('[a-z+]+://([^/"]+)', (ROOT / "uv.lock").read_text()))
     assert hosts == {"pypi.org", "files.pythonhosted.org"}
