@@ -140,6 +140,7 @@ def step_values(bench: Bench, model_type: str, variant: str) -> Values:
         except Exception as error:
             if not is_out_of_memory(error) or batch == LEAST_BATCH:
                 raise
+        step = None
         free_memory()  # after the error, which holds what was allocated
     yield f"batch {batch}", seconds / batch, "s/image"
     yield "first step", first, "s"
