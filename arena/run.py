@@ -133,13 +133,18 @@ def known_plan(data: str, given: Sequence[str], folder: Path) -> Plan:
     return plan
 
 
+def write_rows(path: Path, rows: list[Record]) -> None:
+    """Write a JSON object per line."""
+    with atomic_write(path) as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+    print(f"{len(rows)} results in {path}")
+
+
 def write_results(plan: Plan, folder: Path) -> None:
     """Write all results that the folder's runs have now."""
     parts = [part for part in PARTS if part != "objectives" or plan.best]
     rows = [row for part in parts for row in rows_of(plan.jobs(part), plan.data, folder)]
-    with atomic_write(folder / "results.jsonl") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
-    print(f"{len(rows)} results in {folder / 'results.jsonl'}")
+    write_rows(folder / "results.jsonl", rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -177,10 +182,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if set(parts) & set(PARTS):
         write_results(plan, folder)
     if "costs" in parts:
-        costs = folder / "costs.jsonl"
-        given = {"data": plan.data, "values": plan.values}
-        subprocess.run([sys.executable, HERE / "costs.py", json.dumps(given), costs], check=True)
-        print(f"costs: in {costs}")
+        # In a process of its own: FLOPs cannot be counted where TensorFlow is loaded.
+        given = json.dumps({"data": plan.data, "values": plan.values})
+        printed = subprocess.check_output([sys.executable, HERE / "costs.py", given], text=True)
+        write_rows(folder / "costs.jsonl", json.loads(printed.splitlines()[-1]))
 
 
 if __name__ == "__main__":

@@ -97,18 +97,17 @@ def step_in_forwards(cost: Row) -> float:
 
 
 def costs_table(costs: Sequence[Row]) -> str:
-    """Time, FLOPs and memory of a step."""
+    """Time and FLOPs of a step."""
     lines = [
         [
             str(Entry(row["name"], row["guided"])),
             f"{statistics.median(row['seconds']):.3f}",
             f"{step_in_forwards(row):.2f}",
             f"{row['forwards']:.2f}",
-            f"{row['memory_mb']} MB",
         ]
         for row in costs
     ]
-    return table(["a step", "seconds", "in forwards", "counted", "memory"], lines)
+    return table(["a step", "seconds", "in forwards", "counted"], lines)
 
 
 def budget_table(rows: Sequence[Row], costs: Sequence[Row], cost_of: Callable[[Row], float]) -> str:

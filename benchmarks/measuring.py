@@ -91,7 +91,7 @@ def forward_of(learner: Learner) -> Callable[[], None]:
 
     @torch.inference_mode()
     def forward() -> None:
-        model.solution(x, t, torch.zeros_like(t), labels)
+        model.jump(x, t, torch.zeros_like(t), labels)
 
     return forward
 
