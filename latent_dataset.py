@@ -46,7 +46,6 @@ from support.data.vae import (
     encode,
     find_vae,
     load_vae,
-    release,
     scale_notes,
 )
 from support.runs.logbook import code_version, duration
@@ -233,7 +232,7 @@ class Extraction(NamedTuple):
             class_names=tuple(names),
             class_counts=tuple(np.bincount(labels, minlength=len(names)).tolist()),
             code_version=code_version(),
-            **self.plan.attributes(),
+            **self.plan.recipe(),
         )
 
 
@@ -284,7 +283,6 @@ def run_extraction(
     maker = PartMaker(plan, arguments, iter(loader), vae, progress)
     for index in parts:
         folder.write_part(index, maker.make(index))
-    release(vae)
     summary = progress.summary()
     if missing:
         say(processes, summary)

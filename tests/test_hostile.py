@@ -327,7 +327,10 @@ def test_a_plan_of_latents_that_is_none_is_a_line(tmp_path, content):
     parts = PartsFolder(tmp_path)
     parts.folder.mkdir()
     (parts.folder / "plan.json").write_text(content)
-    plan = Plan(1, "0", 32, "0", "float32", 42, 1)
+    plan = Plan(
+        num_images=1, images_sha256="0", image_size=32, vae_sha256="0", dtype="float32", seed=42,
+        part_images=1,
+    )  # fmt: skip
     refused(lambda path: parts.begin(plan), parts.folder / "plan.json")
 
 

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -22,7 +22,14 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from support.data.images import SKIPPED_FILE
-from support.data.latents import LATENT_FILE, LatentInfo, LatentReader, locate_latents, write_frame
+from support.data.latents import (
+    LATENT_FILE,
+    LatentInfo,
+    LatentReader,
+    Recipe,
+    locate_latents,
+    write_frame,
+)
 from support.system.files import (
     UserError,
     atomic_write,
@@ -42,23 +49,15 @@ Record = TypeVar("Record")  # Plan or Ledger
 # R rows of a part
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is being made; parts of another plan do not belong with these."""
+@dataclass(frozen=True, kw_only=True)
+class Plan(Recipe):
+    """What is being made; parts of another recipe do not belong with these."""
 
     num_images: int
-    images_sha256: str
-    image_size: int
-    vae_sha256: str
-    dtype: str
-    seed: int
     part_images: int  # images of a part: whatever the folder was begun with
-    exif: str = "ignore"  # as in LatentInfo; older plans lack both
-    precision: str = ""
 
-    def attributes(self) -> dict[str, Any]:
-        """What the latent file's attributes have of this."""
-        return {k: value for k, value in vars(self).items() if k in LatentInfo.__annotations__}
+    def recipe(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(Recipe)}
 
     @property
     def num_parts(self) -> int:
@@ -67,15 +66,6 @@ class Plan:
     def images_of(self, part: int) -> range:
         start = part * self.part_images
         return range(start, min(start + self.part_images, self.num_images))
-
-
-def list_differences(there: object, here: object, keys: Iterable[str]) -> str:
-    """How two plans, or a file and a plan, differ; empty if they do not."""
-    return "; ".join(
-        f"{key} {getattr(there, key)} there, {getattr(here, key)} now"
-        for key in keys
-        if getattr(there, key) not in ("", getattr(here, key))  # an older file may not say
-    )
 
 
 class Part(NamedTuple):
@@ -125,7 +115,7 @@ class PartsFolder:
         info = LatentReader(self.target).info
         differing = "it has no attributes"
         if info is not None:
-            differing = list_differences(info, plan, plan.attributes())
+            differing = info.differences(plan)
         if differing:
             raise UserError(
                 f"{self.target}: made by another command ({differing}); move it, or choose another "
@@ -148,13 +138,12 @@ class PartsFolder:
             _write_json(path, dataclasses.asdict(plan))
             return plan
         recorded = self._recorded(path, Plan)
-        plan = dataclasses.replace(plan, part_images=recorded.part_images)
-        if differing := list_differences(recorded, plan, vars(plan)):
+        if differing := recorded.differences(plan):
             raise UserError(
                 f"{self.folder}: has the parts of another command: {differing}; finish that one, "
                 "delete the folder, or choose another --save-path"
             )
-        return plan
+        return dataclasses.replace(plan, part_images=recorded.part_images)
 
     def _recorded(self, path: Path, kind: Callable[..., Record]) -> Record:
         try:

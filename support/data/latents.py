@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -39,23 +39,38 @@ FLOATS = (np.float16, np.float32, np.float64)
 # N rows, B of them read at a time, S latent side
 
 
-@dataclass(frozen=True)
-class LatentInfo:
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What decides a file's latents; files of two recipes do not go together."""
+
+    images_sha256: str  # of the pictures' names and sizes
+    image_size: int  # side of the pictures, in pixels
+    vae_sha256: str  # of the weights, by `weights_digest`
+    dtype: str  # float32 or float16
+    seed: int
+    exif: str = "ignore"  # apply: pictures were turned upright first; older files lack it
+    precision: str = ""  # of the VAE: fp32, tf32 or bf16; older files lack it
+
+    def differences(self, other: "Recipe") -> str:
+        """How another recipe differs from this one; empty if it does not."""
+        pairs = [(f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(Recipe)]
+        return "; ".join(
+            f"{name} {there} there, {here} now"
+            for name, there, here in pairs
+            if there not in ("", here)  # an older file may not say
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentInfo(Recipe):
     """A file's attributes, under the same names."""
 
     vae: str  # as the user named it
     vae_revision: str  # the hub's commit; empty for a folder
-    vae_sha256: str  # of the weights, by `vae_digest`
     latent_scale: float  # the factor for latents, which the file has without it
-    image_size: int  # side of the pictures, in pixels
-    dtype: str  # float32 or float16
-    seed: int
-    images_sha256: str  # of the pictures' names and sizes
     class_names: tuple[str, ...]
     class_counts: tuple[int, ...]
     code_version: str
-    exif: str = "ignore"  # apply: pictures were turned upright first; older files lack it
-    precision: str = ""  # of the VAE: fp32, tf32 or bf16; older files lack it
 
     def write(self, attributes: h5py.AttributeManager) -> None:
         # Folder names may hold any bytes, attributes only UTF-8.
@@ -71,7 +86,8 @@ class LatentInfo:
     @classmethod
     def read(cls, attributes: Mapping[str, Any]) -> "LatentInfo":
         """What `write` wrote; ValueError for anything else."""
-        values = {name: attributes[name] for name in cls.__annotations__ if name in attributes}
+        names = [field.name for field in fields(cls) if field.name in attributes]
+        values = {name: attributes[name] for name in names}
         plain = {name: np.asarray(value).tolist() for name, value in values.items()}
         return TypeAdapter(cls).validate_python(plain)
 

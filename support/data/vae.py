@@ -190,13 +190,6 @@ def on_device(vae: nn.Module, device: torch.device) -> Iterator[nn.Module]:
             torch.cuda.empty_cache()
 
 
-def release(vae: nn.Module) -> None:
-    """Free the memory of the VAE's weights, even if something still refers to the VAE."""
-    vae.to("meta")
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def default_encode_batch(image_size: int) -> int:
     """Images encoded at a time by default: 32 with 256 pixels a side.
 
