@@ -20,7 +20,6 @@ class Hub:
         self.folder, self.asked = folder, []
         self.private: dict[str, bool] = {}  # of the repositories that were made here
         self.token: str | None = None  # which uploads need
-        self.refused: int | None = None  # with this status are all commits
 
     def files(self, name: str) -> list[str]:
         place = self.folder / name
@@ -120,8 +119,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             told = {"uploadMode": "regular", "shouldIgnore": False}  # all within the commit
             files = [{"path": one["path"], **told} for one in json.loads(body)["files"]]
             return self.answer({"files": files})
-        if self.hub.refused:
-            return self.refuse(self.hub.refused, "Forbidden")
         self.hub.commit(name, body.decode().splitlines())
         url = f"{self.address}/{name}/commit/{COMMIT}"
         return self.answer({"commitUrl": url, "commitOid": COMMIT, "pullRequestUrl": None})

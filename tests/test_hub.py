@@ -115,10 +115,6 @@ def test_a_failing_push_is_refused_early_where_possible(exported, hub, tmp_path)
     hub.token = "hf_other"
     assert "owner/digits" in refusal(pushed(hub, *flags))
     assert not hub.folder.exists()
-    hub.token, hub.refused = None, 403
-    line = refusal(pushed(hub, *flags))
-    assert "owner/digits" in line and "token" in line
-    assert hub.files("owner/digits") == []
     assert "owner/digits" in refusal(pushed(hub, *flags, HF_ENDPOINT=NOBODY))
 
 
