@@ -328,9 +328,9 @@ def underscored(word: str) -> str:
 
 
 def positive(text: str) -> int:
-    """A whole number above zero, for the command line."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"must be a whole number above 0, not {text}")
+    """A whole number above zero; argparse words the error."""
+    if int(text) < 1:
+        raise ValueError
     return int(text)
 
 

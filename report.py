@@ -158,13 +158,10 @@ def path(text: str) -> Path:
 
 
 def positive(text: str) -> float:
-    """A number above zero, for the command line."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0
+    """A number above zero; argparse words the error."""
+    number = float(text)
     if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text}")
+        raise ValueError
     return number
 
 

@@ -210,17 +210,15 @@ def test_few_images_are_said_on_screen_and_in_the_record(place, capsys, counts, 
     assert [remark.endswith(": a.npz") for remark in remarks] == [True] * is_few
 
 
-@pytest.mark.parametrize(("count", "is_noted"), [(5001, True), (5000, False)])
-def test_samples_sorted_by_class_are_noted_where_it_changes_the_inception_score(
-    place, count, is_noted
-):
+@pytest.mark.parametrize("count", [5000, 5001])
+def test_samples_sorted_by_class_are_noted_where_it_changes_the_inception_score(place, count):
     labels = np.arange(count) // 1000
     for name, order in (("sorted", labels), ("mixed", labels[::-1]), ("other", labels[:3])):
         np.savez(place.samples / f"{name}.npz", some_pixels(1, count, 2), order)
     np.savez(place.reference, some_pixels(0, 70, 2))
     place.run()
     noted = [record["file"] for record in place.records if "by class" in str(record["notes"])]
-    assert noted == ["sorted.npz"] * is_noted
+    assert noted == ["sorted.npz"] * (count > 5000)
 
 
 def test_table_tells_images_step_and_nfe_by_the_record_beside_or_else_by_the_name(place, capsys):
@@ -724,7 +722,6 @@ def test_own_reference_from_cifar10_holds_its_training_images_in_order(place, mo
 # Other defects of archives are tested with their reader.
 BAD_ARCHIVES = {
     "cut": lambda path: path.write_bytes(path.read_bytes()[:5000]),
-    "floats": lambda path: np.savez(path, some_pixels(1) / 255),
     "three": lambda path: np.savez(path, some_pixels(1, 3)),
     "rgba": lambda path: np.savez(path, some_pixels(1, channels=4)),
     "size": lambda path: np.savez(path, some_pixels(1, size=16)),
@@ -870,7 +867,7 @@ def test_read_only_folder_of_samples_is_one_line_before_any_work(place):
         ("--ref_batch r.npz", ["--sample_batch_dir"]),
         ("--write_ref r --images i --watch", ["--watch: "]),
         ("--ref_batch r --sample_batch_dir e --image_size 8", ["--image_size: "]),
-        ("--write_ref r --images i --batch_size 0", ["--batch_size: ", "not 0"]),
+        ("--write_ref r --images i --batch_size 0", ["--batch_size: ", "'0'"]),
     ],
 )
 def test_commands_that_ask_for_nothing_or_too_much_are_refused(arguments, words, capsys):

@@ -165,13 +165,12 @@ def _whole_verdict(report: Report, number: int) -> str:
     verdicts, expected = report.verdicts[number], report.expected[number]
     if not verdicts or expected is None:
         return ""
-    outside = [f"{name} {text}" for name, text in verdicts.items() if text.startswith("outside")]
+    unusual = [f"{name} {text}" for name, text in verdicts.items() if text != "inside"]
+    outside = [text for text in unusual if " outside since " in text]
     if outside:
         return f"Not as expected: {'; '.join(outside)}"
-    unusual = [f"{name}: {text}" for name, text in verdicts.items() if text != "inside"]
-    if unusual:
-        return "; ".join(unusual)
-    return f"As expected: inside the bands of {len(expected.made_from)} runs"
+    inside = f"As expected: inside the bands of {len(expected.made_from)} runs"
+    return "; ".join(unusual) or inside
 
 
 # Side by side
