@@ -80,7 +80,8 @@ def keep_written(new: Card, old: Card, digests: Mapping[str, str]) -> tuple[Card
     exports, only the licence and parts that are not ours are taken for a person's.
     """
     if not digests:
-        ours = (new.entries | new.sections).keys() - {LICENCE}
+        is_written = not old.sections.get(LICENCE, "").startswith(f"{LICENCE}\n\nTo be filled in")
+        ours = (new.entries | new.sections).keys() - ({LICENCE} if is_written else set())
         digests = {name: digest for name, digest in old.digests().items() if name in ours}
         digests["license"] = _digest(UNKNOWN_LICENCE)
     kept = [
