@@ -1,4 +1,4 @@
-"""The sampler: exact on a known network, independent of batches, streamed to disk."""
+"""The sampler: exact on a known network, independent of batches, streamed to disk; and grids."""
 
 import json
 import math
@@ -12,14 +12,8 @@ from PIL import Image
 from torch import nn
 
 from models import SoFlow
-from sampler import (
-    SampleRequest,
-    places_of,
-    sample,
-    sample_pixels,
-    write_samples,
-)
-from support.data.grids import GridImages, labels_by_row, save_grid
+from sampler import SampleRequest, places_of, sample, sample_pixels, write_samples
+from support.data.grids import GridImages, save_grid
 from support.data.images import ImageBatch
 from support.scores.npz import read_archive
 from support.system.files import UserError
@@ -31,19 +25,19 @@ SHAPE = (1, 4, 4)
 
 
 class Recorder(nn.Module):
-    """Remembers what it was called with; predicts nothing."""
+    """Remembers its calls; predicts 0."""
 
     def __init__(self):
         super().__init__()
         self.calls: list[tuple] = []
 
     def forward(self, x, t, gap, labels=None):
-        self.calls.append((x.clone(), t[0].item(), gap[0].item(), labels))
+        self.calls.append((t[0].item(), gap[0].item(), labels))
         return torch.zeros_like(x)
 
 
 class ClassImage(nn.Module):
-    """With Linear and Euler, makes an image whose every value says its class."""
+    """Makes an image of one value, that of its class, with Linear and Euler."""
 
     def forward(self, x, t, gap, labels=None):
         return (x - class_value(labels).view(-1, 1, 1, 1)) / t.view(-1, 1, 1, 1)
@@ -54,24 +48,21 @@ def class_value(labels):
     return (labels + 0.5) / 5 - 1
 
 
-@pytest.mark.parametrize("jumps", [1, 2, 5])
-def test_the_exact_network_is_sampled_exactly_in_any_number_of_jumps(jumps):
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_the_exact_network_is_sampled_exactly_in_any_number_of_steps(steps):
     c = torch.randn(1, *SHAPE, dtype=torch.float64)
-    noises = [torch.randn(3, *SHAPE, dtype=torch.float64) for _ in range(jumps)]
+    noises = [torch.randn(3, *SHAPE, dtype=torch.float64) for _ in range(steps)]
     assert torch.allclose(sample(SoFlow(ExactNetwork(c)), noises), c.expand(3, -1, -1, -1))
 
 
 @pytest.mark.parametrize("noising_type", ["Linear", "Trig"])
-def test_every_jump_goes_from_its_time_to_zero_and_is_noised_afresh(noising_type):
-    network = Recorder()
-    model = SoFlow(network, noising_type, "Euler")
+def test_every_step_goes_from_its_time_to_zero_and_is_noised_afresh(noising_type):
+    network, labels = Recorder(), torch.tensor([3, 1])
     noises = [torch.randn(2, *SHAPE) for _ in range(4)]
-    labels = torch.tensor([3, 1])
-    result = sample(model, noises, labels)
-    assert [call[1] for call in network.calls] == [1.0, 0.75, 0.5, 0.25]
-    assert [call[2] for call in network.calls] == [1.0, 0.75, 0.5, 0.25]
-    assert all(torch.equal(call[3], labels) for call in network.calls)
-    # F = 0 with Euler: every jump keeps x, so that the last x is the formula unrolled.
+    result = sample(SoFlow(network, noising_type, "Euler"), noises, labels)
+    assert [call[:2] for call in network.calls] == [(t, t) for t in (1.0, 0.75, 0.5, 0.25)]
+    assert all(torch.equal(call[2], labels) for call in network.calls)
+    # F = 0 with Euler: every step keeps x, so that the last x is the formula unrolled.
     x = noises[0]
     for t, noise in zip((0.75, 0.5, 0.25), noises[1:], strict=True):
         angle = math.pi * t / 2
@@ -105,26 +96,25 @@ def test_images_do_not_depend_on_the_batch_size():
     network = nn.Conv2d(1, 1, 3, padding=1)
     model = SoFlow(network)
     network.forward = lambda x, t, gap, labels=None: nn.Conv2d.forward(network, x) * t[0]
-    whole = pixels_of(model, request(10, 10, num_steps=2)).astype(int)
+    whole, *cuts = (
+        pixels_of(model, request(10, size, num_steps=2)).astype(int) for size in (10, 1, 3, 64)
+    )
     assert whole.shape == (10, 4, 4, 1)
-    for batch_size in (1, 3, 64):
-        cut = pixels_of(model, request(10, batch_size, num_steps=2)).astype(int)
+    for cut in cuts:
         assert np.abs(whole - cut).max() <= 1  # kernels may differ in the last bit
 
 
 def test_archive_is_streamed_whole_and_in_order(tmp_path):
-    path = tmp_path / "images.npz"
-    wanted = request(10, 4)
-    reported = []
+    path, wanted, reported = tmp_path / "images.npz", request(10, 4), []
     batches = sample_pixels(SoFlow(ClassImage()), wanted, ALONE, decode=lambda x_0: x_0)
     write_samples(path, batches, 10, True, lambda: None, reported.append)
     labels = wanted.stream.draw(range(10), 0).labels.numpy()
-    expected = np.floor(127.5 * class_value(labels) + 128)
     with np.load(path) as archive:
         assert archive.files == ["arr_0", "arr_1"]
         assert archive["arr_0"].dtype == np.uint8
         assert archive["arr_1"].dtype == np.int64
         assert np.array_equal(archive["arr_1"], labels)
+        expected = np.floor(127.5 * class_value(labels) + 128)
         assert np.array_equal(archive["arr_0"][:, 0, 0, 0], expected)
     with read_archive(path) as archive:
         assert archive.images_header().shape == (10, 4, 4, 1)
@@ -133,9 +123,8 @@ def test_archive_is_streamed_whole_and_in_order(tmp_path):
 
 def test_archive_of_a_model_without_classes_has_no_labels(tmp_path):
     wanted = SampleRequest(3, 2, 1, PerImageStream(7, None, SHAPE))
-    batches = sample_pixels(
-        SoFlow(ExactNetwork(torch.zeros(1, *SHAPE))), wanted, ALONE, lambda x: x
-    )
+    model = SoFlow(ExactNetwork(torch.zeros(1, *SHAPE)))
+    batches = sample_pixels(model, wanted, ALONE, decode=lambda x_0: x_0)
     write_samples(tmp_path / "images.npz", batches, 3, True, lambda: None)
     with np.load(tmp_path / "images.npz") as archive:
         assert archive.files == ["arr_0"]
@@ -144,7 +133,7 @@ def test_archive_of_a_model_without_classes_has_no_labels(tmp_path):
 def test_archive_that_is_not_finished_leaves_nothing(tmp_path):
     def broken():
         yield from sample_pixels(SoFlow(ClassImage()), request(4, 4), ALONE, lambda x_0: x_0)
-        raise UserError("the disk is on fire")
+        raise UserError("on fire")
 
     with pytest.raises(UserError, match="on fire"):
         write_samples(tmp_path / "images.npz", broken(), 8, True, lambda: None)
@@ -161,12 +150,6 @@ def test_decoder_is_called_once_per_batch():
     batches = list(sample_pixels(SoFlow(ClassImage()), request(7, 3), ALONE, decode))
     assert sizes == [3, 3, 1]
     assert batches[0].pixels.shape == (3, 8, 8, 3)
-
-
-def test_labels_by_row_spread_over_the_classes():
-    assert labels_by_row(10, (10, 2)) == [row for row in range(10) for _ in range(2)]
-    assert labels_by_row(1000, (4, 1)) == [0, 250, 500, 750]
-    assert labels_by_row(2, (4, 1)) == [0, 0, 1, 1]
 
 
 def test_given_labels_reach_the_network():
@@ -187,12 +170,11 @@ def test_grid_enlarges_small_images_and_has_full_rows(tmp_path):
 
 
 def grid_of(labels, shape, num_classes=10, given=()) -> tuple[list[list[int]], list[int]]:
-    """The labels in the grid's cells, row by row, and the rows' classes; in batches of 7."""
+    """The labels in the grid's cells, row by row, and the rows' classes; added in batches of 7."""
     images = GridImages(shape, num_classes, given)
     for start in range(0, len(labels), 7):
         part = np.array(labels[start : start + 7])
-        pixels = part.astype(np.uint8)[:, None, None, None]
-        images.add(ImageBatch(pixels, part))
+        images.add(ImageBatch(part.astype(np.uint8)[:, None, None, None], part))
     grid = images.arranged()
     return grid.pixels.reshape(-1, grid.columns).tolist(), grid.classes
 
@@ -204,43 +186,38 @@ def grid_of(labels, shape, num_classes=10, given=()) -> tuple[list[list[int]], l
         (range(10), 50, (4, 8), [[label] * 5 for label in range(10)]),
         ([7, 3], 100, (2, 4), [[7] * 4, [3] * 4]),
         ([7, 3], 100, (4, 4), [[7] * 4, [7] * 4, [3] * 4, [3] * 4]),
-        ([5], 5, (4, 8), [[5] * 5]),
         ([5], 12, (4, 8), [[5] * 6] * 2),
-        ([4, 1, 2], 2, (4, 8), [[4], [1]]),  # of the third there is none
+        ([4, 1, 2], 2, (4, 8), [[4], [1]]),  # the third has no image
         ([3, 0], 5, (4, 8), [[3] * 2, [0] * 2]),
+        (range(100), 300, (2, 3), [[0] * 3, [50] * 3]),  # more classes than rows
     ],
 )
 def test_every_class_asked_for_has_rows_of_its_own(given, num_images, shape, expected):
     given = list(given)
     labels = [given[image % len(given)] for image in range(num_images)]
-    assert grid_of(labels, shape, given=given) == (expected, [row[0] for row in expected])
-
-
-def test_uniform_labels_fill_rows_of_classes_spread_over_all_where_enough_come():
-    labels = np.random.default_rng(0).integers(10, size=300)
-    assert grid_of(labels, (4, 8)) == ([[label] * 8 for label in (0, 2, 5, 7)], [0, 2, 5, 7])
-    labels = np.random.default_rng(0).integers(2, size=300)
-    assert grid_of(labels, (4, 3), 2) == ([[0] * 3] * 2 + [[1] * 3] * 2, [0, 0, 1, 1])
+    classes = [row[0] for row in expected]
+    assert grid_of(labels, shape, max(10, len(given)), given) == (expected, classes)
 
 
 @pytest.mark.parametrize(
-    ("num_images", "size"),
-    [(32, (4, 8)), (31, (4, 7)), (20, (4, 5)), (13, (2, 6)), (5, (1, 5)), (1, (1, 1))],
+    ("num_classes", "shape", "classes"),
+    [(10, (4, 8), [0, 2, 5, 7]), (2, (4, 3), [0, 0, 1, 1])],
 )
-def test_too_few_for_rows_of_classes_are_shown_as_they_come_in_a_rectangle_without_gaps(
-    num_images, size
-):
+def test_uniform_labels_fill_rows_of_classes_spread_over_all(num_classes, shape, classes):
+    labels = np.random.default_rng(0).integers(num_classes, size=300)
+    expected = [[label] * shape[1] for label in classes]
+    assert grid_of(labels, shape, num_classes) == (expected, classes)
+
+
+@pytest.mark.parametrize(
+    ("num_images", "size"), [(32, (4, 8)), (31, (4, 7)), (13, (2, 6)), (5, (1, 5)), (1, (1, 1))]
+)
+def test_too_few_images_for_rows_of_classes_stay_in_order_in_a_full_rectangle(num_images, size):
     labels = np.random.default_rng(0).integers(1000, size=num_images) % 250
     cells, classes = grid_of(labels, (4, 8), num_classes=250)
     assert (len(cells), len(cells[0])) == size
     assert [label for row in cells for label in row] == list(labels[: size[0] * size[1]])
     assert classes == []
-
-
-def test_grid_of_more_classes_than_rows_can_be_is_that_of_uniform_ones():
-    given = list(range(100))
-    assert grid_of(given, (2, 3), 100, given) == ([[0, 1, 2], [3, 4, 5]], [])
-    assert grid_of(given * 3, (2, 3), 100, given) == ([[0] * 3, [50] * 3], [0, 50])
 
 
 def test_grid_of_a_model_without_classes_has_the_images_in_their_order():
