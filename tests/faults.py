@@ -305,15 +305,9 @@ def steps_saved(folder: Path) -> list[int]:
 
 FAULTS: dict[str, Callable[[bool, Path], Tally]] = {}  # by name: with their quick form or the long
 
-Cases = Sequence[Any]
-
-
-def register(name: str, fault: Callable[[bool, Path], Tally]) -> None:
-    FAULTS[name] = fault
-
 
 def each_of(
-    title: str, cases: Cases, quick: int, begin: Callable = start, on_own_disk: bool = False
+    title: str, cases: Sequence[Any], quick: int, begin: Callable = start, on_own_disk: bool = False
 ) -> Callable[[Callable[[Path, Any, Path], None]], Callable]:
     """Register a fault whose cases are tried one by one, the first `quick` in the quick form.
 
@@ -332,7 +326,7 @@ def each_of(
                     attempt(folder / str(number), case, unbroken)
             return tally
 
-        register(attempt.__name__, tries)
+        FAULTS[attempt.__name__] = tries
         return attempt
 
     return register_attempt
@@ -621,7 +615,7 @@ def damage(is_quick: bool, folder: Path) -> Tally:
     return tally
 
 
-register("damage", damage)
+FAULTS["damage"] = damage
 
 
 # Retention
@@ -926,8 +920,8 @@ MACHINES = {
     "misled": "wrong address, port in use",
 }
 for _name in MACHINES:
-    register(f"machines_{_name}", lambda is_quick, folder, of=_name: told_by("machines.py", of))
-register("slurm", lambda is_quick, folder: told_by("slurm.py"))
+    FAULTS[f"machines_{_name}"] = lambda is_quick, folder, of=_name: told_by("machines.py", of)
+FAULTS["slurm"] = lambda is_quick, folder: told_by("slurm.py")
 
 
 SLOW = {"slurm", *(f"machines_{name}" for name in MACHINES)}  # no test makes these
