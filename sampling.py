@@ -31,6 +31,7 @@ from sampler import (
     sample,
     sample_batches,
 )
+from support import hide_triton_from_torch
 from support.data import classes, vae
 from support.data.datasets import DATASETS
 from support.runs.budget import count_parameters
@@ -215,6 +216,7 @@ def assemble(
     With `shares_memory` it uses the stored tensors themselves, which may be mapped from their file.
     """
     channels, num_classes = _counts(config, stored)
+    hide_triton_from_torch()
     with torch.device("meta"):
         model = build_model(**config.model_arguments(channels, num_classes))
     model.configure(config.to_dict())

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from commands import digits_settings
+from commands import digits_settings, succeed
 from PIL import Image
 
 import export
@@ -34,6 +34,14 @@ def test_what_is_loaded_is_reported(run, capsys):
     said = capsys.readouterr().err
     assert said.startswith(f"{run / 'ckpts' / '3.pt'}: DiT-Nano-2, 1,323,780 parameters")
     assert "3 steps" in said and "10 classes" in said and said.endswith("on cpu\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["tensorflow, sampling", "sampling, tensorflow"])
+def test_a_model_samples_in_a_process_that_has_tensorflow(run, order):
+    """There triton, which torch's compiler brings in, crashes the process."""
+    script = f"import {order}; m = sampling.load({str(run)!r}, device='cpu'); print(m.sample())"
+    assert "PIL.Image" in succeed("-c", script)
 
 
 def test_labels_and_seeds_give_grey_pictures_and_arrays(model):
