@@ -1,19 +1,12 @@
-"""What a config may say, and what becomes of it; `test_config_errors` is about the rest."""
+"""What a config may say, and what it means; test_config_errors.py has the rest."""
 
 import re
 
 import pytest
 import yaml
 from commands import ROOT
-from pydantic import ValidationError
 
-from config import (
-    FIELDS,
-    Config,
-    config_from_dict,
-    load_config,
-    save_config,
-)
+from config import FIELDS, Config, config_from_dict, load_config, save_config
 from models import METHODS
 from support.system.files import UserError
 from support.system.settings import may_change
@@ -35,12 +28,8 @@ def load(tmp_path):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_of_the_project_loads(path):
+def test_every_config_of_the_project_loads_and_explains_its_keys_in_the_words_of_config_py(path):
     assert load_config(path).working_dir
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_key_of_every_config_is_explained_in_the_words_of_config_py(path):
     for line in path.read_text().splitlines():
         if line.strip() and not line.startswith("#"):
             key, comment = re.fullmatch(r"(\w+): [^#]+?(?:  # (.+))?", line).groups()
@@ -79,34 +68,28 @@ def test_recipe_of_the_data_set_fills_what_the_config_leaves_open(
     load, text, optimizer, every, augmentation
 ):
     config = load(text, "working_dir=x")
-    assert config.optimizer == optimizer
-    assert config.ema_every_steps == every
-    assert config.augment_probability == augmentation
+    found = (config.optimizer, config.ema_every_steps, config.augment_probability)
+    assert found == (optimizer, every, augmentation)
 
 
-def test_numbers_are_read_as_they_are_written():
-    assert config_from_dict({"working_dir": "x"}, "test", ["seed=010"]).seed == 10
-    with pytest.raises(UserError, match="seed: '1:30' "):
-        config_from_dict({"working_dir": "x"}, "test", ["seed=1:30"])
-
-
-def test_numbers_may_be_strings_and_whole_where_floats_are_meant(load):
+def test_numbers_may_be_strings_whole_for_floats_and_are_read_as_they_are_written(load):
     config = load(
-        "{working_dir: x, learning_rate: 1e-4, p: 1, total_steps: '1e5', betas: ['0.9', 0]}"
+        "{working_dir: x, learning_rate: 1e-4, p: 1, total_steps: '1e5', betas: ['0.9', 0]}",
+        "seed=010",
     )
-    assert config.learning_rate == 1e-4
+    assert (config.learning_rate, config.total_steps, config.betas) == (1e-4, 100_000, (0.9, 0.0))
     assert isinstance(config.p, float)
-    assert config.total_steps == 100_000
-    assert config.betas == (0.9, 0.0)
+    assert config.seed == 10
+    with pytest.raises(UserError, match="seed: '1:30' "):
+        load("working_dir: x", "seed=1:30")
 
 
-def test_triangular_is_trig_in_both_keys(load):
-    config = load("{working_dir: x, noising_type: Triangular, coefficient_type: Triangular}")
+def test_triangular_is_trig_and_null_switches_results_off(load):
+    config = load(
+        "{working_dir: x, noising_type: Triangular, coefficient_type: Triangular, "
+        "eval_steps: null, eval_demo_steps: 0, ckpt_saving_steps: null}"
+    )
     assert config.noising_type == config.coefficient_type == "Trig"
-
-
-def test_null_switches_results_off(load):
-    config = load("{working_dir: x, eval_steps: null, eval_demo_steps: 0, ckpt_saving_steps: null}")
     assert not (config.eval_steps or config.eval_demo_steps or config.ckpt_saving_steps)
 
 
@@ -123,12 +106,7 @@ def test_digest_tells_configs_apart(load):
     assert one.digest() == load("working_dir: x").digest() != other.digest()
 
 
-def test_config_is_frozen(load):
-    with pytest.raises(ValidationError, match="frozen"):
-        load("working_dir: x").seed = 1
-
-
-# Another experiment, or the same one run otherwise
+# Another experiment, or the same one run differently
 
 BASE = "{working_dir: x, dataset_type: Digits, data_size: 8, model_type: DiT-Nano-2, batch_size: 8}"
 
@@ -136,16 +114,12 @@ BASE = "{working_dir: x, dataset_type: Digits, data_size: 8, model_type: DiT-Nan
 def test_operational_keys_may_change_and_others_may_not(load):
     old = load(BASE)
     changed = load(BASE, "num_workers=0", "learning_rate=0.1", "eval_NFE=2")
-    assert refuse_another_experiment(old, changed, [], "record") == [
-        "learning_rate changed: 0.0001 -> 0.1",
-        "num_workers changed: 12 -> 0",
-        "eval_NFE changed: 1 -> 2",
-    ]
+    notes = refuse_another_experiment(old, changed, [], "record")
+    assert [note.split(": ")[1] for note in notes] == ["0.0001 -> 0.1", "12 -> 0", "1 -> 2"]
     with pytest.raises(UserError, match=r"record .*seed 42 -> 1"):
         refuse_another_experiment(old, load(BASE, "seed=1"), [], "record")
-    assert refuse_another_experiment(old, load(BASE, "seed=1"), ["seed"], "record") == [
-        "seed changed: 42 -> 1"
-    ]
+    (note,) = refuse_another_experiment(old, load(BASE, "seed=1"), ["seed"], "record")
+    assert "seed" in note and "42 -> 1" in note
     assert refuse_another_experiment(old, old, [], "record") == []
 
 
@@ -156,29 +130,26 @@ def test_operational_keys_may_change_and_others_may_not(load):
         "velocity_loss_ratio", "time_mean", "time_std", "cfg_scale", "mix_ratio", "cfg_drop_rate",
         "cfg_decay_time", "l_schedule", "l_init_ratio", "l_end_ratio", "total_steps", "seed",
         "batch_size", "optimizer", "ema_decay_rate", "ema_every_steps", "augment_probability",
-        "unet_dropout",
+        "unet_dropout", "held_out",
     ],
 )  # fmt: skip
 def test_what_makes_the_experiment_is_not_operational(key):
     assert not may_change(FIELDS[key])
 
 
-def test_unknown_keys_of_a_file_are_passed_over_in_one_line_where_that_is_asked_for(tmp_path):
-    path = tmp_path / "config.yaml"
+def test_unknown_keys_of_a_file_are_named_in_one_line_where_they_may_be_passed_over(load, tmp_path):
+    path, said = tmp_path / "config.yaml", []
     path.write_text("working_dir: runs/x\nuse_fp16: true\nnoising_typ: Trig\nseed: 7\n")
-    said = []
     assert load_config(path, ["batch_size=8"], said.append).seed == 7
-    assert said == [
-        f"{path}: passed over keys that are not known here: use_fp16, noising_typ; did you mean "
-        "noising_type?"
-    ]
-    with pytest.raises(UserError, match="use_fp16: "):
-        load_config(path)
-    with pytest.raises(UserError, match=r"--set batchsize: .*batch_size"):
-        load_config(path, ["batchsize=8"], said.append)
-    path.write_text("working_dir: runs/x\nuse_fp16: true\nseed: seven\n")
-    with pytest.raises(UserError, match="seed: 'seven' "):
-        load_config(path, pass_over=said.append)
+    (line,) = said
+    assert re.match(rf"{path}: .*use_fp16, noising_typ; .*noising_type\?$", line)
+    for overrides, pass_over, named in (
+        ([], None, "use_fp16: "),
+        (["batchsize=8"], said.append, "--set batchsize: .*batch_size"),
+        (["seed=seven"], said.append, "seed: 'seven' "),
+    ):
+        with pytest.raises(UserError, match=named):
+            load_config(path, overrides, pass_over)
 
 
 # What comes from the command line and the environment
@@ -214,9 +185,7 @@ def test_a_method_in_a_file_is_taken_from_the_command_line_alone(load, tmp_path,
     mine = tmp_path / "mine.py"
     mine.write_text(MINE)
     named = "{working_dir: x, method: 'mine.py:PseudoHuber'}"
-    with pytest.raises(
-        UserError, match=r"config\.yaml: method: .*--set method=mine\.py:PseudoHuber"
-    ):
+    with pytest.raises(UserError, match=r"config\.yaml: method: .*mine\.py:PseudoHuber"):
         load(named)
     assert load("working_dir: x", f"method={mine}:PseudoHuber").method == "mine.py:PseudoHuber"
     assert METHODS.pop("mine.py:PseudoHuber").__name__ == "PseudoHuber"

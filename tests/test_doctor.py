@@ -1,4 +1,4 @@
-"""A step that is not finite says what broke, and can be made again."""
+"""A step that is not finite is reported with what broke, and can be replayed."""
 
 import json
 import re
@@ -21,8 +21,7 @@ PLANTED = 700  # the number of an example
 
 @pytest.fixture
 def planted_image(monkeypatch):
-    """One of the digits is not a number, wherever it is drawn."""
-    clean = PixelData.clean
+    """One of the digits is NaN, wherever it is drawn."""
 
     def stored(self, indices):
         images = self.pixels[indices].float()
@@ -30,12 +29,11 @@ def planted_image(monkeypatch):
         return images
 
     monkeypatch.setattr(PixelData, "stored", stored)
-    monkeypatch.setattr(PixelData, "clean", lambda self, x, source: clean(self, x, source))
 
 
-def broken_run(folder: Path, *flags: str, **values: object) -> str:
+def broken_run(folder: Path, **values: object) -> str:
     with pytest.raises(UserError) as refused:
-        train.main([*digits_settings(folder, total_steps=100, batch_size=60, **values), *flags])
+        train.main(digits_settings(folder, total_steps=100, batch_size=60, **values))
     return str(refused.value)
 
 
@@ -74,7 +72,7 @@ def test_a_planted_infinite_weight_is_found_in_its_block(tmp_path, monkeypatch, 
         return learner, notes
 
     monkeypatch.setattr(training_run, "build_learner", planted)
-    # Such weights are refused by the first checkpoint, too, which is written beside training.
+    # The first checkpoint, written beside training, would refuse such weights too.
     monkeypatch.setattr(train, "make_result", lambda run, path: None)
     said = broken_run(tmp_path)
     assert "step 1: " in said
@@ -95,18 +93,19 @@ def test_a_replay_is_of_the_same_experiment(tmp_path, planted_image, capsys):
     record = Path(re.search(r"--replay (\S+)", said)[1])
     with pytest.raises(UserError, match="seed 42 -> 7"):
         replayed(tmp_path, record, capsys, seed=7)
-    with pytest.raises(UserError, match=r"--replay .*none\.json: "):
+    with pytest.raises(UserError, match=r"--replay .*none\.json"):
         replayed(tmp_path, tmp_path / "none.json", capsys)
     weights = record.with_suffix(".pt")
     weights.write_bytes(weights.read_bytes()[:5000])
-    with pytest.raises(UserError, match="--replay "):
-        replayed(tmp_path, record, capsys)
-    weights.unlink()
-    with pytest.raises(UserError, match=r"--replay .*No such file"):
-        replayed(tmp_path, record, capsys)
+    for damage in (lambda: None, weights.unlink):
+        damage()
+        with pytest.raises(UserError, match=rf"--replay .*{record.stem}"):
+            replayed(tmp_path, record, capsys)
 
 
-def test_what_fails_while_looking_does_not_hide_what_broke(tmp_path, planted_image, monkeypatch):
+def test_an_error_while_looking_for_the_cause_does_not_hide_what_broke(
+    tmp_path, planted_image, monkeypatch
+):
     def full(*given):
         raise UserError("broken_step.pt: not written (No space left on device)")
 
@@ -127,7 +126,7 @@ def test_the_norms_before_the_first_broken_step_are_kept_and_no_others():
         guard.refuse()
 
 
-def test_of_gradients_one_that_is_not_a_number_is_the_largest():
+def test_a_gradient_that_is_not_a_number_is_the_largest():
     gradients = {"a": torch.tensor([3.0]), "b": torch.tensor([torch.nan]), "c": None}
     assert doctor.largest(gradients) == "b"
     assert doctor.largest({"a": torch.ones(2), "b": torch.ones(3)}) == "b"

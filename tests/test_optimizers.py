@@ -11,16 +11,13 @@ from support.runs.optimizers import RAdam
 FIRST_RECTIFIED = 6  # step, for a beta_2 of 0.999
 
 
-def descend(
-    optimizer: torch.optim.Optimizer, parameters: list[Tensor], steps: range
-) -> list[Tensor]:
-    """Take steps, each with gradients and a learning rate of its own; gives the parameters."""
+def descend(optimizer, parameters: list[Tensor], steps: range) -> list[Tensor]:
+    """The parameters after steps that each have their own gradients and learning rate."""
     for step in steps:
         source = torch.Generator().manual_seed(step)
         for parameter in parameters:
-            parameter.grad = torch.randn(
-                parameter.shape, dtype=parameter.dtype, generator=source
-            ) * 10.0 ** (step % 5 - 4)
+            gradient = torch.randn(parameter.shape, dtype=parameter.dtype, generator=source)
+            parameter.grad = gradient * 10.0 ** (step % 5 - 4)
         optimizer.param_groups[0]["lr"] = 1e-2 / (1 + step)
         optimizer.step()
     return [parameter.detach().clone() for parameter in parameters]

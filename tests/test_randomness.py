@@ -1,4 +1,4 @@
-"""Every draw belongs to its seed, purpose and position."""
+"""A draw depends on its seed, purpose and position, and on nothing else."""
 
 import torch
 
@@ -19,11 +19,11 @@ def test_seeds_differ_by_seed_purpose_and_position_and_never_change():
     }
     assert len(seeds) == 5
     assert all(0 <= seed < 2**63 for seed in seeds)
-    # A fixed value: seeds made today must be those of next year.
+    # A fixed value: a seed must never change.
     assert derive_seed(42, "noise", 7, 0) == 4_799_446_856_563_491_915
 
 
-def test_a_generator_is_made_anew_and_touches_no_other():
+def test_a_generator_starts_afresh_and_touches_no_other():
     before = torch.get_rng_state()
     draws = [torch.randn(5, generator=generator(1, "noise", 3)) for _ in range(2)]
     assert torch.equal(*draws)
@@ -35,18 +35,20 @@ def test_per_image_draws_do_not_depend_on_the_batch():
     whole = stream.draw(range(12), num_noises=2)
     pieces = [stream.draw(images, num_noises=2) for images in (range(5), range(5, 6), range(6, 12))]
     assert torch.equal(whole.labels, torch.cat([piece.labels for piece in pieces]))
-    for jump in range(2):
-        assert torch.equal(whole.noises[jump], torch.cat([piece.noises[jump] for piece in pieces]))
+    for step in range(2):
+        assert torch.equal(whole.noises[step], torch.cat([piece.noises[step] for piece in pieces]))
     assert whole.noises[0].shape == (12, *SHAPE)
     assert whole.noises[0].dtype == torch.float32
 
 
-def test_number_of_jumps_changes_neither_labels_nor_first_noise():
-    stream = PerImageStream(7, 10, SHAPE)
-    one, two = stream.draw(range(4), 1), stream.draw(range(4), 2)
+def test_the_number_of_steps_changes_neither_labels_nor_first_noise_and_the_seed_changes_all():
+    one, two = (PerImageStream(7, 10, SHAPE).draw(range(4), steps) for steps in (1, 2))
     assert torch.equal(one.labels, two.labels)
     assert torch.equal(one.noises[0], two.noises[0])
     assert not torch.equal(two.noises[0], two.noises[1])
+    other = PerImageStream(8, 10, SHAPE).draw(range(4), 1)
+    assert not torch.equal(one.noises[0], other.noises[0])
+    assert PerImageStream(7, None, SHAPE).draw(range(4), 1).labels is None
 
 
 def test_per_image_noise_is_normal_and_labels_are_uniform():
@@ -61,15 +63,6 @@ def test_per_image_noise_is_normal_and_labels_are_uniform():
     # Images are independent of one another.
     first, second = noise[:-1].flatten(), noise[1:].flatten()
     assert abs((first * second).mean()) < 5 / count**0.5
-
-
-def test_seeds_make_other_images():
-    one, other = (PerImageStream(seed, 10, SHAPE).draw([3], 1) for seed in (1, 2))
-    assert not torch.equal(one.noises[0], other.noises[0])
-
-
-def test_without_classes_there_are_no_labels():
-    assert PerImageStream(1, None, SHAPE).draw([0, 1], 1).labels is None
 
 
 def test_given_labels_repeat_and_leave_the_noise_alone():
