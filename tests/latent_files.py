@@ -53,6 +53,6 @@ def write_ours(folder: Path, moments: np.ndarray | None = None, **info: object) 
     with open(path, "wb") as file:
         write_frame(file, np.arange(len(moments)) % 3, LatentInfo(**values))
     with open(path, "r+b") as file:
-        file.seek(locate_latents(path).offset)
+        file.seek(locate_latents(path)[0])
         file.write(moments.astype(values["dtype"]).tobytes())
     return path

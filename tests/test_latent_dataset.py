@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import h5py
 import numpy as np
@@ -265,28 +264,22 @@ def without_attributes(made, folder):
     return folder
 
 
-def test_absent_vae_stops_training_before_a_folder_is_made(made, tmp_path):
+def test_file_of_the_published_code_trains_if_the_vae_is_there(made, tmp_path):
     plain = without_attributes(made, tmp_path / "latents")
+    few = {"dataset_path": plain, "total_steps": 2, "eval_demo_steps": 2}
     with pytest.raises(UserError, match=r"^vae: /nowhere: "):
-        train.main(training_options(made, tmp_path / "run", vae="/nowhere", dataset_path=plain))
+        train.main(training_options(made, tmp_path / "run", vae="/nowhere", **few))
     assert not (tmp_path / "run").exists()
-
-
-def test_file_of_the_published_code_trains(made, tmp_path):
-    without_attributes(made, tmp_path / "latents")
-    (tmp_path / "vae").symlink_to(made / "vae")
-    train.main(training_options(tmp_path, tmp_path / "run", total_steps=2, eval_demo_steps=2))
+    train.main(training_options(made, tmp_path / "run", **few))
     assert load(tmp_path / "run", 2)["data"]["num_classes"] == 1000
 
 
-def test_half_the_room_on_request_trains_too(made, tmp_path):
+def test_half_the_room_on_request(made, tmp_path):
     latent_dataset.main(options(made, **{"save-path": tmp_path / "latents", "dtype": "float16"}))
     half, full = (LatentReader(f / "latents" / LATENT_FILE) for f in (tmp_path, made))
     assert half.dtype == np.float16
     assert half.is_plain
     assert torch.allclose(half.read([3, 1]).float(), full.read([3, 1]), rtol=1e-3, atol=1e-4)
-    (tmp_path / "vae").symlink_to(made / "vae")
-    train.main(training_options(made, tmp_path / "run", dataset_path=tmp_path / "latents"))
 
 
 def test_another_precision_says_once_how_far_it_is_off_and_is_recorded(made, tmp_path, capsys):
@@ -298,15 +291,6 @@ def test_another_precision_says_once_how_far_it_is_off_and_is_recorded(made, tmp
     assert (coarse.info.precision, exact.info.precision) == ("bf16", "fp32")
     off = (coarse.read(range(27)) - exact.read(range(27))).abs()
     assert off.mean() == pytest.approx(mean, rel=0.5)
-
-
-def test_a_file_that_does_not_say_its_precision_is_not_made_anew(scratch, made):
-    shutil.copytree(made / "latents", scratch / "latents")
-    with h5py.File(scratch / "latents" / LATENT_FILE, "r+") as file:
-        del file.attrs["precision"]
-    before = latents_of(scratch)
-    latent_dataset.main(options(scratch))
-    assert latents_of(scratch) == before
 
 
 @pytest.mark.slow
@@ -404,29 +388,6 @@ def test_killed_at_every_write_it_goes_on_to_the_same_file(scratch, monkeypatch)
         shutil.rmtree(save)
 
 
-@pytest.mark.slow
-def test_killed_at_random_moments_it_goes_on_to_the_same_file(scratch, made):
-    latent_dataset.main(options(scratch, "unbroken"))
-    whole = latents_of(scratch, "unbroken")
-    kills = 0
-    source = np.random.default_rng(2)
-    for _ in range(20):
-        if (child := os.fork()) == 0:
-            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-                latent_dataset.main(options(scratch))
-            os._exit(0)
-        time.sleep(source.uniform(0.01, 0.2))
-        os.kill(child, signal.SIGKILL)
-        if os.waitpid(child, 0)[1] == 0:
-            shutil.rmtree(scratch / "latents")  # it was quicker: once more from the start
-            continue
-        kills += 1
-        assert_nothing_passes_for_complete(scratch / "latents", whole)
-    assert kills
-    latent_dataset.main(options(scratch))
-    assert_same_latents(scratch / "latents", made / "latents")
-
-
 def test_finished_parts_are_not_made_again(begun, monkeypatch, capsys):
     there = sorted((begun / "latents").glob("*/0*.part"))
     assert there
@@ -475,42 +436,37 @@ def test_batch_size_and_processes_may_change_on_the_way(begun, made):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "named"),
     [
         ({"image-size": 128}, "image_size 64 there, 128 now"),
-        ({"dtype": "float16"}, "dtype float32 there, float16 now"),
-        ({"seed": 7}, "seed 42 there, 7 now"),
         ({"exif": "ignore"}, "exif apply there, ignore now"),
-        ({"precision": "bf16"}, "precision fp32 there, bf16 now"),
-        ({"vae": "other"}, "vae_sha256 .* there, .* now"),
-        ({"photos": "fewer"}, "images_sha256 .* there, .* now"),
-        ({"photos": "another"}, "images_sha256 .* there, .* now"),
+        ({"vae": "other"}, "vae_sha256 "),
+        ({}, "images_sha256 "),
     ],
 )
-def test_parts_of_another_command_are_refused_and_kept(begun, changes, message):
+def test_parts_of_another_command_are_refused_and_kept(begun, changes, named):
     before = sorted((begun / "latents").rglob("*.*"))  # all but the lock
     if "vae" in changes:
         changes = {"vae": make_tiny_vae(begun / "other", seed=1)}
-    match changes.pop("photos", None):
-        case "fewer":
-            (begun / "photos" / "cat" / "0.jpg").unlink()
-        case "another":
-            Image.new("RGB", (99, 99)).save(begun / "photos" / "cat" / "0.jpg")
-    with pytest.raises(UserError, match=f"has the parts of another command: .*{message}"):
-        latent_dataset.main(options(begun, **changes))
+    if not changes:
+        Image.new("RGB", (99, 99)).save(begun / "photos" / "cat" / "0.jpg")
+    assert named in refusal(options(begun, **changes))
     assert sorted((begun / "latents").rglob("*.*")) == before
 
 
 def test_finished_file_of_another_command_is_not_replaced(scratch, made):
     shutil.copytree(made / "latents", scratch / "latents")
     before = latents_of(scratch)
-    said = refusal(options(scratch, seed=1, exif="ignore"))
-    assert f"{LATENT_FILE}: made by another command (seed 42 there, 1 now; exif apply" in said
-    assert latents_of(scratch) == before
+    said = refusal(options(scratch, seed=1, precision="bf16"))
+    assert all(named in said for named in (LATENT_FILE, "seed 42", "precision fp32"))
+    with h5py.File(scratch / "latents" / LATENT_FILE, "r+") as file:
+        del file.attrs["precision"]  # as in older files
+    latent_dataset.main(options(scratch, precision="bf16"))
+    assert len(latents_of(scratch)) == len(before)
     with h5py.File(scratch / "latents" / LATENT_FILE, "r+") as file:
         for name in list(file.attrs):
             del file.attrs[name]
-    assert f"{LATENT_FILE}: made by another command" in refusal(options(scratch))
+    assert LATENT_FILE in refusal(options(scratch))
 
 
 def test_unreadable_picture_stops_the_run_or_is_left_out(scratch, made):
@@ -543,7 +499,7 @@ def test_pictures_none_of_which_can_be_read_are_refused(scratch):
     for path in (scratch / "photos").glob("*/*"):
         path.write_text("no picture")
     said = refusal([*options(scratch), "--skip-bad"])
-    assert "none of the 27 pictures can be read" in said
+    assert "27" in said
     assert not (scratch / "latents" / LATENT_FILE).exists()
 
 
@@ -586,12 +542,12 @@ def test_merged_file_that_reads_back_otherwise_gets_no_final_name(scratch, made,
 def test_two_commands_do_not_work_on_one_folder(scratch, monkeypatch):
     parts = latent_parts.PartsFolder(scratch / "latents")
     with parts.owned():
-        assert "another process is at work here" in refusal(options(scratch))
+        assert str(parts.folder) in refusal(options(scratch))
     refused = []
 
     def tried(function):
         def trying(*args):
-            with pytest.raises(UserError, match="another process is at work here"), parts.owned():
+            with pytest.raises(UserError), parts.owned():
                 pass
             refused.append(function.__name__)
             return function(*args)
@@ -613,7 +569,7 @@ def test_other_mistakes_are_named_before_anything_is_made(scratch):
     assert f"{nowhere}: " in refusal(options(scratch, **{"data-path": nowhere}))
     assert f"--save-path {inside}: " in refusal(options(scratch, **{"save-path": inside}))
     below = scratch / "vae" / "config.json" / "x"
-    assert "not a writable folder" in refusal(options(scratch, **{"save-path": below}))
+    assert str(below) in refusal(options(scratch, **{"save-path": below}))
     assert not (scratch / "latents").exists()
 
 
@@ -621,7 +577,7 @@ def test_other_mistakes_are_named_before_anything_is_made(scratch):
 def test_size_that_the_vae_cannot_take_is_refused(scratch, capsys, wrong):
     with pytest.raises(SystemExit):
         latent_dataset.main(options(scratch, **{"image-size": wrong}))
-    assert f"'{wrong}' is not a multiple of 8" in capsys.readouterr().err
+    assert f"'{wrong}'" in capsys.readouterr().err
 
 
 def test_vae_that_gives_no_numbers_is_refused(scratch, monkeypatch):
@@ -629,7 +585,7 @@ def test_vae_that_gives_no_numbers_is_refused(scratch, monkeypatch):
         latent_dataset, "encode", lambda vae, images, *how: torch.full((len(images), 8, 8, 8), 1e6)
     )
     said = refusal(options(scratch, dtype="float16"))
-    assert "gives values that are not finite in float16 for pictures 0 to 3" in said
+    assert all(named in said for named in (str(scratch / "vae"), "float16", "0 to 3"))
     assert not list((scratch / "latents").glob("*/0*.part"))
 
 

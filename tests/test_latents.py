@@ -70,15 +70,6 @@ def test_rows_come_in_the_order_asked_for_in_every_layout(tmp_path, layout):
     assert len(reader.read([])) == 0
 
 
-def test_file_behind_a_header_of_the_users_own_is_read(tmp_path):
-    path = tmp_path / LATENT_FILE
-    with h5py.File(path, "w", userblock_size=512) as file:
-        file["latents"] = some_moments()
-        file["labels"], file["amount"] = np.zeros(12, np.int64), np.int64(12)
-        file["latent_size"] = np.int64(4)
-    assert torch.equal(LatentReader(path).read([5]), torch.from_numpy(some_moments()[[5]]))
-
-
 @pytest.mark.parametrize("layout", ["contiguous", "chunked"])
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_loader_workers_open_the_file_for_themselves(tmp_path, layout, num_workers):
@@ -115,19 +106,9 @@ def test_file_cut_short_while_training_ends_it_in_one_line(tmp_path, num_workers
     config = config_of(tmp_path, num_workers=num_workers, batch_size=4, total_steps=15)
     loader = batches_of(config, data_of(config), BatchPlan(4, 3, 1, 1))
     next(loader)
-    os.truncate(path, locate_latents(path).offset + 20 * 512 + 7)
+    os.truncate(path, locate_latents(path)[0] + 20 * 512 + 7)
     with pytest.raises(UserError, match=rf"^{path}: .*row [2-5][0-9] of 60"):
         list(loader)
-
-
-def test_clean_latents_are_drawn_from_the_generator_given(tmp_path):
-    write_reference_form(tmp_path)
-    data = data_of(config_of(tmp_path))
-    stored = data[[3, 1]].stored
-    x_0 = data.clean(stored, torch.Generator().manual_seed(5))
-    noise = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(5))
-    assert torch.allclose(x_0, (stored[:, :4] + stored[:, 4:] * noise) * 0.18215)
-    assert torch.equal(x_0, data.clean(stored, torch.Generator().manual_seed(5)))
 
 
 # What the file says
@@ -243,16 +224,6 @@ def test_file_cut_short_anywhere_is_refused(tmp_path):
             assert LATENT_FILE in refusal(tmp_path)
 
 
-def test_file_that_hides_that_it_was_cut_short_is_refused(tmp_path):
-    path = write_reference_form(tmp_path)
-    moments = some_moments().tobytes()
-    data = path.read_bytes()
-    end = data.index(moments) + len(moments) - 700
-    assert data[40:48] == len(data).to_bytes(8, "little")  # the end of the file, in its header
-    path.write_bytes(data[:40] + end.to_bytes(8, "little") + data[48:end])
-    assert LATENT_FILE in refusal(tmp_path)
-
-
 def test_flipped_bytes_are_refused_or_read_and_nothing_else(tmp_path):
     path = write_reference_form(tmp_path, compression="gzip", chunks=(4, 8, 4, 4))
     data = path.read_bytes()
@@ -330,8 +301,6 @@ def test_labels_beyond_the_classes_are_refused(tmp_path, label):
         ({"latents": np.zeros((12, 8), "f4")}, r"latents .*\[12, 8\]"),
         ({"latents": np.zeros((0, 8, 4, 4), "f4")}, r"latents .*\[0, 8, 4, 4\]"),
         ({"latents": np.zeros((12, 8, 4, 4), "i4")}, "latents .*int32"),
-        ({"labels": h5py.ExternalLink("/etc/passwd", "x")}, "labels"),
-        ({"labels": h5py.SoftLink("/amount")}, "labels"),
     ],
 )
 def test_entries_that_are_not_those_of_latents_are_refused(tmp_path, entries, named):
@@ -357,7 +326,7 @@ def test_values_kept_in_other_files_are_refused(tmp_path):
         with h5py.File(path, "r+") as file:
             del file["latents"]
             store(file)
-        assert "latents is not an array in this file" in refusal(tmp_path)
+        assert f"{LATENT_FILE}: latents " in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("options", [{}, {"chunks": (4, 8, 4, 4)}, {"compression": "gzip"}])

@@ -28,7 +28,6 @@ from support.system.files import UserError
 
 CPU = torch.device("cpu")
 SAFETENSORS, PICKLE = WEIGHT_FILES
-NOBODY = "http://127.0.0.1:9"  # where nothing listens
 
 
 @pytest.fixture(scope="module")
@@ -235,17 +234,6 @@ def test_absent_folder_is_named_and_nothing_is_asked_of_the_hub(name, monkeypatc
     assert f"vae: {name}: " in refusal(name)
 
 
-def hub_cache(home, folder, name):
-    """A cache as the hub's client leaves it after fetching `folder` as `name`."""
-    repository = home / "hub" / f"models--{name.replace('/', '--')}"
-    snapshot = repository / "snapshots" / ("c" * 40)
-    snapshot.mkdir(parents=True)
-    for file in folder.iterdir():
-        (snapshot / file.name).write_bytes(file.read_bytes())
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("c" * 40)
-
-
 FIND = """
 import sys
 from support.system.files import UserError
@@ -273,15 +261,3 @@ def test_vae_is_fetched_from_the_hub_its_two_files_alone(folder, tmp_path):
     assert hub.fetched() == {"config.json", SAFETENSORS}
     assert pipeline.startswith("error: vae: somebody/pipeline: ")
     assert "FOLDER/vae" in pipeline
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("settings", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": NOBODY}])
-def test_without_a_network_the_cache_of_the_hub_is_used_or_its_lack_told(
-    folder, tmp_path, settings
-):
-    hub_cache(tmp_path, folder, "somebody/tiny")
-    settings = {"HF_HOME": str(tmp_path), **settings}
-    there, missing = found_by_name("somebody/tiny", "somebody/absent", **settings)
-    assert f"revision='{'c' * 40}'" in there
-    assert missing.startswith("error: vae: somebody/absent: ")

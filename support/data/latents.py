@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import h5py
 import numpy as np
@@ -138,18 +138,11 @@ def _create_file(target: IO[bytes]) -> h5py.h5f.FileID:
     return h5py.h5f.create(b"frame", h5py.h5f.ACC_TRUNC, root, access)
 
 
-class Location(NamedTuple):
-    """Where a file has the values of `latents`, in bytes: in one piece, row after row."""
-
-    offset: int
-    row_bytes: int
-
-
-def locate_latents(path: Path) -> Location:
-    """Where the values belong in a file of `write_frame`."""
+def locate_latents(path: Path) -> tuple[int, int]:
+    """Where a file of `write_frame` has the latents' values: offset and bytes of a row."""
     with h5py.File(path, "r", locking=False) as file:
         latents = file["latents"]
-        return Location(latents.id.get_offset(), latents.nbytes // len(latents))
+        return latents.id.get_offset(), latents.nbytes // len(latents)
 
 
 # Reading

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,24 +123,19 @@ def load_vae(found: FoundVae, device: torch.device) -> nn.Module:
     except Exception as error:  # diffusers and safetensors raise many kinds on damaged files
         raise UserError(f"vae: {weights}: cannot be loaded ({shorten(error)}; {kind})") from error
     # diffusers would fill in random weights.
-    if misfits := [
-        f"{kind} {_listed(sorted(names))}"
-        for kind, names in (
-            ("missing", fit["missing_keys"]),
-            ("unexpected", fit["unexpected_keys"]),
-            ("of another shape", [name for name, *_ in fit["mismatched_keys"]]),
+    misfits = {
+        "missing": fit["missing_keys"],
+        "unexpected": fit["unexpected_keys"],
+        "of another shape": [name for name, *_ in fit["mismatched_keys"]],
+    }
+    if any(misfits.values()):
+        listed = "; ".join(
+            f"{len(names)} {kind} ({', '.join(sorted(names)[:MOST_NAMED])})"
+            for kind, names in misfits.items()
+            if names
         )
-        if names
-    ]:
-        raise UserError(
-            f"vae: {found.folder}: its weights do not fit its {CONFIG_FILE}: {'; '.join(misfits)}"
-        )
+        raise UserError(f"vae: {weights}: does not fit {CONFIG_FILE}: {listed}")
     return vae.to(device).eval().requires_grad_(False)
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return f"{', '.join(names[:MOST_NAMED])}{more}"
 
 
 @functools.lru_cache(maxsize=1)
