@@ -117,10 +117,9 @@ def test_an_error_while_looking_for_the_cause_does_not_hide_what_broke(
 def test_the_norms_before_the_first_broken_step_are_kept_and_no_others():
     guard = NonFiniteGuard(Processes(0, 0, 1, torch.device("cpu")))
     guard.refuses_at_once = False  # as on a GPU
-    weight = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([weight])
-    for step, norm in enumerate([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, float("nan"), 8.0], start=1):
-        guard.hold_back(step, torch.tensor(norm), {"Grad_Norm": torch.tensor(norm)}, optimizer)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    for step, norm in enumerate(torch.tensor([1, 2, 3, 4, 5, 6, torch.nan, 8]), start=1):
+        guard.hold_back(step, norm, {"Grad_Norm": norm}, optimizer)
     assert guard.last_norms() == [2, 3, 4, 5, 6]
     with pytest.raises(UserError, match="step 7: "):
         guard.refuse()

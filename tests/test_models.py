@@ -29,14 +29,9 @@ def golden(request):
     arrays, meta = goldens.load(request.param)
     channels, classes = (3, 10) if meta["model_type"] == "UNet" else (4, 1000)
     model = build_model(
-        meta["model_type"],
-        channels,
-        32,
-        classes,
-        meta["cfg_drop_rate"],
-        meta["noising_type"],
-        meta["coefficient_type"],
-    ).eval()
+        meta["model_type"], channels, 32, classes,
+        meta["cfg_drop_rate"], meta["noising_type"], meta["coefficient_type"],
+    ).eval()  # fmt: skip
     goldens.fill_weights(model.network)
     return model, arrays, meta
 
@@ -54,19 +49,17 @@ def terms_of(model: SoFlow, objective: Objective, times, x_0, x_1, *rest, seed=0
     return LossTerms(loss, metrics[f"{name}_MSE"], metrics[f"{name}_Weight"])
 
 
-def conditions(arrays) -> dict:
-    return {
-        name: arrays[f"in_{name}"]
-        for name in ("labels", "augment_labels")
-        if f"in_{name}" in arrays
-    }
+def gradients(model: SoFlow, loss: torch.Tensor) -> torch.Tensor:
+    """The gradients of all parameters, in one row."""
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*model.parameters()])])
 
 
 @pytest.mark.slow
 def test_network_velocity_and_solution_equal_the_reference(golden):
     model, arrays, _ = golden
     x, t, s = arrays["in_x0"], arrays["in_t"], arrays["in_s"]
-    given = conditions(arrays)
+    names = [name for name in ("labels", "augment_labels") if f"in_{name}" in arrays]
+    given = {name: arrays[f"in_{name}"] for name in names}
     with torch.no_grad():
         outputs = {
             "network": model.network(x, t, t - s, **given),
@@ -118,11 +111,8 @@ def test_schedules_equal_the_reference():
     for tau in ("0.5", "0.8", "1.0"):
         agrees(guidance_decay(t, float(tau)), f"decay/{tau}")
     for schedule in ("Const", "Linear", "Cosine", "Exponent"):
-        rows = [
-            t + (s - t) * gap_fraction(schedule, step, 400, 0.1, 0.002)
-            for step in (0, 100, 250, 400)
-        ]
-        agrees(torch.stack(rows), f"middle/{schedule}")
+        fractions = [gap_fraction(schedule, step, 400, 0.1, 0.002) for step in (0, 100, 250, 400)]
+        agrees(torch.stack([t + (s - t) * r for r in fractions]), f"middle/{schedule}")
 
 
 @pytest.mark.parametrize("entry", list(goldens.manifest()))
@@ -134,15 +124,11 @@ def test_state_dict_has_the_names_shapes_order_and_kinds_of_released_checkpoints
     with torch.device("meta"):
         model = build_model(model_type, channels, 32, classes, drop_rate)
     parameters = [name for name, _ in model.named_parameters()]
-    found = [
-        [
-            name,
-            list(tensor.shape),
-            str(tensor.dtype).removeprefix("torch."),
-            "param" if name in parameters else "buffer",
-        ]
-        for name, tensor in model.state_dict().items()
-    ]
+    found = []
+    for name, tensor in model.state_dict().items():
+        kind = "param" if name in parameters else "buffer"
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        found.append([name, list(tensor.shape), dtype, kind])
     assert found == expected
     # Optimizer states are stored by position among the parameters.
     assert parameters == [name for name, _, _, kind in expected if kind == "param"]
@@ -213,18 +199,16 @@ class ToyNetwork(nn.Module):
         return torch.tanh(self.mix(x) + shift[:, :, None, None])
 
 
-def draws(batch: int, channels: int = 2, seed: int = 0):
-    source = torch.Generator().manual_seed(seed)
-    x_0, x_1 = (
-        torch.randn(batch, channels, 4, 4, generator=source, dtype=torch.float64) for _ in range(2)
-    )
-    t, s = (torch.rand(batch, generator=source, dtype=torch.float64) for _ in range(2))
+def draws(batch: int):
+    source = torch.Generator().manual_seed(0)
+    x_0, x_1 = torch.randn(2, batch, 2, 4, 4, generator=source, dtype=torch.float64)
+    t, s = torch.rand(2, batch, generator=source, dtype=torch.float64)
     return x_0, x_1, consistency_times(t, s, ratio=0.1)
 
 
-def toy_model(**kinds) -> SoFlow:
+def toy_model(kind: type[SoFlow] = SoFlow, **kinds) -> SoFlow:
     torch.manual_seed(1)
-    return SoFlow(ToyNetwork(), **kinds).double()
+    return kind(ToyNetwork(), **kinds).double()
 
 
 class PseudoHuber(SoFlow):
@@ -234,14 +218,11 @@ class PseudoHuber(SoFlow):
 
 def test_a_variant_of_the_consistency_loss_is_a_subclass_with_one_short_method():
     x_0, x_1, times = draws(5)
-    labels, found = torch.tensor([0, 1, 2, 0, 1]), []
+    found = []
     for kind, p in ((SoFlow, 1.0), (PseudoHuber, 1.0), (SoFlow, 0.5)):
-        torch.manual_seed(1)
-        model = kind(ToyNetwork()).double()
-        loss = terms_of(model, replace(UNGUIDED, p=p), times, x_0, x_1, labels).loss
-        found.append(
-            torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*model.parameters()])])
-        )
+        model = toy_model(kind)
+        terms = terms_of(model, replace(UNGUIDED, p=p), times, x_0, x_1, torch.arange(5) % 3)
+        found.append(gradients(model, terms.loss))
     plain, huber, same = found
     assert not torch.allclose(huber, plain, rtol=0.1)
     torch.testing.assert_close(huber, same)
@@ -283,7 +264,7 @@ def test_surrogate_gradient_is_that_of_the_squared_error_it_stands_for(kind, p):
     x_0, x_1, times = draws(5)
     labels = torch.tensor([0, 1, 2, 0, 1])
     surrogate = terms_of(model, objective, times, x_0, x_1, labels).loss
-    gradients = torch.autograd.grad(surrogate, model.parameters())
+    found = gradients(model, surrogate)
 
     t, l, s = times  # noqa: E741
     x_t, velocity_t = model.interpolate(x_0, x_1, t)
@@ -293,8 +274,7 @@ def test_surrogate_gradient_is_that_of_the_squared_error_it_stands_for(kind, p):
     weight = 1 / (squared / (t - l) ** 2 + objective.eps) ** p
     b = model.solution_form(t, s).b.abs()
     plain = (weight.detach() * squared / (2 * b * (t - l))).mean()
-    for one, other in zip(gradients, torch.autograd.grad(plain, model.parameters()), strict=True):
-        assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
+    assert torch.allclose(found, gradients(model, plain), rtol=1e-9, atol=1e-12)
 
 
 # Guidance
@@ -366,9 +346,7 @@ def test_dropped_labels_without_a_null_class_are_refused():
     with pytest.raises(ValueError, match="null"):
         model.velocity(x_0.float(), times.t.float())
     with pytest.raises(ValueError, match="null"):
-        terms_of(
-            model, UNGUIDED, times.t, x_0, x_1, torch.tensor([0, 1]), torch.tensor([True, False])
-        )
+        terms_of(model, UNGUIDED, times.t, x_0, x_1, torch.arange(2), torch.tensor([True, False]))
 
 
 # Times
@@ -388,44 +366,30 @@ def test_consistency_times_are_ordered_and_apart_at_the_edges():
 # One step on parts of a batch
 
 
-def part(x_0, x_1, times, labels, null_mask, rows, V, counts) -> Batch:
-    """A `Batch` of some rows, of which those below V are for flow matching."""
-    is_vel = torch.arange(len(x_0)) < V
-    l, s = (torch.where(is_vel, times.t, time) for time in (times.l, times.s))  # noqa: E741
-    whole = Batch(x_0, x_1, times.t, l, s, V, *counts, labels, null_mask)
-    return whole.rows(list(rows), sum(row < V for row in rows))
-
-
 def test_parts_of_a_batch_add_up_to_the_whole_and_to_the_weighted_losses():
     model = toy_model()
     model.objective = GUIDED
     x_0, x_1, times = draws(8)
-    labels = torch.arange(8) % 3
-    null_mask = torch.tensor([False, True] * 4)
-    V, counts = 5, (5, 3)
+    labels, null_mask = torch.arange(8) % 3, torch.tensor([False, True] * 4)
+    # Five rows for flow matching, then three for consistency.
+    t, l, s = (torch.cat([times.t[:5], time[5:]]) for time in times)  # noqa: E741
+    batch = Batch(x_0, x_1, t, l, s, 5, 5, 3, labels, null_mask)
 
-    def step(parts):
-        model.zero_grad()
-        terms = []
-        for rows in parts:
-            result = model(part(x_0, x_1, times, labels, null_mask, rows, V, counts))
-            result.loss.backward()
-            terms.append(torch.stack([result.loss, *result.metrics.values()]).detach())
-        return torch.stack(terms).sum(0), [p.grad.clone() for p in model.parameters()]
+    def step(parts: list[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
+        results = [model(part) for part in parts]
+        terms = sum(torch.stack([part.loss, *part.metrics.values()]) for part in results)
+        return terms.detach(), gradients(model, terms[0])
 
-    whole, whole_gradients = step([range(8)])
-    cut, cut_gradients = step([[0, 1, 5], [2, 3, 4], [6, 7]])
-    assert torch.allclose(whole, cut)
-    for one, other in zip(whole_gradients, cut_gradients, strict=True):
-        assert torch.allclose(one, other)
+    whole = step([batch])
+    cut = step([batch.rows([0, 1, 5], 2), batch.rows([2, 3, 4], 3), batch.rows([6, 7], 0)])
+    torch.testing.assert_close(cut, whole)
 
-    first, rest = (
-        [v[rows] for v in (x_0, x_1, labels, null_mask)] for rows in (slice(V), slice(V, None))
+    vel, con = (
+        terms_of(model, GUIDED, times, part.x_0, part.x_1, part.labels, part.null_mask)
+        for part, times in zip(batch.parts(), (t[:5], Times(t[5:], l[5:], s[5:])), strict=True)
     )
-    velocity = terms_of(model, GUIDED, times.t[:V], *first)
-    consistency = terms_of(model, GUIDED, Times(*(v[V:] for v in times)), *rest)
-    expected = 5 / 8 * velocity.loss + 3 / 8 * consistency.loss
-    assert torch.allclose(whole, torch.stack([expected, *velocity[1:], *consistency[1:]]))
+    loss = 5 / 8 * vel.loss + 3 / 8 * con.loss
+    torch.testing.assert_close(torch.stack([loss, *vel[1:], *con[1:]]).detach(), whole[0])
 
 
 def test_both_consistency_passes_of_a_unet_drop_the_same_and_leave_the_global_state_alone():

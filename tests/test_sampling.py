@@ -18,7 +18,7 @@ from support.data.images import ImageBatch
 from support.scores.npz import read_archive
 from support.system.files import UserError
 from support.system.processes import Processes
-from support.system.randomness import GivenLabels, PerImageStream
+from support.system.randomness import PerImageStream
 
 ALONE = Processes(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 SHAPE = (1, 4, 4)
@@ -138,24 +138,6 @@ def test_archive_that_is_not_finished_leaves_nothing(tmp_path):
     with pytest.raises(UserError, match="on fire"):
         write_samples(tmp_path / "images.npz", broken(), 8, True, lambda: None)
     assert not list(tmp_path.iterdir())
-
-
-def test_decoder_is_called_once_per_batch():
-    sizes = []
-
-    def decode(x_0):
-        sizes.append(len(x_0))
-        return x_0.repeat(1, 3, 2, 2)
-
-    batches = list(sample_pixels(SoFlow(ClassImage()), request(7, 3), ALONE, decode))
-    assert sizes == [3, 3, 1]
-    assert batches[0].pixels.shape == (3, 8, 8, 3)
-
-
-def test_given_labels_reach_the_network():
-    stream = GivenLabels(PerImageStream(7, 10, SHAPE), [9, 4])
-    pixels = pixels_of(SoFlow(ClassImage()), SampleRequest(4, 3, 1, stream))
-    assert pixels[0].mean() == pixels[2].mean() > pixels[1].mean() == pixels[3].mean()
 
 
 def test_grid_enlarges_small_images_and_has_full_rows(tmp_path):

@@ -73,34 +73,26 @@ def test_the_first_and_the_last_step_are_saved_and_a_finished_run_does_nothing(s
     assert contents(folder / "ckpts") == before
 
 
-def test_checkpoint_has_the_form_of_the_reference(small_run):
-    folder = small_run()
-    checkpoint = load(folder, 6)
-    assert list(checkpoint)[:5] == [
-        "model", "ema_model", "optimizer", "finished_steps", "finished_epochs",
-    ]  # fmt: skip
-    assert (checkpoint["finished_steps"], checkpoint["finished_epochs"]) == (6, 0)
+def test_a_checkpoint_has_the_references_form_and_resumes_with_its_five_keys_alone(small_run):
+    whole = small_run(folder="whole")
+    folder = small_run(folder="five", ckpt_saving_steps=3)
+    checkpoint = load(folder, 3)
+    five = ["model", "ema_model", "optimizer", "finished_steps", "finished_epochs"]
+    assert list(checkpoint)[:5] == five
+    assert (checkpoint["finished_steps"], checkpoint["finished_epochs"]) == (3, 0)
     assert list(checkpoint["model"]) == list(checkpoint["ema_model"])
     assert all(name.startswith("network.") for name in checkpoint["model"])
     assert all(tensor.dtype == torch.float32 for tensor in checkpoint["ema_model"].values())
     (group,) = checkpoint["optimizer"]["param_groups"]
     assert group["params"] == list(range(len(checkpoint["model"])))
     # Entry 0 is pos_embed, which takes no gradient.
-    assert sorted(checkpoint["optimizer"]["state"]) == group["params"][1:]
     assert next(iter(checkpoint["model"])) == "network.pos_embed"
+    assert sorted(checkpoint["optimizer"]["state"]) == group["params"][1:]
     assert set(checkpoint["optimizer"]["state"][1]) == {"step", "exp_avg", "exp_avg_sq"}
 
-
-def test_checkpoint_with_the_references_five_keys_alone_resumes(small_run):
-    whole = small_run(folder="whole")
-    small_run(folder="five", ckpt_saving_steps=3)
-    folder = whole.parent / "five"
-    checkpoint = load(folder, 3)
-    for step in (0, 6):
-        (folder / "ckpts" / f"{step}.pt").unlink()
-    five = {key: checkpoint[key] for key in list(checkpoint)[:5]}
-    torch.save(five, folder / "ckpts" / "3.pt")
-    (folder / "config.yaml").unlink()
+    for path in (folder / "ckpts" / "0.pt", folder / "ckpts" / "6.pt", folder / "config.yaml"):
+        path.unlink()
+    torch.save({key: checkpoint[key] for key in five}, folder / "ckpts" / "3.pt")
     small_run(folder="five", ckpt_saving_steps=3)
     assert_equal(state_of(load(whole, 6)), state_of(load(folder, 6)))
 
