@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from config import FIELDS, TYPES, Config  # noqa: E402
-from models import BACKBONES, METHODS  # noqa: E402
+from models import BACKBONES  # noqa: E402
 from support.system.settings import choices_of, may_change, range_of, wanted  # noqa: E402
 
 HEAD = """\
@@ -79,7 +79,7 @@ def values_of(name: str, field: FieldInfo) -> str:
     if name == "model_type":
         return "; ".join(backbone.written for backbone in BACKBONES.values())
     if name == "method":
-        return ", ".join([*(f"`{method}`" for method in METHODS), "or FILE.py:NAME with --set"])
+        return f"`{field.default}`, or FILE.py:NAME with --set"
     parts = typing.get_args(TYPES[name])
     is_optional = type(None) in parts
     if choices := choices_of(field):
