@@ -167,28 +167,14 @@ def test_paths_take_variables_of_the_environment_and_refuse_those_that_are_not_s
             load("working_dir: x", f"{key}=$SCRATCH/run")
 
 
-MINE = """
-from models import SoFlow
-
-
-class PseudoHuber(SoFlow):
-    def loss_weight(self, squared_error, scale=1):
-        return 1 / (scale * (squared_error + self.objective.eps).sqrt())
-
-
-number = 3
-"""
-
-
 def test_a_method_in_a_file_is_taken_from_the_command_line_alone(load, tmp_path, monkeypatch):
-    monkeypatch.delitem(METHODS, "mine.py:PseudoHuber", raising=False)
+    monkeypatch.delitem(METHODS, "mine.py:Mine", raising=False)
     mine = tmp_path / "mine.py"
-    mine.write_text(MINE)
-    named = "{working_dir: x, method: 'mine.py:PseudoHuber'}"
-    with pytest.raises(UserError, match=r"config\.yaml: method: .*mine\.py:PseudoHuber"):
-        load(named)
-    assert load("working_dir: x", f"method={mine}:PseudoHuber").method == "mine.py:PseudoHuber"
-    assert METHODS.pop("mine.py:PseudoHuber").__name__ == "PseudoHuber"
-    for wrong in (f"{tmp_path}/no.py:PseudoHuber", f"{mine}:Other", f"{mine}:number"):
+    mine.write_text("from models import SoFlow\nclass Mine(SoFlow): pass\nnumber = 3\n")
+    with pytest.raises(UserError, match=r"config\.yaml: method: .*mine\.py:Mine"):
+        load("{working_dir: x, method: 'mine.py:Mine'}")
+    assert load("working_dir: x", f"method={mine}:Mine").method == "mine.py:Mine"
+    assert METHODS.pop("mine.py:Mine").__name__ == "Mine"
+    for wrong in (f"{tmp_path}/no.py:Mine", f"{mine}:Other", f"{mine}:number"):
         with pytest.raises(UserError, match=r"--set method=.*(no|mine)\.py"):
             load("working_dir: x", f"method={wrong}")

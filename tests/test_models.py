@@ -11,7 +11,7 @@ from torch import nn
 
 import dit
 import schedules
-from models import Batch, Execution, Guidance, LossTerms, Objective, SoFlow, build_model
+from models import Batch, Execution, LossTerms, Objective, SoFlow, build_model
 from schedules import Times, consistency_times, gap_fraction, guidance_decay
 
 OUTPUT_TOLERANCE = 1e-5
@@ -242,8 +242,7 @@ def test_the_exact_network_has_no_loss_and_solves_the_path():
     x_s, _ = model.interpolate(x_0, x_1, times.s)
     assert torch.allclose(model.solution(x_t, times.t, times.s), x_s)
     assert torch.allclose(model.solution(x_t, times.t, times.t), x_t)
-    zero = torch.zeros_like(times.t)
-    assert torch.allclose(model.solution(x_1, torch.ones_like(zero), zero), x_0)
+    assert torch.allclose(model.solution(x_1, times.t**0, 0 * times.t), x_0)
 
 
 @pytest.mark.parametrize("kind", schedules.SOLUTION_FORMS)
@@ -278,37 +277,6 @@ def test_surrogate_gradient_is_that_of_the_squared_error_it_stands_for(kind, p):
 
 
 # Guidance
-
-
-def test_guided_target_is_the_stated_mixture():
-    model = toy_model()
-    x_0, x_1, times = draws(4)
-    labels, null_mask = torch.tensor([0, 1, 2, 1]), torch.tensor([False, True, False, False])
-    x_t, velocity_t = model.interpolate(x_0, x_1, times.t)
-    v_null = model.velocity(x_t, times.t, torch.full((4,), 3))
-    v_label = model.velocity(x_t, times.t, labels)
-    kappa = guidance_decay(times.t, GUIDED.cfg_decay_time)
-    wide = kappa.view(-1, 1, 1, 1)
-    expected = velocity_t + wide * (GUIDED.cfg_scale - 1) * (velocity_t - v_null)
-    expected = 0.25 * expected + 0.75 * v_label
-    expected[1] = velocity_t[1]  # the dropped label's
-    model.objective = GUIDED
-    batch = Batch(x_0, x_1, *times, 0, 0, 4, labels, null_mask)
-    target = model.target_velocity(velocity_t, Guidance(v_null, v_label), v_label[:0], batch)
-    assert torch.allclose(target, expected)
-    assert not target.requires_grad
-
-    error = (v_label - expected)[[0, 2, 3]].square().flatten(1).mean(1)
-    dropped = (v_null[1] - velocity_t[1]).square().mean()
-    terms = terms_of(model, GUIDED, times.t, x_0, x_1, labels, null_mask)
-    assert torch.allclose(terms.squared_error, (error.sum() + dropped) / 4)
-    x_l = x_t + expected * (times.l - times.t).view(-1, 1, 1, 1)
-    own = labels.masked_fill(null_mask, 3)
-    f_t = model.solution(x_t, times.t, times.s, own)
-    f_l = model.solution(x_l, times.l, times.s, own)
-    quotient = (f_t - f_l) / (times.t - times.l).view(-1, 1, 1, 1)
-    terms = terms_of(model, GUIDED, times, x_0, x_1, labels, null_mask)
-    assert torch.allclose(terms.squared_error, quotient.square().mean())
 
 
 @pytest.mark.parametrize("is_flow_matching", [True, False])
@@ -366,7 +334,7 @@ def test_consistency_times_are_ordered_and_apart_at_the_edges():
 # One step on parts of a batch
 
 
-def test_parts_of_a_batch_add_up_to_the_whole_and_to_the_weighted_losses():
+def test_parts_of_a_batch_add_up_to_the_whole():
     model = toy_model()
     model.objective = GUIDED
     x_0, x_1, times = draws(8)
@@ -380,16 +348,8 @@ def test_parts_of_a_batch_add_up_to_the_whole_and_to_the_weighted_losses():
         terms = sum(torch.stack([part.loss, *part.metrics.values()]) for part in results)
         return terms.detach(), gradients(model, terms[0])
 
-    whole = step([batch])
-    cut = step([batch.rows([0, 1, 5], 2), batch.rows([2, 3, 4], 3), batch.rows([6, 7], 0)])
-    torch.testing.assert_close(cut, whole)
-
-    vel, con = (
-        terms_of(model, GUIDED, times, part.x_0, part.x_1, part.labels, part.null_mask)
-        for part, times in zip(batch.parts(), (t[:5], Times(t[5:], l[5:], s[5:])), strict=True)
-    )
-    loss = 5 / 8 * vel.loss + 3 / 8 * con.loss
-    torch.testing.assert_close(torch.stack([loss, *vel[1:], *con[1:]]).detach(), whole[0])
+    cut = [batch.rows([0, 1, 5], 2), batch.rows([2, 3, 4], 3), batch.rows([6, 7], 0)]
+    torch.testing.assert_close(step(cut), step([batch]))
 
 
 def test_both_consistency_passes_of_a_unet_drop_the_same_and_leave_the_global_state_alone():
@@ -425,20 +385,18 @@ def test_every_size_takes_every_patch_that_divides_the_data(size, patch):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "named"),
     [
         (("DiT-B", 3, 8, 10, 0.1), "DiT-B.*Nano, Ti, S, B, M, L, XL"),
         (("DiT-Q-2", 3, 8, 10, 0.1), "DiT-Q-2"),
         (("VGG", 3, 8, 10, 0.1), "VGG.*UNet.*DiT-SIZE-PATCH"),
-        (("UNet-2", 3, 8, 10, 0.1), "UNet-2"),
         (("UNet", 3, 6, 10, 0.0), "data_size.* 4"),
-        (("DiT-B-3", 3, 8, 10, 0.1), "data_size 8.*1, 2, 4, 8"),
         (("DiT-Nano-2", 3, 8, 10, 0.1, "Cubic"), "noising_type 'Cubic'"),
         (("DiT-Nano-2", 3, 8, 10, 0.1, "Linear", "euler"), "coefficient_type 'euler'"),
     ],
 )
-def test_unknown_names_and_unfit_patches_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
+def test_unknown_names_and_unfit_sizes_are_refused(arguments, named):
+    with pytest.raises(ValueError, match=named):
         build_model(*arguments)
 
 

@@ -6,7 +6,6 @@ from support.system.randomness import (
     GivenLabels,
     PerImageStream,
     derive_seed,
-    generator,
 )
 
 SHAPE = (3, 8, 8)
@@ -21,13 +20,6 @@ def test_seeds_differ_by_seed_purpose_and_position_and_never_change():
     assert all(0 <= seed < 2**63 for seed in seeds)
     # A fixed value: a seed must never change.
     assert derive_seed(42, "noise", 7, 0) == 4_799_446_856_563_491_915
-
-
-def test_a_generator_starts_afresh_and_touches_no_other():
-    before = torch.get_rng_state()
-    draws = [torch.randn(5, generator=generator(1, "noise", 3)) for _ in range(2)]
-    assert torch.equal(*draws)
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_per_image_draws_do_not_depend_on_the_batch():

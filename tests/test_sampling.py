@@ -111,8 +111,7 @@ def test_archive_is_streamed_whole_and_in_order(tmp_path):
     labels = wanted.stream.draw(range(10), 0).labels.numpy()
     with np.load(path) as archive:
         assert archive.files == ["arr_0", "arr_1"]
-        assert archive["arr_0"].dtype == np.uint8
-        assert archive["arr_1"].dtype == np.int64
+        assert (archive["arr_0"].dtype, archive["arr_1"].dtype) == (np.uint8, np.int64)
         assert np.array_equal(archive["arr_1"], labels)
         expected = np.floor(127.5 * class_value(labels) + 128)
         assert np.array_equal(archive["arr_0"][:, 0, 0, 0], expected)
