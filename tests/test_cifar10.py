@@ -1,12 +1,12 @@
 """CIFAR-10 is fetched once, and verified before torchvision unpickles anything."""
 
+import contextlib
 import hashlib
 import http.server
 import multiprocessing
 import os
 import pickle
 import shutil
-import signal
 import sys
 import threading
 import time
@@ -14,10 +14,14 @@ import time
 import numpy as np
 import pytest
 import standins
+import torch
+from refusals import refusal
 from torchvision.datasets import CIFAR10
 
 import support.system.locks
-from support.data.cifar10 import CLASS_NAMES, find_copy, load_training_set
+from support.data.build import build_data
+from support.data.cifar10 import find_copy, load_training_set
+from support.data.datasets import DataRequest
 from support.system.files import UserError, temporary_path
 
 
@@ -29,13 +33,6 @@ def copy(tmp_path, monkeypatch):
     return tmp_path / standins.CIFAR_FOLDER
 
 
-def refusal(folder):
-    with pytest.raises(UserError) as caught:
-        load_training_set(folder)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 def test_copy_is_found_in_the_folder_or_one_below_complete_or_not(copy):
     (copy / "data_batch_1").unlink()
     assert find_copy(copy) == find_copy(copy.parent) == copy
@@ -44,12 +41,12 @@ def test_copy_is_found_in_the_folder_or_one_below_complete_or_not(copy):
 
 def test_training_set_is_all_batches_in_order(tmp_path, monkeypatch):
     pixels = standins.write_cifar10(tmp_path, monkeypatch)
-    training = load_training_set(tmp_path)
-    np.testing.assert_array_equal(training.pixels, pixels)
-    assert training.labels.tolist() == [*range(10)] * 5
-    assert training.pixels.dtype == np.uint8
-    in_place = load_training_set(tmp_path / standins.CIFAR_FOLDER)
-    np.testing.assert_array_equal(in_place.pixels, pixels)
+    for folder in (tmp_path, tmp_path / standins.CIFAR_FOLDER):
+        data = build_data(DataRequest("CIFAR10", 32, str(folder)))
+        assert data.spec.class_names == standins.CIFAR_NAMES
+        assert data.pixels.dtype == torch.uint8
+        np.testing.assert_array_equal(data.pixels.permute(0, 2, 3, 1), pixels)
+        assert data.labels.tolist() == [*range(10)] * 5
 
 
 def test_copy_without_the_test_images_and_of_another_name_is_enough(copy):
@@ -60,11 +57,7 @@ def test_copy_without_the_test_images_and_of_another_name_is_enough(copy):
 
 def test_missing_torchvision_is_named(copy, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
-    assert "torchvision" in refusal(copy)
-
-
-def test_classes_are_named_as_torchvision_names_them():
-    assert standins.CIFAR_NAMES == CLASS_NAMES
+    assert "torchvision" in refusal(load_training_set, copy)
 
 
 def test_whole_copy_is_read_where_nothing_can_be_written(copy, monkeypatch):
@@ -82,51 +75,43 @@ def test_flipped_bit_is_refused_by_name_before_anything_is_unpickled(copy, monke
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    assert refusal(copy.parent).startswith(f"{path}: ")
+    assert refusal(load_training_set, copy.parent).startswith(f"{path}: ")
 
 
 def test_missing_file_offline_says_what_to_fetch_and_where_to_put_it(copy):
     (copy / "data_batch_2").unlink()
-    said = refusal(copy.parent)
+    said = refusal(load_training_set, copy.parent)
     assert said.startswith(f"{copy}: lacks data_batch_2; ")
     for named in ("http://127.0.0.1:9/cifar-10-python.tar.gz", f"into {copy.parent} "):
         assert named in said
     assert [path.name for path in copy.parent.iterdir()] == [copy.name]
 
 
-def test_archive_put_there_by_hand_is_unpacked_and_kept(copy, monkeypatch):
+def test_archive_put_there_by_hand_is_unpacked_and_kept_or_refused_if_damaged(copy, monkeypatch):
     archive = copy.parent / "cifar-10-python.tar.gz"
-    archive.write_bytes(standins.archive_of_cifar10(copy, monkeypatch))
+    content = standins.archive_of_cifar10(copy, monkeypatch)
     shutil.rmtree(copy)
+    archive.write_bytes(content[:-1])
+    assert refusal(load_training_set, copy.parent).startswith(f"{archive}: ")
+    assert not os.path.exists(copy / "data_batch_1")
+    archive.write_bytes(content)
     assert len(load_training_set(copy.parent).labels) == 50
     assert sorted(os.listdir(copy)) == [f"data_batch_{number}" for number in range(1, 6)]
     assert archive.exists()
 
 
-def test_damaged_archive_is_refused_by_name(copy, monkeypatch):
-    archive = copy.parent / "cifar-10-python.tar.gz"
-    archive.write_bytes(standins.archive_of_cifar10(copy, monkeypatch)[:-1])
-    (copy / "data_batch_1").unlink()
-    assert refusal(copy.parent).startswith(f"{archive}: ")
-    assert not (copy / "data_batch_1").exists()
-
-
-class Server(http.server.ThreadingHTTPServer):
+class Handler(http.server.BaseHTTPRequestHandler):
     """Serves `content`, or 404 for None, each answer after a while; counts the requests."""
 
-    def __init__(self, content):
-        self.content, self.requests, self.asked = content, 0, threading.Event()
-        super().__init__(("127.0.0.1", 0), Handler)
+    content: bytes | None
+    asked: list[str]
 
-
-class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        self.server.requests += 1
-        self.server.asked.set()
+        self.asked.append(self.path)
         time.sleep(0.5)
-        self.send_response(200 if self.server.content else 404)
+        self.send_response(200 if self.content else 404)
         self.end_headers()
-        self.wfile.write(self.server.content or b"")
+        self.wfile.write(self.content or b"")
 
     def log_message(self, *_):
         pass
@@ -134,21 +119,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def served(monkeypatch):
-    """A function that lets CIFAR-10 be published at a server of this content."""
-    servers = []
+    """A function that publishes CIFAR-10 with this content; it returns a list of the requests."""
+    with contextlib.ExitStack() as stack:
 
-    def serve(content):
-        servers.append(Server(content))
-        port = servers[-1].server_port
-        monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{port}/cifar-10-python.tar.gz")
-        thread = threading.Thread(target=servers[-1].serve_forever, args=(0.05,), daemon=True)
-        thread.start()
-        return servers[-1]
+        def serve(content):
+            handler = type("Handler", (Handler,), {"content": content, "asked": []})
+            server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+            stack.enter_context(server).daemon_threads = True
+            stack.callback(server.shutdown)
+            address = f"http://127.0.0.1:{server.server_port}/cifar-10-python.tar.gz"
+            monkeypatch.setattr(CIFAR10, "url", address)
+            threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+            return handler.asked
 
-    yield serve
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+        yield serve
 
 
 def start_loading(folder, count):
@@ -169,45 +153,40 @@ def start_loading(folder, count):
 
 
 def test_one_process_downloads_and_the_others_wait_for_it(copy, monkeypatch, served):
-    server = served(standins.archive_of_cifar10(copy, monkeypatch))
+    asked = served(standins.archive_of_cifar10(copy, monkeypatch))
     folder = copy.parent / "new"
     processes, said = start_loading(folder, 4)
     assert [said.get() for _ in processes] == ["50"] * 4
-    assert server.requests == 1
+    assert len(asked) == 1
     assert os.listdir(folder) == [copy.name], "neither the archive nor a lock stays"
-    for process in processes:
-        process.join()
 
 
 def test_download_that_fails_ends_all_that_wait_for_it(copy, served):
-    server = served(None)
+    asked = served(None)
     processes, said = start_loading(copy.parent / "new", 4)
     lines = sorted(said.get() for _ in processes)
-    assert server.requests == 1
+    assert len(asked) == 1
     assert sum("404" in line for line in lines) == 1
     assert sum("another process" in line for line in lines) == 3
-    for process in processes:
-        process.join()
 
 
 def test_killed_download_is_noticed_and_the_next_start_tries_again(copy, monkeypatch, served):
-    server = served(standins.archive_of_cifar10(copy, monkeypatch))
+    asked = served(standins.archive_of_cifar10(copy, monkeypatch))
     folder = copy.parent / "new"
     (first,), _ = start_loading(folder, 1)
-    assert server.asked.wait(20)
-    (second,), said = start_loading(folder, 1)
+    while not asked:
+        time.sleep(0.05)
+    _, said = start_loading(folder, 1)
     time.sleep(0.1)
-    os.kill(first.pid, signal.SIGKILL)
+    first.kill()
     assert "another process" in said.get()
-    for process in (first, second):
-        process.join()
     assert len(load_training_set(folder).labels) == 50
 
 
 def test_what_was_downloaded_instead_of_the_archive_is_refused_and_removed(copy, served):
     served(b"<html>Please log in</html>")
     (copy / "data_batch_5").unlink()
-    said = refusal(copy.parent)
+    said = refusal(load_training_set, copy.parent)
     assert "lacks data_batch_5; " in said
     assert hashlib.md5(b"<html>Please log in</html>").hexdigest() in said
     archive = copy.parent / "cifar-10-python.tar.gz"
