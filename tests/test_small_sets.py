@@ -8,19 +8,12 @@ import pytest
 from quickstart import check_samples, score
 from quickstart.small_sets import SMALL_SETS, Split
 from support.data import digits
-from support.data.datasets import DATASETS
 from support.data.images import LabelledImages
 from support.scores.graph import FeatureGraph
 from support.scores.npz import write_images
 from support.system.files import UserError
 
 DIGITS, CLOTHES = SMALL_SETS["Digits"], SMALL_SETS["FashionMNIST"]
-
-
-@pytest.mark.parametrize("name", SMALL_SETS)
-def test_set_is_one_that_runs_train_on(name):
-    small, dataset = SMALL_SETS[name], DATASETS[name]
-    assert small.shape == (dataset.size, dataset.size, dataset.channels)
 
 
 def test_kept_graph_recognises_digits_that_it_never_saw():
