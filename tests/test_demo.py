@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from commands import ROOT, digits_settings
+from commands import digits_settings
 from PIL import Image
 
 import export
@@ -21,6 +21,8 @@ from sampling import load
 from support.system.files import UserError
 
 pytest.importorskip("gradio", reason="gradio is not installed")
+
+import gradio_client
 
 import demo
 
@@ -96,22 +98,14 @@ def address(space):
     """A space's app.py, as it runs on a machine without the rest of the project."""
     port = str(free_port())
     env = os.environ | {"GRADIO_SERVER_PORT": port, "GRADIO_TEMP_DIR": str(space.parent / "shown")}
-    command, pipe = [sys.executable, "app.py"], subprocess.PIPE
-    server = subprocess.Popen(
-        command, cwd=space, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    server = subprocess.Popen([sys.executable, "app.py"], cwd=space, env=env, text=True, **pipes)
     assert server.stdout is not None
     address = f"http://{demo.LOCALHOST}:{port}"
     assert any(address in line for line in server.stdout)
     yield address
     server.send_signal(signal.SIGINT)
     assert server.communicate(timeout=30)[0] == "interrupted\n"  # whatever was asked, no traceback
-
-
-def client(address: str):
-    from gradio_client import Client
-
-    return Client(address, verbose=False)
 
 
 def ask(address: str, method: str, path: str, **kwargs) -> int:
@@ -126,7 +120,8 @@ def ask(address: str, method: str, path: str, **kwargs) -> int:
 @pytest.mark.slow
 def test_two_users_at_once_get_their_images(address, model):
     def user(seed: int) -> list[np.ndarray]:
-        found, _ = client(address).predict("3", seed, 4, 2, "renoise", api_name="/draw")
+        client = gradio_client.Client(address, verbose=False)
+        found, _ = client.predict("3", seed, 4, 2, "renoise", api_name="/draw")
         return [levels(Image.open(one["image"]).convert("L")) for one in found]
 
     with ThreadPoolExecutor(2) as users:
@@ -146,11 +141,9 @@ HOSTILE = [
 
 @pytest.mark.slow
 def test_values_out_of_bounds_are_refused(address):
-    from gradio_client.exceptions import AppError
-
-    user = client(address)
+    user = gradio_client.Client(address, verbose=False)
     for changed in HOSTILE:
-        with pytest.raises(AppError):
+        with pytest.raises(gradio_client.exceptions.AppError):
             user.predict(*(FAIR | changed).values(), api_name="/draw")
     assert len(user.predict(*FAIR.values(), api_name="/draw")[0]) == 2
 
@@ -199,10 +192,8 @@ def test_the_page_works_on_a_phone_and_with_forced_colors_and_asks_no_other_host
 # A space
 
 
-def test_a_space_has_all_that_it_runs(run, space):
-    export.main([str(run), str(space), "--space", "--overwrite"])
+def test_a_space_says_what_it_runs_with(space):
     first_lines = (space / "README.md").read_text().split("---\n")[1]
     for key in ("sdk", "sdk_version", "python_version", "app_file", "library_name"):
         assert f"\n{key}: " in f"\n{first_lines}"
     assert "gradio==" in (space / "requirements.txt").read_text()
-    assert (space / "soflow" / "sampling.py").read_text() == (ROOT / "sampling.py").read_text()

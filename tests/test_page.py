@@ -1,6 +1,6 @@
 """The page of a model: the same noise as Python's, the same images, and the page in a browser."""
 
-import base64
+import itertools
 import json
 import shutil
 import subprocess
@@ -61,11 +61,8 @@ def noise_of(seed: int, shape: tuple[int, ...] = (1, 8, 8), step: int = 0) -> np
 
 def test_the_page_draws_pythons_noise_to_the_last_bit_but_in_the_far_tail():
     shape, seeds = (3, 64, 64), [*range(30), 10**12 - 1]
-    found = in_node(
-        f"const all = {seeds}.map(seed => drawNoise(seed, seed % 3, {np.prod(shape)}));"
-        "return all.map(noise => Buffer.from(noise.buffer).toString('base64'));"
-    )
-    drawn = np.array([np.frombuffer(base64.b64decode(text), np.float32) for text in found])
+    script = f"return {seeds}.map(seed => [...drawNoise(seed, seed % 3, {np.prod(shape)})]);"
+    drawn = np.array(in_node(script), np.float32)
     expected = np.array([noise_of(seed, shape, seed % 3).ravel() for seed in seeds])
     assert np.allclose(drawn, expected, rtol=3e-7, atol=0)
     differing = expected[drawn != expected]  # the last bit of a logarithm depends on the system
@@ -230,14 +227,12 @@ def wait_for(opened, **state) -> None:
 @pytest.mark.slow
 def test_the_page_makes_pythons_images_of_64_seeds(made, open_page):
     model, opened = made[0], open_page()
-    for steps, sampler in STEPS_AND_SAMPLERS:
-        for label in (None, 3):
-            given = {"label": label, "steps": steps, "sampler": sampler}
-            images = [{"seed": seed} for seed in range(64)]
-            script = "async given => [...(await ask('draw', given)).pixels]"
-            found = opened.evaluate(script, {"images": images, **given})
-            expected = model.sample(label, range(64), steps, sampler=sampler).numpy()
-            assert_alike(np.array(found).reshape(64, 8, 8, 4)[..., :1], expected)
+    for (steps, sampler), label in itertools.product(STEPS_AND_SAMPLERS, (None, 3)):
+        given = {"label": label, "steps": steps, "sampler": sampler}
+        given["images"] = [{"seed": seed} for seed in range(64)]
+        found = opened.evaluate("async given => [...(await ask('draw', given)).pixels]", given)
+        expected = model.sample(label, range(64), steps, sampler=sampler).numpy()
+        assert_alike(np.array(found).reshape(64, 8, 8, 4)[..., :1], expected)
 
 
 @pytest.mark.slow
@@ -246,8 +241,7 @@ def test_a_link_says_what_is_shown_and_the_controls_change_it(made, open_page):
     wait_for(opened, seed=7, steps=2)
     expected = model.sample(3, range(7, 23), 2, sampler="chain").numpy()[..., 0]
     for place in (0, 15):
-        tile = f"#grid button:nth-child({place + 1}) canvas"
-        assert_alike(shown(opened, tile), expected[place])
+        assert_alike(shown(opened, f"#grid button:nth-child({place + 1}) canvas"), expected[place])
     call = 'model.sample(labels=[3], seeds=[12], steps=2, sampler="chain")'
     assert opened.inner_text("#python") == call
     assert opened.locator("h1").inner_text() == "Small <digits>"
@@ -268,9 +262,9 @@ def test_a_link_says_what_is_shown_and_the_controls_change_it(made, open_page):
 @pytest.mark.slow
 def test_the_slider_redraws_the_image_between_two_seeds(made, open_page):
     model, opened = made[0], open_page("#class=2&seed=3&to=9&at=300")
-    until(opened, "document.getElementById('between').dataset.drawn === '300'")
     for at in (300, 700, 1000):
-        opened.locator("#share").fill(str(at))
+        if at > 300:
+            opened.locator("#share").fill(str(at))
         until(opened, f"document.getElementById('between').dataset.drawn === '{at}'")
         noise = slerp(noise_of(3), noise_of(9), at / 1000)
         expected = model.sample(2, noise=torch.from_numpy(noise)).numpy()[0, ..., 0]
@@ -317,18 +311,6 @@ def test_play_draws_new_seeds_without_flashing_until_it_is_stopped(open_page, mo
     opened.keyboard.press("p")
     until(opened, "!isPlaying && waiting.size === 0")
     assert str(opened.evaluate("state.seed")) in opened.inner_text("#chosen")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("field", ["seed", "to-seed"])
-def test_a_wrong_seed_is_marked_until_a_right_one_takes_its_place(open_page, field):
-    opened = open_page()
-    is_marked = f"document.getElementById('{field}').matches(':invalid')"
-    opened.fill(f"#{field}", "1.5")
-    assert opened.evaluate(is_marked)
-    opened.locator("#another").click()
-    until(opened, "document.getElementById('seed').value === `${state.seed}`")
-    assert not opened.evaluate(is_marked)
 
 
 @pytest.mark.slow
