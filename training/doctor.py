@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,13 +26,6 @@ from training.identity import refuse_another_experiment
 from training.run import Run
 
 
-class BrokenLoss(NamedTuple):
-    """A loss, and the times t of its samples with a non-finite error."""
-
-    name: str
-    times: list[float]
-
-
 def explain(run: Run, error: NonFiniteStep) -> UserError:
     """The error with its diagnosis; saves the step's batch and weights for a replay.
 
@@ -47,23 +40,28 @@ def explain(run: Run, error: NonFiniteStep) -> UserError:
 def find_out(run: Run, error: NonFiniteStep) -> list[str]:
     """The diagnosis: broken samples, the largest gradient, the norms before, how to replay."""
     record = run.results.folder / f"broken_step_{error.step}.json"
-    learner, indices = run.learner, batch_of(run, error.step)
-    losses = broken_losses(run, error.step, indices)
+    learner, config = run.learner, run.config
+    order = DataOrder(len(run.data), config.batch_size, config.seed)
+    indices = order.global_batch(error.step - 1).tolist()
+    broken = broken_samples(run, error.step, indices)
     learner.accumulate_gradients(microbatches(run, error.step, indices))
     gradients = {name: p.grad for name, p in learner.state.model.named_parameters()}
-    found = [f"{len(broken.times)} samples of the {in_words(broken)}" for broken in losses]
-    found = found or ["every sample's error is finite"]
+    found = in_words(broken) or ["every sample's error is finite"]
     found.append(f"largest gradient: {largest(gradients)}")
     if norms := learner.guard.last_norms():
         found.append(f"gradient norms before: {', '.join(f'{norm:.3g}' for norm in norms)}")
     if run.processes.is_main:
-        save(run, record, error.step, indices, losses)
+        save(run, record, error.step, indices, broken)
     return [*found, f"to look closer, add --replay {record} to the command"]
 
 
-def in_words(broken: BrokenLoss) -> str:
-    first, last = min(broken.times), max(broken.times)
-    return f"{broken.name} loss broke, t from {first:.3f} to {last:.3f}"
+def in_words(broken: Mapping[str, list[float]]) -> list[str]:
+    """A line for each loss with broken samples."""
+    return [
+        f"{len(times)} samples of the {name} loss broke, "
+        f"t from {min(times):.3f} to {max(times):.3f}"
+        for name, times in broken.items()
+    ]
 
 
 def largest(gradients: Mapping[str, Tensor | None]) -> str:
@@ -75,12 +73,6 @@ def largest(gradients: Mapping[str, Tensor | None]) -> str:
 # The step, computed again
 
 
-def batch_of(run: Run, step: int) -> list[int]:
-    """The example indices of a step's global batch."""
-    order = DataOrder(len(run.data), run.config.batch_size, run.config.seed)
-    return order.global_batch(step - 1).tolist()
-
-
 def microbatches(run: Run, step: int, indices: list[int]) -> Iterator[Batch]:
     """This process's microbatches of the step, with the draws they had."""
     plan, device = run.learner.plan, run.processes.device
@@ -90,8 +82,8 @@ def microbatches(run: Run, step: int, indices: list[int]) -> Iterator[Batch]:
 
 
 @torch.no_grad()
-def broken_losses(run: Run, step: int, indices: list[int]) -> list[BrokenLoss]:
-    """The losses with non-finite errors, in any process."""
+def broken_samples(run: Run, step: int, indices: list[int]) -> dict[str, list[float]]:
+    """The times t of the samples with a non-finite error, in any process, by loss."""
     model = run.learner.state.model
     mine: dict[str, list[float]] = {}
     for batch in microbatches(run, step, indices):
@@ -102,17 +94,16 @@ def broken_losses(run: Run, step: int, indices: list[int]) -> list[BrokenLoss]:
             broken = times[name][~errors[name].isfinite()].tolist()
             mine[name] = mine.get(name, []) + broken
     shares = run.processes.gather(mine)
-    losses = [
-        BrokenLoss(name, [t for share in shares for t in share.get(name, [])])
-        for name in model.error_names
-    ]
-    return [loss for loss in losses if loss.times]
+    found = {name: [t for s in shares for t in s.get(name, [])] for name in model.error_names}
+    return {name: times for name, times in found.items() if times}
 
 
 # For a replay
 
 
-def save(run: Run, path: Path, step: int, indices: list[int], losses: list[BrokenLoss]) -> None:
+def save(
+    run: Run, path: Path, step: int, indices: list[int], broken: Mapping[str, list[float]]
+) -> None:
     """Save the step's batch and the weights it was computed with."""
     weights = path.with_suffix(".pt")
     with atomic_write(weights) as file:
@@ -121,7 +112,7 @@ def save(run: Run, path: Path, step: int, indices: list[int], losses: list[Broke
         "step": step,
         "indices": indices,
         "weights": weights.name,
-        "broken": {loss.name: loss.times for loss in losses},
+        "broken": broken,
         "parts": run.learner.plan.record(),
         "config": run.config.to_dict(),
     }
@@ -143,17 +134,19 @@ def replay(run: Run, path: Path) -> None:
     )
     check_weights(model, record.weights, str(path))
     model.load_state_dict(record.weights)
-    for broken in broken_losses(run, step, indices):
-        print(f"{len(broken.times)} samples of the {in_words(broken)}")
+    for line in in_words(broken_samples(run, step, indices)):
+        print(line)
     blocks = dict(blocks_of(model.network))
     with watching(model.network, blocks) as outputs:
         metrics = run.learner.accumulate_gradients(microbatches(run, step, indices))
     print(f"step {step}: " + ", ".join(f"{n} {float(value):.4g}" for n, value in metrics.items()))
     print(f"{'norms of':<28}{'weights':>12}{'outputs':>12}{'gradients':>12}")
     for name, block in blocks.items():
-        parameters = [*block.parameters()]
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        norms = (norm_of(parameters), outputs[name], norm_of(gradients))
+        weights = nn.utils.get_total_norm(block.parameters())
+        gradients = nn.utils.get_total_norm(
+            [p.grad for p in block.parameters() if p.grad is not None]
+        )
+        norms = (float(weights), outputs[name], float(gradients))
         print(f"{name:<28}" + "".join(f"{norm:>12.4g}" for norm in norms))
 
 
@@ -193,7 +186,7 @@ def blocks_of(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(module, nn.ModuleList | nn.ModuleDict):
             for place, block in module.named_children():
                 yield f"{name}.{place}", block
-        elif any(True for _ in module.parameters()):
+        elif [*module.parameters()]:
             yield name, module
 
 
@@ -221,7 +214,3 @@ def watching(network: nn.Module, blocks: Mapping[str, nn.Module]) -> Iterator[di
     finally:
         for handle in handles:
             handle.remove()
-
-
-def norm_of(tensors: Sequence[Tensor]) -> float:
-    return float(nn.utils.get_total_norm(tensors)) if tensors else float("nan")
