@@ -11,6 +11,7 @@ Everything goes into the config's working_dir: config.yaml, log.txt, ckpts/, eva
 from support.system.command import run_command  # isort: skip - first: it attends to the start
 
 import argparse
+import contextlib
 import os
 import time
 from collections.abc import Sequence
@@ -142,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             continue_run(run, arguments.allow_changed)
             open_folder(run)
             try:
-                with run.metrics.closing():
+                with contextlib.closing(run.metrics):
                     train(run)
             except NonFiniteStep as error:
                 raise doctor.explain(run, error) from None

@@ -1,10 +1,9 @@
 """A run's numbers by name: their means, metrics.jsonl, and the trackers."""
 
-import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -104,13 +103,9 @@ class Metrics:
         }
         self._trackers.add(step, named)
 
-    @contextlib.contextmanager
-    def closing(self) -> Iterator[None]:
-        """A block that closes the trackers at its end, also if it fails."""
-        try:
-            yield
-        finally:
-            self._trackers.close()
+    def close(self) -> None:
+        """Close the trackers."""
+        self._trackers.close()
 
 
 def append_numbers(path: Path, numbers: Mapping[str, Any]) -> None:

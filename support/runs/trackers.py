@@ -9,86 +9,67 @@ import types
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 from support.system.files import UserError, atomic_write
 
 PROJECT = "soflow"
 
 
-class Tracker(Protocol):
-    """Receives a run's numbers; opened for its folder, identity and config values."""
+class Tracker(NamedTuple):
+    """A run of a tracker: what sends it the numbers of a step, and what ends it."""
 
-    def __init__(self, folder: Path, run_id: str, settings: Mapping[str, Any], step: int): ...
-
-    def add(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Receive the numbers of a step."""
-
-    def close(self) -> None:
-        """Write everything that is pending."""
+    add: Callable[[int, Mapping[str, float]], object]
+    close: Callable[[], object]
 
 
-class TensorBoard:
+def tensorboard(folder: Path, run_id: str, settings: Mapping[str, Any], step: int) -> Tracker:
     """Event files in the run's folder tensorboard/."""
+    # This module keeps TensorBoard from importing TensorFlow, which takes seconds and memory.
+    sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))
+    from torch.utils.tensorboard import SummaryWriter
 
-    def __init__(self, folder: Path, run_id: str, settings: Mapping[str, Any], step: int):
-        # This module keeps TensorBoard from importing TensorFlow, which takes seconds and memory.
-        sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))
-        from torch.utils.tensorboard import SummaryWriter
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-
-    def add(self, step: int, numbers: Mapping[str, float]) -> None:
+    def add(step: int, numbers: Mapping[str, float]) -> None:
         for name, value in numbers.items():
-            self._writer.add_scalar(name, value, step)
+            writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
-        self._writer.close()
-
-
-class _Client:
-    """A tracker whose library has run objects with `log` and `finish`."""
-
-    _run: Any
-
-    def add(self, step: int, numbers: Mapping[str, float]) -> None:
-        self._run.log(dict(numbers), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
+    return Tracker(add, writer.close)
 
 
-class WeightsAndBiases(_Client):
+def weights_and_biases(
+    folder: Path, run_id: str, settings: Mapping[str, Any], step: int
+) -> Tracker:
     """A run of wandb; its own settings decide whether it is online."""
+    import wandb
 
-    def __init__(self, folder: Path, run_id: str, settings: Mapping[str, Any], step: int):
-        import wandb
-
-        self._run = wandb.init(
-            project=PROJECT,
-            id=run_id,
-            name=folder.name,
-            resume="allow",
-            dir=str(folder),
-            config=dict(settings),
-            settings=wandb.Settings(quiet=True),
-        )
+    run = wandb.init(
+        project=PROJECT,
+        id=run_id,
+        name=folder.name,
+        resume="allow",
+        dir=str(folder),
+        config=dict(settings),
+        settings=wandb.Settings(quiet=True),
+    )
+    return Tracker(lambda step, numbers: run.log(dict(numbers), step=step), run.finish)
 
 
-class Trackio(_Client):
+def trackio(folder: Path, run_id: str, settings: Mapping[str, Any], step: int) -> Tracker:
     """A run of trackio, in its own folder (TRACKIO_DIR)."""
+    import trackio
 
-    def __init__(self, folder: Path, run_id: str, settings: Mapping[str, Any], step: int):
-        import trackio
-
-        name = f"{folder.name}-{run_id}"
-        self._run = trackio.init(PROJECT, name=name, resume="allow", config=dict(settings))
+    name = f"{folder.name}-{run_id}"
+    run = trackio.init(PROJECT, name=name, resume="allow", config=dict(settings))
+    return Tracker(lambda step, numbers: run.log(dict(numbers), step=step), run.finish)
 
 
-TRACKERS: dict[str, type[Tracker]] = {
-    "tensorboard": TensorBoard,
-    "wandb": WeightsAndBiases,
-    "trackio": Trackio,
+# Each continues the run of a folder and an identity after a step; it keeps the config's values.
+TRACKERS: dict[str, Callable[[Path, str, Mapping[str, Any], int], Tracker]] = {
+    "tensorboard": tensorboard,
+    "wandb": weights_and_biases,
+    "trackio": trackio,
 }
 
 
@@ -124,7 +105,6 @@ class Trackers:
         """Close all of them."""
         for name, tracker in list(self._open.items()):
             self._attempt(name, tracker.close)
-        self._open.clear()
 
     def _attempt(self, name: str, act: Callable[..., Any], *arguments: Any) -> Any:
         try:
