@@ -12,7 +12,7 @@ from config import load_config
 from support.data.batches import BatchPlan
 from support.data.datasets import MadeUpData
 from support.runs import budget, rehearsal
-from support.runs.counting import activation_bytes
+from support.runs.budget import activation_bytes
 from support.system import hardware
 from support.system.files import UserError
 from support.system.hardware import free_memory_bytes, is_out_of_memory

@@ -10,8 +10,12 @@ from models import Method, build_model
 from support.data.batches import BatchPlan
 from support.data.datasets import DATASETS, MadeUpData, count_classes
 from support.data.vae import PIXELS_PER_LATENT
-from support.runs.budget import count_parameters, describe_disk, describe_memory
-from support.runs.counting import activation_bytes
+from support.runs.budget import (
+    activation_bytes,
+    count_parameters,
+    describe_disk,
+    describe_memory,
+)
 from support.runs.rehearsal import time_steps, within_memory
 from support.system.command import is_first_process
 from support.system.processes import connected, world_size_asked_for

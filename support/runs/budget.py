@@ -1,6 +1,9 @@
 """What a run needs, estimated before it starts: parameters, memory, disk."""
 
-from torch import nn
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
 
 from support.runs.results import ResultSchedule
 
@@ -66,6 +69,25 @@ def weight_bytes(model: nn.Module) -> int:
 def gradient_bytes(model: nn.Module) -> int:
     """Bytes of the gradients of all trained parameters."""
     return sum(p.nbytes for p in model.parameters() if p.requires_grad)
+
+
+def activation_bytes(loss_of: Callable[[], Tensor], weights: Iterable[nn.Parameter]) -> int:
+    """Bytes that autograd keeps of a loss for its backward pass, without the weights.
+
+    On fake tensors this counts without allocating anything.
+    """
+    of_weights = {weight.untyped_storage()._cdata for weight in weights}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in of_weights:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss_of()
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def size(num_bytes: float) -> str:

@@ -55,16 +55,15 @@ def code_version() -> str:
     if not (root / ".git").exists():
         return support.__version__
     try:
-        described = subprocess.run(
+        commit = subprocess.check_output(
             ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True,
+            stderr=subprocess.DEVNULL,
             text=True,
             timeout=10,
         )
-    except (OSError, subprocess.TimeoutExpired):
+    except (OSError, subprocess.SubprocessError):
         return support.__version__
-    commit = described.stdout.strip() if described.returncode == 0 else ""
-    return f"{support.__version__}+{commit}" if commit else support.__version__
+    return f"{support.__version__}+{commit.strip()}"
 
 
 def device_name(device: torch.device) -> str:
