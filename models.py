@@ -279,7 +279,7 @@ class SoFlow(Method):
         V = batch.flow_matching_rows
         x_t, v_t = self.interpolate(batch.x_0, batch.x_1, batch.t)
 
-        # 1. Without gradient, where there is guidance: v(x_t, t) under the null label and the own
+        # 1. Without gradient, if there is guidance: v(x_t, t) without a label and with it
         guidance = self.guidance(x_t, batch)
 
         # 2. With gradient: F(x_t, t, s), where s = t for flow matching
