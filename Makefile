@@ -48,7 +48,6 @@ define train_and_judge
 			--eval-NFE $$nfe --eval-batch-size 250 --num-samples $(4) --seed 42 \
 			--labels 0,1,2,3,4,5,6,7,8,9 --grid $(2)/figs/$${nfe}NFE.png || exit 1; \
 	done
-	@.venv/bin/python quickstart/check_samples.py $(2)/evals/$(3)_1NFE_42.npz $(2)/evals/$(3)_2NFE_42.npz
 	@.venv/bin/python quickstart/score.py $(2)/evals/$(3)_1NFE_42.npz $(2)/evals/$(3)_2NFE_42.npz
 	@.venv/bin/python quickstart/score.py $(2)/evals > /dev/null
 	@.venv/bin/python report.py $(2) > /dev/null

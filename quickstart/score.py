@@ -1,14 +1,19 @@
-"""Score sampled digits or clothes against held-out images: FD, sFD, precision, recall, class.
+"""Score sampled digits or clothes: are they the right class, or copies, and how good are they?
 
     python quickstart/score.py runs/digits/evals/1000_1NFE_42.npz [MORE.npz ...]
     python quickstart/score.py runs/digits/evals
     python quickstart/score.py runs/fashion/evals --data data/fashion
 
-Each row compares 600 digits with the 600 held-out ones, or 5,000 clothes with Fashion-MNIST's
-10,000 test images: the first images of each archive, then training images (how good it can get)
-and Gaussian noise (how bad). evaluator.py computes the scores from the features of the classifier
-beside this script; `class` is the share of images that it assigns to the requested class. In a
-folder, all archives are scored on all their images, and the scores stay there for report.py.
+The first table has a row for the held-out images, which training never saw, and one for each
+archive: the share of images whose 3 nearest training images vote for the requested class, and the
+median distance to the nearest training image.
+
+Each row of the second compares 600 digits with the 600 held-out ones, or 5,000 clothes with
+Fashion-MNIST's 10,000 test images: the first images of each archive, then training images (how
+good it can get) and Gaussian noise (how bad). evaluator.py computes the scores from the features of
+the classifier beside this script; `class` is the share of images that it assigns to the requested
+class. In a folder, all archives are scored on all their images, and the scores stay there for
+report.py.
 """
 
 import argparse
@@ -20,11 +25,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from sklearn.neighbors import NearestNeighbors
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import evaluator
-from quickstart.small_sets import DEFAULT_FOLDER, SmallSet, read_samples, set_of
+from quickstart.small_sets import DEFAULT_FOLDER, SmallSet, Split, read_samples, set_of
 from support.data.images import LabelledImages, to_pixels
 from support.scores.graph import FeatureGraph
 from support.scores.npz import write_images
@@ -33,6 +39,30 @@ from support.system.command import run_command
 from support.system.files import UserError
 
 COLUMNS = ("FD", "sFD", "prec", "recall", "class")
+NUM_NEIGHBOURS = 3
+
+Samples = Mapping[Path, LabelledImages]  # by archive
+
+
+def print_neighbours(samples: Samples, small: SmallSet, split: Split) -> None:
+    """A row for held-out images and one for each archive: the right class, or copies?"""
+    held_out = split.held_out.part(slice(small.scored_count))
+    rows = {f"{len(held_out.labels)} held-out {small.noun}": held_out}
+    rows |= {f"{len(images.labels)} in {path}": images for path, images in samples.items()}
+    neighbours = NearestNeighbors(n_neighbors=NUM_NEIGHBOURS).fit(flatten(split.training.pixels))
+    width = max(map(len, rows))
+    print(f"{'':{width}}  right class  median distance to the nearest of the training {small.noun}")
+    for name, images in rows.items():
+        distances, nearest = neighbours.kneighbors(flatten(images.pixels))
+        votes = split.training.labels[nearest]
+        voted = np.array([np.bincount(of_image).argmax() for of_image in votes])
+        share = np.mean(voted == images.labels)
+        print(f"{name:{width}}  {share:11.3f}  {np.median(distances[:, 0]):.3f}")
+
+
+def flatten(pixels: np.ndarray) -> np.ndarray:
+    """uint8 [N, H, W, 1] -> float32 [N, H W] in 0..1."""
+    return pixels.reshape(len(pixels), -1) / np.float32(255)
 
 
 def score(
@@ -81,11 +111,10 @@ def noise_like(images: LabelledImages) -> LabelledImages:
     return LabelledImages(to_pixels(noise), images.labels)
 
 
-def print_table(paths: list[Path], small: SmallSet, folder: Path) -> None:
+def print_scores(samples: Samples, small: SmallSet, split: Split) -> None:
     """A row for each archive, and two rows to compare them with."""
     count = small.scored_count
-    rows = {str(path): read_samples(path, count) for path in paths}
-    split = small.load(folder)
+    rows = {str(path): images.part(slice(count)) for path, images in samples.items()}
     rows[f"training {small.noun}"] = split.training.part(slice(count))
     rows["Gaussian noise"] = noise_like(split.held_out.part(slice(count)))
     scores = score(rows, split.held_out.pixels, small.graph)
@@ -106,15 +135,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("samples", nargs="+", metavar="SAMPLES.npz", type=Path)
     parser.add_argument("--data", type=Path, default=DEFAULT_FOLDER, help="folder of the clothes")
     arguments = parser.parse_args(argv)
-    paths = arguments.samples
+    paths, folder = arguments.samples, None
     if len(paths) == 1 and paths[0].is_dir():
-        held = sorted(paths[0].glob("*.npz"))
-        if not held:
-            raise UserError(f"{paths[0]}: holds no archives (.npz)")
-        small = set_of(held)
-        score_folder(paths[0], small.load(arguments.data).held_out.pixels, small.graph)
+        folder = paths[0]
+        paths = sorted(folder.glob("*.npz"))
+        if not paths:
+            raise UserError(f"{folder}: holds no archives (.npz)")
+    small = set_of(paths)
+    split = small.load(arguments.data)
+    if folder:
+        score_folder(folder, split.held_out.pixels, small.graph)
     else:
-        print_table(paths, set_of(paths), arguments.data)
+        samples = {path: read_samples(path, small.scored_count) for path in paths}
+        print_neighbours(samples, small, split)
+        print()
+        print_scores(samples, small, split)
 
 
 if __name__ == "__main__":

@@ -85,18 +85,16 @@ def _set_of(path: Path) -> SmallSet:
     raise UserError(f"{path}: holds images of {list(shape)}, neither {known}")
 
 
-def read_samples(path: Path, count: int | None = None) -> LabelledImages:
-    """The first `count` images of an archive, or all, with the labels they were sampled for.
+def read_samples(path: Path, fewest: int = 0) -> LabelledImages:
+    """The images of an archive, with the labels they were sampled for.
 
-    UserError where it holds fewer, or no labels.
+    UserError where it holds no labels, or fewer images.
     """
     with read_archive(path) as archive:
         held, *shape = archive.images_header().shape
-        if held < (count or 0):
-            raise UserError(f"{path}: must hold {count} images, not {[held, *shape]}")
         if "arr_1" not in archive:
             raise UserError(f"{path}: holds no labels (arr_1), as samples do now; sample it again")
         labels = archive.labels(held)
-        if count:
-            return LabelledImages(next(archive.batches(count)), labels[:count])
+        if held < fewest:
+            raise UserError(f"{path}: must hold {fewest} images, not {[held, *shape]}")
         return LabelledImages(np.concatenate(list(archive.batches(READ_IMAGES))), labels)

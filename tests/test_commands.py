@@ -13,7 +13,6 @@ MISTAKES = {
     "posthoc_ema.py": ["nowhere", "exported", "--std", "0.1"],
     "evaluator.py": ["--ref_batch=nowhere.npz", "--sample_batch_dir=nowhere"],
     "report.py": ["nowhere"],
-    "quickstart/check_samples.py": ["nowhere.npz"],
     "page.py": ["nowhere", "page.html"],
     "demo.py": ["nowhere"],
     "quickstart/score.py": ["nowhere.npz"],

@@ -1,11 +1,12 @@
 """The kept classifiers know their sets, and scores by them tell good images from bad ones."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from quickstart import check_samples, score
+from quickstart import score
 from quickstart.small_sets import SMALL_SETS, Split
 from support.data import digits
 from support.data.images import LabelledImages
@@ -43,7 +44,7 @@ def test_table_puts_training_digits_near_blurred_ones_between_and_noise_far(tmp_
     pixels, labels = digits.load_training_set().part(slice(-1000, None))
     blurred = (pixels // 2 + np.roll(pixels // 2, 1, axis=2)).astype(np.uint8)
     score.main([save(tmp_path / "blurred.npz", LabelledImages(blurred, labels))])
-    header, *rows, remark = capsys.readouterr().out.splitlines()
+    header, *rows, remark = capsys.readouterr().out.partition("\n\n")[2].splitlines()
     assert "600 images" in remark
     assert header.split()[-5:] == [*score.COLUMNS]
     blurred, training, noise = np.array([row.split()[-5:] for row in rows], float)
@@ -67,13 +68,13 @@ def test_clothes_are_known_by_their_shape_and_held_against_clothes(tmp_path, cap
     monkeypatch.setitem(SMALL_SETS, "FashionMNIST", stand_in)
     path = save(tmp_path / "a.npz", split.training)
     score.main([path])
-    rows = capsys.readouterr().out.splitlines()
+    neighbours, _, scores = capsys.readouterr().out.partition("\n\n")
+    assert neighbours.splitlines()[-1].split()[-1] == "0.000", "the training clothes themselves"
+    rows = scores.splitlines()
     assert [row.split()[:2] for row in rows[1:4]] == [
         [path, rows[1].split()[1]], ["training", "clothes"], ["Gaussian", "noise"]
     ]  # fmt: skip
     assert rows[1].split()[1:] == rows[2].split()[2:], "the same images"
-    check_samples.main([path])
-    assert capsys.readouterr().out.splitlines()[-1].split()[-1] == "0.000"
 
 
 @pytest.mark.parametrize(
@@ -94,18 +95,16 @@ def test_archives_of_another_set_of_both_sets_or_too_few_images_are_named(tmp_pa
         score.main(list(map(str, paths or [tmp_path])))
 
 
-def test_digits_are_judged_by_the_labels_in_their_archive(tmp_path, capsys):
+def test_digits_are_judged_by_the_labels_in_their_archive(capsys):
     pixels, labels = digits.load_training_set().part(slice(200))
-    np.savez(tmp_path / "right.npz", pixels, labels)
-    np.savez(tmp_path / "wrong.npz", pixels, (labels + 1) % 10)
-    check_samples.main([str(tmp_path / name) for name in ("right.npz", "wrong.npz")])
-    shares = [line.split()[-2] for line in capsys.readouterr().out.splitlines()[2:]]
-    assert float(shares[0]) > 0.97
-    assert float(shares[1]) < 0.03
+    samples = {"a": LabelledImages(pixels, labels), "b": LabelledImages(pixels, (labels + 1) % 10)}
+    score.print_neighbours(samples, DIGITS, DIGITS.load(Path()))
+    shares = [float(line.split()[-2]) for line in capsys.readouterr().out.splitlines()[1:]]
+    assert shares[0] > 0.97 and shares[1] > 0.97 and shares[2] < 0.03
 
 
 @pytest.mark.parametrize("labels", [[], [np.zeros(4)]])
 def test_digits_without_their_labels_are_refused(tmp_path, labels):
     np.savez(tmp_path / "a.npz", np.zeros((5, 8, 8, 1), np.uint8), *labels)
     with pytest.raises(UserError, match=r"a\.npz: .*arr_1"):
-        check_samples.main([str(tmp_path / "a.npz")])
+        score.main([str(tmp_path / "a.npz")])
