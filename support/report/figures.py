@@ -75,7 +75,7 @@ def draw(lines: Sequence[Line], bands: Sequence[Band] = (), num_runs: int = 1) -
     if not bands and np.ptp(values) == 0:
         # Plotly's own axis would reach from -1 to 1.
         figure.update_yaxes(range=sorted([0, 2 * values[0]]))
-    return figure.to_json()
+    return figure.to_json().replace("<", "\\u003c")  # it stands inside a <script>
 
 
 def _add(figure: go.Figure, curve: Curve, **style: object) -> None:

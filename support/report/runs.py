@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from support.report.curves import Curve
-from support.scores.table import Yardstick, origin_of, read_record, read_records
-from support.system.files import UserError, numbered_files, regular_only
+from support.scores.table import Yardstick, listed, origin_of, read_record, read_records
+from support.system.files import UserError, natural_key, numbered_files, regular_only
 from support.system.settings import read_yaml
 
 LOG_LINE = re.compile(r"(?P<time>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (?P<text>.*)")
@@ -27,7 +27,6 @@ WARNING = re.compile(
     r"|cannot be read|left out|the order of the data"
 )
 POSITIONS = ("step", "epoch", "images")  # where a line of metrics stands
-NAMED_LINES = 3
 MADE_BY = ("code_version", "torch", "device")
 
 
@@ -70,12 +69,6 @@ class RecordedRun:
     last_line: str = ""  # when the log's last line was written
     holder: str = ""  # where a process trains it now, in words
 
-    @property
-    def seconds(self) -> float | None:
-        """Duration of the logged steps, if the metrics tell it."""
-        curve = self.curves.get("Seconds")
-        return None if curve is None else float(curve.values.sum())
-
 
 def read_runs(folders: Sequence[Path]) -> list[RecordedRun]:
     """The runs in these folders, named by folder, or by path if folders have the same name."""
@@ -107,11 +100,8 @@ def read_run(folder: Path, name: str) -> RecordedRun:
     read_checkpoints(folder / "ckpts", run)
     run.total_steps = whole_number(run.settings, "total_steps")
     run.holder = holder_of(folder / ".lock")
-    names = "\n".join(path.name for path in folder.iterdir())
-    run.warnings += [
-        f"step {step} was not finite: broken_step_{step}.json tells more"
-        for step in sorted(map(int, re.findall(r"^broken_step_(\d+)\.json$", names, re.MULTILINE)))
-    ]
+    broken = sorted((path.name for path in folder.glob("broken_step_*.json")), key=natural_key)
+    run.warnings += [f"a step was not finite: {name} tells more" for name in broken]
     return run
 
 
@@ -134,9 +124,7 @@ def read_lines(path: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, An
         else:
             unreadable.append(f"line {number}")
     if unreadable:
-        more = len(unreadable) - NAMED_LINES
-        named = ", ".join(unreadable[:NAMED_LINES]) + (f" and {more} more" if more > 0 else "")
-        notes.append(f"{path}: {named} cannot be read, passed over")
+        notes.append(f"{path}: {listed(unreadable)} cannot be read, passed over")
 
 
 def _text_of(path: Path) -> str:

@@ -1,7 +1,6 @@
-"""Tables of a report, as HTML, Markdown, CSV and LaTeX."""
+"""Tables of a report, as Markdown, CSV and LaTeX; the page makes its own HTML of them."""
 
 import csv
-import html
 import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -52,14 +51,6 @@ def text_of(value: Any) -> str:
     if value is None:
         return "-"
     return f"{value:#.4g}".rstrip(".") if isinstance(value, float) else str(value)
-
-
-def as_html(table: Table) -> str:
-    """As HTML; the page aligns numbers to the right."""
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in table.columns)
-    rows = table.cells(html.escape, "<b>{}</b>".format)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
 
 
 def as_markdown(table: Table) -> str:

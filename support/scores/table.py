@@ -120,7 +120,7 @@ class Results:
             f"fewer than {FEW_IMAGES:,} images bias {frechet} upwards": few,
             "by another reference or graph": foreign,
         }
-        lines += [f"{remark}: {_listed(names)}" for remark, names in remarks.items() if names]
+        lines += [f"{remark}: {listed(names)}" for remark, names in remarks.items() if names]
         return printable("\n".join(lines))
 
 
@@ -151,7 +151,8 @@ def _cell(value: float | str | None) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """The first names, and how many more there are."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
