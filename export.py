@@ -138,7 +138,8 @@ def write_folder(
             write(place)
         made = [WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, *(path.name for path in place.iterdir())]
         files = {name: text for name, text in FILES.items() if name in made}
-        card = write_card(stored, facts_of(title or folder.resolve().name, loaded, files), entries)
+        facts = facts_of(title or folder.resolve().name, loaded, stored.config["vae"], files)
+        card = write_card(stored, facts, entries)
         text = keep_persons_parts(card, folder, stored).text()
         # Class names may hold bytes that are not text.
         (place / CARD_FILE).write_bytes(text.encode(errors="replace"))
@@ -146,20 +147,22 @@ def write_folder(
     return sorted(made)
 
 
-def facts_of(title: str, loaded: LoadedModel, files: dict[str, str]) -> Facts:
+def facts_of(title: str, loaded: LoadedModel, vae_name: str, files: dict[str, str]) -> Facts:
     """What the card tells of the model itself."""
-    is_latent, num_classes = loaded.config.is_latent, loaded.num_classes
-    is_conditional = loaded.config.is_conditional
-    return Facts(
-        title,
-        count_parameters(loaded.model),
-        loaded.config.data_size * (vae.PIXELS_PER_LATENT if is_latent else 1),
-        loaded.shape if is_latent else None,
-        num_classes if is_conditional else 0,
-        loaded.class_names,
-        [loaded.word_of(n) for n in (0, 0, num_classes - 1)] if is_conditional else (),
-        files,
-    )
+    config, num_classes = loaded.config, loaded.num_classes
+    side = config.data_size * (vae.PIXELS_PER_LATENT if config.is_latent else 1)
+    model = {
+        "network": f"{config.model_type}, {count_parameters(loaded.model)}",
+        "images": f"{side} x {side} pixels",
+        "method": f"{config.method}; path {config.noising_type}, solution form "
+        f"{config.coefficient_type}",
+    }
+    if config.is_latent:
+        model["decoder"] = f"{vae_name}, of latents {list(loaded.shape)}"
+    if not config.is_conditional:
+        return Facts(title, model, 0, (), files)
+    labels = [loaded.word_of(label) for label in (0, 0, num_classes - 1)]
+    return Facts(title, model, num_classes, labels, files)
 
 
 def keep_persons_parts(card: Card, folder: Path, stored: StoredModel) -> Card:

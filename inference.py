@@ -57,8 +57,7 @@ class Sources(NamedTuple):
 
     config: Config
     checkpoint: Path
-    folder: Path
-    name: str  # the start of the samples' names
+    start: Path  # of the samples' names, with their folder
 
 
 def find_sources(arguments: argparse.Namespace, report: Callable[[str], None]) -> Sources:
@@ -68,39 +67,36 @@ def find_sources(arguments: argparse.Namespace, report: Callable[[str], None]) -
     """
     settings = settings_of(arguments)
     is_chosen = any(text.startswith("working_dir=") for text in settings)
+    config = load_config(arguments.config, settings, report) if arguments.config else None
     if arguments.ckpt is None:
-        if arguments.config is None:
+        if config is None:
             raise UserError("--config: needed with --ckpt-steps; --ckpt MODEL does without")
-        config = load_config(arguments.config, settings, report)
         run = find_run(config, Path(arguments.config), is_chosen)
         path = checkpoint_path(run / "ckpts", arguments.ckpt_steps)
-        return Sources(config, path, run / "evals", path.stem)
+        return Sources(config, path, run / "evals" / path.stem)
     path = find_file(arguments.ckpt)
-    folder, name = place_of_samples(arguments.ckpt, path)
-    if arguments.config:
-        config = load_config(arguments.config, settings, report)
-    else:
+    start = start_of_names(arguments.ckpt, path)
+    if config is None:
         # The recorded working_dir may be a place on another machine.
-        stored = read_stored(path, is_verified=True)
-        values = {**stored.config, "working_dir": str(run_of_checkpoint(path) or path.parent)}
-        config = config_from_dict(values, str(path), settings, report)
-    return Sources(config, path, Path(config.working_dir) / "evals" if is_chosen else folder, name)
+        place = {"working_dir": str(run_of_checkpoint(path) or path.parent)}
+        recorded = read_stored(path, is_verified=True).config
+        config = config_from_dict({**recorded, **place}, str(path), settings, report)
+    if is_chosen:
+        start = Path(config.working_dir) / "evals" / start.name
+    return Sources(config, path, start)
 
 
-def place_of_samples(source: str, path: Path) -> tuple[Path, str]:
-    """The folder of a model's samples, and the start of their names.
+def start_of_names(source: str, path: Path) -> Path:
+    """The start of the names of a model's samples, with their folder.
 
     Those of a run go to its evals/. Others go beside the checkpoint or the exported folder, and
     those of a model from the hub to the current folder.
     """
     if not Path(source).exists():
-        return Path(), Path(source).name
+        return Path(Path(source).name)
     if run := run_of_checkpoint(path):
-        return run / "evals", path.stem
-    if path.name != WEIGHTS_FILE:
-        return path.parent, path.stem
-    folder = path.absolute().parent
-    return folder.parent, folder.name
+        return run / "evals" / path.stem
+    return path.absolute().parent if path.name == WEIGHTS_FILE else path.with_suffix("")
 
 
 def find_run(config: Config, config_path: Path, is_chosen: bool) -> Path:
@@ -118,10 +114,10 @@ def find_run(config: Config, config_path: Path, is_chosen: bool) -> Path:
             f"checkpoints too; say {' or '.join(choices)}"
         )
     if not named.is_dir():
-        hint = "start where it is relative to, or say --set working_dir=FOLDER"
-        if beside:
-            hint = f"leave out --set working_dir to sample from {beside}"
-        raise UserError(f"{config_path}: working_dir: {named} does not exist; {hint}")
+        raise UserError(
+            f"{config_path}: working_dir: {named} does not exist; start where it is relative to, "
+            "or say --set working_dir=FOLDER"
+        )
     return named
 
 
@@ -151,19 +147,6 @@ def refuse_other_model(config: Config, recorded: Mapping[str, Any], path: Path) 
     ]
     if differing:
         raise UserError(f"{path}: trained with another config: {'; '.join(differing)}")
-
-
-def run_inference(arguments: argparse.Namespace, sources: Sources, processes: Processes) -> None:
-    """Sample all requested files; all processes take part."""
-    config = sources.config
-    find_decoder(config)
-    allow_tf32(processes.device, config.precision != "fp32")
-    loaded = load_model(
-        config, sources.checkpoint, processes.device, processes.is_main, arguments.ema
-    )
-    with loaded.decoding() as decode:
-        for each in configs_per_nfe(arguments, config):
-            make_file(arguments, sources._replace(config=each), loaded, processes, decode)
 
 
 def configs_per_nfe(arguments: argparse.Namespace, config: Config) -> list[Config]:
@@ -203,8 +186,9 @@ def make_file(
     counts = (config.eval_num_samples, config.eval_batch_size, config.eval_NFE)
     request = SampleRequest(*counts, stream, arguments.times, sampler)
 
-    def build_record() -> dict[str, Any]:
-        return record_of(
+    record: dict[str, Any] = {}
+    if is_main:
+        record = record_of(
             output,
             config.to_dict(),
             processes,
@@ -218,14 +202,13 @@ def make_file(
             **nondefault,
             **decoder_record(config),
         )
+        check_outputs(arguments, output, record)
 
     def save_record() -> None:
         if arguments.overwrite:  # a kill must not leave old samples beside the new record
             output.unlink(missing_ok=True)
-        write_record(output, build_record())
+        write_record(output, record)
 
-    if is_main:
-        check_outputs(arguments, output, build_record)
     shown = GridImages(config.eval_demo_shape, loaded.num_classes, labels)
     with tqdm(total=request.num_images, unit="image", disable=None if is_main else True) as bar:
 
@@ -262,19 +245,17 @@ def choose_output(
             raise UserError(f"--{flag} {name}: must be the name of a {suffix} file")
     if arguments.output:
         return Path(arguments.output)
-    name = f"{sources.name}_{sources.config.eval_NFE}NFE_{sources.config.seed}"
+    name = f"{sources.start.name}_{sources.config.eval_NFE}NFE_{sources.config.seed}"
     for value in nondefault.values():
         name += "_" + (value if isinstance(value, str) else "-".join(f"{t:g}" for t in value))
-    return sources.folder / f"{name}.npz"
+    return sources.start.with_name(f"{name}.npz")
 
 
-def check_outputs(
-    arguments: argparse.Namespace, output: Path, build_record: Callable[[], dict[str, Any]]
-) -> None:
+def check_outputs(arguments: argparse.Namespace, output: Path, record: Mapping[str, Any]) -> None:
     """Make the folders of the files to write; UserError if one would replace something else."""
     make_folder(output.parent)
     if not arguments.overwrite:
-        refuse_other_samples(output, build_record())
+        refuse_other_samples(output, record)
     if arguments.grid:
         check_writable(Path(arguments.grid))
         if not arguments.overwrite:
@@ -322,7 +303,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--eval-batch-size", metavar="B", help="images at a time, per process (default 32)")
     add("--eval-NFE", metavar="N[,N...]", help="steps per image (default 1); one file for each")
     times_help = "where the steps start and end (default: evenly spaced)"
-    add("--times", type=times_in, metavar="1,...,0", help=times_help)
+    add("--times", metavar="1,...,0", help=times_help)
     sampler_help = """renoise (SoFlow's default): as published, each step ends at t = 0 and fresh
         noise leads to the next t; chain: each step starts where the last one ended"""
     add("--sampler", choices=tuple(SAMPLERS), help=sampler_help)
@@ -337,15 +318,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     grid_help = "also draw a picture, one class a row if there are enough images (eval_demo_shape)"
     add("--grid", type=expanduser, metavar="FILE.png", help=grid_help)
     add("--cfg-scale", "--guidance-scale", help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
-
-
-def times_in(text: str) -> tuple[float, ...]:
-    """The times in a list such as 1,0.6,0."""
-    try:
-        return check_times(text.split(","), "--times")
-    except UserError as error:
-        raise argparse.ArgumentTypeError(str(error).removeprefix("--times: ")) from error
+    arguments = parser.parse_args(argv)
+    if arguments.times is not None:
+        arguments.times = check_times(arguments.times.split(","), "--times")
+    return arguments
 
 
 def settings_of(arguments: argparse.Namespace) -> list[str]:
@@ -369,7 +345,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     with connected(sources.config.device, sources.config.timeout_minutes) as processes:
         for note in notes if processes.is_main else []:
             print(note, file=sys.stderr)
-        run_inference(arguments, sources, processes)
+        find_decoder(sources.config)
+        allow_tf32(processes.device, sources.config.precision != "fp32")
+        loaded = load_model(
+            sources.config, sources.checkpoint, processes.device, processes.is_main, arguments.ema
+        )
+        with loaded.decoding() as decode:
+            for config in configs_per_nfe(arguments, sources.config):
+                each = sources._replace(config=config)
+                make_file(arguments, each, loaded, processes, decode)
 
 
 if __name__ == "__main__":

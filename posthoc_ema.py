@@ -92,12 +92,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("folder", type=expanduser, metavar="FOLDER", help="the folder to make")
     std_help = "relative standard deviation of the average, above 0 and at most 0.28"
     add("--std", type=float, required=True, metavar="STD", help=std_help)
-    add(
-        "--step",
-        type=int,
-        metavar="K",
-        help="the average after step K (default: the last snapshot)",
-    )
+    step_help = "the average after step K (default: the last snapshot)"
+    add("--step", type=int, metavar="K", help=step_help)
     add("--vae", metavar="NAME", help="record this decoder of latents, as in export.py")
     add("--overwrite", action="store_true", help="replace an existing export")
     return parser.parse_args(argv)

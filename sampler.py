@@ -78,9 +78,6 @@ class Sampler(NamedTuple):
     run: Callable[[Method, Sequence[Tensor], Tensor | None, Sequence[float]], Tensor]
     takes_fresh_noise: bool
 
-    def num_noises(self, steps: int) -> int:
-        return steps if self.takes_fresh_noise else 1
-
 
 SAMPLERS = {"renoise": Sampler(renoise, True), "chain": Sampler(chain, False)}
 
@@ -181,7 +178,7 @@ def sample_batches(
     device, rank, world_size = processes.device, processes.rank, processes.world_size
     dtype = next((weight.dtype for weight in model.parameters()), torch.float32)
     times = request.times or even_times(request.num_steps)
-    num_noises = SAMPLERS[request.sampler].num_noises(len(times) - 1)
+    num_noises = len(times) - 1 if SAMPLERS[request.sampler].takes_fresh_noise else 1
     for places in places_of(rank, request.num_images, world_size, request.batch_size):
         draws = request.stream.draw(places, num_noises)
         noises = [noise.to(device, dtype) for noise in draws.noises]

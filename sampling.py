@@ -75,12 +75,16 @@ class LoadedModel:
     config: Config
     shape: tuple[int, int, int]  # of x_0, [C, H, W]
     num_classes: int
-    class_names: Sequence[str] = ()  # empty if unknown
-    weights_sha256: str = ""  # of the averaged weights, if computed
     average: str = ""  # its name, if it is not the one of ema_decay_rate
     data: Mapping[str, Any] = field(default_factory=dict)  # the training data's record
+    weights_sha256: str = ""  # of the averaged weights, if computed
     report: Callable[[str], None] = _print_to_stderr
     _said: set[str] = field(default_factory=set)
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        """The names of the classes; empty if unknown."""
+        return self.data.get("class_names", ())
 
     def sample(
         self,
@@ -133,9 +137,10 @@ class LoadedModel:
         if seeds is None:
             seeds = range(len(given or [0]) if noise is None else len(noise))
         seeds = [_whole(seed, "seeds", 0) for seed in _listed(seeds, "seeds")]
-        for name, count in (("noise", noise), ("labels", given)):
-            if count is not None and len(count) not in (len(seeds), 1 if name == "labels" else -1):
-                raise UserError(f"{name}: {len(count)} for {len(seeds)} images")
+        if noise is not None and len(noise) != len(seeds):
+            raise UserError(f"noise: {len(noise)} for {len(seeds)} images")
+        if given is not None and len(given) not in (1, len(seeds)):
+            raise UserError(f"labels: {len(given)} for {len(seeds)} images")
         num_classes = self.num_classes if self.config.is_conditional else None
         stream: SamplingStream = PerSeedStream(seeds, num_classes, self.shape)
         stream = stream if noise is None else GivenNoise(stream, noise)
@@ -226,17 +231,7 @@ def assemble(
     model.load_state_dict(dict(stored.weights), assign=shares_memory)
     model.eval().requires_grad_(False)
     shape = (channels, config.data_size, config.data_size)
-    names = stored.data.get("class_names", ())
-    return LoadedModel(
-        model,
-        config,
-        shape,
-        num_classes,
-        names,
-        average=stored.average,
-        data=stored.data,
-        **further,
-    )
+    return LoadedModel(model, config, shape, num_classes, stored.average, stored.data, **further)
 
 
 def _counts(config: Config, stored: StoredModel) -> tuple[int, int]:

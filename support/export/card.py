@@ -14,7 +14,6 @@ from support.scores.table import COLUMNS
 
 MOST_NAMES = 100  # of classes; config.json has them all
 UNKNOWN_LICENCE = "license: unknown  # to be filled in"
-LICENCE = "## Licence"
 HUB_DATA_SETS = {
     "Imagenet": "ILSVRC/imagenet-1k",
     "CIFAR10": "uoft-cs/cifar10",
@@ -26,12 +25,9 @@ class Facts(NamedTuple):
     """What a card tells beyond the records."""
 
     title: str
-    parameters: str
-    pixels: int  # of the images, along a side
-    latents: Sequence[int] | None  # their shape [C, H, W]; None if the model makes pixels
+    model: Mapping[str, str]  # rows on the network, the images and the method
     num_classes: int  # 0 if the model takes none
-    class_names: Sequence[str]
-    labels: Sequence[int | str]  # three, as an example
+    labels: Sequence[int | str]  # three, as an example; none without classes
     files: Mapping[str, str]  # what each file of the folder is
 
 
@@ -76,14 +72,8 @@ def _by_name(parts: Iterable[str], name: str) -> dict[str, str]:
 def keep_written(new: Card, old: Card, digests: Mapping[str, str]) -> tuple[Card, list[str]]:
     """The new card with all parts of the old one that a person wrote or changed; their names.
 
-    `digests` are those of the parts that were written before. If there are none, as in older
-    exports, only the licence and parts that are not ours are taken for a person's.
+    `digests` are those of the parts that were written before.
     """
-    if not digests:
-        is_written = not old.sections.get(LICENCE, "").startswith(f"{LICENCE}\n\nTo be filled in")
-        ours = (new.entries | new.sections).keys() - ({LICENCE} if is_written else set())
-        digests = {name: digest for name, digest in old.digests().items() if name in ours}
-        digests["license"] = _digest(UNKNOWN_LICENCE)
     kept = [
         {name: text for name, text in parts.items() if _digest(text) != digests.get(name)}
         for parts in old
@@ -112,7 +102,7 @@ tags: [image-generation, one-step, soflow]
 ---
 """
     picture = "![Samples](samples.png)\n\n" if "samples.png" in facts.files else ""
-    labels = f"labels={list(facts.labels)}, " if facts.num_classes else ""
+    labels = f"labels={facts.labels}, " if facts.labels else ""
     body = f"""# {facts.title}
 
 {picture}Makes images in one step or a few: a Solution Flow Model (arXiv 2512.15657).
@@ -129,11 +119,11 @@ images = model.sample({labels}seeds=[0, 1, 2], steps=1)
 
 ## Model
 
-{_table(_facts_of_model(stored, facts))}
+{_table(facts.model)}
 
 ## Data
 
-{_table(_facts_of_data(stored, facts))}
+{_table(_facts_of_data(stored, facts.num_classes))}
 
 ## Training
 
@@ -147,7 +137,7 @@ images = model.sample({labels}seeds=[0, 1, 2], steps=1)
 
 {_table({f"`{name}`": what for name, what in facts.files.items()})}
 
-{LICENCE}
+## Licence
 
 To be filled in by the publisher of the model, here and at the head. Mind the terms of the data.
 """
@@ -158,29 +148,17 @@ def _table(facts: Mapping[str, object]) -> str:
     return "\n".join(["| | |", "| --- | --- |", *(f"| {k} | {v} |" for k, v in facts.items())])
 
 
-def _facts_of_model(stored: StoredModel, facts: Facts) -> dict[str, object]:
-    settings = stored.config
-    rows: dict[str, object] = {
-        "network": f"{settings['model_type']}, {facts.parameters}",
-        "images": f"{facts.pixels} x {facts.pixels} pixels",
-        "method": f"{settings['method']}; path {settings['noising_type']}, solution form "
-        f"{settings['coefficient_type']}",
-    }
-    if facts.latents:
-        rows["decoder"] = f"{settings['vae']}, of latents {list(facts.latents)}"
-    return rows
-
-
-def _facts_of_data(stored: StoredModel, facts: Facts) -> dict[str, object]:
+def _facts_of_data(stored: StoredModel, num_classes: int) -> dict[str, object]:
     rows: dict[str, object] = {"data set": stored.config["dataset_type"]}
     if "num_examples" in stored.data:
         rows["examples"] = f"{stored.data['num_examples']:,}"
     if stored.data.get("vae_sha256"):
         rows["latents made by"] = f"{stored.data.get('vae')} (SHA-256 {stored.data['vae_sha256']})"
-    if facts.num_classes:
-        names = ", ".join(facts.class_names[:MOST_NAMES])
-        more = ", ..." if len(facts.class_names) > MOST_NAMES else ""
-        rows["classes"] = f"{facts.num_classes}" + (f": {names}{more}" if names else "")
+    if num_classes:
+        names = list(stored.data.get("class_names", ()))
+        more = ["..."] if len(names) > MOST_NAMES else []
+        listed = ", ".join(names[:MOST_NAMES] + more)
+        rows["classes"] = f"{num_classes}: {listed}" if names else num_classes
     return rows
 
 

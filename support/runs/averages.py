@@ -9,7 +9,6 @@ counts in proportion to k^gamma, w_k = 1 - (1 - 1/k)^(gamma + 1) (Karras et al. 
 2312.02696, section 3).
 """
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -74,17 +73,6 @@ def gamma_of(relative_std: float) -> float:
 def last_move(step: int, every_steps: int) -> int:
     """The last step so far after which averages moved: 1, 1 + every, 1 + 2 every..."""
     return step - (step - 1) % every_steps
-
-
-def find_average(asked: str, names: Sequence[str]) -> str | None:
-    """The name among these that `asked` means, as 0.9990 means 0.999; None if there is none."""
-    if asked in names:
-        return asked
-    for name in names:
-        with contextlib.suppress(ValueError):
-            if float(name) == float(asked):
-                return name
-    return None
 
 
 # Averages of other lengths, made after training

@@ -5,12 +5,13 @@ fields of `StoredModel` and `file_sha256`, the digest of the weights file.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
 import zipfile
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from support.runs.averages import find_average
 from support.runs.checkpoint import read_checkpoint, run_of_checkpoint
 from support.system import hub
 from support.system.files import UserError, identify, sha256_of, shorten
@@ -172,12 +172,13 @@ def of_checkpoint(
     )
 
 
-def _choose_average(path: Path, ema: str, names: Collection[str]) -> str:
-    """The name of the wanted average; the first without a wish."""
-    name = find_average(ema, [*names]) if ema else next(iter(names))
-    if name is None:
-        raise UserError(f"{path}: has no average {shorten(ema)}; it has {', '.join(names)}")
-    return name
+def _choose_average(path: Path, ema: str, names: Sequence[str]) -> str:
+    """The name of the wanted average, as 0.9990 means 0.999; the first one without a wish."""
+    for name in names:
+        with contextlib.suppress(ValueError):
+            if ema in ("", name) or float(ema) == float(name):
+                return name
+    raise UserError(f"{path}: has no average {shorten(ema)}; it has {', '.join(names)}")
 
 
 def check_sums(path: Path, weights: Mapping[str, Any]) -> None:
