@@ -4,6 +4,7 @@ import copy
 import json
 import re
 
+import checkpoints
 import numpy as np
 import pytest
 import torch
@@ -16,76 +17,44 @@ import inference
 import posthoc_ema
 import train
 from sampling import load
-from support.runs.averages import (
-    Average,
-    Exponential,
-    PowerFunction,
-    Profile,
-    combine,
-    gamma_of,
-    last_move,
-)
+from support.runs.averages import Average, Exponential, PowerFunction, Profile, combine, gamma_of
 from support.system.files import UserError, sha256_of
 
 
-def small_model() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
-
-
-def test_the_average_equals_a_plain_loop_and_buffers_are_copied():
-    for every, steps in ((1, 10), (16, 40)):
-        model = small_model()
-        average = copy.deepcopy(model)
-        expected = [p.detach().double() for p in average.parameters()]
-        decay, moved = 0.99, []
-        ema = Average(average, model, Exponential(decay), every)
-        source = torch.Generator().manual_seed(1)
-        for step in range(1, steps + 1):
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.add_(torch.randn(parameter.shape, generator=source))
-            model[1].running_mean += 1
-            before = average[1].running_mean.clone()
-            ema.follow(step)
-            if not torch.equal(average[1].running_mean, before):
-                moved.append(step)
-                expected = [
-                    decay**every * old + (1 - decay**every) * new.detach().double()
-                    for old, new in zip(expected, model.parameters(), strict=True)
-                ]
-        for found, wanted in zip(average.parameters(), expected, strict=True):
-            assert found.dtype == torch.float32
-            assert torch.allclose(found.double(), wanted, rtol=1e-5, atol=1e-6)
-        assert moved == [*range(1, steps + 1, every)]
-        assert average[1].running_mean[0] == moved[-1]
-        assert average[1].num_batches_tracked.dtype == torch.int64
+def shares_of(rule: Exponential | PowerFunction, moves: list[int]) -> list[float]:
+    """The share of the weights at each move in the average, the initial weights first."""
+    if isinstance(rule, Exponential):
+        every = moves[1] - moves[0]
+        factors = [rule.decay ** (every * left) for left in range(len(moves), -1, -1)]
+        return [factors[0], *np.diff(factors)]
+    # The share of (before, step] in the integral of k^gamma from 0 to the last move.
+    power = gamma_of(rule.relative_std) + 1
+    return [0, *np.diff([(step / moves[-1]) ** power for step in (0, *moves)])]
 
 
 @pytest.mark.parametrize("every", [1, 16])
-def test_in_a_power_function_average_weights_count_by_the_power_of_their_time(every):
-    model, steps = small_model(), 40
+@pytest.mark.parametrize("rule", [Exponential(0.99), PowerFunction(0.1)])
+def test_an_average_weighs_the_weights_by_their_time_and_copies_buffers(rule, every):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     average = copy.deepcopy(model)
-    rule = PowerFunction(0.1)
     ema = Average(average, model, rule, every)
-    moves = [*range(1, steps + 1, every)]
-    expected, before, power = torch.zeros(4, 3).double(), 0, gamma_of(0.1) + 1
-    source = torch.Generator().manual_seed(1)
-    for step in range(1, steps + 1):
+    moves = [*range(1, 41, every)]
+    seen = [nn.utils.parameters_to_vector(model.parameters()).detach().double()]
+    for step in range(1, 41):
         with torch.no_grad():
-            model[0].weight.add_(torch.randn(4, 3, generator=source))
+            for parameter in model.parameters():
+                parameter.add_(torch.randn(parameter.shape))
+        model[1].running_mean += 1
         ema.follow(step)
         if step in moves:
-            # The share of (before, step] in the integral of k^gamma from 0 to the last move.
-            share = (step**power - before**power) / moves[-1] ** power
-            expected += share * model[0].weight.detach().double()
-            before = step
-    assert torch.allclose(average[0].weight.double(), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_the_last_move_is_where_an_average_stands():
-    assert [last_move(step, 1) for step in (1, 2, 100)] == [1, 2, 100]
-    assert [last_move(step, 16) for step in (1, 2, 16, 17, 100)] == [1, 1, 1, 17, 97]
+            seen.append(nn.utils.parameters_to_vector(model.parameters()).detach().double())
+        assert average[1].running_mean[0] == max(move for move in moves if move <= step)
+    found = nn.utils.parameters_to_vector(average.parameters()).detach()
+    assert found.dtype == torch.float32
+    shares = torch.tensor(shares_of(rule, moves), dtype=torch.float64)
+    torch.testing.assert_close(found.double(), shares @ torch.stack(seen), rtol=1e-5, atol=1e-5)
+    assert average[1].num_batches_tracked.dtype == torch.int64
 
 
 @pytest.mark.parametrize("std", [0.01, 0.05, 0.1, 0.28])
@@ -128,19 +97,14 @@ def run(tmp_path_factory):
 
 
 def test_several_averages_are_continued_bit_for_bit(run, tmp_path):
-    path = tmp_path / "ckpts"
-    path.mkdir()
-    train.main(digits_settings(tmp_path, total_steps=12, ckpt_saving_steps=5, **AVERAGES))
-    for step in (10, 12):
-        (path / f"{step}.pt").unlink()
-    (tmp_path / "averages" / "12.pt").unlink()
-    train.main(digits_settings(tmp_path, total_steps=12, ckpt_saving_steps=5, **AVERAGES))
-    first, second = (torch.load(p / "ckpts/12.pt", weights_only=True) for p in (run, tmp_path))
-    names = ["0.5", "0.9", "power-0.05", "power-0.1", "power-0.15"]
-    assert list(first["averages"]) == list(second["averages"]) == names
-    for name in names:
-        for key, tensor in first["averages"][name].items():
-            assert torch.equal(tensor, second["averages"][name][key]), (name, key)
+    words = digits_settings(tmp_path, total_steps=12, ckpt_saving_steps=5, **AVERAGES)
+    train.main(words)
+    for lost in ("ckpts/10.pt", "ckpts/12.pt", "averages/12.pt"):
+        (tmp_path / lost).unlink()
+    train.main(words)
+    first, second = (checkpoints.load(folder, 12) for folder in (run, tmp_path))
+    assert list(first["averages"]) == ["0.5", "0.9", "power-0.05", "power-0.1", "power-0.15"]
+    checkpoints.assert_equal(first["averages"], second["averages"])
     assert (tmp_path / "averages" / "12.pt").exists()
     weights = {
         name: average["network.x_embedder.proj.weight"]
@@ -157,9 +121,7 @@ def test_an_average_that_is_asked_for_later_starts_as_the_first_one_and_says_so(
         train.main(words)
     train.main([*words, *allowed, "--set=learning_rate=0"])
     assert re.search(r"average 0\.9 .*2\.pt", capsys.readouterr().out)
-    before, after = (
-        torch.load(tmp_path / "ckpts" / f"{step}.pt", weights_only=True) for step in (2, 3)
-    )
+    before, after = (checkpoints.load(tmp_path, step) for step in (2, 3))
     name = "network.x_embedder.proj.weight"
     expected = torch.lerp(before["ema_model"][name], before["model"][name], 1 - 0.9)
     torch.testing.assert_close(after["averages"]["0.9"][name], expected)

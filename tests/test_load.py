@@ -53,10 +53,12 @@ def test_labels_and_seeds_give_grey_pictures_and_arrays(model):
     assert images.latents.shape == (3, 1, 8, 8)
 
 
-def test_an_image_depends_on_its_seed_and_not_on_batch_or_place(model):
+def test_an_image_depends_on_its_seed_and_not_on_batch_or_place_or_containers(model):
     asked = {"labels": [1, 2, 3, 4, 5], "seeds": [9, 8, 7, 6, 5], "steps": 2}
     whole, cut = model.sample(**asked), model.sample(**asked, batch_size=2)
     alone = model.sample(labels=3, seeds=7, steps=2)
+    arrays = model.sample(torch.arange(1, 6), np.arange(9, 4, -1), np.int64(2))
+    assert torch.equal(arrays.latents, whole.latents)
     torch.testing.assert_close(cut.latents, whole.latents, atol=1e-5, rtol=0)
     torch.testing.assert_close(alone.latents[0], whole.latents[2], atol=1e-5, rtol=0)
 
@@ -79,12 +81,6 @@ def test_noise_may_be_given(model):
     assert torch.equal(model.sample(labels=4, noise=noise.double()).latents, expected)
 
 
-def test_arrays_of_labels_and_seeds_are_taken_like_lists(model):
-    lists = model.sample(labels=[1, 2], seeds=[3, 4], steps=2)
-    arrays = model.sample(torch.tensor([1, 2]), np.array([3, 4]), np.int64(2))
-    assert torch.equal(arrays.latents, lists.latents)
-
-
 def test_every_place_of_a_model_gives_the_same_images(run, model, tmp_path):
     folder = tmp_path / "exported"
     export.main([str(run), str(folder)])
@@ -101,17 +97,21 @@ def test_every_place_of_a_model_gives_the_same_images(run, model, tmp_path):
 def test_a_damaged_average_is_refused_and_other_damage_does_not_matter(run, model, tmp_path):
     content = (run / "ckpts" / "3.pt").read_bytes()
     weights = torch.load(run / "ckpts" / "3.pt", weights_only=True)
-    for part, is_read in (("ema_model", True), ("model", False)):
+    for part in ("ema_model", "model"):
         largest = max(weights[part].values(), key=torch.Tensor.numel)
         place = content.index(largest.numpy().tobytes()) + 40
         path = tmp_path / f"{part}.pt"
         path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-        if is_read:
-            with pytest.raises(UserError, match=r"ema_model\.pt: .*network\."):
-                load(path)
-        else:
-            loaded = load(path, device="cpu", report=None)
-            assert torch.equal(loaded.sample(seeds=1).latents, model.sample(seeds=1).latents)
+    with pytest.raises(UserError, match=r"ema_model\.pt: .*network\."):
+        load(tmp_path / "ema_model.pt")
+    loaded = load(tmp_path / "model.pt", device="cpu", report=None)
+    assert torch.equal(loaded.sample(seeds=1).latents, model.sample(seeds=1).latents)
+
+
+def refused(call, arguments: dict, named: str) -> None:
+    with pytest.raises(ValueError, match=named) as caught:
+        call(**arguments)
+    assert isinstance(caught.value, UserError) and "\n" not in str(caught.value)
 
 
 NOT_NUMBERS = torch.tensor([0, math.nan, math.inf]).repeat(64, 1).T.view(3, 1, 8, 8)
@@ -121,52 +121,38 @@ NOT_NUMBERS = torch.tensor([0, math.nan, math.inf]).repeat(64, 1).T.view(3, 1, 8
     ("asked", "named"),
     [
         ({"labels": "threee"}, "labels: 'threee' .*0 to 9"),
-        ({"labels": 10}, "labels: '10' .*0 to 9"),
         ({"labels": 1.5}, "labels: '1.5'"),
         ({"labels": []}, "labels: "),
-        ({"labels": np.array([])}, "labels: "),
         ({"labels": [1, 2], "seeds": [1, 2, 3]}, "labels: 2 for 3 images"),
         ({"seeds": []}, "seeds: "),
         ({"seeds": [-1]}, "seeds: -1"),
         ({"seeds": "1"}, "seeds: '1'"),
-        ({"seeds": [0, None]}, "seeds: null"),
-        ({"seeds": True}, "seeds: true"),
         ({"steps": 0}, "steps: 0"),
-        ({"steps": 1.5}, "steps: 1.5"),
         ({"steps": True}, "steps: true"),
-        ({"steps": None}, "steps: null"),
         ({"steps": 10**12}, "steps: 10{12} .*1,000"),
         ({"times": [1, 0], "steps": 5}, "steps: .*times"),
         ({"times": [1, 0.5, 0.6, 0]}, r"times: \[1.0, 0.5, 0.6, 0.0\]"),
         ({"times": [0.9, 0]}, r"times: \[0.9, 0.0\]"),
-        ({"times": [1]}, r"times: \[1.0\]"),
         ({"times": 3}, "times: 3"),
         ({"times": [1, "half", 0]}, "times: .*half"),
         ({"batch_size": 0}, "batch_size: 0"),
-        ({"batch_size": None}, "batch_size: null"),
         ({"sampler": ["chain"]}, r"sampler: \['chain'\] .*renoise, chain"),
-        ({"sampler": "euler"}, "sampler: 'euler' .*renoise, chain"),
         ({"noise": "noise"}, r"noise: .*\[N, 1, 8, 8\].* str"),
         ({"noise": torch.zeros(0, 1, 8, 8)}, r"noise: .*\[0, 1, 8, 8\]"),
         ({"noise": torch.zeros(2, 3, 8, 8)}, r"noise: .*\[2, 3, 8, 8\]"),
         ({"noise": torch.zeros(1, 1, 8, 8).int()}, r"noise: .*int32"),
-        ({"noise": torch.zeros(())}, "noise: "),
         ({"noise": torch.zeros(2, 1, 8, 8), "seeds": [1]}, "noise: 2 for 1 images"),
         ({"noise": NOT_NUMBERS}, "2 of 3 images .*nan"),
     ],
 )
 def test_an_invalid_argument_of_sample_is_one_line_that_names_it(model, asked, named):
-    with pytest.raises(ValueError, match=named) as refused:
-        model.sample(**asked)
-    assert isinstance(refused.value, UserError) and "\n" not in str(refused.value)
+    refused(model.sample, asked, named)
 
 
 @pytest.mark.parametrize(
     ("given", "named"),
     [
         ({"source": None}, "null"),
-        ({"source": 3}, "3"),
-        ({"source": ""}, "''"),
         ({"source": b"runs"}, "b'runs'"),
         ({"source": "nowhere\0"}, "nowhere"),
         ({"source": "x" * 5000}, "x"),
@@ -174,19 +160,14 @@ def test_an_invalid_argument_of_sample_is_one_line_that_names_it(model, asked, n
         ({"device": "gpu"}, "device: 'gpu' .*cpu"),
         ({"device": "cpu:7"}, "device: 'cpu:7'"),
         ({"device": torch.device("meta")}, "device: 'meta'"),
-        ({"device": None}, "device: null"),
         ({"dtype": "bfloat16"}, r"dtype: 'bfloat16' .*torch\.bfloat16"),
-        ({"dtype": torch.int8}, r"dtype: torch\.int8"),
         ({"dtype": torch.float8_e4m3fn}, r"dtype: torch\.float8_e4m3fn .*torch\.bfloat16"),
-        ({"dtype": None}, "dtype: null"),
         ({"ema": 0.5}, r"3\.pt: .*'0\.5'.*0\.1"),
         ({"report": "loud"}, "report: 'loud'"),
     ],
 )
 def test_an_invalid_argument_of_load_is_one_line_that_names_it(run, given, named):
-    with pytest.raises(ValueError, match=named) as refused:
-        load(**{"source": run, **given})
-    assert isinstance(refused.value, UserError) and "\n" not in str(refused.value)
+    refused(load, {"source": run, **given}, named)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

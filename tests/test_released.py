@@ -1,6 +1,5 @@
 """Folders laid out like the released ones are sampled and trained on as they stand."""
 
-import goldens
 import numpy as np
 import pytest
 import torch
@@ -8,7 +7,6 @@ from checkpoints import load
 from commands import ROOT, succeed
 from released import LATENT_KEYS, UNET_KEYS, release
 from standins import write_cifar10
-from tiny_vae import make_tiny_vae
 
 import train
 from models import build_model
@@ -18,8 +16,6 @@ pytestmark = pytest.mark.slow
 
 def test_released_unet_is_sampled(tmp_path):
     model = build_model("UNet", 3, 32, 10, 0.0)
-    names = [name for name, *_ in goldens.manifest()["UNet"]]
-    assert list(model.state_dict()) == names
     release(tmp_path, "UNet-uncond", UNET_KEYS, 800_000, model, torch.optim.RAdam([torch.ones(1)]))
     said = succeed(
         ROOT / "inference.py", "--config", "SoFlow/UNet-uncond/config.yaml",
@@ -29,21 +25,6 @@ def test_released_unet_is_sampled(tmp_path):
     assert str(path.relative_to(tmp_path)) in said
     with np.load(path) as archive:
         assert archive["arr_0"].shape == (3, 32, 32, 3)
-
-
-def test_released_latent_model_is_sampled(tmp_path):
-    model = build_model("DiT-Nano-4", 4, 32, 1000, 0.1)
-    optimizer = torch.optim.AdamW(model.parameters())
-    release(tmp_path, "XL-2-cond", LATENT_KEYS, 1_200_000, model, optimizer)
-    make_tiny_vae(tmp_path / "vae")
-    succeed(
-        ROOT / "inference.py", "--config", "SoFlow/XL-2-cond/config.yaml",
-        "--ckpt-steps", 1_200_000, "--eval-NFE", 2, "--num-samples", 3, "--set=vae=vae",
-        folder=tmp_path,
-    )  # fmt: skip
-    path = tmp_path / "SoFlow" / "XL-2-cond" / "evals" / "1200000_2NFE_42.npz"
-    with np.load(path) as archive:
-        assert archive["arr_0"].shape == (3, 256, 256, 3)
 
 
 def test_a_file_of_the_reference_goes_on_in_training_and_ours_has_its_keys(
