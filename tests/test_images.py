@@ -48,15 +48,6 @@ def test_floats_are_clamped_and_truncated():
     assert to_pixels(np.array([0.9 / 127.5, 1.1 / 127.5], np.float32)).tolist() == [128, 129]
 
 
-def test_module_comes_without_torch():
-    code = (
-        "import sys, support.data.images, support.scores.npz, support.system.files\n"
-        "import numpy; support.data.images.to_pixels(numpy.zeros(3))\n"
-        "assert 'torch' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 # Decoding.
 
 

@@ -38,10 +38,6 @@ class FoundPictures(NamedTuple):
     left_out: Counter[str]  # files that are not read, by ending, and links to folders
     folders: list[str]  # the folders directly in it, where no picture lies beside them
 
-    def left_out_note(self) -> str:
-        """A line about the files that are not read; empty where there are none."""
-        return left_out_note(self.left_out)
-
 
 def left_out_note(endings: Counter[str]) -> str:
     """A line about files that are not read, the most frequent endings first; or nothing."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from support.data import cifar10, fashion
-from support.data.folders import find_pictures
+from support.data.folders import find_pictures, left_out_note
 from support.data.images import EXTENSIONS, read_image
 from support.scores.measures import NEIGHBOUR, SPLIT_IMAGES
 from support.scores.npz import LABELS, ArchiveReader, read_archive
@@ -95,7 +95,7 @@ def folder_images(
         is_by_class=len(paths) > SPLIT_IMAGES
         and len({os.path.dirname(path) for path in paths}) > 1,
         exif=exif,
-        left_out_note=found.left_out_note(),
+        left_out_note=left_out_note(found.left_out),
     )
 
 
