@@ -4,7 +4,6 @@ Each is added from outside, and trained with; docs/extending.md shows objectives
 """
 
 import re
-from typing import Self
 
 import goldens
 import pytest
@@ -48,7 +47,7 @@ class Tiny(Backbone):
         self.dropout = dropout
 
     @classmethod
-    def build(cls, request: NetworkRequest) -> Self:
+    def build(cls, request: NetworkRequest) -> "Tiny":
         return cls(*request[2:])
 
     def forward(self, x, t, gap, labels=None, dropout_seed=None) -> Tensor:
@@ -62,10 +61,6 @@ class Tiny(Backbone):
         return self.out(hidden)
 
 
-def step(x: float, init: float, end: float) -> float:
-    return init if x < 0.5 else end
-
-
 @pytest.mark.parametrize(
     ("table", "key", "name", "entry", "logged"),
     [
@@ -73,7 +68,7 @@ def step(x: float, init: float, end: float) -> float:
          DataSet(channels=1, num_classes=2, load=load_stripes),
          [r"16 examples of 2 classes, in order: upright \(8\), lying \(8\)"]),
         (BACKBONES, "model_type", "Tiny", Tiny, ["Tiny, 265 parameters"]),
-        (GAP_SCHEDULES, "l_schedule", "Step", step,
+        (GAP_SCHEDULES, "l_schedule", "Step", lambda x, init, end: init if x < 0.5 else end,
          ["Step: 1/2 .*Gap_Fraction: 0.1,", "Step: 2/2 .*Gap_Fraction: 0.002,"]),
     ],
 )  # fmt: skip
