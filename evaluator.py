@@ -147,7 +147,7 @@ def notes(
 
 # The commands.
 
-SCORING = ("ref_batch", "sample_batch_dir", "distances", "watch", "delete_evaluated", "no_cache")
+SCORING = ("ref_batch", "sample_batch_dir", "distances", "watch", "delete_evaluated")
 MAKING = ("write_ref", "images", "image_size", "exif", "ref_images")
 
 
@@ -162,7 +162,7 @@ class Session:
             raise UserError(f"{self._folder}: {kind} (--sample_batch_dir)")
         make_folder(self._folder)  # so that hours of work do not end with results unwritten
         self._reference_images = references.reference_images(arguments.ref_batch)
-        self._graph_path = find_graph(arguments.inception, arguments.inception_sha256)
+        self._graph_path = find_graph(arguments.inception)
         self._loaded: tuple[Reference, FeatureGraph] | None = None
         self._distances = arguments.distances or "exact"
         self._sha256 = sha256_of(arguments.ref_batch)
@@ -222,10 +222,7 @@ class Session:
             graph = FeatureGraph(self._graph_path, shape, arguments.batch_size)
             print(f"TensorFlow {graph.tensorflow_version} on {graph.device}", flush=True)
             source = (arguments.ref_batch, images, self._sha256)
-            reference = references.load_reference(
-                *source, graph, self._distances, not arguments.no_cache
-            )
-            self._loaded = reference, graph
+            self._loaded = references.load_reference(*source, graph, self._distances), graph
         return self._loaded
 
     def _fail(self, path: Path, stamp: Stamp, error: UserError) -> None:
@@ -277,7 +274,7 @@ def make_reference(arguments: argparse.Namespace) -> int:
     if images.left_out_note:
         print(images.left_out_note, flush=True)
     references.refuse_to_replace(arguments.write_ref)
-    path = find_graph(arguments.inception, arguments.inception_sha256)
+    path = find_graph(arguments.inception)
     graph = FeatureGraph(path, images.image_shape, arguments.batch_size)
     print(f"graph {graph.path}, SHA-256 {graph.sha256}")
     references.write_reference(arguments.write_ref, images, graph, arguments.ref_images)
@@ -297,7 +294,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     again = "keep scoring new files, looking every so many seconds (60)"
     number("--watch", nargs="?", const=60, metavar="SECONDS", help=again)
     add("--delete_evaluated", action="store_true", help="delete each .npz once it is scored")
-    add("--no_cache", action="store_true", help="neither read nor write the reference's cache")
     path("--write_ref", metavar="OUT.npz", help="make a reference file from --images")
     source = "folder of pictures, of CIFAR-10 or of Fashion-MNIST, or an .npz"
     path("--images", metavar="SOURCE", help=source)
@@ -306,7 +302,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--exif", choices=("apply", "ignore"), help=exif)
     number("--ref_images", help="images to keep in the reference file (all)")
     path("--inception", metavar="PATH", help=f"frozen graph (default: {DEFAULT_NAME})")
-    add("--inception_sha256", metavar="HEX", help="digest that the graph must have")
     number("--batch_size", default=64, help="images per run of the graph (64)")
     arguments = parser.parse_args(list(map(underscored, sys.argv[1:] if argv is None else argv)))
     chosen = vars(arguments)

@@ -40,10 +40,10 @@ class Features(NamedTuple):
     spatial: np.ndarray
 
 
-def find_graph(path: str | Path | None, sha256: str | None = None, beside: Path = ROOT) -> Path:
+def find_graph(path: str | Path | None, beside: Path = ROOT) -> Path:
     """The graph's file: `path`, or the default name here or in `beside`, or downloaded to here.
 
-    Raises UserError if it is absent and cannot be downloaded, or if its digest is not `sha256`.
+    Raises UserError if it is absent and cannot be downloaded.
     """
     if path is None:
         places = [Path(DEFAULT_NAME), beside / DEFAULT_NAME]
@@ -60,8 +60,6 @@ def find_graph(path: str | Path | None, sha256: str | None = None, beside: Path 
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such graph; --inception takes a frozen graph, a .pb file")
-    if sha256 is not None and (actual := sha256_of(path)) != sha256.lower():
-        raise UserError(f"{path}: SHA-256 is {actual}, not {sha256} (--inception_sha256)")
     return path
 
 

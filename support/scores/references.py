@@ -169,7 +169,6 @@ def load_reference(
     sha256: str,
     graph: FeatureGraph,
     distances: str = "exact",
-    use_cache: bool = True,
 ) -> Reference:
     """The reference at `path` with its `images`, as `graph` sees it.
 
@@ -186,7 +185,7 @@ def load_reference(
     manifold = None
     if images is not None:
         # Not an .npz, lest it be scored.
-        cache = path.with_name(f"{path.name}.{graph.sha256[:12]}.cache") if use_cache else None
+        cache = path.with_name(f"{path.name}.{graph.sha256[:12]}.cache")
         measured, manifold = _measure_once(images, graph, sha256, distances, cache)
         statistics = measured.statistics | statistics
         computed = Source("images", images.num_images)
@@ -225,15 +224,15 @@ def _read_statistics(archive: ArchiveReader, graph: FeatureGraph) -> dict[str, S
 
 
 def _measure_once(
-    images: ImageSet, graph: FeatureGraph, sha256: str, distances: str, cache: Path | None
+    images: ImageSet, graph: FeatureGraph, sha256: str, distances: str, cache: Path
 ) -> tuple[Measured, Manifold]:
     """What the graph sees in a reference's images; from the cache, or written to it."""
     key = f"{CACHE_VERSION} {sha256} {graph.sha256}"
-    found = _read_cache(cache, key, images.num_images, graph) if cache else None
+    found = _read_cache(cache, key, images.num_images, graph)
     measured, radii = found or (measure(images, graph), {})
     manifold = Manifold.of(measured.features, distances, radii.get(distances))
     # Features too long for float16 have infinite radii, which the cache does not take.
-    if cache and distances not in radii and np.isfinite(manifold.squared_radii).all():
+    if distances not in radii and np.isfinite(manifold.squared_radii).all():
         _write_cache(cache, key, measured, radii | {distances: manifold.squared_radii})
     return measured, manifold
 
