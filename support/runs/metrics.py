@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from support.runs.trackers import Trackers
-from support.system.files import UserError, append_line, atomic_write
+from support.system.files import append_line, atomic_write, reporting_os_errors
 from support.system.processes import Processes
 
 METRICS_FILE = "metrics.jsonl"
@@ -129,10 +129,8 @@ def cut_after(path: Path, step: int) -> None:
     """
     if not path.exists():
         return
-    try:
+    with reporting_os_errors(f"{path}: cannot be read"):
         content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     end = 0
     for line in content.splitlines(keepends=True):
         if not line.endswith(b"\n") or _step_of(line) > step:

@@ -9,7 +9,7 @@ from typing import Any
 from support.runs.background import Background, background
 from support.runs.checkpoint import host_copy, refuse_non_finite, save_checkpoint
 from support.runs.logbook import record_of, write_record
-from support.system.files import UserError, make_folder, numbered_files
+from support.system.files import make_folder, numbered_files, reporting_os_errors
 from support.system.locks import hold_lock
 from support.system.processes import Processes
 
@@ -135,9 +135,7 @@ class Results:
         for step in upto[: -self.keep_last]:
             if self.keep_every_steps and step % self.keep_every_steps == 0:
                 continue
-            try:
+            with reporting_os_errors(f"{found[step]}: cannot be deleted"):
                 # The record first: a kill in between leaves a result, which is found again.
                 found[step].with_suffix(".json").unlink(missing_ok=True)
                 found[step].unlink()
-            except OSError as error:
-                raise UserError(f"{found[step]}: cannot be deleted ({error.strerror})") from error

@@ -48,6 +48,15 @@ def shorten(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
 
 
+@contextlib.contextmanager
+def reporting_os_errors(what: str) -> Iterator[None]:
+    """A block in which an OSError is a UserError: `what`, and the system's reason."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what} ({error.strerror or error})") from error
+
+
 def temporary_path(path: Path) -> Path:
     """Where `path` is written until it is whole: a fixed name, so leftovers are overwritten."""
     return path.with_name(f".{path.name}.tmp")
@@ -63,12 +72,10 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
     """
     path = Path(path)
     partial = temporary_path(path)
-    try:
+    with reporting_os_errors(f"{path}: cannot be written"):
         # Not "wb": that would empty the file of a process that holds the lock.
         descriptor = os.open(partial, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
-    with os.fdopen(descriptor, "r+b") as file:
+    with reporting_os_errors(f"{path}: not written"), os.fdopen(descriptor, "r+b") as file:
         if not try_lock(file, partial):
             raise UserError(f"{path}: another process is writing this file")
         try:
@@ -78,13 +85,11 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
             os.replace(partial, path)
             sync_folder(path.parent)
-        except BaseException as error:
+        except BaseException:
             with contextlib.suppress(OSError):  # the folder may be read-only by now
                 partial.unlink()
             with contextlib.suppress(OSError):
                 file.close()  # flushes, which may fail on a full disk; the file is gone already
-            if isinstance(error, OSError):
-                raise UserError(f"{path}: not written ({error.strerror or error})") from error
             raise
 
 
@@ -134,12 +139,10 @@ def make_folder(folder: str | Path) -> Path:
     """Create `folder` and its parents if needed; UserError where nothing can be written there."""
     folder = Path(folder)
     probe = folder / f".writable-{os.getpid()}"
-    try:
+    with reporting_os_errors(f"{folder}: not a writable folder"):
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
-    except OSError as error:
-        raise UserError(f"{folder}: not a writable folder ({error.strerror})") from error
     return folder
 
 
@@ -155,11 +158,11 @@ def refuse_foreign(path: Path, mark: bytes, way_out: str) -> None:
     """UserError where a file at `path` lacks `mark` near its start, which ours have."""
     if not path.is_file():
         return
-    try:
-        with open(path, "rb", opener=regular_only) as file:
-            is_ours = mark in file.read(MARKED_BYTES)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    with (
+        reporting_os_errors(f"{path}: cannot be read"),
+        open(path, "rb", opener=regular_only) as file,
+    ):
+        is_ours = mark in file.read(MARKED_BYTES)
     if not is_ours:
         raise UserError(f"{path}: exists, and was not made by this command; {way_out}")
 
@@ -169,23 +172,20 @@ def append_line(path: str | Path, line: str) -> None:
 
     If a killed process left a last line without its end, that end is written first.
     """
-    try:
-        with open(path, "a+b", buffering=0) as file:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(file, fcntl.LOCK_EX)
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - 1))
-            start = b"" if file.read(1) in (b"", b"\n") else b"\n"
-            data = start + line.encode(errors="surrogateescape") + b"\n"
-            try:
-                if file.write(data) != len(data):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                os.fsync(file.fileno())
-            except OSError:
-                file.truncate(size)
-                raise
-    except OSError as error:
-        raise UserError(f"{path}: not written ({error.strerror or error})") from error
+    with reporting_os_errors(f"{path}: not written"), open(path, "a+b", buffering=0) as file:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        start = b"" if file.read(1) in (b"", b"\n") else b"\n"
+        data = start + line.encode(errors="surrogateescape") + b"\n"
+        try:
+            if file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def download(url: str, path: str | Path, timeout_seconds: float = 30) -> None:
@@ -235,11 +235,8 @@ def identify(path: Path) -> str:
 
 def sha256_of(path: str | Path) -> str:
     """Hex SHA-256 of a file's bytes."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    with reporting_os_errors(f"{path}: cannot be read"), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def numbered_files(folder: Path, suffix: str) -> dict[int, Path]:
@@ -247,10 +244,8 @@ def numbered_files(folder: Path, suffix: str) -> dict[int, Path]:
     if not folder.is_dir():
         return {}
     name = re.compile(rf"(0|[1-9][0-9]*){re.escape(suffix)}", re.ASCII)
-    try:
+    with reporting_os_errors(f"{folder}: cannot be read"):
         matches = [(name.fullmatch(path.name), path) for path in folder.iterdir()]
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be read ({error.strerror})") from error
     return dict(sorted((int(match[1]), path) for match, path in matches if match))
 
 

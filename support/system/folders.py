@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from support.system.files import UserError, make_folder, sync, sync_folder, temporary_path
+from support.system.files import make_folder, reporting_os_errors, sync, sync_folder, temporary_path
 from support.system.locks import hold_lock
 
 
@@ -19,7 +19,10 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     path = Path(path).resolve()  # a link stays one
     partial, before = temporary_path(path), path.with_name(f".{path.name}.old")
     make_folder(path.parent)
-    with hold_lock(path.with_name(f".{path.name}.lock"), f"{path}: another process is making it"):
+    with (
+        hold_lock(path.with_name(f".{path.name}.lock"), f"{path}: another process is making it"),
+        reporting_os_errors(f"{path}: not written"),
+    ):
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
@@ -31,11 +34,9 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
                 path.rename(before)
             partial.rename(path)
             sync_folder(path.parent)
-        except BaseException as error:
+        except BaseException:
             if before.exists() and not path.exists():
                 before.rename(path)
-            if isinstance(error, OSError):
-                raise UserError(f"{path}: not written ({error.strerror or error})") from error
             raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)

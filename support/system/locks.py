@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from support.system.files import UserError, make_folder, try_lock
+from support.system.files import UserError, make_folder, reporting_os_errors, try_lock
 
 _open_locks: set[IO[bytes]] = set()
 # Otherwise a forked loader worker that outlives its killed parent would keep the lock.
@@ -25,10 +25,8 @@ def _hold(path: Path, wait: Callable[[IO[bytes]], None]) -> Iterator[IO[bytes]]:
     where the file system has no locks.
     """
     while True:
-        try:
+        with reporting_os_errors(f"{path}: cannot be written"):
             file = open(path, "a+b")  # noqa: SIM115 - closed below
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror})") from error
         _open_locks.add(file)
         try:
             with file:

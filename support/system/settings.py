@@ -16,7 +16,7 @@ from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError, core_schema
 
-from support.system.files import UserError, shorten
+from support.system.files import UserError, reporting_os_errors, shorten
 
 LARGEST_NUMBER = 2**63  # neither torch nor file systems count further
 FILE_LIMIT_BYTES = 1 << 17  # of a config, which the YAML parser reads in a second
@@ -97,12 +97,10 @@ def parse_yaml(text: str, place: str) -> Any:
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     path = Path(path)
+    with reporting_os_errors(f"{path}: cannot be read"), open(path, "rb") as file:
+        content = file.read(FILE_LIMIT_BYTES + 1)
     try:
-        with open(path, "rb") as file:
-            content = file.read(FILE_LIMIT_BYTES + 1)
         text = content.decode()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file in UTF-8") from None
     if len(content) > FILE_LIMIT_BYTES:
