@@ -44,7 +44,7 @@ SCORES = ("FD", "prec", "recall", "class")
 def train_all(jobs: Sequence[Job], plan: Plan, folder: Path) -> None:
     """Run the jobs that are not done; UserError names the log of one that failed."""
     waiting = [job for job in jobs if not read_record(folder, job, "job.json")]
-    with ThreadPoolExecutor(usable_cores()) as pool:
+    with ThreadPoolExecutor(len(usable_cores())) as pool:
         runs = pool.map(lambda job: train_one(job, plan, folder), waiting)
         for _ in tqdm(runs, total=len(waiting), unit="run", desc="training"):
             pass

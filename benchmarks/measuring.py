@@ -133,7 +133,7 @@ def machine() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.split(":")[1].strip() for line in lines if "model name" in line), name)
     threads = torch.get_num_threads()
-    return f"{name}, {usable_cores()} cores, {threads} threads, torch {torch.__version__}"
+    return f"{name}, {len(usable_cores())} cores, {threads} threads, torch {torch.__version__}"
 
 
 def memory_mb(entry: str) -> float:

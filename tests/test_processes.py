@@ -181,7 +181,7 @@ def test_processes_share_the_cores_that_they_run_on_for_threads_and_compiling(
 ):
     chosen = []
     monkeypatch.setattr("os.environ", {})
-    monkeypatch.setattr(processes, "_cores", lambda: [*cores])
+    monkeypatch.setattr(processes, "usable_cores", lambda: [*cores])
     monkeypatch.setattr(socket, "gethostname", lambda: "here")
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     monkeypatch.setattr(Processes, "gather", lambda self, value: [value, *others])

@@ -6,7 +6,6 @@ t. With p = 1 the weighted losses are near one by construction, and the losses o
 the gap fraction. Here the gap fraction is the schedule's last, l_end_ratio.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -89,7 +88,7 @@ def measure(
     was_training = model.training
     model.eval()
     try:
-        sums = dict(_sums(model, frozen, processes.device))
+        sums = _sums(model, frozen, processes.device)
     finally:
         model.train(was_training)
     counts = processes.sum_over_ranks(sums.pop("count"))
@@ -98,14 +97,11 @@ def measure(
     }
 
 
-def _sums(
-    model: Method, frozen: list[FrozenBatch], device: torch.device
-) -> Iterator[tuple[str, Tensor]]:
+def _sums(model: Method, frozen: list[FrozenBatch], device: torch.device) -> dict[str, Tensor]:
     """[BINS] sums of each loss's squared errors, and their number as `count`."""
-    totals = {"count": torch.zeros(BINS, device=device)}
-    totals |= {name: torch.zeros(BINS, device=device) for name in model.error_names}
+    totals = {name: torch.zeros(BINS, device=device) for name in ("count", *model.error_names)}
     for batch, bins in frozen:
         errors = model.squared_errors(batch) | {"count": torch.ones(len(bins), device=device)}
         for name, values in errors.items():
             totals[name].index_add_(0, bins, values.float())
-    yield from totals.items()
+    return totals

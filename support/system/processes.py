@@ -162,16 +162,15 @@ def choose_device(name: str, local_rank: int = 0, world_size: int = 1) -> torch.
         has_cuda = torch.cuda.is_available()
     if name in ("auto", "cuda") and not has_cuda and (found := unusable_gpu()):
         raise UserError(f"device: {found}; `device: cpu` does without it")
-    available = {"cuda": has_cuda, "mps": torch.backends.mps.is_available(), "cpu": True}
+    has_mps = world_size == 1 and torch.backends.mps.is_available()  # gloo cannot connect several
+    available = [kind for kind, there in (("cuda", has_cuda), ("mps", has_mps)) if there] + ["cpu"]
     if name == "auto":
-        name = next(kind for kind, there in available.items() if there)
-        if name == "mps" and world_size > 1:
-            name = "cpu"
-    if name == "mps" and world_size > 1:
-        raise UserError("device: 'mps' works with one process only: gloo cannot connect several")
-    if not available.get(name):
-        there = ", ".join(kind for kind, is_there in available.items() if is_there)
-        raise UserError(f"device: {name!r} is not available on this machine; there is {there}")
+        name = available[0]
+    if name not in available:
+        raise UserError(
+            f"device: {name!r} is not available on this machine for {world_size} processes; there "
+            f"is {', '.join(available)}"
+        )
     if name != "cuda":
         return torch.device(name)
     count = torch.cuda.device_count()
@@ -203,12 +202,8 @@ def check_own_gpu(store: dist.Store, gpu: str, rank: int, local_rank: int, count
             raise UserError(_too_few_gpus(local, len(set(gpus))))
 
 
-def usable_cores() -> int:
-    """The number of processor cores that this process may use."""
-    return len(_cores())
-
-
-def _cores() -> list[int]:
+def usable_cores() -> list[int]:
+    """The processor cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):  # Linux
         return sorted(os.sched_getaffinity(0))
     return [*range(os.cpu_count() or 1)]
@@ -219,8 +214,8 @@ def share_cores(processes: Processes) -> None:
 
     torchrun lets every process run on all cores, with one thread; SLURM may give each its own.
     """
-    mine = (socket.gethostname(), _cores())
-    share = max(1, usable_cores() // processes.gather(mine).count(mine))
+    mine = (socket.gethostname(), usable_cores())
+    share = max(1, len(mine[1]) // processes.gather(mine).count(mine))
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(share))
     if processes.device.type == "cpu":
         torch.set_num_threads(share)
@@ -247,6 +242,7 @@ def connected(device: str, timeout_minutes: float) -> Iterator[Processes]:
     """
     rank, local_rank = _from_torchrun("RANK", 0), _from_torchrun("LOCAL_RANK", 0)
     world_size = world_size_asked_for()
+    local_world_size = _from_torchrun("LOCAL_WORLD_SIZE", world_size)
     chosen = choose_device(device, local_rank, world_size)
     if chosen.type == "cpu":
         keep_freed_memory()
@@ -257,15 +253,21 @@ def connected(device: str, timeout_minutes: float) -> Iterator[Processes]:
         yield Processes(rank, local_rank, world_size, chosen)
         return
     timeout = timedelta(minutes=timeout_minutes)
-    if rank == 0 and _from_torchrun("LOCAL_WORLD_SIZE", world_size) < world_size:
+    if rank == 0 and local_world_size < world_size:
         print(f"connecting {world_size} processes: {timeout_minutes:g} minutes at most", flush=True)
     with _reporting_failed_connection(timeout_minutes):
-        _choose_interface(world_size)
-        store = _store_of_this_attempt(timeout)
+        if local_world_size < world_size:
+            _choose_interface()
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        if local_world_size == world_size:
+            # torchrun's store still has the addresses of the processes before a restart, so each
+            # attempt gets a prefix. Several machines do not count the same attempts: there
+            # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each attempt a store.
+            attempt = _from_torchrun("TORCHELASTIC_RESTART_COUNT", 0)
+            store = dist.PrefixStore(f"attempt {attempt}", store)
         if chosen.type == "cuda":
             gpu = f"{socket.gethostname()} {torch.cuda.get_device_properties(chosen).uuid}"
-            count = _from_torchrun("LOCAL_WORLD_SIZE", world_size)
-            check_own_gpu(store, gpu, rank, local_rank, count)
+            check_own_gpu(store, gpu, rank, local_rank, local_world_size)
         dist.init_process_group(
             "nccl" if chosen.type == "cuda" else "gloo",
             timeout=timeout,
@@ -297,47 +299,21 @@ def _leaving_together() -> Iterator[None]:
     dist.barrier()
 
 
-def _choose_interface(world_size: int) -> None:
+def _choose_interface() -> None:
     """Let gloo connect machines over the network that leads to the first one.
 
     By default it takes the address of the machine's name, which is 127.0.1.1 on many machines.
     """
-    if _from_torchrun("LOCAL_WORLD_SIZE", world_size) == world_size:
-        return
-    interface = _interface_to(os.environ.get("MASTER_ADDR", ""))
-    if interface:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-
-
-def _interface_to(host: str) -> str | None:
-    """The network interface that leads to `host`, or that has its address, where that is local.
-
-    None where this cannot be told, and for the loopback interface.
-    """
     with contextlib.suppress(OSError), socket.socket(type=socket.SOCK_DGRAM) as probe:
-        probe.connect((host, 1))  # sends nothing
+        probe.connect((os.environ.get("MASTER_ADDR", ""), 1))  # sends nothing
         address = probe.getsockname()[0]
-        if address.startswith("127."):
-            return None
+        if address.startswith("127."):  # of the loopback interface, which leads nowhere
+            return
         for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # an interface without an address
                 answer = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("40s", name.encode()))
                 if socket.inet_ntoa(answer[20:24]) == address:
-                    return name
-    return None
-
-
-def _store_of_this_attempt(timeout: timedelta) -> dist.Store:
-    """The store through which the processes find each other.
-
-    It is torchrun's, and after a restart it still has the addresses of the former processes. So
-    each attempt gets a prefix on one machine, where all processes count the same attempts. On
-    several machines they do not; TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each attempt a store.
-    """
-    store, _, world_size = next(dist.rendezvous("env://", timeout=timeout))
-    if _from_torchrun("LOCAL_WORLD_SIZE", world_size) < world_size:
-        return store
-    return dist.PrefixStore(f"attempt {_from_torchrun('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+                    os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 @contextlib.contextmanager
