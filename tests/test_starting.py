@@ -1,12 +1,13 @@
 """A run that starts from another model: what is copied, what is new, what is refused."""
 
+import copy
 import json
 
 import pytest
 import torch
+from checkpoints import assert_equal, load
 from commands import ROOT, digits_settings, succeed
 from safetensors.torch import save_file
-from torch import Tensor
 
 import train
 from models import build_model
@@ -17,23 +18,18 @@ from support.system.files import UserError, sha256_of
 TABLE = "y_embedder.embedding_table.weight"
 
 
-def network(names=("a", "b"), channels=1, size=8, model_type="DiT-Nano-2", null=True):
+def network(names="ab", channels=1, size=8, model_type="DiT-Nano-2"):
     """A fresh network, whose weights are all other than those of the one before."""
-    drop_rate = 0.1 if null else 0.0
-    built = build_model(model_type, channels, size, len(names), drop_rate).network
+    built = build_model(model_type, channels, size, len(names), 0.1).network
     for parameter in built.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter)
     return built
 
 
-def stored(weights: dict[str, Tensor], names=()) -> StoredModel:
-    return StoredModel(ROOT / "none.pt", weights, {}, {"class_names": list(names)})
-
-
-def matched(source, target, names=("a", "b"), target_names=("a", "b")):
-    null_label = target.null_label
-    return match(stored(source.state_dict(), names), target, TABLE, null_label, target_names)
+def matched(source, target, names="ab", target_names="ab"):
+    stored = StoredModel(ROOT / "none.pt", source.state_dict(), {}, {"class_names": list(names)})
+    return match(stored, target, target_names)
 
 
 @pytest.mark.parametrize("size", [8, 16])  # of the source's images
@@ -43,8 +39,7 @@ def test_of_the_same_network_and_classes_all_but_the_positions_is_copied(size):
     found = matched(source, target)
     assert (found.new, found.left) == ([], [])
     target.load_state_dict(found.copied, strict=False)
-    for name, tensor in target.state_dict().items():
-        assert torch.equal(tensor, expected[name]), name
+    assert_equal({**target.state_dict()}, expected)
 
 
 def test_rows_of_the_label_table_are_those_of_the_same_name():
@@ -81,27 +76,25 @@ def test_of_a_network_without_the_gap_its_embedding_is_new(tmp_path):
     path = tmp_path / "published.pt"
     published = {f"module.{n}": t for n, t in weights.items()}
     torch.save({"ema": {**published, "epoch": 3}}, path)
-    record, _ = start_from(str(path), target, TABLE, target.null_label, ("a", "b"))
+    record, _ = start_from(str(path), target, "ab")
     assert record["new"] == [*gap]
     assert record["file_sha256"] == sha256_of(path)
-    for name, tensor in target.state_dict().items():
-        assert torch.equal(tensor, gap.get(name, weights.get(name))), name
+    assert_equal({**target.state_dict()}, weights | gap)
     save_file(weights, tmp_path / "published.safetensors")
     again = network()
-    start_from(str(tmp_path / "published.safetensors"), again, TABLE, again.null_label, "ab")
+    start_from(str(tmp_path / "published.safetensors"), again, "ab")
     assert torch.equal(again.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight)
 
 
 @pytest.mark.parametrize("model_type", ["UNet", "DiT-Ti-2"])
 def test_what_fits_nowhere_is_refused(tmp_path, model_type):
-    channels, size = (3, 32) if model_type == "UNet" else (1, 8)
-    torch.save(network(model_type=model_type, channels=channels, size=size).state_dict(),
-               tmp_path / "m.pt")  # fmt: skip
+    source = network(model_type=model_type, size=32 if model_type == "UNet" else 8)
+    torch.save(source.state_dict(), tmp_path / "m.pt")
     target = network()
-    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    before = copy.deepcopy(target.state_dict())
     with pytest.raises(UserError, match=r"m\.pt"):
-        start_from(str(tmp_path / "m.pt"), target, TABLE, target.null_label, ("a", "b"))
-    assert all(torch.equal(before[name], t) for name, t in target.state_dict().items())
+        start_from(str(tmp_path / "m.pt"), target, "ab")
+    assert_equal(target.state_dict(), before)
 
 
 @pytest.mark.parametrize("content", [{"model": {1: 2, "b": 3}}, {"a": 1}, [1], None])
@@ -109,11 +102,7 @@ def test_a_source_without_weights_is_refused(tmp_path, content):
     if content is not None:
         torch.save(content, tmp_path / "m.pt")
     with pytest.raises(UserError, match=r"^init_from: .*m\.pt"):
-        start_from(str(tmp_path / "m.pt"), network(), TABLE, 2, ("a", "b"))
-
-
-def checkpoint(folder, step: int) -> dict:
-    return torch.load(folder / "ckpts" / f"{step}.pt", weights_only=True)
+        start_from(str(tmp_path / "m.pt"), network(), "ab")
 
 
 @pytest.fixture(scope="module")
@@ -130,22 +119,21 @@ def test_a_run_starts_from_the_average_and_never_looks_again(source, tmp_path, c
     said = capsys.readouterr().out
     assert f"starts from {source / 'ckpts' / '2.pt'} (SHA-256 " in said
     assert "label table: 10 of 10 classes by name and the null class" in said
-    start, origin = checkpoint(folder, 0), checkpoint(source, 2)["ema_model"]
+    start, origin = load(folder, 0), load(source, 2)["ema_model"]
     for part in (start["model"], start["ema_model"], start["averages"]["0.5"]):
-        assert all(torch.equal(part[name], tensor) for name, tensor in origin.items())
+        assert_equal(part, origin)
     record = start["started_from"]
     assert record["file_sha256"] == sha256_of(source / "ckpts" / "2.pt")
     assert (record["finished_steps"], record["new"], record["left"]) == (2, [], [])
-    whole = checkpoint(folder, 2)
+    whole = load(folder, 2)
     (folder / "ckpts" / "2.pt").unlink()
     source.rename(source.with_name("moved"))
     try:
         train.main([*words, "--set=ckpt_saving_steps=1"])
     finally:
         source.with_name("moved").rename(source)
-    assert checkpoint(folder, 2)["started_from"] == record
-    for name, tensor in whole["model"].items():
-        assert torch.equal(checkpoint(folder, 2)["model"][name], tensor)
+    assert load(folder, 2)["started_from"] == record
+    assert_equal(load(folder, 2)["model"], whole["model"])
 
 
 @pytest.mark.slow

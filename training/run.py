@@ -125,11 +125,8 @@ def start_from_another(run: Run) -> list[str]:
     source, state = run.config.init_from, run.learner.state
     assert source is not None
     network = state.model.network
-    names, null_label = run.data.spec.class_names, state.model.null_label
-    label_table = getattr(network, "label_table", "")
-    record, notes = run.processes.on_rank0(
-        lambda: start_from(source, network, label_table, null_label, names)
-    )
+    names = run.data.spec.class_names
+    record, notes = run.processes.on_rank0(lambda: start_from(source, network, names))
     run.processes.broadcast_(state.model.state_dict().values())
     state.restart_averages()
     state.started_from = record

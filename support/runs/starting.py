@@ -38,22 +38,19 @@ class Transfer:
 
 
 def start_from(
-    source: str,
-    network: nn.Module,
-    label_table: str,
-    null_label: int | None,
-    class_names: Sequence[str],
+    source: str, network: nn.Module, class_names: Sequence[str]
 ) -> tuple[dict[str, Any], list[str]]:
     """Copy the averaged weights at `source` into a fresh network, as far as they fit.
 
-    The source is any model that MODEL_HELP describes, or a file of weights with our names. Returns
-    a record and lines for the log. UserError if nothing fits.
+    The source is any model that MODEL_HELP describes, or a file of weights with our names. The
+    network may name its `label_table` and `null_label`. Returns a record and lines for the log.
+    UserError if nothing fits.
     """
     try:
         stored = read_source(source)
     except UserError as error:
         raise UserError(f"init_from: {error}") from None
-    transfer = match(stored, network, label_table, null_label, class_names)
+    transfer = match(stored, network, class_names)
     numbers = sum(tensor.numel() for tensor in network.state_dict().values())
     copied = sum(tensor.numel() for tensor in transfer.copied.values())
     if copied < LEAST_SHARE * numbers:
@@ -99,23 +96,17 @@ def read_source(source: str) -> StoredModel:
     return StoredModel(path, named, {})
 
 
-def match(
-    stored: StoredModel,
-    network: nn.Module,
-    label_table: str,
-    null_label: int | None,
-    class_names: Sequence[str],
-) -> Transfer:
+def match(stored: StoredModel, network: nn.Module, class_names: Sequence[str]) -> Transfer:
     """Which stored weights fit where; tables that are not trained stay as they are."""
     weights = {PREFIXES.sub("", name, count=1): tensor for name, tensor in stored.weights.items()}
-    state, found = network.state_dict(), Transfer()
+    label_table, found = getattr(network, "label_table", ""), Transfer()
     trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
-    for name in state:
-        given, target = weights.pop(name, None), state[name]
+    for name, target in network.state_dict().items():
+        given = weights.pop(name, None)
         if name not in trained:
             continue
         if name == label_table and given is not None and given.shape[1:] == target.shape[1:]:
-            rows, note = match_rows(stored, given, null_label, class_names)
+            rows, note = match_rows(stored, given, network, class_names)
             found.notes.append(note)
             given = None
             if rows:
@@ -132,12 +123,13 @@ def match(
 
 
 def match_rows(
-    stored: StoredModel, table: Tensor, null_label: int | None, class_names: Sequence[str]
+    stored: StoredModel, table: Tensor, network: nn.Module, class_names: Sequence[str]
 ) -> tuple[dict[int, Tensor], str]:
     """Row -> values of the label table, and a line on them.
 
     By class name if both sides have names, else by number if both have as many classes.
     """
+    null_label = getattr(network, "null_label", None)
     there = list(stored.data.get("class_names", ()))
     if len(table) - len(there) not in (0, 1):
         there = []  # the names are not those of these rows
