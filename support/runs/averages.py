@@ -11,7 +11,7 @@ counts in proportion to k^gamma, w_k = 1 - (1 - 1/k)^(gamma + 1) (Karras et al. 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,15 +19,6 @@ from torch import Tensor, nn
 
 LARGEST_STD = 0.28  # equal shares, the widest possible average, have 0.2887
 PREFIX = "power-"  # of the names of power function averages
-
-
-class Rule(Protocol):
-    """How fast an average follows: the weight of a move after `step` that covers `steps` steps."""
-
-    @property
-    def name(self) -> str: ...
-
-    def weight(self, step: int, steps: int) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -57,6 +48,10 @@ class PowerFunction:
     def weight(self, step: int, steps: int) -> float:
         before = max(step - steps, 0)
         return 1 - (before / step) ** (gamma_of(self.relative_std) + 1)
+
+
+# How fast an average follows: `weight` is that of a move after `step` that covers `steps` steps.
+Rule = Exponential | PowerFunction
 
 
 def gamma_of(relative_std: float) -> float:
