@@ -38,7 +38,7 @@ from sampler import (
 from sampling import LoadedModel, assemble
 from support.data.grids import Grid, GridImages, save_grid
 from support.data.images import PNG_MARK, ImageBatch
-from support.runs.checkpoint import checkpoint_path, run_of_checkpoint, run_of_config
+from support.runs.checkpoint import run_of_checkpoint, run_of_config
 from support.runs.logbook import record_of, write_record
 from support.runs.sample_records import refuse_other_samples
 from support.runs.stored import MODEL_HELP, WEIGHTS_FILE, find_file, read_file, read_stored
@@ -72,7 +72,7 @@ def find_sources(arguments: argparse.Namespace, report: Callable[[str], None]) -
         if config is None:
             raise UserError("--config: needed with --ckpt-steps; --ckpt MODEL does without")
         run = find_run(config, Path(arguments.config), is_chosen)
-        path = checkpoint_path(run / "ckpts", arguments.ckpt_steps)
+        path = run / "ckpts" / f"{arguments.ckpt_steps}.pt"
         return Sources(config, path, run / "evals" / path.stem)
     path = find_file(arguments.ckpt)
     start = start_of_names(arguments.ckpt, path)

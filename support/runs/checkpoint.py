@@ -58,7 +58,6 @@ class TrainState(Generic[Model]):
             "finished_steps": self.finished_steps,
             "finished_epochs": self.finished_steps // steps_per_epoch,
             **({"averages": further} if further else {}),
-            **({"started_from": self.started_from} if self.started_from else {}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], source: str) -> list[str]:
@@ -124,11 +123,6 @@ def _as_yaml(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # Names and places
-
-
-def checkpoint_path(folder: Path, finished_steps: int) -> Path:
-    """The name of the checkpoint after `finished_steps` steps."""
-    return folder / f"{finished_steps}.pt"
 
 
 def find_checkpoints(folder: Path) -> dict[int, Path]:

@@ -20,24 +20,20 @@ def time_steps(
 ) -> Iterator[str]:
     """Take a few steps; yields each line about them as soon as it is known."""
 
-    def seconds_of_step() -> float:
-        started = time.monotonic()
-        step()
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        return time.monotonic() - started
-
     yield (
         f"timing at least {LEAST_STEPS} steps and {LEAST_SECONDS} s on {device_name(device)}; the "
         "second half counts; Ctrl-C ends this"
     )
-    seconds = [seconds_of_step()]
-    yield (
-        f"first step: {seconds[0]:.3g} s; the timing takes about "
-        f"{duration(max(LEAST_SECONDS, (LEAST_STEPS - 1) * seconds[0]))} more"
-    )
+    seconds: list[float] = []
     while len(seconds) < LEAST_STEPS or sum(seconds) < LEAST_SECONDS:
-        seconds.append(seconds_of_step())
+        started = time.monotonic()
+        step()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        seconds.append(time.monotonic() - started)
+        if len(seconds) == 1:
+            left = duration(max(LEAST_SECONDS, (LEAST_STEPS - 1) * seconds[0]))
+            yield f"first step: {seconds[0]:.3g} s; the timing takes about {left} more"
     seconds = seconds[len(seconds) // 2 :]
     median = statistics.median(seconds)
     yield (

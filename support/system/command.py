@@ -25,11 +25,7 @@ INTERRUPTED_STATUS = 130  # SIGINT, in shells
 UNREAD_STATUS = 141  # SIGPIPE, in shells
 PATIENCE_SECONDS = 3  # torchrun ends the others 0.1 s after the first
 ROOT = Path(__file__).resolve().parent.parent.parent
-REQUIREMENTS = (
-    "requirements_soflow.txt",
-    "requirements_soflow_demo.txt",
-    "requirements_soflow_eval.txt",
-)
+REQUIREMENTS = tuple(f"requirements_soflow{kind}.txt" for kind in ("", "_demo", "_eval"))
 PACKAGES = {"yaml": "PyYAML", "PIL": "pillow", "sklearn": "scikit-learn"}  # import name: package
 
 

@@ -139,11 +139,10 @@ def _decimal(value: Any) -> Any:
 def _name(value: Any) -> Any:
     """`value`, if it is a text that can name a file."""
     try:
-        if isinstance(value, str) and b"\0" not in os.fsencode(value):
-            return value
+        is_name = not isinstance(value, str) or b"\0" not in os.fsencode(value)
     except UnicodeEncodeError:
-        pass
-    if isinstance(value, str):
+        is_name = False
+    if not is_name:
         raise ValueError("has a character that names cannot have")
     return value
 
@@ -213,25 +212,15 @@ def _extra(field: FieldInfo) -> JsonDict:
 
 def choices_of(field: FieldInfo) -> list[str] | None:
     """The values that this key allows, if it has a list of them."""
-    for part in _metadata(field):
-        if isinstance(part, Choice):
-            return list(part.table)
-    return None
-
-
-def _metadata(field: FieldInfo) -> list[Any]:
-    """The annotations of a field and of the types in it."""
-    return [*field.metadata, *_annotations(field.annotation)]
+    tables = [list(part.table) for part in _annotations(field) if isinstance(part, Choice)]
+    return tables[0] if tables else None
 
 
 def _annotations(kind: Any) -> list[Any]:
-    """The annotations of a type and of the types in it."""
-    found = []
-    for part in getattr(kind, "__metadata__", ()):
-        found += part.metadata if isinstance(part, FieldInfo) else [part]
-    for part in typing.get_args(kind):
-        found += _annotations(part)
-    return found
+    """A field or a type, its annotations, and those of the types in it."""
+    is_field = isinstance(kind, FieldInfo)
+    parts = [*kind.metadata, kind.annotation] if is_field else typing.get_args(kind)
+    return [kind, *(one for part in parts for one in _annotations(part))]
 
 
 def range_of(field: FieldInfo) -> str | None:
@@ -239,7 +228,7 @@ def range_of(field: FieldInfo) -> str | None:
     limits = {
         bound: getattr(part, bound)
         for bound in ("ge", "gt", "le", "lt")
-        for part in _metadata(field)
+        for part in _annotations(field)
         if getattr(part, bound, None) is not None
     }
     if not limits:
