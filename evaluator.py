@@ -43,10 +43,6 @@ COMMON_IMAGES = 50_000  # behind published scores
 # One set of samples: an .npz, or a folder of pictures.
 
 
-def samples_at(path: Path) -> ImageSet:
-    return image_sets.folder_images(path) if path.is_dir() else image_sets.archive_images(path)
-
-
 def stamp_of(path: Path) -> Stamp:
     return Stamp.of(*(find_pictures(path).paths if path.is_dir() else [path]))
 
@@ -195,7 +191,8 @@ class Session:
         if self.failed.get(path) == stamp or self.results.has(path.name, stamp, self.yardstick):
             return
         try:
-            samples = samples_at(path)
+            read = image_sets.folder_images if path.is_dir() else image_sets.archive_images
+            samples = read(path)
         except UserError as error:
             self._fail(path, stamp, error)
             return
@@ -207,10 +204,10 @@ class Session:
             return
         self.results.add(record)
         self.failed.pop(path, None)
-        lines = [f"{record['num_images']} images in {record['seconds']:.1f} s"]
+        took = f"{record['num_images']} images in {record['seconds']:.1f} s"
         if "prec" in record["scores"]:
-            lines.append(f"prec and recall by {record['distances']} distances")
-        print(printable(table.line_of(record)), *lines, *record["notes"], sep="\n  ", flush=True)
+            took += f"; prec and recall by {record['distances']} distances"
+        print(printable(table.line_of(record)), took, *record["notes"], sep="\n  ", flush=True)
         if self._arguments.delete_evaluated and not samples.exif:
             self._delete(path)
 

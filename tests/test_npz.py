@@ -103,12 +103,6 @@ def test_reader_gives_the_images_in_order_and_batches(tmp_path, save):
         np.testing.assert_array_equal(np.concatenate(batches), some_pixels())
 
 
-def test_header_of_version_2_is_read(tmp_path):
-    content = npy_bytes(header_text(), bytes(range(12)), (2, 0))
-    (batch,) = read_all(write_member(tmp_path / "a.npz", content))
-    assert batch.tobytes() == bytes(range(12))
-
-
 def test_memory_is_that_of_one_batch_which_is_small_for_large_images(tmp_path):
     with write_images(tmp_path / "a.npz", 10) as writer:
         for _ in range(10):

@@ -101,12 +101,8 @@ def folder_images(
 
 def array_images(name: str, pixels: np.ndarray) -> ImageSet:
     """Images in memory, uint8 [N, H, W, C]."""
-
-    def batches() -> Iterator[np.ndarray]:
-        for start in range(0, len(pixels), READ_IMAGES):
-            yield pixels[start : start + READ_IMAGES]
-
-    return ImageSet(name, len(pixels), pixels.shape[1:], batches)
+    batches = np.array_split(pixels, range(READ_IMAGES, len(pixels), READ_IMAGES))
+    return ImageSet(name, len(pixels), pixels.shape[1:], lambda: iter(batches))
 
 
 # How a copy of a data set is found, and which of its images are the reference: for CIFAR-10 the

@@ -4,7 +4,7 @@ More arrays may follow, such as the labels of the images in `arr_1`, as in ADM's
 
 The layout is that of `numpy.savez` (a stored zip member `arr_0.npy`, npy header 1.0), so
 `numpy.load(path)["arr_0"]` reads it. Writer and reader never hold all images. The reader also takes
-deflated members and header 2.0. It trusts no size that a file declares and never unpickles.
+deflated members. It trusts no size that a file declares and never unpickles.
 """
 
 import contextlib
@@ -25,10 +25,6 @@ HEADER_LIMIT_BYTES = 10_000  # as numpy.load
 BATCH_LIMIT_BYTES = 1 << 26
 PIECE_BYTES = 1 << 20  # per read: zipfile copies what it reads
 DEFLATE_LIMITS = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: 1032}  # largest possible ratios
-HEADER_READERS = {
-    (1, 0): np.lib.format.read_array_header_1_0,
-    (2, 0): np.lib.format.read_array_header_2_0,
-}
 
 
 class ImageWriter:
@@ -114,11 +110,9 @@ class ArchiveReader:
             # numpy reads as long a header as the file declares, so it gets no more than this.
             start = io.BytesIO(member.read(HEADER_LIMIT_BYTES))
         try:
-            version = np.lib.format.read_magic(start)
-            if version not in HEADER_READERS:
-                raise ValueError(f"header {version[0]}.{version[1]}, not 1.0 or 2.0")
-            read = HEADER_READERS[version]
-            shape, is_fortran, dtype = read(start, max_header_size=HEADER_LIMIT_BYTES)
+            if (version := np.lib.format.read_magic(start)) != (1, 0):
+                raise ValueError(f"header {version[0]}.{version[1]}, not 1.0")
+            shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(start)
         except Exception as error:  # on a damaged header, numpy's parser raises many classes
             self._refuse(name, f"not a readable npy array: {shorten(error)}", error)
         if dtype.hasobject:

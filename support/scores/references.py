@@ -9,6 +9,7 @@ precision and recall. Files made by `write_reference` also record the graph (`gr
 
 # N images, D width of the features.
 
+import contextlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -66,13 +67,9 @@ def measure(
 def refuse_to_replace(path: str | Path) -> None:
     """UserError if a reference cannot be written to `path`, or would replace a foreign file."""
     check_writable(path)
-    if not Path(path).exists():
-        return
-    try:
-        with read_archive(path) as archive:
-            is_ours = "graph_sha256" in archive
-    except UserError:
-        is_ours = False
+    is_ours = not Path(path).exists()
+    with contextlib.suppress(UserError), read_archive(path) as archive:
+        is_ours = "graph_sha256" in archive
     if not is_ours:
         raise UserError(f"{path}: exists and was not made by --write_ref; name another file")
 
