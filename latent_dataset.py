@@ -29,13 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from support.data.datasets import list_pictures
 from support.data.folders import LabelledFiles, describe_classes
 from support.data.images import read_image, to_images
-from support.data.latent_parts import (
-    PART_IMAGES,
-    SKIPPED_FILE,
-    Part,
-    PartsFolder,
-    Plan,
-)
+from support.data.latent_parts import PART_IMAGES, SKIPPED_FILE, Part, PartsFolder, Plan
 from support.data.latents import MOMENT_CHANNELS, LatentInfo
 from support.data.vae import (
     LATENT_SCALE,

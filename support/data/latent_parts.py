@@ -30,13 +30,7 @@ from support.data.latents import (
     locate_latents,
     write_frame,
 )
-from support.system.files import (
-    UserError,
-    atomic_write,
-    make_folder,
-    shorten,
-    sync_folder,
-)
+from support.system.files import UserError, atomic_write, make_folder, shorten, sync_folder
 from support.system.locks import hold_lock
 
 PART_IMAGES = 256  # a killed process loses less work than this
@@ -113,10 +107,7 @@ class PartsFolder:
         if not self.target.exists():
             return False
         info = LatentReader(self.target).info
-        differing = "it has no attributes"
-        if info is not None:
-            differing = info.differences(plan)
-        if differing:
+        if differing := info.differences(plan) if info else "it has no attributes":
             raise UserError(
                 f"{self.target}: made by another command ({differing}); move it, or choose another "
                 "--save-path"

@@ -80,16 +80,14 @@ class LatentInfo(Recipe):
             "class_names": np.array(names, h5py.string_dtype()),
             "class_counts": np.array(self.class_counts, np.int64),
         }
-        for name, value in values.items():
-            attributes[name] = value
+        attributes.update(values)
 
     @classmethod
     def read(cls, attributes: Mapping[str, Any]) -> "LatentInfo":
         """What `write` wrote; ValueError for anything else."""
-        names = [field.name for field in fields(cls) if field.name in attributes]
-        values = {name: attributes[name] for name in names}
-        plain = {name: np.asarray(value).tolist() for name, value in values.items()}
-        return TypeAdapter(cls).validate_python(plain)
+        known = {field.name for field in fields(cls)} & {*attributes}
+        values = {name: np.asarray(attributes[name]).tolist() for name in known}
+        return TypeAdapter(cls).validate_python(values)
 
 
 # Writing
@@ -200,7 +198,11 @@ class LatentReader:
             values = np.empty((len(rows), *self.shape[1:]), self.dtype)
             self._read_plain(rows.tolist(), values)
         else:
-            values = self._unpack(rows)
+            # h5py wants rows in ascending order, each once.
+            ascending, places = np.unique(rows, return_inverse=True)
+            with self._explained():
+                values = self._own_file()[ascending][places]
+            values = values.astype(self.dtype.newbyteorder("="))
         moments = torch.from_numpy(values)
         # One sum is quicker than a look at every value: it is finite only if they all are.
         if not moments.sum(dtype=torch.float32).isfinite():
@@ -263,13 +265,6 @@ class LatentReader:
                         f"{self.path}: ends before row {row} of {len(self)} does: it was cut short "
                         "or replaced after it was opened"
                     )
-
-    def _unpack(self, rows: np.ndarray) -> np.ndarray:
-        # h5py wants rows in ascending order, each once.
-        ascending, places = np.unique(rows, return_inverse=True)
-        with self._explained():
-            values = self._own_file()[ascending][places]
-        return values.astype(self.dtype.newbyteorder("="))
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:

@@ -128,13 +128,13 @@ def load_vae(found: FoundVae, device: torch.device) -> nn.Module:
         "unexpected": fit["unexpected_keys"],
         "of another shape": [name for name, *_ in fit["mismatched_keys"]],
     }
-    if any(misfits.values()):
-        listed = "; ".join(
-            f"{len(names)} {kind} ({', '.join(sorted(names)[:MOST_NAMED])})"
-            for kind, names in misfits.items()
-            if names
-        )
-        raise UserError(f"vae: {weights}: does not fit {CONFIG_FILE}: {listed}")
+    listed = [
+        f"{len(names)} {kind} ({', '.join(sorted(names)[:MOST_NAMED])})"
+        for kind, names in misfits.items()
+        if names
+    ]
+    if listed:
+        raise UserError(f"vae: {weights}: does not fit {CONFIG_FILE}: {'; '.join(listed)}")
     return vae.to(device).eval().requires_grad_(False)
 
 
