@@ -35,7 +35,7 @@ from support.scores.image_sets import ImageSet
 from support.scores.measures import Manifold
 from support.scores.references import POOL, SPATIAL, Measured, Reference, measure
 from support.scores.table import FEW_IMAGES, Results, Stamp, Yardstick, printable
-from support.system.files import UserError, make_folder, natural_key, sha256_of
+from support.system.files import UserError, make_folder, natural_key, reporting_os_errors, sha256_of
 
 COMMON_IMAGES = 50_000  # behind published scores
 
@@ -173,10 +173,8 @@ class Session:
         Files that cannot be read are left out.
         """
         found = {}
-        try:
+        with reporting_os_errors(f"{self._folder}: cannot be read"):
             names = sorted((path.name for path in self._folder.iterdir()), key=natural_key)
-        except OSError as error:
-            raise UserError(f"{self._folder}: cannot be read ({error.strerror})") from error
         paths = [self._folder / name for name in names if name.endswith(".npz")]
         paths = [path for path in paths if not path.is_dir()]
         if not paths and any(name.lower().endswith(EXTENSIONS) for name in names):
@@ -209,7 +207,9 @@ class Session:
             took += f"; prec and recall by {record['distances']} distances"
         print(printable(table.line_of(record)), took, *record["notes"], sep="\n  ", flush=True)
         if self._arguments.delete_evaluated and not samples.exif:
-            self._delete(path)
+            with reporting_os_errors(f"{path}: scored, but cannot be deleted"):
+                if not path.samefile(self._arguments.ref_batch):
+                    path.unlink()
 
     def _load(self, samples: ImageSet) -> tuple[Reference, FeatureGraph]:
         """The reference and the graph; for images like these samples if the reference has none."""
@@ -225,14 +225,6 @@ class Session:
     def _fail(self, path: Path, stamp: Stamp, error: UserError) -> None:
         self.failed[path] = stamp
         print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
-
-    def _delete(self, path: Path) -> None:
-        if path.samefile(self._arguments.ref_batch):
-            return
-        try:
-            path.unlink()
-        except OSError as error:
-            raise UserError(f"{path}: scored, but cannot be deleted ({error.strerror})") from error
 
 
 def score_folder(arguments: argparse.Namespace) -> int:
