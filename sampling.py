@@ -130,10 +130,12 @@ class LoadedModel:
         """The seed of each image, and the draws; UserError if the arguments do not fit."""
         given = None if labels is None else self.labels_of(_listed(labels, "labels"), "labels")
         if noise is not None:
-            is_tensor = isinstance(noise, Tensor) and noise.is_floating_point()
-            if not is_tensor or noise.shape[1:] != self.shape or not noise.numel():
+            is_tensor = isinstance(noise, Tensor)
+            fits = is_tensor and noise.is_floating_point() and noise.shape[1:] == self.shape
+            if not fits or not len(noise):
                 wanted = f"a tensor of floats [N, {', '.join(map(str, self.shape))}]"
-                raise UserError(f"noise: must be {wanted}, not {_described(noise)}")
+                what = f"{list(noise.shape)} of {noise.dtype}" if is_tensor else shorten(noise)
+                raise UserError(f"noise: must be {wanted}, not {what}")
         if seeds is None:
             seeds = range(len(given or [0]) if noise is None else len(noise))
         seeds = [_whole(seed, "seeds", 0) for seed in _listed(seeds, "seeds")]
@@ -277,8 +279,3 @@ def _listed(value: Any, place: str) -> list[Any]:
     if not values:
         raise UserError(f"{place}: is empty; leave it out, or give at least one")
     return values
-
-
-def _described(value: Any) -> str:
-    shape = f" {list(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else ""
-    return f"a {type(value).__name__}{shape}"

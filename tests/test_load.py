@@ -12,8 +12,8 @@ from PIL import Image
 import export
 import inference
 import train
-from sampler import chain, check_times, renoise
-from sampling import even_times, load, sample
+from sampler import chain, renoise
+from sampling import load, sample
 from support.system.files import UserError
 
 
@@ -137,7 +137,7 @@ NOT_NUMBERS = torch.tensor([0, math.nan, math.inf]).repeat(64, 1).T.view(3, 1, 8
         ({"times": [1, "half", 0]}, "times: .*half"),
         ({"batch_size": 0}, "batch_size: 0"),
         ({"sampler": ["chain"]}, r"sampler: \['chain'\] .*renoise, chain"),
-        ({"noise": "noise"}, r"noise: .*\[N, 1, 8, 8\].* str"),
+        ({"noise": "noise"}, r"noise: .*\[N, 1, 8, 8\].*'noise'"),
         ({"noise": torch.zeros(0, 1, 8, 8)}, r"noise: .*\[0, 1, 8, 8\]"),
         ({"noise": torch.zeros(2, 3, 8, 8)}, r"noise: .*\[2, 3, 8, 8\]"),
         ({"noise": torch.zeros(1, 1, 8, 8).int()}, r"noise: .*int32"),
@@ -217,18 +217,12 @@ def test_each_sampler_takes_its_steps_at_the_given_times():
         torch.testing.assert_close(x_0, torch.full_like(x_0, 0.25))
 
 
-def test_times_are_evenly_spaced_by_default():
-    assert even_times(1) == (1.0, 0.0)
-    assert even_times(4) == (1.0, 0.75, 0.5, 0.25, 0.0)
-    assert check_times([1, 0.5, 0], "times") == (1.0, 0.5, 0.0)
-
-
 def test_one_step_is_the_same_by_both_samplers_and_a_chain_draws_one_noise(model):
     one, other = (model.sample(seeds=[1, 2], sampler=name) for name in ("renoise", "chain"))
     assert torch.equal(one.latents, other.latents)
     chained = model.sample(seeds=[1, 2], steps=3, sampler="chain")
-    again = model.sample(seeds=[1, 2], times=even_times(3), sampler="chain")
-    assert torch.equal(chained.latents, again.latents)
+    again = model.sample(seeds=[1, 2], times=[1, 2 / 3, 1 / 3, 0], sampler="chain")
+    torch.testing.assert_close(chained.latents, again.latents)
     assert not torch.equal(chained.latents, model.sample(seeds=[1, 2], steps=3).latents)
 
 
@@ -238,14 +232,11 @@ def test_inference_makes_a_file_for_each_number_of_steps_and_names_other_options
     inference.main([*start, "--eval-NFE=2", "--sampler=chain"])
     inference.main([*start, "--times=1,0.6,0"])
     made = {path.name for path in (run / "evals").glob("3_*.npz")}
-    assert made == {
-        *("3_1NFE_42.npz", "3_2NFE_42.npz", "3_2NFE_42_chain.npz", "3_2NFE_42_1-0.6-0.npz")
-    }
+    assert made == {f"3_{name}.npz" for name in ("1NFE_42", "2NFE_42", "2NFE_42_chain",
+                                                 "2NFE_42_1-0.6-0")}  # fmt: skip
     record = json.loads((run / "evals" / "3_2NFE_42_1-0.6-0.json").read_text())
     assert (record["NFE"], record["times"]) == (2, [1.0, 0.6, 0.0])
     assert "sampler" not in json.loads((run / "evals" / "3_2NFE_42.json").read_text())
-    with pytest.raises(UserError, match="--eval-NFE: 'x'"):
-        inference.main([*start, "--eval-NFE=1,x"])
     output = str(run / "evals" / "3_2NFE_42.npz")
     with pytest.raises(UserError, match=r"sampler null there, .chain."):
         inference.main([*start, "--eval-NFE=2", "--sampler=chain", f"--output={output}"])
