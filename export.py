@@ -80,15 +80,17 @@ def export(arguments: argparse.Namespace) -> None:
     stored, loaded = prepare_export(stored, arguments.vae)
     if arguments.vae_onnx and not loaded.config.is_latent:
         raise UserError(f"--vae-onnx: {stored.path} makes pixels and has no decoder")
-    further: list[Callable[[Path], object]] = []
-    if arguments.onnx:
-        further.append(lambda place: write_solution(loaded, place / ONNX_FILE))
-    if arguments.vae_onnx:
-        further.append(lambda place: write_decoder(loaded, place / DECODER_FILE))
-    if arguments.space:
-        further.append(write_space)
+
+    def write_more(place: Path) -> None:
+        if arguments.onnx:
+            write_solution(loaded, place / ONNX_FILE)
+        if arguments.vae_onnx:
+            write_decoder(loaded, place / DECODER_FILE)
+        if arguments.space:
+            write_space(place)
+
     entries = card_lines() if arguments.space else ""
-    made = write_folder(Path(arguments.folder), stored, loaded, arguments.push, further, entries)
+    made = write_folder(Path(arguments.folder), stored, loaded, arguments.push, write_more, entries)
     print(f"{stored.path} exported to {arguments.folder}: {', '.join(made)}")
 
 
@@ -125,17 +127,16 @@ def write_folder(
     stored: StoredModel,
     loaded: LoadedModel,
     title: str | None = None,
-    further: Sequence[Callable[[Path], object]] = (),
+    write_more: Callable[[Path], None] = lambda place: None,
     entries: str = "",
 ) -> list[str]:
     """Make an exported folder, whole or not at all; returns the names of its files.
 
-    `further` functions write more into it. `entries` are lines for the head of its card.
+    `write_more` adds files to it. `entries` are lines for the head of its card.
     """
     with atomic_folder(folder) as place:
         write_grid(stored, loaded, place / GRID_FILE)
-        for write in further:
-            write(place)
+        write_more(place)
         made = [WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, *(path.name for path in place.iterdir())]
         files = {name: text for name, text in FILES.items() if name in made}
         facts = facts_of(title or folder.resolve().name, loaded, stored.config["vae"], files)
@@ -251,9 +252,8 @@ def write_decoder(loaded: LoadedModel, path: Path) -> None:
         source = torch.Generator().manual_seed(count)
         return {"latents": torch.randn(count, *loaded.shape, generator=source)}
 
-    found = find_decoder(loaded.config)
-    assert found is not None  # the caller checked
-    write_graph(path, Decoder(vae.load_vae(found, CPU)), "image", inputs)
+    decoder = vae.load_vae(vae.find_vae(loaded.config.vae), CPU)
+    write_graph(path, Decoder(decoder), "image", inputs)
 
 
 # The command
