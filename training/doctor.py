@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from config import Config, config_from_dict
 from models import Batch
-from support.data.batches import BatchPlan, DataOrder
+from support.data.batches import BatchPlan
 from support.runs.checkpoint import check_weights
 from support.runs.guard import NonFiniteStep
 from support.system.files import UserError, atomic_write, shorten
@@ -40,9 +40,7 @@ def explain(run: Run, error: NonFiniteStep) -> UserError:
 def find_out(run: Run, error: NonFiniteStep) -> list[str]:
     """The diagnosis: broken samples, the largest gradient, the norms before, how to replay."""
     record = run.results.folder / f"broken_step_{error.step}.json"
-    learner, config = run.learner, run.config
-    order = DataOrder(len(run.data), config.batch_size, config.seed)
-    indices = order.global_batch(error.step - 1).tolist()
+    learner, indices = run.learner, run.order.global_batch(error.step - 1).tolist()
     broken = broken_samples(run, error.step, indices)
     learner.accumulate_gradients(microbatches(run, error.step, indices))
     gradients = {name: p.grad for name, p in learner.state.model.named_parameters()}

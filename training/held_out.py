@@ -6,8 +6,6 @@ t. With p = 1 the weighted losses are near one by construction, and the losses o
 the gap fraction. Here the gap fraction is the schedule's last, l_end_ratio.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -22,14 +20,7 @@ BINS = 4  # of t, from 0 to 1
 # N held-out images, B of them at a time
 
 
-class FrozenBatch(NamedTuple):
-    """The same samples for both losses, with all draws, and the bin of t, [N], of each."""
-
-    batch: Batch
-    bins: Tensor
-
-
-def draw_held_out(config: Config, data: TrainingData, processes: Processes) -> list[FrozenBatch]:
+def draw_held_out(config: Config, data: TrainingData, processes: Processes) -> list[Batch]:
     """This process's share of the held-out images. The draws do not depend on the process."""
     count = len(data)
     order = torch.randperm(count, generator=generator(config.seed, "held-out times"))
@@ -43,8 +34,8 @@ def draw_held_out(config: Config, data: TrainingData, processes: Processes) -> l
 
 def _freeze(
     config: Config, data: TrainingData, order: Tensor, images: range, device: torch.device
-) -> FrozenBatch:
-    """A batch of these images; each image draws from its own generator."""
+) -> Batch:
+    """The same images for both losses; each image draws from its own generator."""
     raw = data[list(images)]
     x_0, x_1, drawn_t, drawn_s = [], [], [], []
     for place, image in enumerate(images):
@@ -56,7 +47,7 @@ def _freeze(
         drawn_s.append(drawn_t[-1] * torch.rand((), generator=source))
     t, s = torch.stack(drawn_t), torch.stack(drawn_s)
     l = t + (s - t) * config.l_end_ratio  # noqa: E741
-    batch = Batch(
+    return Batch(
         x_0=torch.cat(2 * x_0).to(device),
         x_1=torch.cat(2 * x_1).to(device),
         t=torch.cat([t, t]).to(device),
@@ -67,8 +58,6 @@ def _freeze(
         global_flow_matching_count=len(images),
         global_consistency_count=len(images),
     )
-    bins = (t.to(device) * BINS).long().clamp(max=BINS - 1)
-    return FrozenBatch(batch, bins)
 
 
 def forwards(config: Config) -> int:
@@ -78,9 +67,7 @@ def forwards(config: Config) -> int:
 
 
 @torch.no_grad()
-def measure(
-    model: Method, frozen: list[FrozenBatch], processes: Processes
-) -> dict[str, list[float]]:
+def measure(model: Method, frozen: list[Batch], processes: Processes) -> dict[str, list[float]]:
     """The mean squared error of each loss in each bin of t; all processes must call this.
 
     Draws nothing and leaves the model as it was, so training is not affected.
@@ -97,10 +84,11 @@ def measure(
     }
 
 
-def _sums(model: Method, frozen: list[FrozenBatch], device: torch.device) -> dict[str, Tensor]:
+def _sums(model: Method, frozen: list[Batch], device: torch.device) -> dict[str, Tensor]:
     """[BINS] sums of each loss's squared errors, and their number as `count`."""
     totals = {name: torch.zeros(BINS, device=device) for name in ("count", *model.error_names)}
-    for batch, bins in frozen:
+    for batch in frozen:
+        bins = (batch.t[: batch.flow_matching_rows] * BINS).long().clamp(max=BINS - 1)
         errors = model.squared_errors(batch) | {"count": torch.ones(len(bins), device=device)}
         for name, values in errors.items():
             totals[name].index_add_(0, bins, values.float())

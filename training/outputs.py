@@ -8,7 +8,6 @@ import numpy as np
 from torch import Tensor
 
 from sampler import SampleRequest, decoder_record, decoding, sample_pixels, write_samples
-from support.data.batches import DataOrder
 from support.data.grids import labels_by_row, save_grid
 from support.data.images import ImageBatch
 from support.runs.averages import PowerFunction
@@ -39,6 +38,8 @@ def log_metrics(run: Run) -> None:
     state.interval = Interval()
     finished, total = state.finished_steps, config.total_steps
     numbers = {
+        "epoch": finished / run.order.steps_per_epoch,
+        "images": finished * config.batch_size,
         **means,
         "Gap_Fraction": config.gap_fraction_at(finished - 1),
         "Learning_Rate": config.learning_rate_at(finished - 1),
@@ -80,12 +81,11 @@ def make_result(run: Run, path: Path) -> None:
 def make_checkpoint(run: Run, path: Path) -> None:
     """Start to write the training state, in the background."""
     run.listener.saved()
-    config, learner = run.config, run.learner
-    order = DataOrder(len(run.data), config.batch_size, config.seed)
+    learner = run.learner
     run.results.save(
         "ckpts",
         {
-            **learner.state.state_dict(order.steps_per_epoch),
+            **learner.state.state_dict(run.order.steps_per_epoch),
             **record_of_run(run),
             "parts": learner.plan.record(),
             "interval": learner.state.interval.state_dict(run.processes),

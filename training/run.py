@@ -8,7 +8,7 @@ from typing import Any
 from config import Config, config_from_dict, load_config, save_config
 from models import Batch
 from sampler import find_decoder
-from support.data.batches import BatchPlan, build_loader
+from support.data.batches import BatchPlan, DataOrder, build_loader
 from support.data.build import build_data, compare_data
 from support.data.datasets import RawBatch, TrainingData
 from support.data.images import SKIPPED_FILE
@@ -24,7 +24,7 @@ from support.system.files import atomic_write
 from support.system.processes import Processes
 from support.system.signals import Listener
 from training.draws import draw_batch
-from training.held_out import FrozenBatch, draw_held_out
+from training.held_out import draw_held_out
 from training.identity import compare_plans, refuse_another_experiment, refuse_start
 from training.learner import Learner, build_learner
 
@@ -40,10 +40,15 @@ class Run:
     results: Results
     logbook: Logbook
     metrics: Metrics
-    held_out: list[FrozenBatch]
+    held_out: list[Batch]
     notes: list[str]  # to log at the start
     is_fresh: bool = True  # whether it starts from no checkpoint
     listener: Listener = field(default_factory=Listener)
+
+    @property
+    def order(self) -> DataOrder:
+        """The order in which the steps take the examples."""
+        return DataOrder(len(self.data), self.config.batch_size, self.config.seed)
 
 
 def build_run(config: Config, processes: Processes, check_data: bool = False) -> Run:
@@ -74,8 +79,7 @@ def assemble_run(config: Config, processes: Processes, plan: BatchPlan, data: Tr
         config.keep_every_steps,
     )
     logbook = Logbook(folder / "log.txt", processes.is_main)
-    images_per_epoch = len(data) // config.batch_size * config.batch_size
-    metrics = Metrics(folder, config.batch_size, images_per_epoch, processes.is_main, logbook.line)
+    metrics = Metrics(folder, processes.is_main, logbook.line)
     held_out = draw_held_out(config, data.held_out, processes) if data.held_out else []
     notes = [*data.notes, *notes]
     return Run(config, processes, data, learner, results, logbook, metrics, held_out, notes)

@@ -249,10 +249,8 @@ def _absence(path: Path) -> str:
 
 def check_weights(model: nn.Module, weights: Any, source: str) -> None:
     """UserError with a readable difference where `weights` are not exactly those of `model`."""
-    if not isinstance(weights, Mapping):
+    if not isinstance(weights, Mapping) or not all(map(torch.is_tensor, weights.values())):
         raise UserError(f"{source}: the weights are not a mapping of names to tensors")
-    if not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
-        raise UserError(f"{source}: some of the weights are not tensors")
     expected = model.state_dict()
     differing = {
         "missing": [shorten(name) for name in expected if name not in weights],

@@ -61,16 +61,8 @@ class Interval:
 class Metrics:
     """Writes each log line's numbers, by name, to files and trackers; on rank 0 only."""
 
-    def __init__(
-        self,
-        folder: Path,
-        batch_size: int,
-        images_per_epoch: int,
-        is_main: bool,
-        report: Callable[[str], None],
-    ):
+    def __init__(self, folder: Path, is_main: bool, report: Callable[[str], None]):
         self._folder, self._is_main = folder, is_main
-        self._batch_size, self._images_per_epoch = batch_size, images_per_epoch
         self._trackers = Trackers(report)
 
     def open(self, log_to: Sequence[str], settings: Mapping[str, Any], step: int) -> None:
@@ -84,8 +76,6 @@ class Metrics:
         """Write a line of metrics.jsonl, and give the trackers the same numbers."""
         if not self._is_main:
             return
-        images = step * self._batch_size
-        numbers = {"epoch": images / self._images_per_epoch, "images": images, **numbers}
         now = datetime.now(UTC).isoformat(timespec="seconds")
         append_numbers(self._folder / METRICS_FILE, {"step": step, **numbers, "Time": now})
         self._trackers.add(step, numbers)

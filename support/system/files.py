@@ -249,10 +249,7 @@ def numbered_files(folder: Path, suffix: str) -> dict[int, Path]:
     return dict(sorted((int(match[1]), path) for match, path in matches if match))
 
 
-def natural_key(name: str) -> list[tuple[int, int, str]]:
+def natural_key(name: str) -> list[int | str]:
     """Sort key by which 2.npz comes before 10.npz."""
-    return [
-        (0, int(part), "") if part.isdecimal() else (1, 0, part)
-        for part in re.split(r"([0-9]+)", name)
-        if part
-    ]
+    parts = re.split(r"([0-9]+)", name)  # text and numbers in turn
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)]

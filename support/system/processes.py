@@ -67,9 +67,8 @@ class Processes:
         """The processes' `values`, all of one shape, in rank order, on rank 0; None elsewhere."""
         if self.world_size == 1:
             return [values]
-        gathered = None
-        if self.is_main:
-            gathered = [torch.empty_like(values) for _ in range(self.world_size)]
+        ranks = range(self.world_size)
+        gathered = [torch.empty_like(values) for _ in ranks] if self.is_main else None
         dist.gather(values, gathered)
         return gathered
 
