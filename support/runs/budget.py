@@ -15,19 +15,19 @@ def count_parameters(model: nn.Module) -> str:
 
 
 def describe_memory(
-    model: nn.Module, num_averages: int, microbatch: int, activation_bytes: float
+    model: nn.Module, num_averages: int, microbatch: int, kept_bytes: float
 ) -> list[str]:
-    """Lines on the memory of each process; the activations are those of one microbatch.
+    """Lines on the memory of each process; autograd keeps `kept_bytes` of one microbatch.
 
     The model may be on the meta device. The optimizer is taken to keep two moments.
     """
     weights, gradients = weight_bytes(model), gradient_bytes(model)
     average = "its average" if num_averages == 1 else f"its {num_averages} averages"
-    total = state_bytes(model, num_averages) + activation_bytes
+    total = state_bytes(model, num_averages) + kept_bytes
     return [
         f"memory per process: about {size(total)}: model {size(weights)}, {average} "
         f"{size(num_averages * weights)}, gradients {size(gradients)}, optimizer "
-        f"{size(2 * gradients)}, activations {size(activation_bytes)} ({microbatch:,} images)",
+        f"{size(2 * gradients)}, activations {size(kept_bytes)} ({microbatch:,} images)",
         f"host memory, first process: another {size(checkpoint_bytes(model, num_averages))} while "
         "a checkpoint is written",
     ]
