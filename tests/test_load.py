@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 from commands import digits_settings, succeed
+from exact import ExactNetwork
 from PIL import Image
 
 import export
 import inference
 import train
+from models import SoFlow
 from sampler import chain, renoise
 from sampling import load, sample
 from support.system.files import UserError
@@ -188,33 +190,25 @@ def test_a_folder_without_a_model_names_what_it_lacks_and_where_models_are(tmp_p
 # Samplers
 
 
-class Flow(torch.nn.Module):
-    """The exact solution for data that are one point c: straight lines to it."""
+@pytest.mark.parametrize(
+    ("sampler", "steps"),
+    [
+        (renoise, [(1.0, 0.0), (0.8, 0.0), (0.4, 0.0)]),
+        (chain, [(1.0, 0.8), (0.8, 0.4), (0.4, 0.0)]),
+    ],
+)
+def test_each_sampler_takes_its_steps_at_the_given_times(monkeypatch, sampler, steps):
+    flow, asked = SoFlow(ExactNetwork(torch.tensor(0.25))), []
+    jump = flow.jump
 
-    def __init__(self, c: float):
-        super().__init__()
-        self.c, self.asked = c, []
+    def spy(x, t, s, labels):
+        asked.append((float(t[0]), float(s[0])))
+        return jump(x, t, s, labels)
 
-    def jump(self, x, t, s, labels):
-        self.asked.append((float(t[0]), float(s[0])))
-        return self.c + (x - self.c) * (s / t)[:, None, None, None]
-
-    def interpolate(self, x_0, x_1, t):
-        wide = t[:, None, None, None]
-        return (1 - wide) * x_0 + wide * x_1, None
-
-
-def test_each_sampler_takes_its_steps_at_the_given_times():
-    noises = [torch.randn(2, 1, 4, 4) for _ in range(3)]
-    times = (1.0, 0.8, 0.4, 0.0)
-    for sampler, given, steps in (
-        (renoise, noises, [(1.0, 0.0), (0.8, 0.0), (0.4, 0.0)]),
-        (chain, noises[:1], [(1.0, 0.8), (0.8, 0.4), (0.4, 0.0)]),
-    ):
-        flow = Flow(0.25)
-        x_0 = sampler(flow, given, None, times)
-        assert flow.asked == [pytest.approx(pair) for pair in steps]
-        torch.testing.assert_close(x_0, torch.full_like(x_0, 0.25))
+    monkeypatch.setattr(flow, "jump", spy)
+    x_0 = sampler(flow, [torch.randn(2, 1, 4, 4)] * 3, None, (1.0, 0.8, 0.4, 0.0))
+    assert asked == [pytest.approx(pair) for pair in steps]
+    torch.testing.assert_close(x_0, torch.full_like(x_0, 0.25))
 
 
 def test_one_step_is_the_same_by_both_samplers_and_a_chain_draws_one_noise(model):
