@@ -14,7 +14,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    """Repositories as folders of a folder; `asked` lists the requests, method and path."""
+    """Repositories as folders of a folder; `asked` lists what was read, by method and path."""
 
     def __init__(self, folder: Path):
         self.folder, self.asked = folder, []
@@ -105,7 +105,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return self.answer(content, X_Repo_Commit=COMMIT, ETag=tag)
 
     def do_POST(self):
-        self.hub.asked.append((self.command, self.path))
         body = self.body()
         wanted = self.hub.token and f"Bearer {self.hub.token}"
         if wanted and self.headers.get("Authorization") != wanted:

@@ -106,8 +106,7 @@ def test_seed_and_stream_choose_the_images_and_the_record_says_so(run):
             ("--seed=4", "--noise-stream=reference"),
         )
     }  # fmt: skip
-    found = [pixels.tobytes() for pixels in images.values()]
-    assert len(set(found)) == 4
+    assert len({pixels.tobytes() for pixels in images.values()}) == 4
     assert record("6_1NFE_3.json")["config"]["seed"] == record("6_1NFE_3.json")["seed"] == 3
     assert record("6_1NFE_4.json")["noise_stream"] == "reference"
 
@@ -138,14 +137,13 @@ def test_flags_win_over_settings_over_defaults_and_no_data_are_opened(run, monke
         (["--cfg-scale=4"], "guidance"),
         (["--set=working_dir=nowhere"], "working_dir: nowhere"),
         (["--num-samples=0"], "^--num-samples: 0"),
+        (["--times=1,x,0"], "^--times: .*x"),
         (["--eval-NFE=2,"], "^--eval-NFE: null"),
         (["--eval-NFE=1,2", "--grid=g.png"], "--grid.*--eval-NFE 1,2"),
-        (["--eval-batch-size=many"], "^--eval-batch-size: 'many'"),
         (["--set=coefficient_type=Trig"], "coefficient_type 'Euler' .*'Trig'"),
         (["--set=dataset_type=ImageFolder"], "dataset_type 'Digits' .*'ImageFolder'"),
         (["--times=1,0.5,0", "--eval-NFE=2"], "--eval-NFE: --times"),
         (["--grid=/x.png/y.jpg"], r"--grid /x\.png/y\.jpg: .*\.png"),
-        (["--output=samples"], r"--output samples: .*\.npz"),
         (["--ckpt=/nowhere/3.pt"], r"^/nowhere/3\.pt: "),
         (["--ckpt="], "MODEL|not the name"),
     ],
@@ -203,9 +201,6 @@ def test_samples_of_another_request_are_not_replaced(run):
             run("--num-samples=4", *flags)
         assert path.read_bytes() == before
     assert len(run("--num-samples=4", "--labels=0,1,2", "--eval-batch-size=3")) == 4
-    assert run("--num-samples=3", "--labels=2", "--overwrite").shape[0] == 3
-    with np.load(path) as archive:
-        assert archive["arr_1"].tolist() == [2, 2, 2]
     run("--num-samples=4", "--noise-stream=reference", "--overwrite")
     with pytest.raises(UserError, match="eval_batch_size 32 there, 3 "):  # it decides these draws
         run("--num-samples=4", "--noise-stream=reference", "--eval-batch-size=3")
@@ -255,7 +250,6 @@ def labels_of(text: str, names: list[str]) -> list[int]:
     [
         ("cat, dog,3", ["ant", "cat", "dog", "eel"], [1, 2, 3]),
         ("3,0", [], [3, 0]),
-        ("2,0", ["0", "1", "2"], [2, 0]),
         ("07,7", [f"{number:02}" for number in range(10)], [7, 7]),
         ("6,0", ["5", "6"], [1, 0]),  # 5 and 6 are names, 0 and 1 numbers
         ("2,10", ["1", "2", "10"], [1, 2]),  # names alone: 1 would be the number of 2
@@ -269,7 +263,6 @@ def test_classes_are_asked_for_by_name_or_number(text, names, labels):
     ("text", "names", "named"),
     [
         ("cta", ["ant", "cat"], "'cta' .*0 to 1, .*ant, cat; .*cat?"),
-        ("Cat", ["ant", "cat"], "'Cat' .*cat?"),
         ("cat", [], "'cat' .*0 to 3"),
         ("0", ["1", "2", "10"], "'0' .*1, 2, 10"),
         ("x", [f"n{number:08}" for number in range(1000)], "'x' .*0 to 999, .*n00000000, "),
