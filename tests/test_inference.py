@@ -101,12 +101,9 @@ def test_seed_and_stream_choose_the_images_and_the_record_says_so(run):
 
     images = {
         flags: run("--num-samples=5", "--eval-batch-size=5", *flags)
-        for flags in (
-            ("--seed=1",), ("--seed=2",), ("--set=seed=3",),
-            ("--seed=4", "--noise-stream=reference"),
-        )
-    }  # fmt: skip
-    assert len({pixels.tobytes() for pixels in images.values()}) == 4
+        for flags in (("--seed=1",), ("--set=seed=3",), ("--seed=4", "--noise-stream=reference"))
+    }
+    assert len({pixels.tobytes() for pixels in images.values()}) == 3
     assert record("6_1NFE_3.json")["config"]["seed"] == record("6_1NFE_3.json")["seed"] == 3
     assert record("6_1NFE_4.json")["noise_stream"] == "reference"
 
@@ -115,8 +112,8 @@ def test_seed_and_stream_choose_the_images_and_the_record_says_so(run):
     labels = torch.randint(10, (5,), generator=source)
     noise = torch.randn(5, 1, 8, 8, generator=source)
     config = load_config(run.folder / "config.yaml")
-    sampler = inference.load_model(config, run.folder / "ckpts" / "6.pt", torch.device("cpu"))
-    x_0 = sample(sampler.model, [noise], labels)
+    loaded = inference.load_model(config, run.folder / "ckpts" / "6.pt", torch.device("cpu"))
+    x_0 = sample(loaded.model, [noise], labels)
     expected = to_pixels(x_0).permute(0, 2, 3, 1).numpy().astype(int)
     assert np.abs(expected - images["--seed=4", "--noise-stream=reference"]).max() <= 1
 
