@@ -160,9 +160,11 @@ class BrokenStep(NamedTuple):
 
 def read(path: Path) -> BrokenStep:
     """Read a saved step; UserError if the file is no such record or its weights are damaged."""
+    found = str(path)
     try:
         record = json.loads(path.read_bytes())
         weights = path.parent / record["weights"]
+        found = f"{path}, {weights.name}"
         return BrokenStep(
             int(record["step"]),
             list(map(int, record["indices"])),
@@ -174,7 +176,7 @@ def read(path: Path) -> BrokenStep:
         raise
     except Exception as error:  # torch raises many kinds for damaged files
         raise UserError(
-            f"--replay {path}: not the record of a broken step ({shorten(error)})"
+            f"--replay {found}: not the record of a broken step ({shorten(error)})"
         ) from error
 
 
