@@ -57,7 +57,8 @@ def test_copy_without_the_test_images_and_of_another_name_is_enough(copy):
 
 def test_missing_torchvision_is_named(copy, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
-    assert "torchvision" in refusal(load_training_set, copy)
+    with pytest.raises(ModuleNotFoundError, match="torchvision"):
+        load_training_set(copy)
 
 
 def test_whole_copy_is_read_where_nothing_can_be_written(copy, monkeypatch):
@@ -92,7 +93,7 @@ def test_archive_put_there_by_hand_is_unpacked_and_kept_or_refused_if_damaged(co
     content = standins.archive_of_cifar10(copy, monkeypatch)
     shutil.rmtree(copy)
     archive.write_bytes(content[:-1])
-    assert refusal(load_training_set, copy.parent).startswith(f"{archive}: ")
+    assert f"{archive}: " in refusal(load_training_set, copy.parent)
     assert not os.path.exists(copy / "data_batch_1")
     archive.write_bytes(content)
     assert len(load_training_set(copy.parent).labels) == 50

@@ -1,6 +1,5 @@
 """Folders of pictures: what is listed, in which order, and what is said of the rest."""
 
-import itertools
 import json
 import os
 import shutil
@@ -16,7 +15,6 @@ from support.data.folders import (
     class_folders,
     describe_classes,
     find_pictures,
-    in_threads,
     sizes_of_pictures,
 )
 
@@ -205,16 +203,6 @@ def test_files_that_are_no_pictures_are_named_and_no_more_than_five(tmp_path):
     make_files(tmp_path, *(f"cat/{number:04}.jpg" for number in range(2000)))
     line = refusal(sizes_of_pictures, class_folders(tmp_path))
     assert [f"{number:04}.jpg" in line for number in range(6)] == [True] * 5 + [False]
-
-
-def test_a_lazy_window_of_jobs_is_queued_however_many_items_there_are():
-    drawn = []
-    results = in_threads(
-        lambda item: item**2, (drawn.append(item) or item for item in itertools.count()), 2, 3
-    )
-    assert list(itertools.islice(results, 100)) == [item**2 for item in range(100)]
-    assert len(drawn) < 200
-    results.close()
 
 
 def test_many_items_are_announced_by_a_line_and_few_are_not(tmp_path, monkeypatch, capsys):

@@ -6,14 +6,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from support.data.datasets import (
-    ALONE,
-    DATASETS,
-    DataRequest,
-    Selection,
-    SharedRequest,
-    TrainingData,
-)
+from support.data.datasets import ALONE, DATASETS, DataRequest, Selection, TrainingData
 from support.data.folders import MOST_NAMED, describe_classes, printable
 from support.data.images import SKIPPED_FILE
 from support.system.files import UserError, shorten
@@ -31,8 +24,7 @@ def build_data(
     With `check_data` or `skip_bad` every example is read, each process reading its share.
     """
     where = request.dataset_path or request.dataset_type
-    shared = SharedRequest(**vars(request), processes=processes)
-    data = DATASETS[request.dataset_type].load(shared)
+    data = DATASETS[request.dataset_type].load(request, processes)
     if check_data or request.skip_bad:
         data = check_examples(data, processes, request.skip_bad, where)
     if request.held_out:

@@ -10,13 +10,12 @@ import pickle
 import shutil
 import tarfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from support.data.images import LabelledImages
-from support.system.files import UserError, atomic_write, download, make_folder
-from support.system.locks import done_by_one
+from support.system.files import UserError, atomic_write, download, reporting_os_errors
+from support.system.locks import fetch_once
 
 FOLDER = "cifar-10-batches-py"
 SIDE = 32
@@ -28,11 +27,11 @@ CLASS_NAMES = (
 
 def find_copy(folder: Path) -> Path | None:
     """Where CIFAR-10's batches are, complete or not: `folder`, a folder in it, or None."""
-    places = (folder, folder / FOLDER)
-    batches = [f"data_batch_{number}" for number in range(1, 6)]
-    # os.path, because Path.exists raises where a folder may not be entered.
-    there = [place for place in places if any(os.path.exists(place / name) for name in batches)]
-    return there[0] if there else None
+    for place in (folder, folder / FOLDER):
+        # os.path, because Path.exists raises where a folder may not be entered.
+        if any(os.path.exists(place / f"data_batch_{number}") for number in range(1, 6)):
+            return place
+    return None
 
 
 def load_training_set(folder: Path) -> LabelledImages:
@@ -49,38 +48,27 @@ def load_test_set(folder: Path) -> LabelledImages:
 
 
 def _load(folder: Path, is_training: bool) -> LabelledImages:
-    published = _published(folder)
-    md5_of = dict(published.train_list if is_training else published.test_list)
+    from torchvision.datasets import CIFAR10
+
+    md5_of = dict(CIFAR10.train_list if is_training else CIFAR10.test_list)
     place = find_copy(folder) or folder / FOLDER
-    archive = folder / published.filename
+    archive = folder / CIFAR10.filename
 
     def missing() -> list[str]:
         return [name for name in md5_of if not os.path.exists(place / name)]
 
-    def not_fetched(reason: str) -> UserError:
-        return UserError(
-            f"{place}: lacks {', '.join(missing())}; {reason}; put {archive.name} from "
-            f"{published.url} into {folder} yourself"
-        )
-
     def fetch() -> None:
-        if os.path.exists(archive):
-            _unpack(archive, published.tgz_md5, place, missing())
-            return
+        was_there = os.path.exists(archive)
+        if not was_there:
+            download(CIFAR10.url, archive)
         try:
-            download(published.url, archive)
-            _unpack(archive, published.tgz_md5, place, missing())
-        except UserError as error:
-            raise not_fetched(str(error)) from error
+            _unpack(archive, CIFAR10.tgz_md5, place, missing())
         finally:
-            archive.unlink(missing_ok=True)
+            if not was_there:
+                archive.unlink()
 
-    done_by_one(
-        folder / f".{archive.name}.lock",
-        fetch,
-        is_due=lambda: bool(missing()),
-        refusal=lambda: not_fetched(f"another process failed to fetch {archive.name}"),
-    )
+    advice = f"put {archive.name} from {CIFAR10.url} into {folder} yourself"
+    fetch_once(place, missing, fetch, advice)
     for name, md5 in md5_of.items():
         _verify(place / name, md5)
     batches = [pickle.loads((place / name).read_bytes(), encoding="latin1") for name in md5_of]
@@ -89,22 +77,9 @@ def _load(folder: Path, is_training: bool) -> LabelledImages:
     return LabelledImages(np.ascontiguousarray(pixels.transpose(0, 2, 3, 1)), labels)
 
 
-def _published(folder: Path) -> Any:
-    """torchvision's class, which knows the address and the MD5 of every file."""
-    try:
-        from torchvision.datasets import CIFAR10
-    except ImportError as error:
-        raise UserError(
-            f"{folder}: reading CIFAR-10 needs torchvision, which is not installed here; "
-            "requirements_soflow.txt has it"
-        ) from error
-    return CIFAR10
-
-
 def _unpack(archive: Path, md5: str, place: Path, names: list[str]) -> None:
     """Write the files of these names from the archive, which must have this MD5."""
     _verify(archive, md5)
-    make_folder(place)
     wanted = {f"{FOLDER}/{name}": place / name for name in names}
     with tarfile.open(archive) as members:
         for member in members:
@@ -116,11 +91,8 @@ def _unpack(archive: Path, md5: str, place: Path, names: list[str]) -> None:
 
 def _verify(path: Path, md5: str) -> None:
     """UserError where the file at `path` is not the published one."""
-    try:
-        with open(path, "rb") as file:
-            actual = hashlib.file_digest(file, "md5").hexdigest()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    with reporting_os_errors(f"{path}: cannot be read"), open(path, "rb") as file:
+        actual = hashlib.file_digest(file, "md5").hexdigest()
     if actual != md5:
         raise UserError(
             f"{path}: not the published file, its MD5 is {actual} instead of {md5}; delete it, "

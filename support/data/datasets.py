@@ -1,5 +1,6 @@
 """The data sets: what each one is made of, and how its examples are read."""
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -24,7 +25,7 @@ from support.data.folders import (
 from support.data.images import LabelledImages, read_image, to_images, why_unreadable
 from support.data.latents import LATENT_FILE, MOMENT_CHANNELS, LatentInfo, LatentReader
 from support.data.vae import LATENT_CHANNELS, VAE_NAME, draw_latents, find_vae, vae_digest
-from support.system.files import UserError
+from support.system.files import UserError, reporting_os_errors
 from support.system.processes import Processes
 
 # N examples, B samples of a microbatch, C channels, H = W side
@@ -55,22 +56,12 @@ class DataRequest:
             folder = DATASETS[self.dataset_type].folder
             raise UserError(f"dataset_path: not set; {self.dataset_type} needs {folder}")
         path = Path(os.path.expanduser(self.dataset_path))
-        try:
+        with (
+            reporting_os_errors(f"dataset_path: {path} cannot be read as a folder"),
+            contextlib.suppress(FileNotFoundError),  # some data sets are fetched
+        ):
             os.scandir(path).close()
-        except FileNotFoundError:
-            pass  # some data sets are fetched
-        except NotADirectoryError as error:
-            raise UserError(f"dataset_path: {path} is a file; name the folder it is in") from error
-        except OSError as error:
-            raise UserError(f"dataset_path: {path} cannot be read ({error.strerror})") from error
         return path
-
-
-@dataclass(frozen=True)
-class SharedRequest(DataRequest):
-    """A request from processes that load the data together."""
-
-    processes: Processes = ALONE
 
 
 @dataclass(frozen=True)
@@ -182,9 +173,8 @@ class FolderData(TrainingData):
         spec = DataSpec(3, size, tuple(files.class_names), len(files))
         super().__init__(spec, torch.from_numpy(files.labels))
         self.files, self.files_sha256 = files, files_sha256
-        self._kept: dict[int, np.ndarray] | None = None
-        if spec.num_examples * 3 * size**2 <= KEPT_BYTES:
-            self._kept = {}
+        self._kept: dict[int, np.ndarray] = {}
+        self._keeps_pictures = spec.num_examples * 3 * size**2 <= KEPT_BYTES
         self.notes += files.notes
 
     def stored(self, indices: list[int]) -> Tensor:
@@ -192,7 +182,7 @@ class FolderData(TrainingData):
         return channels_first(np.stack([self._picture(index) for index in indices]))
 
     def _picture(self, index: int) -> np.ndarray:
-        if self._kept is not None and index in self._kept:
+        if index in self._kept:
             return self._kept[index]
         try:
             pixels = read_image(self.files[index], self.spec.size)
@@ -201,7 +191,7 @@ class FolderData(TrainingData):
                 f"{error}; replace it with a whole picture, or leave out such files: "
                 "--set skip_bad=true --allow-changed data"
             ) from error
-        if self._kept is not None:
+        if self._keeps_pictures:
             self._kept[index] = pixels.copy()  # not a view, which would keep the whole picture
         return pixels
 
@@ -216,7 +206,7 @@ class FolderData(TrainingData):
             return why_unreadable(self.files[index], self.spec.size)
 
         # More threads than cores, because some wait for the disk. Decoders release the GIL.
-        return in_threads(refusal, share, num_threads=2 * torch.get_num_threads())
+        return in_threads(refusal, share, 2 * torch.get_num_threads(), at_once=16)
 
     def file_of(self, index: int) -> str:
         return os.fsdecode(self.files.names[index])
@@ -296,14 +286,14 @@ def in_memory(images: LabelledImages, class_names: tuple[str, ...]) -> TrainingD
     return PixelData(channels_first(images.pixels), labels, class_names)
 
 
-def load_folder_data(request: SharedRequest) -> TrainingData:
-    files = list_pictures(request.folder, request.processes)
+def load_folder_data(request: DataRequest, processes: Processes) -> TrainingData:
+    files = list_pictures(request.folder, processes)
 
     def digest() -> str:
         # With skip_bad, `check_examples` finds what is missing or no picture.
-        return files.digest(files.sizes(-1) if request.skip_bad else sizes_of_pictures(files))
+        return files.digest(files.sizes() if request.skip_bad else sizes_of_pictures(files))
 
-    return FolderData(files, request.processes.on_rank0(digest), request.data_size)
+    return FolderData(files, processes.on_rank0(digest), request.data_size)
 
 
 def list_pictures(folder: Path, processes: Processes) -> LabelledFiles:
@@ -316,7 +306,7 @@ def list_pictures(folder: Path, processes: Processes) -> LabelledFiles:
     return files
 
 
-def load_latents_data(request: DataRequest) -> TrainingData:
+def load_latents_data(request: DataRequest, processes: Processes) -> TrainingData:
     """The latents in dataset_path; UserError where they are not as the config describes them."""
     reader = LatentReader(request.folder / LATENT_FILE)
     if reader.size != request.data_size:
@@ -355,7 +345,7 @@ class DataSet:
 
     channels: int
     num_classes: int | None  # None: known only from the data themselves
-    load: Callable[[SharedRequest], TrainingData]
+    load: Callable[[DataRequest, Processes], TrainingData]
     folder: str = ""  # what dataset_path must hold; empty where there is no dataset_path
     size: int | None = None  # side, where only one is possible
     is_latent: bool = False  # encoded by a VAE, which must decode the samples
@@ -374,7 +364,7 @@ DATASETS = {
     "CIFAR10": DataSet(
         3,
         10,
-        lambda asked: in_memory(cifar10.load_training_set(asked.folder), cifar10.CLASS_NAMES),
+        lambda asked, _: in_memory(cifar10.load_training_set(asked.folder), cifar10.CLASS_NAMES),
         "a folder for torchvision's CIFAR-10, which is fetched if need be",
         load_test=lambda asked: in_memory(cifar10.load_test_set(asked.folder), cifar10.CLASS_NAMES),
         size=32,
@@ -385,7 +375,7 @@ DATASETS = {
     "FashionMNIST": DataSet(
         1,
         10,
-        lambda asked: in_memory(fashion.load_training_set(asked.folder), fashion.CLASS_NAMES),
+        lambda asked, _: in_memory(fashion.load_training_set(asked.folder), fashion.CLASS_NAMES),
         "a folder for torchvision's Fashion-MNIST, which is fetched if need be",
         load_test=lambda asked: in_memory(fashion.load_test_set(asked.folder), fashion.CLASS_NAMES),
         size=fashion.SIDE,
@@ -396,8 +386,8 @@ DATASETS = {
     "Digits": DataSet(
         1,
         10,
-        lambda asked: in_memory(digits.load_training_set(), digits.CLASS_NAMES),
-        load_test=lambda asked: in_memory(digits.load_test_set(), digits.CLASS_NAMES),
+        lambda *_: in_memory(digits.load_training_set(), digits.CLASS_NAMES),
+        load_test=lambda _: in_memory(digits.load_test_set(), digits.CLASS_NAMES),
         size=8,
     ),
 }

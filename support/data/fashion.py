@@ -16,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 from support.data.images import LabelledImages
-from support.system.files import UserError, download, regular_only
-from support.system.locks import done_by_one
+from support.system.files import UserError, download, regular_only, reporting_os_errors
+from support.system.locks import fetch_once
 
 FOLDER = Path("FashionMNIST", "raw")
 URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
@@ -60,7 +60,7 @@ TEST = {
 
 
 def find_copy(folder: Path) -> Path | None:
-    """Where the idx files are, complete or not: `folder`, torchvision's folder in it, or None."""
+    """Where the idx files lie, complete or not: `folder`, torchvision's folder in it, or None."""
     names = (*TRAINING, *TEST)
     places = (folder, folder / FOLDER)
     return next((place for place in places if any(_find(place, name) for name in names)), None)
@@ -90,24 +90,11 @@ def _load(folder: Path, files: dict[str, Published]) -> LabelledImages:
     def missing() -> list[str]:
         return [f"{name}.gz" for name in files if _find(place, name) is None]
 
-    def not_fetched(reason: str) -> UserError:
-        return UserError(
-            f"{place}: lacks {', '.join(missing())}; {reason}; put them there yourself"
-        )
-
     def fetch() -> None:
-        try:
-            for name in missing():
-                download(f"{URL}/{name}", place / name)
-        except UserError as error:
-            raise not_fetched(str(error)) from error
+        for name in missing():
+            download(f"{URL}/{name}", place / name)
 
-    done_by_one(
-        place / ".fashion-mnist.lock",
-        fetch,
-        is_due=lambda: bool(missing()),
-        refusal=lambda: not_fetched("another process failed to fetch them"),
-    )
+    fetch_once(place, missing, fetch, "put them there yourself")
     pixels, labels = (
         _read(_find(place, name) or place / name, what) for name, what in files.items()
     )
@@ -129,21 +116,18 @@ def _read(path: Path, published: Published) -> np.ndarray:
     # At most one byte more than it should hold: a small file may unpack to anything.
     num_bytes = published.header_bytes + math.prod(published.shape) + 1
     try:
-        with open(path, "rb", opener=regular_only) as stored:
+        with (
+            reporting_os_errors(f"{path}: cannot be read"),
+            open(path, "rb", opener=regular_only) as stored,
+        ):
             packed = gzip.GzipFile(fileobj=stored) if path.suffix == ".gz" else stored
             content = packed.read(num_bytes)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise _refused(path, f"it cannot be unpacked: {error}") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except (EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be unpacked ({error}); delete it to fetch it") from error
     digest = hashlib.sha256(content).hexdigest()
     if digest != published.sha256:
-        raise _refused(path, f"the SHA-256 of its content is {digest}, not {published.sha256}")
+        raise UserError(
+            f"{path}: not Fashion-MNIST's published file: the SHA-256 of its content is {digest}, "
+            f"not {published.sha256}; delete it, and the next start fetches it"
+        )
     return np.frombuffer(content, np.uint8, offset=published.header_bytes).reshape(published.shape)
-
-
-def _refused(path: Path, why: str) -> UserError:
-    return UserError(
-        f"{path}: not Fashion-MNIST's published file, {why}; delete it, and the next start "
-        "fetches it"
-    )

@@ -4,12 +4,11 @@ Paths are strings: a Path for each of a million files would take ten times as lo
 """
 
 import hashlib
-import itertools
 import os
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple, NoReturn, TypeVar
 
@@ -17,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from support.data.images import EXTENSIONS, SIGNATURE, SIGNATURE_BYTES, why_unreadable
-from support.system.files import UserError, regular_only
+from support.system.files import UserError, regular_only, reporting_os_errors
 
 MOST_NAMED = 5  # files, folders or endings that one message names
 MOST_CLASSES_LISTED = 20
@@ -110,18 +109,9 @@ class LabelledFiles:
         start = os.path.join(self.folder, "")
         return (start + name for name in map(os.fsdecode, self.names))
 
-    def sizes(self, of_absent: int | None = None) -> Iterator[int]:
-        """Bytes of each file; a missing file counts as `of_absent`, or is a UserError."""
-
-        def size(path: str) -> int:
-            try:
-                return os.stat(path).st_size
-            except OSError as error:
-                if of_absent is not None:
-                    return of_absent
-                raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-
-        found = in_threads(size, self, at_once=100)
+    def sizes(self) -> Iterator[int]:
+        """Bytes of each file; -1 for one that is missing."""
+        found = in_threads(_size, self, at_once=100)
         return with_progress(found, len(self), "reading the sizes of pictures", "file")
 
     def digest(self, sizes: Iterable[int] | None = None) -> str:
@@ -132,13 +122,19 @@ class LabelledFiles:
         return digest.hexdigest()
 
     def some_sizes(self) -> list[int]:
-        """Bytes of a few files spread over the list, to compare copies by; -1 where one is missing.
+        """Bytes of a few files spread over the list, to compare copies by; -1 for a missing one.
 
         Asking for the sizes of a million files takes long on a network drive.
         """
         few = np.unique(np.linspace(0, len(self) - 1, SIZES_COMPARED).astype(np.int64))
-        paths = [self[index] for index in few]
-        return [os.path.getsize(path) if os.path.exists(path) else -1 for path in paths]
+        return [_size(self[index]) for index in few]
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1  # found to be unreadable when the picture is read
 
 
 def class_folders(folder: str | Path) -> LabelledFiles:
@@ -188,19 +184,17 @@ def class_names(folder: str | Path) -> list[str]:
 
 def _entries(folder: str | Path) -> list[os.DirEntry]:
     """What lies in `folder`, in lexicographic order, without hidden names."""
-    try:
-        with os.scandir(folder) as entries:
-            return sorted((e for e in entries if e.name[0] != "."), key=lambda entry: entry.name)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be read as a folder ({error.strerror})") from error
+    with (
+        reporting_os_errors(f"{folder}: cannot be read as a folder"),
+        os.scandir(folder) as entries,
+    ):
+        return sorted((e for e in entries if e.name[0] != "."), key=lambda entry: entry.name)
 
 
 def _check_link(path: str, folder: str) -> None:
     """UserError where a link among the class folders leads nowhere, or to a folder around it."""
-    try:
+    with reporting_os_errors(f"{path}: this link cannot be followed"):
         os.stat(path)
-    except OSError as error:
-        raise UserError(f"{path}: this link cannot be followed ({error.strerror})") from error
     target = os.path.realpath(path)
     if os.path.commonpath([target, folder]) == target:
         raise UserError(f"{path}: this link leads to {target}, which it lies in itself")
@@ -255,15 +249,12 @@ def sizes_of_pictures(paths: LabelledFiles | Sequence[str]) -> list[int]:
 
     def look(path: str) -> int | str:
         try:
-            descriptor = regular_only(path, os.O_RDONLY)
-            try:
-                start = os.read(descriptor, SIGNATURE_BYTES)
-                num_bytes = os.fstat(descriptor).st_size
-            finally:
-                os.close(descriptor)
+            with open(path, "rb", buffering=0, opener=regular_only) as file:
+                is_picture = SIGNATURE.match(file.read(SIGNATURE_BYTES))
+                num_bytes = os.fstat(file.fileno()).st_size
         except OSError:
             return why_unreadable(path)
-        return num_bytes if SIGNATURE.match(start) else why_unreadable(path) or num_bytes
+        return num_bytes if is_picture else why_unreadable(path) or num_bytes
 
     looks = in_threads(look, paths, at_once=100)
     sizes, refusals = [], []
@@ -294,23 +285,7 @@ def in_threads(
 ) -> Iterator[Result]:
     """The results of `work` in order. Opening a file on a network drive takes long, but no work.
 
-    A thread takes `at_once` items in a row, which saves time where each takes little. No more than
-    four turns of all threads are queued, however many items there are.
+    A thread takes `at_once` items in a row, which saves time where each takes little.
     """
-
-    def work_on(chunk: list[Item]) -> list[Result]:
-        return [work(item) for item in chunk]
-
-    rest = iter(items)
-    chunks = iter(lambda: list(itertools.islice(rest, at_once)), [])
-    queue: deque[Future[list[Result]]] = deque()
-    with ThreadPoolExecutor(num_threads) as pool:
-        try:
-            for chunk in chunks:
-                queue.append(pool.submit(work_on, chunk))
-                if len(queue) == 4 * num_threads:
-                    yield from queue.popleft().result()
-            while queue:
-                yield from queue.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    with ThreadPool(num_threads) as pool:
+        yield from pool.imap(work, items, at_once)

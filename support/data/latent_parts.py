@@ -1,10 +1,10 @@
 """A latent file in the making: parts that stand on their own, and their merge into one file.
 
 Everything is in the folder imagenet_latent.parts beside the target: plan.json says what is being
-made, and 000000.part and so on are the parts: a line with a CRC-32 and a JSON header, then the
+made. 000000.part, 000001.part, ... are the parts: a line with a CRC-32 and a JSON header, then the
 latents' bytes. A process killed at any moment leaves whole parts, and the same command makes the
-missing ones. The merge copies the parts into merged.hdf5, deletes each when it has been read back
-from there, and gives the file its final name when it has all of them.
+missing ones. The merge copies each part into merged.hdf5, reads it back from there and deletes it.
+When merged.hdf5 holds all parts, it gets its final name.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -30,12 +31,17 @@ from support.data.latents import (
     locate_latents,
     write_frame,
 )
-from support.system.files import UserError, atomic_write, make_folder, shorten, sync_folder
+from support.system.files import (
+    UserError,
+    atomic_write,
+    make_folder,
+    reporting_os_errors,
+    shorten,
+    sync_folder,
+)
 from support.system.locks import hold_lock
 
 PART_IMAGES = 256  # a killed process loses less work than this
-SYNCED_BYTES = 1 << 28  # of a merge, at a time
-COPIED_BYTES = 1 << 20
 KEPT = "finished work is kept: mend this, and the same command continues"
 
 Record = TypeVar("Record")  # Plan or Ledger
@@ -75,8 +81,7 @@ class Header(NamedTuple):
 
     labels: list[int]
     skipped: list[str]
-    num_bytes: int  # of the latents
-    crc32: int
+    crc32: int  # of the latents
 
 
 class Ledger(NamedTuple):
@@ -157,7 +162,7 @@ class PartsFolder:
     def write_part(self, index: int, part: Part) -> None:
         """Write a part, whole or not at all."""
         latents = part.latents.tobytes()
-        header = Header(part.labels.tolist(), [*part.skipped], len(latents), zlib.crc32(latents))
+        header = Header(part.labels.tolist(), [*part.skipped], zlib.crc32(latents))
         line = json.dumps(header._asdict()).encode()
         with _kept(), atomic_write(self.part_path(index)) as file:
             file.write(b"%08x %b\n" % (zlib.crc32(line), line))
@@ -165,31 +170,22 @@ class PartsFolder:
         self.damaged_path(index).unlink(missing_ok=True)
 
     def read_header(self, index: int) -> Header:
-        """A part's header; UserError if it is damaged, and the part set aside."""
+        """A part's header; UserError if it is damaged, and the part is set aside."""
         with self._whole(index), open(self.part_path(index), "rb") as file:
             checksum, _, line = file.readline().rstrip(b"\n").partition(b" ")
             if int(checksum, 16) != zlib.crc32(line):
                 raise ValueError("its header is damaged")
-            header = Header(**json.loads(line))
-            if os.fstat(file.fileno()).st_size != file.tell() + header.num_bytes:
-                raise ValueError("its latents are not complete")
-            return header
+            return Header(**json.loads(line))
 
-    def read_latents(self, index: int) -> Iterator[bytes]:
-        """The bytes of a part's latents, in pieces; not checked."""
+    def read_latents(self, index: int) -> bytes:
+        """A part's latents; UserError if they are damaged, and the part is set aside."""
+        header = self.read_header(index)
         with self._whole(index), open(self.part_path(index), "rb") as file:
             file.readline()
-            while piece := file.read(COPIED_BYTES):
-                yield piece
-
-    def check_latents(self, index: int) -> None:
-        """UserError if a part's latents are damaged, and the part set aside."""
-        checksum = 0
-        for piece in self.read_latents(index):
-            checksum = zlib.crc32(piece, checksum)
-        with self._whole(index):
-            if checksum != self.read_header(index).crc32:
+            latents = file.read()
+            if zlib.crc32(latents) != header.crc32:
                 raise ValueError("its latents are damaged")
+            return latents
 
     def skipped(self, plan: Plan) -> list[str]:
         """The pictures that finished parts left out."""
@@ -229,20 +225,15 @@ class PartsFolder:
             self._begin_merge(plan, describe)
         ledger = self._recorded(self.ledger_path, Ledger)
         offset, row_bytes = locate_latents(self.merged_path)
-        starts = (offset + row_bytes * np.cumsum([0, *ledger.rows])).tolist()
-        at_once = max(1, SYNCED_BYTES // (plan.part_images * row_bytes))
-        try:
+        bounds = (offset + row_bytes * np.cumsum([0, *ledger.rows])).tolist()
+        with reporting_os_errors(f"{self.merged_path}: not written; {KEPT}"):
             with open(self.merged_path, "r+b", buffering=0) as merged:
-                for first in range(0, plan.num_parts, at_once):
-                    group = range(first, min(first + at_once, plan.num_parts))
+                for part, (start, end) in enumerate(pairwise(bounds)):
                     # An interrupted merge has deleted those that are in the file.
-                    left = [part for part in group if self.part_path(part).exists()]
-                    self._merge_group(merged, {p: range(starts[p], starts[p + 1]) for p in left})
-                    report(group.stop, plan.num_parts)
+                    if self.part_path(part).exists():
+                        self._merge_part(part, merged, start, end - start)
+                    report(part + 1, plan.num_parts)
             self._publish(ledger)
-        except OSError as error:
-            reason = error.strerror or shorten(error)
-            raise UserError(f"{self.merged_path}: not written ({reason}); {KEPT}") from error
         return ledger
 
     def _begin_merge(self, plan: Plan, describe: Callable[[np.ndarray], LatentInfo]) -> None:
@@ -257,35 +248,24 @@ class PartsFolder:
         skipped = [path for part in parts for path in part.skipped]
         _write_json(self.ledger_path, Ledger(rows, skipped)._asdict())
 
-    def _merge_group(self, merged: io.FileIO, places: Mapping[int, range]) -> None:
-        """Copy parts to their places, read them back from the disk, and delete them."""
-        headers = {index: self.read_header(index) for index in places}
-        for index, place in places.items():
-            if headers[index].num_bytes != len(place):
-                raise UserError(
-                    f"{self.part_path(index)}: has other rows than when the merge began; delete "
-                    f"{self.folder} to start again"
-                )
-            start = place.start
-            for piece in self.read_latents(index):
-                _write_at(merged.fileno(), memoryview(piece), start)
-                start += len(piece)
+    def _merge_part(self, index: int, merged: io.FileIO, start: int, num_bytes: int) -> None:
+        """Copy a part to its place, read it back from the disk, and delete it."""
+        latents = self.read_latents(index)
+        if len(latents) != num_bytes:
+            raise UserError(
+                f"{self.part_path(index)}: has other rows than when the merge began; delete "
+                f"{self.folder} to start again"
+            )
+        _write_at(merged.fileno(), memoryview(latents), start)
         os.fsync(merged.fileno())
         if hasattr(os, "posix_fadvise"):  # else they may come from the system's cache
             os.posix_fadvise(merged.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        for index, place in places.items():
-            checksum = 0
-            for start in range(place.start, place.stop, COPIED_BYTES):
-                size = min(COPIED_BYTES, place.stop - start)
-                checksum = zlib.crc32(os.pread(merged.fileno(), size, start), checksum)
-            if checksum != headers[index].crc32:
-                self.check_latents(index)  # raises if the part was damaged before
-                raise UserError(
-                    f"{self.merged_path}: the latents of part {index} are not read back as they "
-                    "were written; check the disk, then give the same command"
-                )
-        for index in places:
-            self.part_path(index).unlink()
+        if os.pread(merged.fileno(), num_bytes, start) != latents:
+            raise UserError(
+                f"{self.merged_path}: the latents of part {index} are not read back as they "
+                "were written; check the disk, then give the same command"
+            )
+        self.part_path(index).unlink()
 
     def _publish(self, ledger: Ledger) -> None:
         if ledger.skipped:

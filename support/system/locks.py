@@ -107,22 +107,22 @@ def one_at_a_time(path: str | Path) -> Iterator[bool]:
         yield has_waited
 
 
-def done_by_one(
-    lock: Path,
-    work: Callable[[], None],
-    is_due: Callable[[], bool],
-    refusal: Callable[[], UserError],
+def fetch_once(
+    place: Path, missing: Callable[[], list[str]], fetch: Callable[[], None], advice: str
 ) -> None:
-    """Let one of the processes do `work` if it is due; the others wait for it.
+    """Let one of the processes `fetch` what is `missing` in `place`; the others wait for it.
 
-    A process that waited in vain raises `refusal()`. It does not try again: without a network, the
+    A process that waited in vain raises a UserError. It does not try again: without a network, the
     time-outs of many processes would add up.
     """
-    if not is_due():
+    if not missing():
         return
-    make_folder(lock.parent)
-    with one_at_a_time(lock) as has_waited:
-        if is_due():
+    with one_at_a_time(make_folder(place) / ".fetching.lock") as has_waited:
+        if not missing():
+            return
+        try:
             if has_waited:
-                raise refusal()
-            work()
+                raise UserError("another process failed to fetch this")
+            fetch()
+        except UserError as error:
+            raise UserError(f"{place}: lacks {', '.join(missing())}; {error}; {advice}") from error
