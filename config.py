@@ -50,6 +50,7 @@ from support.system.settings import (
     what_is_wrong,
 )
 
+KEYS_OF_DATA = {field.name for field in fields(DataRequest)}
 QUOTES = "'\""
 LARGEST_PICTURE_PIXELS = 500_000_000  # of a grid of samples
 
@@ -358,7 +359,7 @@ class Config(BaseModel):
 
     def data_request(self) -> DataRequest:
         """The argument of `build_data`."""
-        return DataRequest(**{f.name: getattr(self, f.name) for f in fields(DataRequest)})
+        return DataRequest(**{name: value for name, value in self if name in KEYS_OF_DATA})
 
     def to_dict(self) -> dict[str, Any]:
         """The config in plain types, for YAML, JSON and `torch.load(weights_only=True)`."""

@@ -284,7 +284,7 @@ def test_label_out_of_range_is_refused_before_it_reaches_a_device(monkeypatch, l
     data = PixelData(
         torch.zeros(5, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 2, 0, label]), (*"abc",)
     )
-    monkeypatch.setitem(DATASETS, "Digits", DataSet(1, 3, lambda *_: data))
+    monkeypatch.setitem(DATASETS, "Digits", DataSet(1, 3, lambda _: data))
     assert f"Digits: has a label {label};" in refusal(data_of, config_of("Digits"))
 
 

@@ -1,6 +1,7 @@
 """Build a run's data set: load it, check it, hold out images; compare it with a checkpoint's."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ def build_data(
     With `check_data` or `skip_bad` every example is read, each process reading its share.
     """
     where = request.dataset_path or request.dataset_type
-    data = DATASETS[request.dataset_type].load(request, processes)
+    data = DATASETS[request.dataset_type].load(replace(request, processes=processes))
     if check_data or request.skip_bad:
         data = check_examples(data, processes, request.skip_bad, where)
     if request.held_out:

@@ -38,7 +38,7 @@ ALONE = Processes(0, 0, 1, torch.device("cpu"))
 
 @dataclass(frozen=True)
 class DataRequest:
-    """The keys of a config that say which data set to load."""
+    """The keys of a config that say which data set to load, and the processes that load it."""
 
     dataset_type: str  # of DATASETS
     data_size: int  # side, in pixels or latents
@@ -48,6 +48,7 @@ class DataRequest:
     skip_bad: bool = False  # leave out pictures that cannot be read
     held_out: int = 0  # number of images that no step trains on
     seed: int = 0  # chooses these images
+    processes: Processes = ALONE
 
     @property
     def folder(self) -> Path:
@@ -286,14 +287,14 @@ def in_memory(images: LabelledImages, class_names: tuple[str, ...]) -> TrainingD
     return PixelData(channels_first(images.pixels), labels, class_names)
 
 
-def load_folder_data(request: DataRequest, processes: Processes) -> TrainingData:
-    files = list_pictures(request.folder, processes)
+def load_folder_data(request: DataRequest) -> TrainingData:
+    files = list_pictures(request.folder, request.processes)
 
     def digest() -> str:
         # With skip_bad, `check_examples` finds what is missing or no picture.
         return files.digest(files.sizes() if request.skip_bad else sizes_of_pictures(files))
 
-    return FolderData(files, processes.on_rank0(digest), request.data_size)
+    return FolderData(files, request.processes.on_rank0(digest), request.data_size)
 
 
 def list_pictures(folder: Path, processes: Processes) -> LabelledFiles:
@@ -306,7 +307,7 @@ def list_pictures(folder: Path, processes: Processes) -> LabelledFiles:
     return files
 
 
-def load_latents_data(request: DataRequest, processes: Processes) -> TrainingData:
+def load_latents_data(request: DataRequest) -> TrainingData:
     """The latents in dataset_path; UserError where they are not as the config describes them."""
     reader = LatentReader(request.folder / LATENT_FILE)
     if reader.size != request.data_size:
@@ -345,7 +346,7 @@ class DataSet:
 
     channels: int
     num_classes: int | None  # None: known only from the data themselves
-    load: Callable[[DataRequest, Processes], TrainingData]
+    load: Callable[[DataRequest], TrainingData]
     folder: str = ""  # what dataset_path must hold; empty where there is no dataset_path
     size: int | None = None  # side, where only one is possible
     is_latent: bool = False  # encoded by a VAE, which must decode the samples
@@ -364,7 +365,7 @@ DATASETS = {
     "CIFAR10": DataSet(
         3,
         10,
-        lambda asked, _: in_memory(cifar10.load_training_set(asked.folder), cifar10.CLASS_NAMES),
+        lambda asked: in_memory(cifar10.load_training_set(asked.folder), cifar10.CLASS_NAMES),
         "a folder for torchvision's CIFAR-10, which is fetched if need be",
         load_test=lambda asked: in_memory(cifar10.load_test_set(asked.folder), cifar10.CLASS_NAMES),
         size=32,
@@ -375,7 +376,7 @@ DATASETS = {
     "FashionMNIST": DataSet(
         1,
         10,
-        lambda asked, _: in_memory(fashion.load_training_set(asked.folder), fashion.CLASS_NAMES),
+        lambda asked: in_memory(fashion.load_training_set(asked.folder), fashion.CLASS_NAMES),
         "a folder for torchvision's Fashion-MNIST, which is fetched if need be",
         load_test=lambda asked: in_memory(fashion.load_test_set(asked.folder), fashion.CLASS_NAMES),
         size=fashion.SIDE,
@@ -386,7 +387,7 @@ DATASETS = {
     "Digits": DataSet(
         1,
         10,
-        lambda *_: in_memory(digits.load_training_set(), digits.CLASS_NAMES),
+        lambda _: in_memory(digits.load_training_set(), digits.CLASS_NAMES),
         load_test=lambda _: in_memory(digits.load_test_set(), digits.CLASS_NAMES),
         size=8,
     ),
