@@ -160,10 +160,7 @@ class Config(BaseModel):
     vae_batch_size: Whole = changeable(16, "images per decoder call", ge=1)
     # Objective
     velocity_loss_ratio: Decimal = key(
-        0.75,
-        "share of the batch for flow matching; the rest is for consistency",
-        ge=0,
-        le=1,
+        0.75, "share of the batch for flow matching; the rest is for consistency", ge=0, le=1
     )
     p: Decimal = key(
         1.0, "exponent of the adaptive loss weight 1 / (squared error + eps)^p", ge=0, le=10
@@ -182,10 +179,7 @@ class Config(BaseModel):
         1.0, "classifier-free guidance scale, trained into the model; 1 is none", ge=1
     )
     mix_ratio: Decimal = key(
-        1.0,
-        "share of the guided velocity in the target; the rest is the model's",
-        ge=0,
-        le=1,
+        1.0, "share of the guided velocity in the target; the rest is the model's", ge=0, le=1
     )
     cfg_drop_rate: Decimal = key(
         0.0, "probability that the null label replaces a label", ge=0, lt=1

@@ -14,8 +14,8 @@ from refusals import refusal
 
 from support.data.folders import find_pictures, sizes_of_pictures
 from support.data.images import (
+    ENDINGS,
     EXTENSIONS,
-    FORMATS,
     centre_crop,
     read_image,
     save_png,
@@ -90,7 +90,7 @@ def test_pictures_are_found_by_ending_and_read_by_what_they_are(tmp_path, ending
 
 
 def test_formats_that_start_programs_or_open_files_are_not_read():
-    assert not {"EPS", "WMF", "FPX", "MIC", "IMT", "TGA"} & set(FORMATS)
+    assert not {"EPS", "WMF", "FPX", "MIC", "IMT", "TGA"} & set(ENDINGS)
     assert not {".eps", ".ps", ".wmf", ".tga"} & set(EXTENSIONS)
 
 

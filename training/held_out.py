@@ -60,12 +60,6 @@ def _freeze(
     )
 
 
-def forwards(config: Config) -> int:
-    """Forward passes of one sample that a measurement takes, for the weights and their EMA."""
-    guidance = 0 if config.cfg_scale == 1 else 2 + (config.mix_ratio < 1)
-    return 2 * config.held_out * (3 + guidance)  # F(x_t, t, t), F(x_t, t, s) and F(x_l, l, s)
-
-
 @torch.no_grad()
 def measure(model: Method, frozen: list[Batch], processes: Processes) -> dict[str, list[float]]:
     """The mean squared error of each loss in each bin of t; all processes must call this.

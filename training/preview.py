@@ -21,10 +21,8 @@ from support.system.command import is_first_process
 from support.system.processes import connected, world_size_asked_for
 from training.draws import draw_batch
 from training.execution import set_options
-from training.held_out import forwards
 from training.run import assemble_run, draw_batches
 
-FORWARDS = 4.4  # of a sample in a training step, about
 COUNTED_IMAGES = 40  # activations are counted for so many, and grow in proportion
 # Images in an epoch of the data sets that are always the same; latents are taken for ImageNet's.
 EPOCH_IMAGES = {"CIFAR10": 50_000, "Digits": 1_197, "FashionMNIST": 60_000, "Imagenet": 1_281_167}
@@ -46,7 +44,6 @@ def describe(config: Config) -> None:
         describe_disk(
             model, config.result_schedule(), eval_bytes(config), averages, len(config.ema_power)
         ),
-        *describe_held_out(config),
     ):
         say(f"# {line}")
 
@@ -78,17 +75,6 @@ def describe_length(config: Config) -> str:
     if known := EPOCH_IMAGES.get(config.dataset_type):
         line += f", {images / known:,.1f} epochs of {config.dataset_type}'s {known:,}"
     return line
-
-
-def describe_held_out(config: Config) -> list[str]:
-    """A line on the cost of the held-out loss, if there is one."""
-    if not (config.held_out and config.held_out_steps):
-        return []
-    share = forwards(config) / (FORWARDS * config.batch_size * config.held_out_steps)
-    return [
-        f"held-out loss: {config.held_out} images every {config.held_out_steps} steps, about "
-        f"{100 * share:.2g} % of the run's computing"
-    ]
 
 
 def eval_bytes(config: Config) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError, features
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from support.system.files import UserError, atomic_write, identify, regular_only, shorten
 
@@ -32,10 +32,7 @@ ENDINGS = {
     "TIFF": (".tif", ".tiff"),
     "WEBP": (".webp",),
 }
-# Some builds of Pillow lack these; the values are its names for them.
-MAY_LACK = {"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}
-FORMATS = tuple(kind for kind in ENDINGS if kind not in MAY_LACK or features.check(MAY_LACK[kind]))
-EXTENSIONS = tuple(sorted(ending for kind in FORMATS for ending in ENDINGS[kind]))
+EXTENSIONS = tuple(sorted(ending for endings in ENDINGS.values() for ending in endings))
 # How files of these formats start (RIFF: WebP; P1 to P6: the PPM family).
 SIGNATURE = re.compile(
     rb"\xff\xd8\xff|\x89PNG|BM|RIFF|II\*\0|MM\0\*|P[1-6]|GIF8|qoif"
@@ -80,7 +77,7 @@ def read_image(
         with open(path, "rb", opener=regular_only) as file:
             start = file.read(SIGNATURE_BYTES)
             file.seek(0)
-            with Image.open(file, formats=FORMATS) as picture:
+            with Image.open(file, formats=tuple(ENDINGS)) as picture:
                 if picture.width * picture.height > MAX_PIXELS:
                     raise ValueError(f"{picture.width} x {picture.height} pixels are too many")
                 rgb = _as_rgb(picture)
@@ -89,7 +86,7 @@ def read_image(
     except UnidentifiedImageError as error:
         kind = "HEIC: convert it" if HEIC.match(start) else identify(Path(path))
         raise UserError(
-            f"{path}: not a readable picture (it is {kind}; readable: {', '.join(FORMATS)})"
+            f"{path}: not a readable picture (it is {kind}; readable: {', '.join(ENDINGS)})"
         ) from error
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
         reason = getattr(error, "strerror", None) or shorten(error)

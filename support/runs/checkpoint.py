@@ -94,27 +94,22 @@ class TrainState(Generic[Model]):
 
     def _check_optimizer(self, saved: Any, source: str) -> None:
         parameters = self.optimizer.param_groups[0]["params"]
+        expected = {index: list(p.shape) for index, p in enumerate(parameters)}
         try:
             indices = [list(group["params"]) for group in saved["param_groups"]]
-            moments = {
-                f"{name} of parameter {index}": (index, list(entry[name].shape))
+            misfits = [
+                f"{name} of parameter {index} has shape {list(entry[name].shape)}, "
+                f"the parameter {expected.get(index)}"
                 for index, entry in saved["state"].items()
                 for name in ("exp_avg", "exp_avg_sq")
-            }
+                if list(entry[name].shape) != expected.get(index)
+            ]
         except (KeyError, TypeError, AttributeError):
             raise UserError(f"{source}: its entry `optimizer` is no optimizer's state") from None
-        if indices != [list(range(len(parameters)))]:
-            raise UserError(
-                f"{source}: the optimizer state is of {sum(map(len, indices))} parameters, "
-                f"this model has {len(parameters)}"
-            )
-        for name, (index, shape) in moments.items():
-            expected = list(parameters[index].shape) if index in range(len(parameters)) else None
-            if shape != expected:
-                raise UserError(
-                    f"{source}: {name} in the optimizer state has shape {shape}, "
-                    f"the parameter {expected}"
-                )
+        if indices != [list(expected)]:
+            misfits = [f"it is of {sum(map(len, indices))} parameters, not {len(expected)}"]
+        if misfits:
+            raise UserError(f"{source}: the optimizer state does not fit the model: {misfits[0]}")
 
 
 def _as_yaml(settings: Mapping[str, Any]) -> dict[str, Any]:

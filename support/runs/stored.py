@@ -22,7 +22,7 @@ from torch import Tensor
 
 from support.runs.checkpoint import read_checkpoint, run_of_checkpoint
 from support.system import hub
-from support.system.files import UserError, identify, sha256_of, shorten
+from support.system.files import UserError, identify, reporting_os_errors, sha256_of, shorten
 from support.system.settings import read_yaml
 
 WEIGHTS_FILE = "model.safetensors"
@@ -84,12 +84,10 @@ def find_file(source: str | Path, subfolder: str = "") -> Path:
         subfolder = subfolder.strip("/")
         place = hub.fetch(name, partial(_files_of_model, name, subfolder))
     folder = place / subfolder
-    try:
-        kinds = (WEIGHTS_FILE, "*.pt", "ckpts/*.pt", f"*/{WEIGHTS_FILE}", "*/ckpts/*.pt")
+    kinds = (WEIGHTS_FILE, "*.pt", "ckpts/*.pt", f"*/{WEIGHTS_FILE}", "*/ckpts/*.pt")
+    with reporting_os_errors(f"{source}: cannot be read"):
         files = [str(one.relative_to(folder)) for kind in kinds for one in folder.glob(kind)]
-        return folder / _choose_weights(str(folder), "", files)
-    except OSError as error:
-        raise UserError(f"{source}: cannot be read ({error.strerror})") from error
+    return folder / _choose_weights(str(folder), "", files)
 
 
 def _choose_weights(name: str, start: str, files: list[str]) -> str:

@@ -7,7 +7,6 @@ them on import. The import takes a second, so it is done only when the hub is ne
 import contextlib
 import difflib
 import glob
-import importlib
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ def fetch(name: str, choose: Callable[[list[str]], list[str]]) -> Path:
     """
     if not NAME.fullmatch(name):
         raise UserError(f"{_not_here(name)}, and not a name on the Hugging Face Hub (OWNER/NAME)")
-    hub = _client(name)
+    hub = _client()
     failure = f"{_not_here(name)}, and not fetched from the Hugging Face Hub"
     advice = f"; offline, run `hf download {name} --local-dir FOLDER` elsewhere, name that folder"
     with _explained(failure, advice):
@@ -67,7 +66,7 @@ def check_push(name: str) -> None:
     """UserError if an upload to this repository is bound to fail, as far as can be told offline."""
     if not NAME.fullmatch(name):
         raise UserError(f"{name}: not a name on the Hugging Face Hub, such as owner/digits")
-    hub = _client(name)
+    hub = _client()
     if hub.constants.HF_HUB_OFFLINE:
         raise UserError(f"{name}: cannot upload while HF_HUB_OFFLINE is set")
     if hub.get_token() is None:
@@ -82,7 +81,7 @@ def push(folder: Path, name: str, is_private: bool) -> str:
 
     UserError, before anything is uploaded, if it should be private and is public.
     """
-    hub = _client(name)
+    hub = _client()
     with _explained(f"{name}: not uploaded"):
         url = hub.create_repo(name, private=is_private, exist_ok=True)
         if is_private and not hub.model_info(name).private:
@@ -99,12 +98,10 @@ def push(folder: Path, name: str, is_private: bool) -> str:
     return str(url)
 
 
-def _client(name: str) -> Any:
+def _client() -> Any:
     """The hub's client; it shows progress bars on a terminal only."""
-    try:
-        hub = importlib.import_module("huggingface_hub")
-    except ImportError as error:
-        raise UserError(f"{name}: {shorten(error)}; pip install huggingface_hub") from error
+    import huggingface_hub as hub
+
     hub.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         hub.utils.disable_progress_bars()
