@@ -137,7 +137,7 @@ def serving(folder: Path) -> Iterator[tuple[Hub, str]]:
     hub = Hub(folder)
     handler = type("HubHandler", (Handler,), {"hub": hub})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     try:
         yield hub, f"http://127.0.0.1:{server.server_port}"
     finally:

@@ -5,33 +5,37 @@ import json
 import gpu
 import gpu_sections
 import pytest
-from commands import ROOT, succeed
+from commands import run_here
 
-# A worker with sections that fail: as a whole, in one task, by death and by hanging.
-PLANTED = f"""
-import os, signal, sys
-sys.path.insert(0, {str(ROOT / "benchmarks")!r})
-import gpu_sections
 
-def values(bench, subject, variant):
-    yield "before", 1.0, "s"
-    if variant == "fails":
-        raise MemoryError("CUDA out of memory")
-    if variant == "dies":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if variant == "hangs":
-        signal.pause()
-    yield "after", float("nan"), "s"
+@pytest.fixture
+def rows_here(capsys, monkeypatch):
+    """`gpu.rows_of` with one process in all, since each takes seconds to load torch."""
+    as_it_is = gpu_sections.call
 
-gpu_sections.SECTIONS["planted"] = (values, sys.argv[1].split("-"))
-gpu_sections.main("planted", *sys.argv[2:])
-"""
+    def call(script: str, *words: object) -> None:
+        if script == "latent_dataset.py":
+            as_it_is(script, *words)
+        else:
+            assert run_here(script, *words) == 0
+
+    def rows_of(section: str, device: str, is_tiny: bool, seconds: float) -> list[gpu.Row]:
+        gpu_sections.main(section, device, str(int(is_tiny)), str(seconds))
+        lines = capsys.readouterr().out.splitlines()
+        return [{"section": section, **json.loads(line)} for line in lines if line[0] == "{"]
+
+    monkeypatch.setattr(gpu_sections, "call", call)
+    return rows_of
 
 
 @pytest.mark.slow
-def test_every_section_has_values_on_a_cpu(tmp_path):
-    output = tmp_path / "gpu.json"
-    succeed("benchmarks/gpu.py", "--tiny", "--device", "cpu", "--output", output)
+def test_every_section_has_values_on_a_cpu(rows_here, tmp_path, monkeypatch):
+    rows_of, output = gpu.rows_of, tmp_path / "gpu.json"
+    by_process = {"exactness": rows_of}  # one section as it runs in the end
+    monkeypatch.setattr(
+        gpu, "rows_of", lambda section, *how: by_process.get(section, rows_here)(section, *how)
+    )
+    gpu.main(["--tiny", "--device", "cpu", "--output", str(output)])
     report = json.loads(output.read_text())
     assert report.keys() == {"device", "date", "torch", "python", "system", "rows"}
     rows = report["rows"]
@@ -47,34 +51,33 @@ def test_every_section_has_values_on_a_cpu(tmp_path):
     assert all(f"| {row['section']} | {row['name']} |" in table for row in rows)
 
 
+def test_what_fails_in_a_section_is_a_row_and_the_rest_goes_on(rows_here, monkeypatch):
+    def values(bench, subject, variant):
+        yield "before", 1.0, "s"
+        if variant == "fails":
+            raise MemoryError("CUDA out of memory")
+        yield "after", float("nan"), "s"
+
+    monkeypatch.setitem(gpu_sections.SECTIONS, "planted", (values, ("fails", "works")))
+    first, failed, *others = rows_here("planted", "cpu", True, 60)
+    assert (first["name"], first["value"]) == ("DiT-Nano-4 fails before", 1.0)
+    assert failed["error"].startswith("MemoryError: CUDA out of memory")
+    assert [row["value"] for row in others] == [1.0, "nan"]
+    assert all("left out" in row["error"] for row in rows_here("planted", "cpu", True, 0))
+
+
 @pytest.mark.parametrize(
-    ("variants", "seconds", "expected"),
-    [
-        (
-            "fails-works",
-            "60",
-            [("DiT-Nano-4 fails before", 1.0), ("DiT-Nano-4 fails", "MemoryError: CUDA out of"),
-             ("DiT-Nano-4 works before", 1.0), ("DiT-Nano-4 works after", "nan")],
-        ),
-        ("dies-works", "60", [("DiT-Nano-4 dies before", 1.0), ("dies-works", "-9")]),
-        ("works", "0", [("DiT-Nano-4 works", "left out")]),
-        ("hangs", "12", [("DiT-Nano-4 hangs before", 1.0), ("hangs", "stopped after 12")]),
-    ],
-)  # fmt: skip
-def test_what_fails_is_a_row_and_the_rest_goes_on(
-    variants, seconds, expected, tmp_path, monkeypatch
-):
-    worker = tmp_path / "planted.py"
-    worker.write_text(PLANTED)
+    ("end", "seconds", "said"),
+    [("os.kill(os.getpid(), 9)", 60, "-9"), ("signal.pause()", 1, "stopped after 1")],
+)
+def test_a_section_that_dies_or_hangs_ends_in_a_row(end, seconds, said, tmp_path, monkeypatch):
+    worker = tmp_path / "worker.py"
+    row = json.dumps({"name": "before", "value": 1.0, "unit": "s"})
+    worker.write_text(f"import os, signal\nprint({row!r}, flush=True)\n{end}")
     monkeypatch.setattr(gpu, "WORKER", worker)
-    monkeypatch.setattr(gpu, "GRACE_SECONDS", 0 if variants == "hangs" else 60)
-    rows = gpu.rows_of(variants, "cpu", True, float(seconds))
-    assert [row["name"] for row in rows] == [name for name, _ in expected]
-    for row, (_, value) in zip(rows, expected, strict=True):
-        if isinstance(value, str):
-            assert value in row.get("error", row.get("value"))
-        else:
-            assert row["value"] == value
+    monkeypatch.setattr(gpu, "GRACE_SECONDS", 0)
+    first, last = gpu.rows_of("planted", "cpu", True, seconds)
+    assert first["name"] == "before" and said in last["error"]
 
 
 def test_without_a_gpu_only_the_tiny_form_runs(tmp_path):

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from commands import ROOT, digits_settings, run
+from commands import ROOT, digits_settings, forked, run
 from hub import serving
 
 import export
@@ -39,7 +39,7 @@ def exported(tmp_path_factory):
 @pytest.fixture
 def hub(tmp_path):
     with serving(tmp_path / "repositories") as (server, address):
-        # Everything in the hub's own words, since its client reads them when it is imported.
+        # Everything in the hub's own words, since its client reads them when it is imported anew.
         server.env = {
             "HF_ENDPOINT": address,
             "HF_HOME": str(tmp_path / "cache"),
@@ -51,16 +51,20 @@ def hub(tmp_path):
         yield server
 
 
+def asked(hub, *words: object, folder=ROOT, **env: str):
+    return forked(*words, folder=folder, env={**hub.env, **env}, afresh="huggingface_hub")
+
+
 def fetched(hub, name: str, tmp_path, subfolder: str = "", **env: str):
     """The finished process of a user who loads a model by name, and the images they have."""
     output = tmp_path / "latents.npy"
     output.unlink(missing_ok=True)
-    done = run("-c", CODE, name, subfolder, output, folder=tmp_path, env={**hub.env, **env})
+    done = asked(hub, "-c", CODE, name, subfolder, output, folder=tmp_path, **env)
     return done, torch.from_numpy(np.load(output)) if output.exists() else None
 
 
 def pushed(hub, *words: object, **env: str):
-    return run("export.py", *words, env={**hub.env, "HF_TOKEN": "hf_secret", **env})
+    return asked(hub, "export.py", *words, **{"HF_TOKEN": "hf_secret", **env})
 
 
 def refusal(done) -> str:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from checkpoints import assert_equal, load, state_of
 from commands import ROOT
-from standins import CIFAR_NAMES, write_cifar10
+from standins import CIFAR_NAMES, narrow_unet, write_cifar10
 
 import inference
 import train
@@ -22,6 +22,7 @@ def test_cifar10_with_the_unet_trains_augmented_continues_exactly_and_samples(
     tmp_path, monkeypatch
 ):
     write_cifar10(tmp_path / "data", monkeypatch)
+    narrow_unet(monkeypatch)
     folder = tmp_path / "run"
     command = options(
         "cifar.yaml", working_dir=folder, dataset_path=tmp_path / "data", total_steps=2,

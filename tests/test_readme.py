@@ -1,7 +1,6 @@
 """The commands of README.md and docs/ are run as written, in the order in which one reads them."""
 
 import contextlib
-import importlib
 import io
 import re
 import shlex
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import ROOT, succeed
+from commands import ROOT, forked, run_here
 from documents import DOCUMENTS, SMALL, Command, blocks, commands_of, copy_project
 from released import LATENT_KEYS, UNET_KEYS, release
 from standins import crops, photographs, write_cifar10, write_image_folder
@@ -75,29 +74,16 @@ def on_stand_ins(command: Command) -> list[str]:
     for shown, small in NUMBERS.items():
         line = re.sub(shown, small, line)
     if "--dry-run" in line:
-        return shlex.split(line)
+        return shlex.split(line + (" --set batch_size=4" if "--time" in line else ""))
     added = [more for script, more in ADDED.items() if f" {script}" in line]
     if "train.py" in line and "digits.yaml" not in line:
         added.append("--set model_type=DiT-Nano-8")
     return shlex.split(" ".join([line, *added]))
 
 
-def run_script(script: str, words: list[str]) -> int:
-    """The status of `python SCRIPT WORDS`, in this process."""
-    sys.path.insert(0, str((ROOT / script).parent))
-    before, sys.argv = sys.argv, [script, *words]
-    try:
-        return importlib.import_module(Path(script).stem).main() or 0
-    except SystemExit as end:
-        return end.code or 0
-    finally:
-        sys.argv = before
-        del sys.path[0]
-
-
 def help_of(script: str) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        assert run_script(script, ["--help"]) == 0
+        assert run_here(script, "--help") == 0
     return said.getvalue()
 
 
@@ -113,9 +99,12 @@ def run_on_stand_ins(command: Command) -> None:
         case ".":
             assert words[1:] == [".venv/bin/activate"]
         case "python":
-            assert run_script(words[1], words[2:]) == 0
+            assert run_here(*words[1:]) == 0
         case "torchrun":
-            succeed("-m", "torch.distributed.run", *words[1:], folder=Path.cwd())
+            asked = torchrun_parser().parse_args(words[1:])
+            command = asked.training_script, *asked.training_script_args
+            done = forked(*command, ranks=int(asked.nproc_per_node), folder=Path.cwd())
+            assert done.returncode == 0, done.stdout + done.stderr
         case _:
             raise AssertionError("add it to NOT_RUN, or say how to run it")
 

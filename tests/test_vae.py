@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from commands import run
+from commands import forked
 from hub import COMMIT, serving
 from safetensors.torch import load_file, save_file
 from tiny_vae import make_tiny_vae
@@ -245,8 +245,8 @@ for name in sys.argv[1:]:
 
 
 def found_by_name(*names, **settings):
-    """In a process of its own: the hub's client reads its settings when it is imported."""
-    return run("-c", FIND, *names, env=settings).stdout.splitlines()
+    done = forked("-c", FIND, *names, env=settings, afresh="huggingface_hub")
+    return done.stdout.splitlines()
 
 
 @pytest.mark.slow
