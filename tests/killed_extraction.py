@@ -1,4 +1,4 @@
-"""latent_dataset.py with small parts, killed at a moment of choice: run by torchrun, or imported.
+"""latent_dataset.py with small parts, killed at a moment of choice: run, or imported.
 
     python tests/killed_extraction.py RANK:EVENT {options of latent_dataset.py}
 

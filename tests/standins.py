@@ -84,10 +84,10 @@ def publish_cifar10(place: Path, monkeypatch) -> None:
 
 
 def narrow_unet(monkeypatch) -> None:
-    """Let a UNet be the same in all but its width: of 0.8 million parameters instead of 55."""
-    for name, width in {"STEM_WIDTH": 16, "WIDTH": 32, "TIME_FEATURES": 16}.items():
-        monkeypatch.setattr(unet, name, width)
-    monkeypatch.setattr(unet, "EMBEDDING_WIDTH", 32)
+    """Let a UNet be the same in all but its sizes: of 0.4 million parameters instead of 55."""
+    widths = {"STEM_WIDTH": 16, "WIDTH": 32, "TIME_FEATURES": 16, "EMBEDDING_WIDTH": 32}
+    for name, value in {**widths, "ENCODER_BLOCKS": 1}.items():
+        monkeypatch.setattr(unet, name, value)
 
 
 def archive_of_cifar10(place: Path, monkeypatch) -> bytes:

@@ -15,7 +15,7 @@ import pytest
 import standins
 import torch
 from checkpoints import assert_equal, load, state_of
-from commands import ROOT, run, succeed
+from commands import ROOT, forked
 from killed_extraction import Killer
 from PIL import Image
 from tiny_vae import make_tiny_vae
@@ -29,7 +29,6 @@ from support.data.latents import LATENT_FILE, LatentReader
 from support.data.vae import decoder_notes, find_vae, load_vae
 from support.system.files import UserError
 
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 SIZE = 64  # pixels
 PER_CLASS = 9
 
@@ -147,9 +146,9 @@ def test_latents_are_the_vaes_in_order_with_their_labels(made):
 @pytest.mark.slow
 @pytest.mark.xdist_group("several processes")
 def test_two_processes_make_the_same_file_and_go_on_when_one_is_killed(made, tmp_path):
-    script = [*TORCHRUN, ROOT / "tests/killed_extraction.py"]
+    script = "tests/killed_extraction.py"
     arguments = options(made, **{"save-path": tmp_path})
-    killed = run(*script, "1:4", *arguments)  # amid the second part of the process
+    killed = forked(script, "1:4", *arguments, ranks=2)  # amid the second part of the process
     assert killed.returncode != 0
     assert not (tmp_path / LATENT_FILE).exists()
     there = [int(path.stem) for path in tmp_path.glob("*/0*.part")]
@@ -157,7 +156,9 @@ def test_two_processes_make_the_same_file_and_go_on_when_one_is_killed(made, tmp
     assert 1 <= num_parts < 7
     parts = latent_parts.PartsFolder(tmp_path)
     missing_images = 27 - sum(len(parts.read_header(index).labels) for index in there)
-    said = succeed(*script, "none:0", *arguments)
+    done = forked(script, "none:0", *arguments, ranks=2)
+    said = done.stdout
+    assert done.returncode == 0, done.stderr
     assert f"in 7 parts; {7 - num_parts} of them are to be made" in said
     assert f"\n{missing_images} images in " in said  # each made by one of the processes
     assert said.count("images/s; the VAE took") == 1

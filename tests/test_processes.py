@@ -8,8 +8,9 @@ import pytest
 import torch
 import worker
 from checkpoints import assert_equal, load, state_of
-from commands import ROOT, digits_settings, run, succeed
+from commands import digits_settings, forked, run, succeed
 
+import train
 from models import Batch
 from support.data.batches import BatchPlan
 from support.data.datasets import PixelData, RawBatch
@@ -52,9 +53,10 @@ def found(tmp_path_factory):
     """What one process finds, and what two do."""
     folder = tmp_path_factory.mktemp("processes")
     results = {}
-    for name, num_microbatches, launch in (("one", 1, []), ("two", 2, TORCHRUN)):
-        torch.save(cut(whole_batch(), num_microbatches), folder / f"{name}.in")
-        succeed(*launch, ROOT / "tests/worker.py", folder / f"{name}.in", folder / f"{name}.out")
+    for ranks, name in ((1, "one"), (2, "two")):
+        torch.save(cut(whole_batch(), ranks), folder / f"{name}.in")
+        done = forked("tests/worker.py", folder / f"{name}.in", folder / f"{name}.out", ranks=ranks)
+        assert done.returncode == 0, done.stderr
         results[name] = torch.load(folder / f"{name}.out", weights_only=True)
     return results
 
@@ -104,7 +106,7 @@ def test_reference_stream_of_two_processes_is_drawn_and_joined_as_the_reference_
     assert (two["pixels"].int() - pixels[:11].int()).abs().max() <= 1
 
 
-def test_two_processes_train_stop_and_continue_exactly_and_one_goes_on_from_there(tmp_path):
+def test_two_processes_train_stop_and_continue_exactly_and_one_goes_on_from_there(tmp_path, capsys):
     def settings(name: str) -> list[str]:
         # Of one held-out image a process has none, and has to look along all the same.
         looking = {"held_out": 1, "held_out_steps": 2}
@@ -120,11 +122,12 @@ def test_two_processes_train_stop_and_continue_exactly_and_one_goes_on_from_ther
     for name in ("two", "one"):
         shutil.copytree(tmp_path / "whole", tmp_path / name)
         (tmp_path / name / "ckpts" / "6.pt").unlink()
-    succeed(*TORCHRUN, "train.py", *settings("two"))
+    done = forked("train.py", *settings("two"), ranks=2)
+    assert done.returncode == 0, done.stderr
     assert_equal(state_of(load(tmp_path / "whole", 6)), state_of(load(tmp_path / "two", 6)))
 
-    said = succeed("train.py", *settings("one"))
-    assert "12 = 1 process x 6 x 2 accumulation" in said
+    train.main(settings("one"))
+    assert "12 = 1 process x 6 x 2 accumulation" in capsys.readouterr().out
     assert load(tmp_path / "one", 6)["finished_steps"] == 6
 
 
@@ -212,7 +215,7 @@ def connected(rank: int, port: int, **world: object) -> str:
     )
     own = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": 2}
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **own, **world}
-    finished = run("-c", script, env={name: str(value) for name, value in where.items()})
+    finished = forked("-c", script, env={name: str(value) for name, value in where.items()})
     assert finished.returncode == 1
     (line,) = [line for line in finished.stderr.splitlines() if line.startswith("error")]
     assert "is gone" not in line

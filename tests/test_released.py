@@ -4,25 +4,25 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import load
-from commands import ROOT, succeed
 from released import LATENT_KEYS, UNET_KEYS, release
-from standins import write_cifar10
+from standins import narrow_unet, write_cifar10
 
+import inference
 import train
 from models import build_model
 
 pytestmark = pytest.mark.slow
 
 
-def test_released_unet_is_sampled(tmp_path):
+def test_released_unet_is_sampled(tmp_path, monkeypatch, capsys):
+    narrow_unet(monkeypatch)
     model = build_model("UNet", 3, 32, 10, 0.0)
     release(tmp_path, "UNet-uncond", UNET_KEYS, 800_000, model, torch.optim.RAdam([torch.ones(1)]))
-    said = succeed(
-        ROOT / "inference.py", "--config", "SoFlow/UNet-uncond/config.yaml",
-        "--ckpt-steps", 800_000, "--num-samples", 3, folder=tmp_path,
-    )  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    flags = ["--config", "SoFlow/UNet-uncond/config.yaml", "--ckpt-steps", "800000"]
+    inference.main([*flags, "--num-samples", "3"])
     path = tmp_path / "SoFlow" / "UNet-uncond" / "evals" / "800000_1NFE_42.npz"
-    assert str(path.relative_to(tmp_path)) in said
+    assert str(path.relative_to(tmp_path)) in capsys.readouterr().out
     with np.load(path) as archive:
         assert archive["arr_0"].shape == (3, 32, 32, 3)
 

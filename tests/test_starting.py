@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from checkpoints import assert_equal, load
-from commands import ROOT, digits_settings, succeed
+from commands import ROOT, digits_settings, forked
 from safetensors.torch import save_file
 
 import train
@@ -142,7 +142,8 @@ def test_every_process_starts_from_the_same_weights(source, tmp_path):
     folder = tmp_path / "run"
     values = {"total_steps": 1, "init_from": source, "logging_steps": 1}
     words = digits_settings(folder, **values)
-    succeed("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py", *words)
+    done = forked("train.py", *words, ranks=2)
+    assert done.returncode == 0, done.stderr
     alone = tmp_path / "alone"
     # Cut alike, the batch has the same noise.
     train.main(digits_settings(alone, accumulation_steps=2, **values))

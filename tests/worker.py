@@ -1,4 +1,4 @@
-"""What the processes of test_processes.py do: run by torchrun, or alone."""
+"""What the processes of test_processes.py do: several of one run, or one alone."""
 
 import sys
 from pathlib import Path
