@@ -9,7 +9,7 @@ otherwise. Requests wait in a queue for the one model, and their size is bounded
 small model into one file that needs no server.
 """
 
-from support.system.command import ROOT, run_command  # isort: skip - first: it attends to the start
+from support.system.command import ROOT, command_parser, run_command  # isort: skip - first: it attends to the start
 
 import argparse
 import ipaddress
@@ -191,9 +191,7 @@ def in_url(host: str) -> str:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line's options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add_model_options(parser)
     host_help = f"the address to listen at ({LOCALHOST}: this machine only; 0.0.0.0: everyone)"

@@ -9,7 +9,7 @@ holds the model's graph and onnxruntime-web. npm fetches onnxruntime-web once, u
 its folder.
 """
 
-from support.system.command import run_command  # isort: skip - first: it attends to the start
+from support.system.command import command_parser, run_command  # isort: skip - first: it attends to the start
 
 import argparse
 import shlex
@@ -121,9 +121,7 @@ def times_of(loaded: LoadedModel, steps: int) -> dict[str, Sequence[float]]:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line's options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     add: Any = parser.add_argument
     add_model_options(parser)
     add("output", type=expanduser, metavar="FILE", help="the page, such as digits.html")

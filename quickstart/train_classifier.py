@@ -9,7 +9,6 @@ training digits, or on the 10,000 clothes that no run trains on and none is scor
 graphs are kept in the repository, because scores are comparable only with the same graph.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from quickstart.small_sets import DEFAULT_FOLDER, SMALL_SETS
 from support.data.images import LabelledImages
 from support.scores.tensorflow_start import import_tensorflow
-from support.system.command import run_command
+from support.system.command import command_parser, run_command
 from support.system.files import atomic_write
 
 tf = import_tensorflow()
@@ -146,9 +145,7 @@ def freeze(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("set", choices=SMALL_SETS)
     parser.add_argument("--data", type=Path, default=DEFAULT_FOLDER, help="folder of the clothes")
     arguments = parser.parse_args(argv)

@@ -5,6 +5,7 @@ missing package. From then on it handles Ctrl-C and missing packages, but only i
 command: importing a command's module from elsewhere changes nothing.
 """
 
+import argparse
 import os
 import re
 import select
@@ -54,6 +55,13 @@ def run_command(main: Callable[[], int | None]) -> None:
         _flush()
         os._exit(status)
     sys.exit(status)
+
+
+def command_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser of a command's options; --help shows the module's docstring as it is."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 def is_first_process() -> bool:
