@@ -14,12 +14,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import arena.objectives  # noqa: F401  # lets configs name them
 from arena.plan import Job, Plan
-from benchmarks.measuring import in_turns, machine
+from benchmarks.measuring import count_flops, in_turns, machine
 from config import load_config
 from support.data.batches import build_loader
 from support.system.processes import Processes
@@ -50,34 +48,24 @@ def build(job: Job, plan: Plan) -> tuple[Callable[[], None], Callable[[], None]]
     return step, forward
 
 
-def count_forwards(step: Callable[[], None], forward: Callable[[], None]) -> float:
-    """A step's FLOPs in forwards; the counter sees attention in its plain form alone."""
-    counted = []
-    for work in (step, forward):
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            work()
-        counted.append(counter.get_total_flops())
-    return counted[0] / counted[1]
-
-
 def measure(plan: Plan) -> list[dict[str, Any]]:
     """A row for each objective, with and without guidance."""
     plan = dataclasses.replace(plan, best=dict.fromkeys(plan.values["guided"], SCALE))
     jobs = [job for job in plan.jobs("objectives") if job.seed == plan.values["seeds"][0]]
-    works = {job.file_name: build(job, plan) for job in jobs}
-    forwards = {name: count_forwards(*pair) for name, pair in works.items()}
-    (_, forward), *_ = works.values()
-    seconds = in_turns(
-        {"forward": forward, **{name: step for name, (step, _) in works.items()}}, TURNS
-    )
+    built = {job.file_name: build(job, plan) for job in jobs}
+    works: dict[str, Callable[[], object]] = {"forward": built[jobs[0].file_name][1]}
+    works |= {name: step for name, (step, _) in built.items()}
+    flops = {name: count_flops(work) for name, work in works.items()}
+    turns = in_turns(works, TURNS)
+    seconds = {name: [round(taken, 5) for taken in of] for name, of in turns.items()}
     return [
         {
             "data": plan.data,
             "name": job.name,
             "guided": job.guided,
-            "forwards": round(forwards[job.file_name], 3),
-            "seconds": [round(taken, 5) for taken in seconds[job.file_name]],
-            "forward_seconds": [round(taken, 5) for taken in seconds["forward"]],
+            "forwards": round(flops[job.file_name] / flops["forward"], 3),
+            "seconds": seconds[job.file_name],
+            "forward_seconds": seconds["forward"],
             "machine": machine(),
         }
         for job in jobs

@@ -1,11 +1,11 @@
 """What a step of SoFlow is measured against, around the same network, as learners run it."""
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 from measuring import ROOT  # noqa: F401 - first: it finds the rest
-from torch import Tensor, nn
+from torch import nn
 
 # isort: split
 import arena.objectives as arena
@@ -24,23 +24,24 @@ class FlowMatching(arena.FlowMatching):
     """The arena's, on all rows of the batch."""
 
     def forward(self, batch: Batch) -> StepTerms:
-        batch = self.drop_labels(batch)
-        x_t, v_t = self.interpolate(batch.x_0, batch.x_1, batch.t)
-        return terms_of((self.velocity(x_t, batch.t, batch.labels) - v_t).square().mean())
+        return super().forward(divide(batch, len(batch.t)))
 
 
 class MeanFlow(arena.MeanFlow):
     """The arena's, with the derivative of all rows, also where s = t (its paper's algorithm 1)."""
 
     def forward(self, batch: Batch) -> StepTerms:
-        errors = self.errors(self.drop_labels(batch))
-        return terms_of((errors / (errors.detach() + self.eps) ** self.p).mean())
+        return super().forward(divide(batch, 0))
 
 
-def terms_of(loss: Tensor) -> StepTerms:
-    """The loss, with zeros for SoFlow's metrics: all steps then handle as many."""
-    metrics = ("Vel_MSE", "Vel_Weight", "Con_MSE", "Con_Weight")
-    return StepTerms(loss, dict(zip(metrics, loss.new_zeros(4), strict=True)))
+def divide(batch: Batch, flow_matching_rows: int) -> Batch:
+    """The same rows, so many of them for flow matching; the batch is the global one."""
+    return replace(
+        batch,
+        flow_matching_rows=flow_matching_rows,
+        global_flow_matching_count=flow_matching_rows,
+        global_consistency_count=len(batch.t) - flow_matching_rows,
+    )
 
 
 def around(kind: type[Method], model: SoFlow) -> Method:

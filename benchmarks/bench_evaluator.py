@@ -10,12 +10,7 @@ import scipy.linalg
 from measuring import in_turns, judge
 
 # isort: split
-from support.scores.measures import (
-    Manifold,
-    Statistics,
-    frechet_distance,
-    precision_recall,
-)
+from support.scores.measures import Manifold, Statistics, frechet_distance, precision_recall
 
 FEATURES, WIDTH = 10_000, 2048
 

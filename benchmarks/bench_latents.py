@@ -14,12 +14,11 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
-from measuring import judge, machine
+from measuring import bench_config, judge, machine
 from torch.utils.data import DataLoader, Dataset
 
 # isort: split
-from config import config_from_dict
-from support.data.batches import BatchPlan, DataOrder, build_loader
+from support.data.batches import DataOrder, build_loader
 from support.data.build import build_data
 from support.data.latents import LATENT_FILE
 
@@ -63,16 +62,10 @@ def one_by_one(folder: Path, num_workers: int) -> Iterable:
 
 def as_training(folder: Path, num_workers: int) -> Iterable:
     """The same epoch as training reads it."""
-    values = {
-        "working_dir": "unused",
-        "dataset_path": str(folder),
-        "batch_size": BATCH_SIZE,
-        "total_steps": NUM_LATENTS // BATCH_SIZE,
-    }
-    config = config_from_dict(values, "benchmark")
-    plan = BatchPlan(BATCH_SIZE, config.flow_matching_count, 1, 1)
-    data, steps = build_data(config.data_request()), range(config.total_steps)
-    return build_loader(data, plan, 0, steps, config.seed, num_workers, 2 if num_workers else None)
+    config = bench_config("DiT-B-4", BATCH_SIZE, f"dataset_path={folder}")
+    data, steps = build_data(config.data_request()), range(NUM_LATENTS // BATCH_SIZE)
+    prefetched = 2 if num_workers else None
+    return build_loader(data, config.batch_plan(1), 0, steps, config.seed, num_workers, prefetched)
 
 
 def items_per_second(loader: Iterable) -> float:

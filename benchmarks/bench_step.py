@@ -2,19 +2,17 @@
 
     python benchmarks/bench_step.py --model DiT-B-4 --batch 16
     python benchmarks/bench_step.py --model UNet --batch 4 --steps SoFlow --against HEAD~1
-    python benchmarks/bench_step.py --model DiT-B-4 --batch 16 --profile
 
 A step is all of it: draws, losses, backward pass, gradient norm, optimizer, average. Each row is a
 process, and the processes take turns: a step, then an inference forward on as many samples.
---against adds the step of another commit of this repository, by that commit's own code. FLOPs are
-those of one step's matrix products and convolutions, with attention in its plain form, in forwards.
-In fp32 on the CPU; needs Linux.
+--against adds the step of another commit of this repository, measured by that commit's own
+bench_step.py. FLOPs are those of one step's matrix products and convolutions, with attention in its
+plain form, in forwards. In fp32 on the CPU; needs Linux.
 """
 
 import argparse
 import contextlib
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -22,25 +20,23 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-# These names exist in other revisions too: --against runs this file with their modules.
 from measuring import (
     ROOT,
     bench_config,
     bench_learner,
-    drawn_batches,
+    count_flops,
     forward_of,
     machine,
     median_ratio,
     memory_mb,
     seconds_of,
+    step_of,
 )
 
 # isort: split
 from baselines import STEPS
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
+from support.system.command import command_parser
 from support.system.processes import connected
 
 
@@ -50,27 +46,13 @@ def serve(arguments: argparse.Namespace) -> None:
     with connected("cpu", timeout_minutes=10) as processes:
         learner = bench_learner(config, processes, lambda note: print(note, file=sys.stderr))
         learner.parallel_model = STEPS[arguments.row](learner.state.model)
-        forward = forward_of(learner)
-
-        def step() -> None:
-            learner.step(drawn_batches(learner))
-
-        if arguments.profile:
-            step()
-            with profile(activities=[ProfilerActivity.CPU]) as profiled:
-                step()
-            print(profiled.key_averages().table(sort_by="self_cpu_time_total", row_limit=20))
-            return
+        step, forward = step_of(learner), forward_of(learner)
         before = memory_mb("VmRSS")
         for _ in sys.stdin:
             print(json.dumps([seconds_of(step), seconds_of(forward)]), flush=True)
         memory = memory_mb("VmHWM") - before
-        flops = []
-        for work in (step, forward):
-            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-                work()
-            flops.append(counter.get_total_flops())
-    print(json.dumps([memory, flops[0] / flops[1]]))
+        flops = count_flops(step) / count_flops(forward)
+    print(json.dumps([memory, flops]))
 
 
 @contextlib.contextmanager
@@ -85,19 +67,10 @@ def checkout(revision: str) -> Iterator[Path]:
             subprocess.run([*git, "remove", "--force", folder], check=True)
 
 
-@contextlib.contextmanager
-def row_of(name: str, root: Path) -> Iterator[subprocess.Popen]:
-    """The process of a row, with the modules of that checkout."""
-    # -P: modules come from PYTHONPATH alone, not from this file's folder.
-    command = [sys.executable, "-P", __file__, *sys.argv[1:], "--row", name]
-    environment = {**os.environ, "PYTHONPATH": str(root / "benchmarks")}
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+def row_of(name: str, root: Path) -> subprocess.Popen:
+    """The process of a row, by that checkout's code. It ends when its input ends."""
+    command = [sys.executable, root / "benchmarks" / "bench_step.py", *sys.argv[1:], "--row", name]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def ask(process: subprocess.Popen, line: str) -> list[float]:
@@ -111,17 +84,16 @@ def ask(process: subprocess.Popen, line: str) -> list[float]:
 
 def compare(rows: dict[str, tuple[str, Path]], tries: int) -> None:
     """Take the turns and print the table."""
-    steps: dict[str, list[float]] = {label: [] for label in rows}
-    forwards: dict[str, list[float]] = {label: [] for label in rows}
+    turns: dict[str, list[list[float]]] = {label: [] for label in rows}
     with contextlib.ExitStack() as stack:
         processes = {label: stack.enter_context(row_of(*row)) for label, row in rows.items()}
-        for turn in range(tries + 1):
+        for _ in range(tries + 1):
             for label, process in processes.items():
-                step, forward = ask(process, "next")
-                if turn:  # the first one is to warm up
-                    steps[label].append(step)
-                    forwards[label].append(forward)
+                turns[label].append(ask(process, "next"))
         rest = {label: ask(process, "") for label, process in processes.items()}
+    # The first turn is to warm up.
+    steps = {label: [step for step, _ in counted] for label, (_, *counted) in turns.items()}
+    forwards = {label: [taken for _, taken in counted] for label, (_, *counted) in turns.items()}
     first = next(iter(rows))
     print(f"{machine()}; {' '.join(sys.argv[1:])}")
     print(f"{'step of':<18} {'seconds':>8} {'forwards':>9} {'FLOPs':>6} {'memory':>9} {first:>12}")
@@ -134,20 +106,15 @@ def compare(rows: dict[str, tuple[str, Path]], tries: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--model", default="DiT-B-4")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--tries", type=int, default=5, help="turns that count")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
     parser.add_argument("--against", metavar="REVISION", help="also the SoFlow step of this commit")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of config")
-    parser.add_argument("--profile", action="store_true", help="print where a step's time goes")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.profile and not arguments.row:
-        arguments.row = arguments.steps[0]
     if arguments.row:
         serve(arguments)
         return

@@ -9,7 +9,6 @@ Writes a JSON file and a Markdown table beside it after each section, so a run t
 what it has measured. Sections share the minutes; what does not fit is a row that says so.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -32,7 +31,7 @@ import torch
 
 from support.runs.budget import size
 from support.runs.logbook import device_name
-from support.system.command import run_command
+from support.system.command import command_parser, run_command
 from support.system.files import UserError, atomic_write, check_writable
 from support.system.processes import choose_device
 
@@ -85,9 +84,7 @@ def save(path: Path, facts: dict[str, str], rows: list[Row]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("--minutes", type=float, default=9.5, help="for all of it (default %(default)s)")
     add("--output", type=Path, metavar="FILE.json", help="default: gpu-DEVICE-DATE.json")

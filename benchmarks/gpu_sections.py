@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
-from measuring import ROOT, bench_config, bench_learner, drawn_batches, raw_batch
+from measuring import ROOT, bench_config, bench_learner, drawn_batches, raw_batch, step_of
 from PIL import Image
 
 # isort: split
@@ -90,12 +90,6 @@ class Bench:
         return (timer.timeit(1) if self.is_tiny else timer.blocked_autorange(min_run_time=2)).median
 
 
-def step_of(learner: Learner) -> Callable[[], object]:
-    """The learner's next step on random data."""
-    raw = raw_batch(learner)
-    return lambda: learner.step(drawn_batches(learner, raw))
-
-
 def beside_cpu(bench: Bench, model_type: str, precision: str) -> Values:
     """A step's gradient and sampled pixels beside the CPU's, from the same weights and draws."""
     if precision == "tf32":
@@ -104,7 +98,7 @@ def beside_cpu(bench: Bench, model_type: str, precision: str) -> Values:
     reference = bench.learner(model_type, LEAST_BATCH, device="cpu")
     reference.state.model.load_state_dict(here.state.model.state_dict())
     allow_tf32(bench.device, precision == "tf32")
-    (drawn,) = drawn_batches(reference)
+    (drawn,) = drawn_batches(reference, raw_batch(reference))
     gradients, pixels = [], []
     for learner in (here, reference):
         model = learner.state.model.eval()  # dropout masks differ by device
@@ -175,7 +169,7 @@ def sampling_values(bench: Bench, model_type: str, nfe: int) -> Values:
     """Images a second, without their draws."""
     count = LEAST_BATCH if bench.is_tiny else 64
     learner = bench.learner(model_type, count)
-    (drawn,) = drawn_batches(learner)
+    (drawn,) = drawn_batches(learner, raw_batch(learner))
 
     def work() -> None:
         images = sample(learner.state.ema_model, [drawn.x_1] * nfe, drawn.labels)
@@ -244,10 +238,8 @@ def weights_of(checkpoint: Path) -> torch.Tensor:
 
 def write_vae(folder: Path) -> None:
     """A small VAE of random weights."""
-    try:
-        from diffusers import AutoencoderKL
-    except ImportError as error:
-        raise Skipped(f"not installed: {error.name}") from error
+    from diffusers import AutoencoderKL
+
     down, up = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
     vae = AutoencoderKL(3, 3, down, up, (8, 8, 8, 8), latent_channels=4, norm_num_groups=4)
     vae.save_pretrained(folder)

@@ -13,10 +13,11 @@ import support  # noqa: E402, F401  # before torch: tells its threads how to wai
 
 # isort: split
 import torch  # noqa: E402
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from config import Config, load_config  # noqa: E402
 from models import Batch  # noqa: E402
-from support.data.batches import BatchPlan  # noqa: E402
 from support.data.datasets import PixelData, RawBatch  # noqa: E402
 from support.system.processes import Processes, usable_cores  # noqa: E402
 from training.draws import draw_batch  # noqa: E402
@@ -36,12 +37,7 @@ def bench_learner(
     config: Config, processes: Processes, report: Callable[[str], None] = print
 ) -> Learner:
     """A learner with random noise in all weights, since some of a fresh network are zero."""
-    plan = BatchPlan(
-        config.batch_size,
-        config.flow_matching_count,
-        processes.world_size,
-        config.accumulation_steps,
-    )
+    plan = config.batch_plan(processes.world_size)
     learner, notes = build_learner(config, processes, plan, data_shape(config)[0], NUM_CLASSES)
     for note in notes:
         report(f"note: {note}")
@@ -66,19 +62,24 @@ def raw_batch(learner: Learner) -> RawBatch:
     return RawBatch(pixels, labels)
 
 
-def drawn_batches(learner: Learner, raw: RawBatch | None = None) -> Iterator[Batch]:
-    """The process's microbatches of `raw`, or of fresh random data, drawn as in training."""
+def drawn_batches(learner: Learner, raw: RawBatch) -> Iterator[Batch]:
+    """The process's microbatches of `raw`, drawn as in training."""
     config, plan, processes = learner.config, learner.plan, learner.processes
     data = PixelData(
         torch.zeros(1, *data_shape(config), dtype=torch.uint8),
         torch.zeros(1),
         tuple(map(str, range(NUM_CLASSES))),
     )
-    raw = raw or raw_batch(learner)
     for microbatch in plan.microbatches_of(processes.rank):
         yield draw_batch(
             config, plan, data, raw, learner.state.finished_steps, microbatch, processes.device
         )
+
+
+def step_of(learner: Learner) -> Callable[[], object]:
+    """The learner's next step on random data."""
+    raw = raw_batch(learner)
+    return lambda: learner.step(drawn_batches(learner, raw))
 
 
 def forward_of(learner: Learner) -> Callable[[], None]:
@@ -112,6 +113,13 @@ def in_turns(works: dict[str, Callable[[], object]], tries: int) -> dict[str, li
             if turn > 0:
                 seconds[name].append(taken)
     return seconds
+
+
+def count_flops(work: Callable[[], object]) -> int:
+    """The FLOPs of one call. The counter sees attention only in its plain form."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
 
 
 def median_ratio(above: list[float], below: list[float]) -> float:
