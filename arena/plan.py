@@ -73,42 +73,36 @@ class Plan:
     def with_objective(self, text: str) -> "Plan":
         """The plan with a user's objective, FILE.py:NAME, beside the others, without guidance."""
         file, _, name = text.rpartition(":")
-        if not file.endswith(".py"):
-            raise UserError(f"--objective {text}: must be FILE.py:NAME")
         if name in {**self.values["guided"], **self.values["unguided"]}:
             raise UserError(f"--objective {text}: {name} is taken; choose another name")
         try:
             add_method(text)
         except ValueError as error:
-            raise UserError(f"--objective {text}: {error}") from error
+            raise UserError(f"--objective {text}: must be FILE.py:NAME ({error})") from error
         entry = {"objective": f"{Path(file).expanduser().resolve()}:{name}"}
         values = {**self.values, "unguided": {**self.values["unguided"], name: entry}}
         return dataclasses.replace(self, values=values)
 
     def jobs(self, part: str) -> Iterator[Job]:
-        """The jobs of a part; those of `objectives` need the chosen scales."""
-        first, *_ = seeds = self.values["seeds"]
-        guided, unguided = self.values["guided"].items(), self.values["unguided"].items()
+        """The jobs of a part; of `objectives`, the guided ones once their scale is chosen."""
+        values = self.values
         if part == "scales":
-            for name, entry in guided:
-                for scale in self.values["scales"]:
-                    yield self._job(part, name, entry, first, scale)
+            for name, scale in itertools.product(values["guided"], values["scales"]):
+                yield self._job(part, name, values["seeds"][0], scale)
         elif part == "objectives":
-            for seed in seeds:
-                for name, entry in guided:
-                    yield self._job(part, name, entry, seed, self.best[name])
-                for name, entry in unguided:
-                    yield self._job(part, name, entry, seed, None)
+            compared = [*self.best.items(), *((name, None) for name in values["unguided"])]
+            for seed, (name, scale) in itertools.product(values["seeds"], compared):
+                yield self._job(part, name, seed, scale)
         else:
-            common = {**self.values["settings"], **self.values["ablations"]["settings"]}
-            for seed in seeds:
-                for name, change in self.values["ablations"]["changes"].items():
-                    images = self.values["images"]
-                    yield Job(part, name, "SoFlow", seed, common | change, images=images)
+            ablations = values["ablations"]
+            common = {**values["settings"], **ablations["settings"]}
+            changes = ablations["changes"].items()
+            for seed, (name, change) in itertools.product(values["seeds"], changes):
+                yield Job(part, name, "SoFlow", seed, common | change, images=values["images"])
 
-    def _job(
-        self, part: str, name: str, entry: Mapping[str, Any], seed: int, scale: float | None
-    ) -> Job:
+    def _job(self, part: str, name: str, seed: int, scale: float | None) -> Job:
+        """A run of an objective, guided by `scale` or, with None, not at all."""
+        entry = self.values["unguided" if scale is None else "guided"][name]
         guidance = NO_GUIDANCE if scale is None else {"cfg_scale": scale}
         return Job(
             part=part,

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from arena.plan import Job
+from support.system.command import ROOT
 from support.system.files import atomic_write, sha256_of
-
-ROOT = Path(__file__).resolve().parent.parent
 
 Record = dict[str, Any]
 

@@ -18,9 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from support.system.command import run_command  # isort: skip - first: it attends to the start
+from support.system.command import command_parser, run_command  # isort: skip - first: it attends to the start
 
-import argparse
 import dataclasses
 import json
 import os
@@ -32,12 +31,11 @@ from os.path import expanduser
 
 from tqdm import tqdm
 
-from arena.plan import PARTS, Job, Plan, read_plan
+from arena.plan import FOLDER, PARTS, Job, Plan, read_plan
 from arena.records import Record, read_record, sources, write_record
 from support.system.files import UserError, atomic_write
 from support.system.processes import usable_cores
 
-HERE = Path(__file__).resolve().parent
 SCORES = ("FD", "prec", "recall", "class")
 
 
@@ -58,7 +56,7 @@ def train_one(job: Job, plan: Plan, folder: Path) -> None:
     given = {"folder": str(folder), "config": plan.config, "job": dataclasses.asdict(job)}
     with open(place / "output.txt", "wb") as output:
         finished = subprocess.run(
-            [sys.executable, HERE / "job.py", json.dumps(given)],
+            [sys.executable, FOLDER / "job.py", json.dumps(given)],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -94,17 +92,17 @@ def rows_of(jobs: Iterable[Job], data: str, folder: Path) -> list[Record]:
     """The results of the jobs that are done, one for each checkpoint and NFE."""
     rows = []
     for job in jobs:
-        described = {
-            "data": data,
-            "part": job.part,
-            "name": job.name,
-            "guided": job.guided,
-            "scale": job.settings.get("cfg_scale"),
-            "seed": job.seed,
-        }
-        is_done = read_record(folder, job, "job.json")
         scored = read_record(folder, job, "scores.json")
-        rows += [{**described, **row} for row in (scored["rows"] if is_done and scored else [])]
+        if scored and read_record(folder, job, "job.json"):
+            described = {
+                "data": data,
+                "part": job.part,
+                "name": job.name,
+                "guided": job.guided,
+                "scale": job.settings.get("cfg_scale"),
+                "seed": job.seed,
+            }
+            rows += [described | row for row in scored["rows"]]
     return rows
 
 
@@ -142,28 +140,20 @@ def write_rows(path: Path, rows: list[Record]) -> None:
 
 def write_results(plan: Plan, folder: Path) -> None:
     """Write all results that the folder's runs have now."""
-    parts = [part for part in PARTS if part != "objectives" or plan.best]
-    rows = [row for part in parts for row in rows_of(plan.jobs(part), plan.data, folder)]
+    rows = [row for part in PARTS for row in rows_of(plan.jobs(part), plan.data, folder)]
     write_rows(folder / "results.jsonl", rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("--data", default="digits", help="digits (default), or fashion, which takes hours")
     add("--folder", type=expanduser, help="for the runs (default runs/arena-DATA)")
     choices = (*PARTS, "costs")
     add("--parts", default="scales,objectives,costs", help=f"of {', '.join(choices)}")
-    add(
-        "--objective",
-        action="append",
-        default=[],
-        metavar="FILE.py:NAME",
-        help="also compare this one, a class derived from models.Method",
-    )
+    help_text = "also compare this one, a class derived from models.Method"
+    add("--objective", action="append", default=[], metavar="FILE.py:NAME", help=help_text)
     arguments = parser.parse_args(argv)
     parts = arguments.parts.split(",")
     if wrong := [part for part in parts if part not in choices]:
@@ -184,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "costs" in parts:
         # In a process of its own: FLOPs cannot be counted where TensorFlow is loaded.
         given = json.dumps({"data": plan.data, "values": plan.values})
-        printed = subprocess.check_output([sys.executable, HERE / "costs.py", given], text=True)
+        printed = subprocess.check_output([sys.executable, FOLDER / "costs.py", given], text=True)
         write_rows(folder / "costs.jsonl", json.loads(printed.splitlines()[-1]))
 
 

@@ -10,41 +10,33 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from support.system.command import run_command  # isort: skip - first: it attends to the start
+from support.system.command import command_parser, run_command  # isort: skip - first: it attends to the start
 
-import argparse
 import json
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from arena.plan import PARTS
+from support.report.tables import Table, as_markdown
 from support.system.files import UserError
 
 Row = dict[str, Any]
 Curve = dict[int, list[float]]  # step -> a value of each seed
 
 
-class Entry(NamedTuple):
-    """What is compared: an objective, guided or not."""
-
-    name: str
-    guided: bool
-
-    def __str__(self) -> str:
-        return f"{self.name}, guided" if self.guided else self.name
+def entry_of(row: Row) -> str:
+    """What a row is about: an objective, guided or not."""
+    return f"{row['name']}, guided" if row["guided"] else row["name"]
 
 
-def entries_of(rows: Iterable[Row]) -> list[Entry]:
-    return list(dict.fromkeys(Entry(row["name"], row["guided"]) for row in rows))
-
-
-def curve_of(rows: Sequence[Row], entry: Entry, nfe: int, key: str = "FD") -> Curve:
+def curve_of(rows: Sequence[Row], entry: str, nfe: int, key: str = "FD") -> Curve:
     """A value by step, of one entry at one NFE."""
     found: Curve = {}
     for row in rows:
-        if (row["name"], row["guided"], row["nfe"]) == (*entry, nfe):
+        if (entry_of(row), row["nfe"]) == (entry, nfe):
             found.setdefault(row["step"], []).append(row[key])
     return dict(sorted(found.items()))
 
@@ -56,12 +48,7 @@ def spread(values: Sequence[float], form: str = ".1f", to: str = "–") -> str: 
     return f"{statistics.mean(values):{form}} ({min(values):{form}}{to}{max(values):{form}})"
 
 
-def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def scales_table(rows: Sequence[Row]) -> str:
+def scales_table(rows: Sequence[Row]) -> Table:
     """FD by guidance scale in one step, for flow matching in eight."""
     scales = sorted({row["scale"] for row in rows})
     last = max(row["step"] for row in rows)
@@ -70,63 +57,56 @@ def scales_table(rows: Sequence[Row]) -> str:
         nfe = 8 if name == "FlowMatching" else 1
         at = (name, last, nfe)
         fd = {r["scale"]: r["FD"] for r in rows if (r["name"], r["step"], r["nfe"]) == at}
-        lines.append([name, str(nfe), *(f"{fd[scale]:.1f}" for scale in scales)])
-    return table(["objective", "steps", *(f"scale {scale}" for scale in scales)], lines)
+        lines.append([name, nfe, *(f"{fd[scale]:.1f}" for scale in scales)])
+    return Table(["objective", "steps", *(f"scale {scale}" for scale in scales)], lines)
 
 
-def steps_table(rows: Sequence[Row]) -> str:
+def steps_table(rows: Sequence[Row]) -> Table:
     """FD after the last training step, by sampling steps."""
     counts = sorted({row["nfe"] for row in rows})
     last = max(row["step"] for row in rows)
     lines = [
         [
-            str(entry),
+            entry,
             *(spread(curve_of(rows, entry, nfe)[last]) for nfe in counts),
             spread(curve_of(rows, entry, 1, "class")[last], ".3f"),
         ]
-        for entry in entries_of(rows)
+        for entry in dict.fromkeys(map(entry_of, rows))
     ]
     head = ["FD, 1 step", *(f"{nfe} steps" for nfe in counts[1:])]
-    return table([f"after {last} steps", *head, "right class, 1 step"], lines)
+    return Table([f"after {last} steps", *head, "right class, 1 step"], lines)
 
 
 def step_in_forwards(cost: Row) -> float:
     """The median over turns of a step's time in forwards of the same turn."""
-    pairs = zip(cost["seconds"], cost["forward_seconds"], strict=True)
-    return statistics.median(step / forward for step, forward in pairs)
+    return float(np.median(np.divide(cost["seconds"], cost["forward_seconds"])))
 
 
-def costs_table(costs: Sequence[Row]) -> str:
+def costs_table(costs: Sequence[Row]) -> Table:
     """Time and FLOPs of a step."""
-    lines = [
-        [
-            str(Entry(row["name"], row["guided"])),
-            f"{statistics.median(row['seconds']):.3f}",
-            f"{step_in_forwards(row):.2f}",
-            f"{row['forwards']:.2f}",
-        ]
-        for row in costs
-    ]
-    return table(["a step", "seconds", "in forwards", "counted"], lines)
+    lines = []
+    for row in costs:
+        in_forwards = (f"{count:.2f}" for count in (step_in_forwards(row), row["forwards"]))
+        lines.append([entry_of(row), f"{np.median(row['seconds']):.3f}", *in_forwards])
+    return Table(["a step", "seconds", "in forwards", "counted"], lines)
 
 
-def budget_table(rows: Sequence[Row], costs: Sequence[Row], cost_of: Callable[[Row], float]) -> str:
-    """One-step FD at an equal budget: that of all steps of the cheapest objective."""
+def budget_table(rows: Sequence[Row], cost: Mapping[str, float]) -> Table:
+    """One-step FD at an equal budget: the cost of all steps of the cheapest objective."""
     last = max(row["step"] for row in rows)
     # Flow matching does not sample in one step.
-    entries = [entry for entry in entries_of(rows) if entry.name != "FlowMatching"]
-    cost = {Entry(row["name"], row["guided"]): cost_of(row) for row in costs}
+    entries = dict.fromkeys(entry_of(row) for row in rows if row["name"] != "FlowMatching")
     least = min(cost[entry] for entry in entries)
     lines = []
     for entry in entries:
         curve, steps = curve_of(rows, entry, 1), last * least / cost[entry]
         seeds = zip(*curve.values(), strict=True)
         fd = [float(np.interp(steps, list(curve), seed)) for seed in seeds]
-        lines.append([str(entry), f"{steps:.0f}", spread(fd)])
-    return table(["1 step", "training steps", "FD"], lines)
+        lines.append([entry, f"{steps:.0f}", spread(fd)])
+    return Table(["1 step", "training steps", "FD"], lines)
 
 
-def ablations_table(rows: Sequence[Row]) -> str:
+def ablations_table(rows: Sequence[Row]) -> Table:
     """One-step FD after one change."""
     found: dict[str, dict[int, float]] = {}
     for row in rows:
@@ -138,7 +118,7 @@ def ablations_table(rows: Sequence[Row]) -> str:
         differences = [fd - found[unchanged][seed] for seed, fd in found[name].items()]
         cells = [spread(differences, "+.1f", " to "), verdict_of(differences)]
         lines.append([name, spread([*found[name].values()]), *cells])
-    return table(["changed", "FD, 1 step", "difference to the same seed", "verdict"], lines)
+    return Table(["changed", "FD, 1 step", "difference to the same seed", "verdict"], lines)
 
 
 def verdict_of(differences: Sequence[float]) -> str:
@@ -148,23 +128,22 @@ def verdict_of(differences: Sequence[float]) -> str:
     return "better" if max(differences) < 0 else "undecided"
 
 
-def tables(rows: Sequence[Row], costs: Sequence[Row]) -> Iterator[tuple[str, str]]:
-    """Title and Markdown of each table that there are results for."""
-    of = {
-        part: [row for row in rows if row["part"] == part] for part in (*{r["part"] for r in rows},)
-    }
-    if "scales" in of:
-        yield "Guidance scales", scales_table(of["scales"])
-    if "objectives" in of:
-        yield "Equal steps", steps_table(of["objectives"])
+def tables(rows: Sequence[Row], costs: Sequence[Row]) -> Iterator[tuple[str, Table]]:
+    """Title and content of each table that there are results for."""
+    scales, objectives, ablations = ([row for row in rows if row["part"] == p] for p in PARTS)
+    if scales:
+        yield "Guidance scales", scales_table(scales)
+    if objectives:
+        yield "Equal steps", steps_table(objectives)
     if costs:
         yield "Cost of a step", costs_table(costs)
-    if "objectives" in of and costs:
-        yield "Equal time", budget_table(of["objectives"], costs, step_in_forwards)
-        by_flops = budget_table(of["objectives"], costs, lambda row: row["forwards"])
-        yield "Equal FLOPs", by_flops
-    if "ablations" in of:
-        yield "Ablations", ablations_table(of["ablations"])
+    if objectives and costs:
+        time = {entry_of(cost): step_in_forwards(cost) for cost in costs}
+        yield "Equal time", budget_table(objectives, time)
+        flops = {entry_of(cost): cost["forwards"] for cost in costs}
+        yield "Equal FLOPs", budget_table(objectives, flops)
+    if ablations:
+        yield "Ablations", ablations_table(ablations)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -174,17 +153,15 @@ def read_rows(path: Path) -> list[Row]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     default = Path("runs/arena-digits")
     parser.add_argument("folder", type=Path, nargs="?", default=default, help="of arena/run.py")
     folder = parser.parse_args(argv).folder
     rows, costs = read_rows(folder / "results.jsonl"), read_rows(folder / "costs.jsonl")
     if not rows and not costs:
         raise UserError(f"{folder}: has no results; python arena/run.py makes them")
-    for title, text in tables(rows, costs):
-        print(f"## {title}\n\n{text}\n")
+    for title, table in tables(rows, costs):
+        print(f"## {title}\n\n{as_markdown(table)}")
 
 
 if __name__ == "__main__":

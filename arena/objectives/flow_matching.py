@@ -30,19 +30,17 @@ class FlowMatching(Method):
     def forward(self, batch: Batch) -> StepTerms:
         vel, _ = self.drop_labels(batch).parts()
         x_t, v_t = self.interpolate(vel.x_0, vel.x_1, vel.t)
-        velocity = self.velocity(x_t, vel.t, vel.labels)
+        velocity = self.evaluate(x_t, vel.t, vel.t, vel.labels)
         error = sample_mean((velocity - v_t).square())
         loss = error.sum() / batch.global_flow_matching_count
         return StepTerms(loss, {"Vel_MSE": loss.detach()})
 
-    def velocity(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        return self.evaluate(x_t, t, t, labels)
-
     def jump(self, x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
         if self.cfg_scale == 1 or labels is None:
-            velocity = self.velocity(x_t, t, labels)
+            velocity = self.evaluate(x_t, t, t, labels)
         else:
             both = torch.cat([labels, self.null_labels(labels)])
-            label, null = self.velocity(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+            x_2, t_2 = torch.cat([x_t, x_t]), torch.cat([t, t])
+            label, null = self.evaluate(x_2, t_2, t_2, both).chunk(2)
             velocity = null + self.cfg_scale * (label - null)
         return x_t + widen(s - t, x_t) * velocity
