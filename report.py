@@ -9,7 +9,7 @@ One HTML file that needs no network: RUN/report.html for one run, report.html fo
 writes the curves to expect of an experiment, from its runs with different seeds.
 """
 
-from support.system.command import run_command  # isort: skip - first: it attends to the start
+from support.system.command import command_parser, run_command  # isort: skip - first: it attends to the start
 
 import argparse
 import contextlib
@@ -95,7 +95,7 @@ def make(runs: Sequence[RecordedRun], reload_seconds: float = 0) -> Report:
     """A report of these runs."""
     known = read_expected(EXPECTED)
     expected = [known.get(experiment_of(run) or "") for run in runs]
-    return Report(runs, MEANINGS, expected, TARGET, ["working_dir"], reload_seconds)
+    return Report(runs, MEANINGS, expected, TARGET, reload_seconds)
 
 
 def write_report(arguments: argparse.Namespace) -> list[str]:
@@ -124,24 +124,19 @@ def make_band(path: Path, folders: Sequence[Path]) -> None:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line's options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("runs", nargs="+", type=path, metavar="RUN", help="folder of a run (its working_dir)")
     add("--output", type=path, metavar="FILE", help="the page (RUN/report.html, or report.html)")
     add("--table", type=path, metavar="FILE", help="also the results, as .md, .csv or .tex")
     watch_help = "make the page again and again until Ctrl-C; an open page follows"
     add("--watch", action="store_true", help=watch_help)
-    add("--every", type=positive, metavar="SECONDS", help="how often, with --watch (60)")
+    add("--every", type=positive, metavar="SECONDS", default=60, help="between two pages (60)")
     add("--band", type=path, metavar="FILE", help="write the runs' expected curves, and no page")
     arguments = parser.parse_args(argv)
-    page_options = ("output", "table", "watch", "every")
+    page_options = ("output", "table", "watch")
     if arguments.band and any(getattr(arguments, name) for name in page_options):
         parser.error("--band: makes no page, so it takes no other option")
-    if arguments.every and not arguments.watch:
-        parser.error("--every: goes with --watch")
-    arguments.every = arguments.every or 60
     if arguments.table:
         check_place(arguments.table)
     if arguments.output and arguments.output.suffix != ".html":

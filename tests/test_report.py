@@ -345,10 +345,10 @@ def test_five_long_runs_make_a_page_of_bounded_size(tmp_path):
     report.main([*map(str, runs), "--output", str(tmp_path / "page.html")])
     assert (tmp_path / "page.html").stat().st_size < LIMIT_BYTES
     paths = dict.fromkeys(range(100), tmp_path / "noise.png")
-    pictures = embed([paths] * 3, [])
-    assert sum(len(picture.source) for of_run in pictures for picture in of_run) < TOTAL_BYTES
-    assert [of_run[0].step for of_run in pictures] == [0] * 3
-    assert [of_run[-1].step for of_run in pictures] == [99] * 3
+    pictures = embed(dict.fromkeys(range(3), paths), []).values()
+    assert sum(len(picture["source"]) for of_run in pictures for picture in of_run) < TOTAL_BYTES
+    assert [of_run[0]["step"] for of_run in pictures] == [0] * 3
+    assert [of_run[-1]["step"] for of_run in pictures] == [99] * 3
 
 
 @pytest.fixture(params=[("light", 1366), ("dark", 390)], ids=["laptop, light", "phone, dark"])

@@ -17,13 +17,12 @@ def differing_keys(runs: Sequence[RecordedRun], keys: Collection[str]) -> list[s
     return [key for key in keys if any(s.get(key) != settings[0].get(key) for s in settings)]
 
 
-def differing_settings(runs: Sequence[RecordedRun], passed_over: Collection[str]) -> Table:
+def differing_settings(runs: Sequence[RecordedRun]) -> Table:
     """The keys in which the runs' configs differ, with a column for each run."""
-    keys = {key: None for run in runs for key in run.settings if key not in passed_over}
-    rows = [
-        [key, *(shorten(run.settings.get(key)) for run in runs)]
-        for key in differing_keys(runs, keys)
-    ]
+    keys = differing_keys(runs, dict.fromkeys(key for run in runs for key in run.settings))
+    # Each run has a working_dir of its own.
+    differing = [key for key in keys if key != "working_dir"]
+    rows = [[key, *(shorten(run.settings.get(key)) for run in runs)] for key in differing]
     return Table(["key", *(run.name for run in runs)], rows)
 
 

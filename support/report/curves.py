@@ -43,10 +43,9 @@ class Curve:
         for stretch in np.array_split(np.arange(len(self.steps)), max(1, most // 2)):
             values = self.values[stretch]
             broken = ~np.isfinite(values)
-            kept.add(int(stretch[np.argmin(np.where(broken, np.inf, values))]))
-            kept.add(int(stretch[np.argmax(np.where(broken, -np.inf, values))]))
-            if broken.any():
-                kept.add(int(stretch[np.argmax(broken)]))
+            lowest = np.argmin(np.where(broken, np.inf, values))
+            highest = np.argmax(np.where(broken, -np.inf, values))
+            kept.update(stretch[[lowest, highest]], stretch[broken][:1])
         indices = sorted(kept)
         return Curve(self.steps[indices], self.values[indices])
 

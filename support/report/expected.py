@@ -4,7 +4,6 @@ A file of docs/expected/ has the bands of one experiment, identified by a digest
 """
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,12 +106,9 @@ class Expected:
             for name, band in self.bands.items()
         }
         content = {"experiment": self.experiment, "made_from": self.made_from, "bands": bands}
-        refuse_foreign(path, b'{\n "experiment":', "say another --band")
+        refuse_foreign(path, b'"experiment":', "say another --band")
         with atomic_write(path) as file:
-            # A line for each list of numbers, not for each number.
-            text = json.dumps(content, indent=1)
-            text = re.sub(r"\[[\d\s.,e+-]+\]", lambda found: " ".join(found[0].split()), text)
-            file.write(text.encode() + b"\n")
+            file.write(json.dumps(content).encode() + b"\n")
 
 
 def read_expected(folder: Path) -> dict[str, Expected]:

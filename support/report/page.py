@@ -39,7 +39,6 @@ class Report:
     meanings: Mapping[str, Meaning]
     expected: Sequence[Expected | None]  # for each run
     target: Sequence[str]  # keys of a config that decide what the network learns
-    passed_over: Sequence[str] = ()  # keys of a config in which runs always differ
     reload_seconds: float = 0  # how often an open page loads itself again; 0 is never
 
     def __post_init__(self) -> None:
@@ -67,11 +66,11 @@ def render(report: Report, made_at: str) -> str:
         title=f"Run {names}" if len(runs) == 1 else f"Runs {names}",
         made_at=made_at,
         cards=[_card(report, number) for number in range(len(runs))],
-        differing=comparison.differing_settings(runs, report.passed_over),
+        differing=comparison.differing_settings(runs),
         missing=comparison.missing_metrics(runs),
         results=results,
         remarks=remarks,
-        pictures=_pictures(runs, picture_notes),
+        pictures=embed({i: run.pictures for i, run in enumerate(runs)}, picture_notes),
         picture_notes=picture_notes,
         scores=_score_panels(report),
         held_out=_held_out_panels(report),
@@ -144,14 +143,6 @@ def _whole_verdict(report: Report, number: int) -> str:
 
 
 # Side by side
-
-
-def _pictures(runs: Sequence[RecordedRun], notes: list[str]) -> dict[int, list[dict]]:
-    """The pictures to show of each run that has any, by the run's number."""
-    having = [i for i, run in enumerate(runs) if run.pictures]
-    embedded = embed([runs[i].pictures for i in having], notes) if having else []
-    pairs = zip(having, embedded, strict=True)
-    return {i: [picture._asdict() for picture in found] for i, found in pairs if found}
 
 
 def _checkpoints(runs: Sequence[RecordedRun]) -> Table:

@@ -2,10 +2,10 @@
 
 import base64
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
+import numpy as np
 from PIL import Image
 
 TOTAL_BYTES = 2_000_000  # of all pictures of a page
@@ -13,53 +13,42 @@ MOST_PICTURES = 48  # of all runs: a large grid takes a tenth of a second
 WIDTHS = (768, 512, 384, 256, 128)  # pixels, tried in turn until a picture is small enough
 
 
-class Picture(NamedTuple):
-    """A picture as a page holds it."""
+def embed(runs: Mapping[int, Mapping[int, Path]], notes: list[str]) -> dict[int, list[dict]]:
+    """The pictures of each run that fit in a page, as the page's script reads them.
 
-    step: int
-    source: str  # data: URI
-    width: int
-    height: int
-
-
-def embed(paths_by_run: Iterable[Mapping[int, Path]], notes: list[str]) -> list[list[Picture]]:
-    """The pictures of each run that fit in a page, evenly over the steps, with first and last.
-
-    Pictures that cannot be read are noted and left out.
+    They lie evenly over the steps, with the first and the last. Pictures that cannot be read are
+    noted and left out, and so are runs without any.
     """
-    runs = list(paths_by_run)
     most = max(2, MOST_PICTURES // len(runs))
-    chosen = [{step: paths[step] for step in _spread(list(paths), most)} for paths in runs]
-    limit = TOTAL_BYTES // max(1, sum(map(len, chosen)))
-    found: list[list[Picture]] = [[] for _ in runs]
-    for pictures, paths in zip(found, chosen, strict=True):
-        for step, path in paths.items():
-            try:
-                pictures.append(_shrink(path, step, limit))
-            except (OSError, ValueError, Image.DecompressionBombError) as error:
-                notes.append(f"{path}: cannot be shown ({error})")
+    chosen = [(run, step) for run, paths in runs.items() for step in _spread(list(paths), most)]
+    found: dict[int, list[dict]] = {}
+    for run, step in chosen:
+        path = runs[run][step]
+        try:
+            source, width = _shrink(path, TOTAL_BYTES // len(chosen))
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            notes.append(f"{path}: cannot be shown ({error})")
+        else:
+            found.setdefault(run, []).append({"step": step, "source": source, "width": width})
     return found
 
 
 def _spread(steps: list[int], most: int) -> list[int]:
     """At most so many of the steps, evenly, with the first and the last."""
-    if len(steps) <= most:
-        return steps
-    return [steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)]
+    places = np.linspace(0, len(steps) - 1, min(most, len(steps)))
+    return [steps[place] for place in places.round().astype(int)]
 
 
-def _shrink(path: Path, step: int, limit_bytes: int) -> Picture:
-    """A picture within a bound: the file itself if it is small, else with fewer pixels."""
+def _shrink(path: Path, limit_bytes: int) -> tuple[str, int]:
+    """A picture as a data: URI, and its width; with fewer pixels if the file is too large."""
     data, kind = path.read_bytes(), "png"
     with Image.open(path) as opened:
-        size = opened.size
-        if len(data) * 4 / 3 > limit_bytes:
-            image, kind = opened.convert("RGB"), "webp"
-            for width in WIDTHS:
-                image.thumbnail((width, 4 * width), Image.Resampling.LANCZOS)
-                file = io.BytesIO()
-                image.save(file, "webp", quality=80)
-                data, size = file.getvalue(), image.size
-                if len(data) * 4 / 3 <= limit_bytes:
-                    break
-    return Picture(step, f"data:image/{kind};base64,{base64.b64encode(data).decode()}", *size)
+        image = opened.convert("RGB")
+    for width in WIDTHS:
+        if len(data) * 4 / 3 <= limit_bytes:
+            break
+        image.thumbnail((width, 4 * width), Image.Resampling.LANCZOS)
+        file = io.BytesIO()
+        image.save(file, "webp", quality=80)
+        data, kind = file.getvalue(), "webp"
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}", image.width

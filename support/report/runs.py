@@ -16,7 +16,12 @@ from typing import Any, NamedTuple
 
 from support.report.curves import Curve
 from support.scores.table import Yardstick, listed, origin_of, read_record, read_records
-from support.system.files import UserError, natural_key, numbered_files, regular_only
+from support.system.files import (
+    UserError,
+    natural_key,
+    numbered_files,
+    reporting_os_errors,
+)
 from support.system.settings import read_yaml
 
 LOG_LINE = re.compile(r"(?P<time>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (?P<text>.*)")
@@ -129,27 +134,18 @@ def read_lines(path: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, An
 
 def _text_of(path: Path) -> str:
     """A file's text; empty if there is no file."""
-    try:
-        with open(path, "rb", opener=regular_only) as file:
-            return file.read().decode(errors="replace")
-    except FileNotFoundError:
-        return ""
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    with reporting_os_errors(f"{path}: cannot be read"):
+        return path.read_text(errors="replace") if path.exists() else ""
 
 
 def curves_of(rows: Mapping[int, Mapping[str, Any]]) -> dict[str, Curve]:
     """Every number of the rows over the steps, in the order of the newest row."""
-    points: dict[str, dict[int, float]] = {name: {} for name in rows[max(rows)]} if rows else {}
-    for step, row in rows.items():
-        for name, value in row.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
+    points: dict[str, dict[int, float]] = {}
+    for step in sorted(rows, reverse=True):
+        for name, value in rows[step].items():
+            if type(value) in (int, float) and name not in POSITIONS:
                 points.setdefault(name, {})[step] = float(value)
-    return {
-        name: Curve.of(values)
-        for name, values in points.items()
-        if values and name not in POSITIONS
-    }
+    return {name: Curve.of(values) for name, values in points.items()}
 
 
 def read_log(path: Path, run: RecordedRun) -> None:
@@ -167,7 +163,7 @@ def read_log(path: Path, run: RecordedRun) -> None:
 def holder_of(lock: Path) -> str:
     """Who trains a run, by its lock: "this machine", another's name, or nobody ("")."""
     try:
-        with open(lock, "rb", opener=regular_only) as file:
+        with lock.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return "this machine"
