@@ -11,7 +11,7 @@ it. The command prints how close the combination is: with few snapshots, or a le
 kept ones, it is another average than the requested one.
 """
 
-from support.system.command import run_command  # isort: skip - first: it handles a failing start
+from support.system.command import command_parser, run_command  # isort: skip - first: it handles a failing start
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -70,23 +70,19 @@ def reconstruct(snapshots: Mapping[int, Path], std: float) -> tuple[StoredModel,
 
 def weighted_sum(shares: np.ndarray, sources: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The weighted sum, in float64; integer tensors are those of the last source."""
-    weights = {}
-    for name, last in sources[-1].items():
-        if not last.is_floating_point():
-            weights[name] = last
-            continue
-        total = torch.zeros_like(last, dtype=torch.float64)
-        for share, source in zip(shares, sources, strict=True):
-            total.add_(source[name], alpha=float(share))
-        weights[name] = total.to(last.dtype)
+    weights = dict(sources[-1])
+    for name, last in weights.items():
+        if last.is_floating_point():
+            total = torch.zeros_like(last, dtype=torch.float64)
+            for share, source in zip(shares, sources, strict=True):
+                total.add_(source[name], alpha=float(share))
+            weights[name] = total.to(last.dtype)
     return weights
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line's options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("run", type=expanduser, metavar="RUN", help="the folder of a run, with averages/")
     add("folder", type=expanduser, metavar="FOLDER", help="the folder to make")

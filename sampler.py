@@ -169,10 +169,7 @@ def places_of(rank: int, num_images: int, world_size: int, batch_size: int) -> I
 
 
 def sample_batches(
-    model: Method,
-    request: SampleRequest,
-    processes: Processes,
-    decode: Callable[[Tensor], Tensor],
+    model: Method, request: SampleRequest, processes: Processes, decode: Callable[[Tensor], Tensor]
 ) -> Iterator[Sampled]:
     """This process's batches of the request; `decode` turns x_0 into images."""
     device, rank, world_size = processes.device, processes.rank, processes.world_size
@@ -188,10 +185,7 @@ def sample_batches(
 
 
 def sample_pixels(
-    model: Method,
-    request: SampleRequest,
-    processes: Processes,
-    decode: Callable[[Tensor], Tensor],
+    model: Method, request: SampleRequest, processes: Processes, decode: Callable[[Tensor], Tensor]
 ) -> Iterator[ImageBatch]:
     """Images in output order on the main process; the others yield nothing.
 

@@ -238,14 +238,13 @@ def assemble(
 
 def _counts(config: Config, stored: StoredModel) -> tuple[int, int]:
     """Channels and classes of the training data."""
-    if "channels" in stored.data and "num_classes" in stored.data:
-        return stored.data["channels"], stored.data["num_classes"]
     source = DATASETS[config.dataset_type]
-    if source.num_classes is None:
+    num_classes = stored.data.get("num_classes", source.num_classes)
+    if num_classes is None:
         raise UserError(
             f"{stored.path}: does not record how many classes its {config.dataset_type} had"
         )
-    return source.channels, source.num_classes
+    return stored.data.get("channels", source.channels), num_classes
 
 
 # Checks of arguments
@@ -253,8 +252,6 @@ def _counts(config: Config, stored: StoredModel) -> tuple[int, int]:
 
 def _device(device: str | torch.device) -> torch.device:
     """The device by its name, such as auto, cpu or cuda:1, or a torch.device."""
-    if not isinstance(device, str | torch.device):
-        raise UserError(f"device: {shorten(device)} is not a name such as cpu, or a torch.device")
     kind, _, index = str(device).partition(":")
     chosen = choose_device(kind)
     count = torch.cuda.device_count() if kind == "cuda" else 1

@@ -16,7 +16,6 @@ class. In a folder, all archives are scored on all their images, and the scores 
 report.py.
 """
 
-import argparse
 import contextlib
 import io
 import sys
@@ -34,8 +33,8 @@ from quickstart.small_sets import DEFAULT_FOLDER, SmallSet, Split, read_samples,
 from support.data.images import LabelledImages, to_pixels
 from support.scores.graph import FeatureGraph
 from support.scores.npz import write_images
-from support.scores.table import Results
-from support.system.command import run_command
+from support.scores.table import read_records
+from support.system.command import command_parser, run_command
 from support.system.files import UserError
 
 COLUMNS = ("FD", "sFD", "prec", "recall", "class")
@@ -70,17 +69,16 @@ def score(
 ) -> dict[str, dict[str, float]]:
     """Scores by row and column, from one run of the evaluator over all rows."""
     with tempfile.TemporaryDirectory() as place:
-        files = {f"{number}.npz": name for number, name in enumerate(rows)}
-        for file, name in files.items():
-            write(Path(place, file), rows[name].pixels)
+        for number, images in enumerate(rows.values()):
+            write(Path(place, f"{number}.npz"), images.pixels)
         with contextlib.redirect_stdout(io.StringIO()):
             score_folder(Path(place), reference, graph)
-        records = Results.open(Path(place)).records
-        scores = {files[file]: dict(record["scores"]) for file, record in records.items()}
+        records = read_records(Path(place))
     classifier = FeatureGraph(graph, reference.shape[1:])
-    for name, images in rows.items():
-        scores[name]["class"] = right_class(images, classifier)
-    return scores
+    return {
+        name: {**records[f"{number}.npz"]["scores"], "class": right_class(images, classifier)}
+        for number, (name, images) in enumerate(rows.items())
+    }
 
 
 def right_class(images: LabelledImages, classifier: FeatureGraph) -> float:
@@ -105,18 +103,14 @@ def write(path: Path, pixels: np.ndarray) -> None:
         writer.append(pixels)
 
 
-def noise_like(images: LabelledImages) -> LabelledImages:
-    """Gaussian noise in the shape of `images`, with their labels."""
-    noise = np.random.RandomState(0).standard_normal(images.pixels.shape)
-    return LabelledImages(to_pixels(noise), images.labels)
-
-
 def print_scores(samples: Samples, small: SmallSet, split: Split) -> None:
     """A row for each archive, and two rows to compare them with."""
     count = small.scored_count
     rows = {str(path): images.part(slice(count)) for path, images in samples.items()}
     rows[f"training {small.noun}"] = split.training.part(slice(count))
-    rows["Gaussian noise"] = noise_like(split.held_out.part(slice(count)))
+    held_out = split.held_out.part(slice(count))
+    noise = np.random.RandomState(0).standard_normal(held_out.pixels.shape)
+    rows["Gaussian noise"] = LabelledImages(to_pixels(noise), held_out.labels)
     scores = score(rows, split.held_out.pixels, small.graph)
     lines: dict[str, tuple[str, ...]] = {f"{count} images a row": COLUMNS}
     lines |= {name: tuple(f"{scores[name][column]:.3f}" for column in COLUMNS) for name in rows}
@@ -129,9 +123,7 @@ def print_scores(samples: Samples, small: SmallSet, split: Split) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("samples", nargs="+", metavar="SAMPLES.npz", type=Path)
     parser.add_argument("--data", type=Path, default=DEFAULT_FOLDER, help="folder of the clothes")
     arguments = parser.parse_args(argv)

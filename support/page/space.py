@@ -1,7 +1,6 @@
 """The files that make an exported folder a Hugging Face Space: app.py, requirements and code."""
 
 import platform
-import re
 import shutil
 from pathlib import Path
 
@@ -41,9 +40,9 @@ def write_space(folder: Path) -> None:
 
 def card_lines() -> str:
     """The lines that a Space needs at the head of its card."""
-    version = re.search(r"^gradio==(\S+)", (ROOT / SERVING).read_text(), re.MULTILINE)
-    assert version is not None
+    lines = (ROOT / SERVING).read_text().splitlines()
+    version = next(line for line in lines if line.startswith("gradio==")).removeprefix("gradio==")
     # Without a version of Python, a Space has 3.10, which is too old.
     python = ".".join(platform.python_version_tuple()[:2])
-    sdk = f"sdk: gradio\nsdk_version: {version[1]}\n"
+    sdk = f"sdk: gradio\nsdk_version: {version}\n"
     return f"{sdk}python_version: '{python}'\napp_file: {APP_FILE}\n"
