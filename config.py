@@ -503,26 +503,21 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
     if config.keep_every_steps and not config.keep_last:
         yield "keep_every_steps", "has no meaning where keep_last is null: then all are kept"
     if config.cfg_scale > 1 and config.cfg_drop_rate == 0:
-        reason = "leaves no null class, which cfg_scale > 1 needs; 0.1 is usual"
-        yield "cfg_drop_rate", reason
+        yield "cfg_drop_rate", "leaves no null class, which cfg_scale > 1 needs; 0.1 is usual"
     if config.cfg_scale == 1 and config.cfg_drop_rate > 0:
         yield "cfg_drop_rate", "must be 0 where cfg_scale is 1 (no guidance)"
     if config.cfg_scale > 1 and config.mix_ratio == 0:
-        reason = "leaves nothing of the data in the target of guidance; 0.25 is usual"
-        yield "mix_ratio", reason
+        yield "mix_ratio", "leaves nothing of the data in the guided target; 0.25 is usual"
     batch = f"batch_size {config.batch_size}"
     if config.velocity_loss_ratio > 0 and config.flow_matching_count == 0:
-        reason = (
-            f"leaves flow matching not one sample of {batch}; use 0 for none, or a larger batch"
-        )
-        yield "velocity_loss_ratio", reason
+        yield "velocity_loss_ratio", f"leaves flow matching no sample of {batch}; 0 turns it off"
     if config.batch_size % config.accumulation_steps:
         yield "accumulation_steps", f"does not cut {batch} into equal parts"
     side = config.data_size * (PIXELS_PER_LATENT if config.is_latent else 1)
     height, width = (side * count for count in config.eval_demo_shape)
     if height * width > LARGEST_PICTURE_PIXELS:
-        most = f"{LARGEST_PICTURE_PIXELS:,} pixels are the most"
-        yield "eval_demo_shape", f"makes pictures of {width} x {height} pixels; {most}"
+        most = f"{LARGEST_PICTURE_PIXELS:,}"
+        yield "eval_demo_shape", f"makes pictures of {width} x {height} pixels, more than {most}"
 
 
 def _of_averages(config: Config) -> Iterator[tuple[str, str]]:
@@ -531,10 +526,9 @@ def _of_averages(config: Config) -> Iterator[tuple[str, str]]:
         if len(set(values := getattr(config, name))) < len(values):
             yield name, "names an average twice"
     if config.ema_decay_rate in config.ema_decay_rates:
-        reason = f"names the one of ema_decay_rate {config.ema_decay_rate}, which is kept anyhow"
-        yield "ema_decay_rates", reason
+        yield "ema_decay_rates", f"repeats ema_decay_rate {config.ema_decay_rate}"
     if config.ema_snapshot_steps and not config.ema_power:
-        yield "ema_snapshot_steps", "needs ema_power, whose averages are what it keeps"
+        yield "ema_snapshot_steps", "needs ema_power: it saves these averages"
 
 
 def _of_network(config: Config) -> Iterator[tuple[str, str]]:
@@ -547,13 +541,11 @@ def _of_network(config: Config) -> Iterator[tuple[str, str]]:
     if misfit := backbone.misfit(config.model_type, config.data_size):
         yield misfit
     if backbone.is_conditional and config.augment_probability:
-        reason = f"needs model_type {others}: a {name} takes no augmentation"
-        yield "augment_probability", reason
+        yield "augment_probability", f"needs model_type {others}: a {name} takes no augmentation"
     if backbone.is_conditional and config.channels_last:
         yield "channels_last", f"needs model_type {others}: a {name} has no use for that layout"
     if not backbone.is_conditional and config.cfg_scale > 1:
-        reason = f"needs labels, and the {name} is unconditional; use 1, or a {others}"
-        yield "cfg_scale", reason
+        yield "cfg_scale", f"needs labels, and the {name} is unconditional; use 1, or a {others}"
     if not backbone.is_conditional and config.is_latent:
         pixels = ", ".join(name for name, kind in DATASETS.items() if not kind.is_latent)
         yield "model_type", f"is for pixels ({pixels}), not for {config.dataset_type}'s latents"

@@ -293,41 +293,24 @@ def refuse_skipped(folder: PartsFolder, plan: Plan, data_path: str) -> None:
         )
 
 
-def merge(extraction: Extraction, processes: Processes) -> None:
-    """Make one file of the parts, printing how far it is."""
-    printed = time.monotonic()
-
-    def report(done: int, total: int) -> None:
-        nonlocal printed
-        if time.monotonic() - printed > SECONDS_BETWEEN_LINES:
-            printed = time.monotonic()
-            say(processes, f"merging parts: {done} of {total}")
-
+def merge(extraction: Extraction) -> None:
+    """Make one file of the parts."""
     target = extraction.folder.target
-    say(processes, f"merging the parts into {target}")
-    ledger = extraction.folder.merge(extraction.plan, extraction.describe, report)
-    say(processes, f"{sum(ledger.rows)} latents in {target}")
+    print(f"merging {extraction.plan.num_parts} parts into {target}", flush=True)
+    ledger = extraction.folder.merge(extraction.plan, extraction.describe)
+    print(f"{sum(ledger.rows)} latents in {target}")
     if ledger.skipped:
-        say(
-            processes,
-            f"left out {len(ledger.skipped)} unreadable pictures, listed in "
-            f"{target.with_name(SKIPPED_FILE)}",
-        )
+        listed = target.with_name(SKIPPED_FILE)
+        print(f"left out {len(ledger.skipped)} unreadable pictures, listed in {listed}")
 
 
-def image_size(text: str) -> int:
-    """A side in pixels that the VAE can take."""
-    if not text.isdecimal() or int(text) == 0 or int(text) % PIXELS_PER_LATENT:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a multiple of {PIXELS_PER_LATENT}")
-    return int(text)
-
-
-def whole_number(least: int) -> Callable[[str], int]:
-    """A parser of whole numbers of `least` or more."""
+def whole_number(least: int, unit: int = 1) -> Callable[[str], int]:
+    """A parser of whole numbers of `least` or more, in multiples of `unit`."""
 
     def read(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
+        if not text.isdecimal() or int(text) < least or int(text) % unit:
+            multiple = "whole number" if unit == 1 else f"multiple of {unit}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {multiple} of {least} or more")
         return int(text)
 
     return read
@@ -354,7 +337,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     save_help = "folder for the file: a config's dataset_path"
     add("--data-path", required=True, type=expanduser, metavar="D", help="folder of class folders")
     add("--save-path", required=True, type=expanduser, metavar="S", help=save_help)
-    add("--image-size", required=True, type=image_size, metavar="PIXELS", help=size_help)
+    sides = whole_number(PIXELS_PER_LATENT, PIXELS_PER_LATENT)
+    add("--image-size", required=True, type=sides, metavar="PIXELS", help=size_help)
     add("--device-batch-size", type=whole_number(1), default=256, metavar="B", help=batch_help)
     add("--encode-batch-size", type=whole_number(1), metavar="B", help=encode_help)
     add("--num-workers", type=whole_number(0), default=4, metavar="W", help=workers_help)
@@ -382,7 +366,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             time_convolutions(processes.device)
             extraction = run_extraction(arguments, processes, until_end)
         if processes.is_main and extraction:  # the other processes need not wait for it
-            merge(extraction, processes)
+            merge(extraction)
 
 
 if __name__ == "__main__":

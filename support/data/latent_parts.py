@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+from tqdm import tqdm
 
 from support.data.images import SKIPPED_FILE
 from support.data.latents import (
@@ -210,29 +211,23 @@ class PartsFolder:
 
     # Merging
 
-    def merge(
-        self,
-        plan: Plan,
-        describe: Callable[[np.ndarray], LatentInfo],
-        report: Callable[[int, int], None],
-    ) -> Ledger:
+    def merge(self, plan: Plan, describe: Callable[[np.ndarray], LatentInfo]) -> Ledger:
         """Make the latent file of all parts, and delete them; continues an interrupted merge.
 
-        `describe` is given the labels; `report` is told how many parts of how many are merged.
-        Needs little more room on the disk than the parts have.
+        `describe` is given the labels. Needs little more room on the disk than the parts have.
         """
         if not self.ledger_path.exists():
             self._begin_merge(plan, describe)
         ledger = self._recorded(self.ledger_path, Ledger)
         offset, row_bytes = locate_latents(self.merged_path)
         bounds = (offset + row_bytes * np.cumsum([0, *ledger.rows])).tolist()
+        places = tqdm([*pairwise(bounds)], "merging", unit="part", disable=None)
         with reporting_os_errors(f"{self.merged_path}: not written; {KEPT}"):
             with open(self.merged_path, "r+b", buffering=0) as merged:
-                for part, (start, end) in enumerate(pairwise(bounds)):
+                for part, (start, end) in enumerate(places):
                     # An interrupted merge has deleted those that are in the file.
                     if self.part_path(part).exists():
                         self._merge_part(part, merged, start, end - start)
-                    report(part + 1, plan.num_parts)
             self._publish(ledger)
         return ledger
 

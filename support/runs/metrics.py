@@ -1,7 +1,6 @@
 """A run's numbers by name: their means, metrics.jsonl, and the trackers."""
 
 import json
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -100,16 +99,9 @@ class Metrics:
 
 def append_numbers(path: Path, numbers: Mapping[str, Any]) -> None:
     """Append a line of `numbers`, `step` among them; a number that is not finite becomes null."""
-    append_line(path, json.dumps(_finite(numbers), allow_nan=False))
-
-
-def _finite(value: Any) -> Any:
-    """`value` with None for each float that is not finite, in lists and mappings too."""
-    if isinstance(value, Mapping):
-        return {name: _finite(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    # `json` writes NaN and Infinity, which are no JSON, and passes them to `parse_constant`.
+    finite = json.loads(json.dumps(numbers), parse_constant=lambda constant: None)
+    append_line(path, json.dumps(finite))
 
 
 def cut_after(path: Path, step: int) -> None:
