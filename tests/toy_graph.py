@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import numpy as np
+
 
 def write_toy_graph(
     path: Path,
@@ -15,15 +17,15 @@ def write_toy_graph(
     """Write the graph; like the published one it is declared for one image at a time.
 
     `layers` more convolutions make it as slow as needed; `of_2015` puts the old batch normalisation
-    between the layers, in the old GraphDef version.
+    and a check of numbers between the layers, in the old GraphDef version.
     """
     import tensorflow as tf
 
     ops = tf.raw_ops
 
     def weights(number: int, shape: list[int], scale: float):
-        normal = ops.StatelessRandomNormal(shape=shape, seed=[seed, number])
-        return ops.Mul(x=normal, y=scale)
+        normal = np.random.RandomState([seed, number]).standard_normal(shape)
+        return tf.constant(normal * scale, tf.float32)
 
     def conv(of, number: int, shape: list[int], scale: float, stride: int = 1, name=None):
         strides, kernel = [1, stride, stride, 1], weights(number, shape, scale)
@@ -39,7 +41,8 @@ def write_toy_graph(
             hidden = ops.Relu(features=conv(hidden, 10 + layer, [3, 3, channels, 32], scale))
             channels = 32
         spatial = conv(hidden, 1, [3, 3, channels, 9], 0.3, stride, "mixed_6/conv")
-        wide = conv(ops.Identity(input=spatial, name="between"), 2, [1, 1, 9, features], 0.5)
+        checked = ops.CheckNumerics(tensor=spatial, message="") if of_2015 else spatial
+        wide = conv(ops.Identity(input=checked, name="between"), 2, [1, 1, 9, features], 0.5)
         pool = ops.Mean(input=ops.Relu(features=wide), axis=[1, 2], keep_dims=True, name="pool_3")
         flat, kernel = ops.Reshape(tensor=pool, shape=[-1, features]), [features, classes]
         logits = ops.MatMul(a=flat, b=weights(3, kernel, 2.0), name="softmax/logits/MatMul")
