@@ -8,8 +8,8 @@
 
 Each .npz in the folder (uint8 `arr_0` [N, H, W, C]) gets a line in the folder's eval_results.txt
 and a record in its eval_results.jsonl, unless it has them. If there is no .npz, the pictures in the
-folder are scored as one set. Needs TensorFlow, with or without a GPU, and no torch. Distances are
-called FID only with the Inception graph, otherwise FD.
+folder are scored as one set. Features come from TensorFlow where it is installed, otherwise from
+torch; each needs no GPU. Distances are called FID only with the Inception graph, otherwise FD.
 """
 
 from support.system.command import run_command  # isort: skip - first: it attends to the start
@@ -30,7 +30,7 @@ from support import __version__
 from support.data.folders import find_pictures
 from support.data.images import EXTENSIONS
 from support.scores import image_sets, measures, references, table
-from support.scores.graph import DEFAULT_NAME, FeatureGraph, find_graph
+from support.scores.graph import BACKENDS, DEFAULT_NAME, FeatureGraph, find_graph
 from support.scores.image_sets import ImageSet
 from support.scores.measures import Manifold
 from support.scores.references import POOL, SPATIAL, Measured, Reference, measure
@@ -80,11 +80,12 @@ def score_samples(path: Path, samples: ImageSet, reference: Reference, graph: Fe
         "graph": {"name": graph.name, "sha256": graph.sha256, "widths": graph.widths},
         "versions": {
             "soflow": __version__,
-            "tensorflow": graph.tensorflow_version,
+            graph.engine.name: graph.engine.version,
             "numpy": np.__version__,
             "python": platform.python_version(),
         },
-        "device": graph.device,
+        "backend": graph.engine.name,
+        "device": graph.engine.device,
         "seconds": round(time.monotonic() - start_seconds, 3),
         "scored_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
@@ -145,6 +146,16 @@ def notes(
 
 SCORING = ("ref_batch", "sample_batch_dir", "distances", "watch", "delete_evaluated")
 MAKING = ("write_ref", "images", "image_size", "exif", "ref_images")
+
+
+def load_graph(
+    path: Path, image_shape: tuple[int, ...], arguments: argparse.Namespace
+) -> FeatureGraph:
+    """The graph, run by the backend that was asked for, which is printed."""
+    graph = FeatureGraph(path, image_shape, arguments.batch_size, arguments.backend)
+    engine = graph.engine
+    print(f"features by {engine.name} {engine.version} on {engine.device}", flush=True)
+    return graph
 
 
 class Session:
@@ -216,8 +227,7 @@ class Session:
         if self._loaded is None:
             arguments, images = self._arguments, self._reference_images
             shape = (images or samples).image_shape
-            graph = FeatureGraph(self._graph_path, shape, arguments.batch_size)
-            print(f"TensorFlow {graph.tensorflow_version} on {graph.device}", flush=True)
+            graph = load_graph(self._graph_path, shape, arguments)
             source = (arguments.ref_batch, images, self._sha256)
             self._loaded = references.load_reference(*source, graph, self._distances), graph
         return self._loaded
@@ -264,7 +274,7 @@ def make_reference(arguments: argparse.Namespace) -> int:
         print(images.left_out_note, flush=True)
     references.refuse_to_replace(arguments.write_ref)
     path = find_graph(arguments.inception)
-    graph = FeatureGraph(path, images.image_shape, arguments.batch_size)
+    graph = load_graph(path, images.image_shape, arguments)
     print(f"graph {graph.path}, SHA-256 {graph.sha256}")
     references.write_reference(arguments.write_ref, images, graph, arguments.ref_images)
     print(f"{arguments.write_ref}: {images.num_images} images {list(images.image_shape)}")
@@ -291,6 +301,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--exif", choices=("apply", "ignore"), help=exif)
     number("--ref_images", help="images to keep in the reference file (all)")
     path("--inception", metavar="PATH", help=f"frozen graph (default: {DEFAULT_NAME})")
+    runs = "what runs the graph: auto takes TensorFlow where it is installed, otherwise torch"
+    add("--backend", choices=("auto", *BACKENDS), default="auto", help=runs)
     number("--batch_size", default=64, help="images per run of the graph (64)")
     arguments = parser.parse_args(list(map(underscored, sys.argv[1:] if argv is None else argv)))
     chosen = vars(arguments)

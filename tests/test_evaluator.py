@@ -20,6 +20,7 @@ import evaluator
 from support.data.images import centre_crop
 from support.scores import graph as feature_graph
 from support.scores import references
+from support.scores.graph import BACKENDS
 from support.scores.npz import read_archive
 from support.system.files import UserError, sha256_of
 
@@ -159,11 +160,13 @@ def statistics_of(pools, spatials):
 
 
 @pytest.mark.slow
-def test_scores_are_those_of_plain_numpy(place, toy):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scores_are_those_of_plain_numpy(place, toy, backend):
     samples, reference = some_pixels(1, 400), some_pixels(0, 300)
     np.savez(place.reference, reference)
     np.savez(place.samples / "a.npz", samples)
-    scores = place.score()["scores"]
+    record = place.score("--backend", backend)
+    scores = record["scores"]
     pools, spatials, weights = plain_features(toy, samples)
     reference_pools, reference_spatials, _ = plain_features(toy, reference)
     p = np.exp(pools.astype(float) @ weights)
@@ -175,6 +178,8 @@ def test_scores_are_those_of_plain_numpy(place, toy):
     expected = plain_precision_recall(pools.astype(float), reference_pools.astype(float))
     assert (scores["prec"], scores["recall"]) == pytest.approx(expected, abs=0.002)
     assert 0 < scores["prec"] < 1
+    assert record["backend"] == backend
+    assert backend in record["versions"]
 
 
 def test_line_and_record_say_what_the_scores_are_and_what_made_them(place, toy):
@@ -533,17 +538,18 @@ def test_damaged_cache_is_rebuilt(place, measured_names, damage, capsys):
 # Killed, interrupted, watching.
 
 
-def run_in_process(place, *more):
+def run_in_process(place, *more, without="torch"):
+    """The command in a process that cannot import one of the backends."""
     code = (
-        "import sys, evaluator; status = evaluator.main(sys.argv[1:]); "
-        "assert 'torch' not in sys.modules; sys.exit(status)"
+        f"import sys; sys.modules['{without}'] = None; import evaluator; "
+        "sys.exit(evaluator.main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", code, *place.arguments(*more)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 @pytest.mark.slow
-def test_killed_in_the_middle_it_goes_on_with_the_next_file_and_imports_no_torch(place):
+def test_killed_in_the_middle_it_goes_on_with_the_next_file_without_torch(place):
     expected = [f"{number}.npz" for number in range(12)]
     for name in expected:
         place.add(name, count=3000, size=16)
@@ -562,6 +568,16 @@ def test_killed_in_the_middle_it_goes_on_with_the_next_file_and_imports_no_torch
     assert [record["file"] for record in place.records] == place.names == expected
     assert f"\n{scored}.npz # IS".encode() in output
     assert b"\n0.npz # IS" not in output
+
+
+@pytest.mark.slow
+def test_torch_scores_where_tensorflow_is_not_installed(place):
+    place.add()
+    process = run_in_process(place, without="tensorflow")
+    output, errors = process.communicate(timeout=100)
+    assert (process.returncode, errors) == (0, b"")
+    assert place.records[0]["backend"] == "torch"
+    assert b"torch" in output
 
 
 @pytest.mark.parametrize("torn", [1, 30, 100])
@@ -779,13 +795,15 @@ def with_operation(name):
         (with_operation("NoSuchOperation"), "NoSuchOperation"),
         (lambda nodes, _: nodes["between"].input.__setitem__(0, "nowhere"), "nowhere"),
         (lambda nodes, _: nodes["softmax/logits/MatMul"].input.pop(), "softmax/logits/MatMul"),
+        (lambda nodes, _: nodes["between"].input.__setitem__(0, "pool_3"), ""),  # a circle
     ],
 )
-def test_graph_that_cannot_serve_is_named(place, toy, content, word):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_graph_that_cannot_serve_is_named(place, toy, content, word, backend):
     place.add()
     bad = place.folder / "bad.pb"
     bad.write_bytes(rewritten(toy, content) if callable(content) else content)
-    refusal = place.refusal("--inception", bad)
+    refusal = place.refusal("--inception", bad, "--backend", backend)
     assert refusal.startswith(f"{bad}: ")
     assert word in refusal
 

@@ -25,7 +25,7 @@ from support.scores.measures import DISTANCES, NEIGHBOUR, Manifold, Moments, Sta
 from support.scores.npz import IMAGES, LABELS, ArchiveReader, read_archive, write_images
 from support.system.files import UserError, atomic_write, check_writable
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 POOL, SPATIAL = "pool", "spatial"
 KEYS = {POOL: ("mu", "sigma"), SPATIAL: ("mu_s", "sigma_s")}
 KNOWN_KEYS = {IMAGES, LABELS, *KEYS[POOL], *KEYS[SPATIAL]}
@@ -182,7 +182,7 @@ def load_reference(
     manifold = None
     if images is not None:
         # Not an .npz, lest it be scored.
-        cache = path.with_name(f"{path.name}.{graph.sha256[:12]}.cache")
+        cache = path.with_name(f"{path.name}.{graph.sha256[:12]}.{graph.engine.name}.cache")
         measured, manifold = _measure_once(images, graph, sha256, distances, cache)
         statistics = measured.statistics | statistics
         computed = Source("images", images.num_images)
@@ -224,7 +224,7 @@ def _measure_once(
     images: ImageSet, graph: FeatureGraph, sha256: str, distances: str, cache: Path
 ) -> tuple[Measured, Manifold]:
     """What the graph sees in a reference's images; from the cache, or written to it."""
-    key = f"{CACHE_VERSION} {sha256} {graph.sha256}"
+    key = f"{CACHE_VERSION} {sha256} {graph.sha256} {graph.engine.name}"
     found = _read_cache(cache, key, images.num_images, graph)
     measured, radii = found or (measure(images, graph), {})
     manifold = Manifold.of(measured.features, distances, radii.get(distances))
