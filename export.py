@@ -11,7 +11,7 @@ reads it. Edit the card as you like: --overwrite keeps what you wrote. --push up
 folder to the Hugging Face Hub as it is; fill in the licence first.
 """
 
-from support.system.command import run_command  # isort: skip - first: it handles a failing start
+from support.system.command import command_parser, run_command  # isort: skip - first: it handles a failing start
 
 import argparse
 import dataclasses
@@ -274,9 +274,7 @@ def check_target(folder: Path, may_replace: bool) -> None:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line's options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     add_model_options(parser)
     add = parser.add_argument
     folder_help = "the folder to make; without it, --push uploads the exported folder MODEL"

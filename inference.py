@@ -11,7 +11,7 @@ config if it has ckpts/, else the config's working_dir. The images go to
 evals/K_{NFE}NFE_{seed}.npz there. Guidance was trained in: there is no scale to choose.
 """
 
-from support.system.command import run_command  # isort: skip - first: it handles a failing start
+from support.system.command import command_parser, run_command  # isort: skip - first: it handles a failing start
 
 import argparse
 import shlex
@@ -287,9 +287,7 @@ def choose_labels(text: str | None, loaded: LoadedModel) -> list[int]:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line's options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     add_options(parser, needs_config=False)
     add = parser.add_argument
     which = parser.add_mutually_exclusive_group(required=True)

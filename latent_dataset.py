@@ -10,7 +10,7 @@ If it is stopped, at any moment, the same command continues. Classes are the fol
 in the order of their numbers if all names are numbers, else in alphabetical order.
 """
 
-from support.system.command import run_command  # isort: skip - first: it attends to the start
+from support.system.command import command_parser, run_command  # isort: skip - first: it attends to the start
 
 import argparse
 import contextlib
@@ -318,9 +318,7 @@ def whole_number(least: int, unit: int = 1) -> Callable[[str], int]:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line's options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     add = parser.add_argument
     size_help = "side to crop pictures to: 256 or 512; a config's data_size is an eighth of it"
     batch_help = "pictures loaded at a time, per process (default 256)"

@@ -17,7 +17,6 @@ from support.data.datasets import ALONE, DataRequest
 from support.data.digits import load_test_set
 from support.system.files import UserError
 from support.system.processes import Processes
-from training import preview
 from training.held_out import BINS, draw_held_out, measure
 
 
@@ -139,11 +138,3 @@ def test_a_run_that_looks_has_the_weights_of_one_that_does_not(tmp_path):
     assert [line["step"] for line in told] == [2, 4, 6]
     assert told[0]["weights"] != told[0]["average"]
     assert [len(told[0]["average"][loss]) for loss in ("velocity", "consistency")] == [4, 4]
-
-
-def test_a_dry_run_says_what_looking_costs(capsys):
-    # 2 sets of weights x 100 images x 6 passes, against 4.4 x 128 x 50.
-    preview.describe(digits(held_out=100, held_out_steps=50))
-    assert (
-        "100 images every 50 steps, about 4.3 % of the run's computing" in capsys.readouterr().out
-    )
