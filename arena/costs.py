@@ -60,7 +60,6 @@ def measure(plan: Plan) -> list[dict[str, Any]]:
     seconds = {name: [round(taken, 5) for taken in of] for name, of in turns.items()}
     return [
         {
-            "data": plan.data,
             "name": job.name,
             "guided": job.guided,
             "forwards": round(flops[job.file_name] / flops["forward"], 3),
@@ -73,4 +72,4 @@ def measure(plan: Plan) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(Plan(**json.loads(sys.argv[1])))))
+    print(json.dumps(measure(Plan(json.loads(sys.argv[1])))))

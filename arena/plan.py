@@ -62,7 +62,6 @@ class Job:
 class Plan:
     """An experiments file, with the guidance scales once they are chosen."""
 
-    data: str
     values: Mapping[str, Any]
     best: dict[str, float] = field(default_factory=dict)  # name -> scale
 
@@ -127,4 +126,4 @@ def read_plan(data: str) -> Plan:
     values = read_yaml(path)
     if "like" in values:
         values = read_yaml(FOLDER / f"{values['like']}.yaml") | values
-    return Plan(data, values)
+    return Plan(values)

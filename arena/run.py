@@ -88,14 +88,13 @@ def score_all(jobs: Iterable[Job], plan: Plan, folder: Path) -> None:
         write_record(folder, job, "scores.json", sources(small.graph), rows=rows)
 
 
-def rows_of(jobs: Iterable[Job], data: str, folder: Path) -> list[Record]:
+def rows_of(jobs: Iterable[Job], folder: Path) -> list[Record]:
     """The results of the jobs that are done, one for each checkpoint and NFE."""
     rows = []
     for job in jobs:
         scored = read_record(folder, job, "scores.json")
         if scored and read_record(folder, job, "job.json"):
             described = {
-                "data": data,
                 "part": job.part,
                 "name": job.name,
                 "guided": job.guided,
@@ -110,7 +109,7 @@ def with_best_scales(plan: Plan, folder: Path) -> Plan:
     """The plan with each objective's best scale by FD after the last step; none without results."""
     found: dict[str, list[tuple[float, float]]] = {}
     for job in plan.jobs("scales"):
-        for row in rows_of([job], plan.data, folder):
+        for row in rows_of([job], folder):
             if (row["step"], row["nfe"]) == (job.steps[-1], job.chosen_by):
                 found.setdefault(job.name, []).append((row["FD"], row["scale"]))
     return dataclasses.replace(plan, best={name: min(pairs)[1] for name, pairs in found.items()})
@@ -140,7 +139,7 @@ def write_rows(path: Path, rows: list[Record]) -> None:
 
 def write_results(plan: Plan, folder: Path) -> None:
     """Write all results that the folder's runs have now."""
-    rows = [row for part in PARTS for row in rows_of(plan.jobs(part), plan.data, folder)]
+    rows = [row for part in PARTS for row in rows_of(plan.jobs(part), folder)]
     write_rows(folder / "results.jsonl", rows)
 
 
@@ -173,8 +172,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_results(plan, folder)
     if "costs" in parts:
         # In a process of its own: FLOPs cannot be counted where TensorFlow is loaded.
-        given = json.dumps({"data": plan.data, "values": plan.values})
-        printed = subprocess.check_output([sys.executable, FOLDER / "costs.py", given], text=True)
+        command = [sys.executable, str(FOLDER / "costs.py"), json.dumps(plan.values)]
+        printed = subprocess.check_output(command, text=True)
         write_rows(folder / "costs.jsonl", json.loads(printed.splitlines()[-1]))
 
 
