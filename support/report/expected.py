@@ -3,6 +3,7 @@
 A file of docs/expected/ has the bands of one experiment, identified by a digest of its config.
 """
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,9 +38,7 @@ class Band:
 
         Three seeds say little about the width at one step, so the points beside it count, too.
         """
-        steps = curves[0].steps
-        for curve in curves[1:]:
-            steps = np.intersect1d(steps, curve.steps)
+        steps = functools.reduce(np.intersect1d, [curve.steps for curve in curves])
         values = np.stack([curve.values[np.isin(curve.steps, steps)] for curve in curves])
         variances = values.var(axis=0, ddof=1)
         around = [slice(max(0, i - NEIGHBOURS), i + NEIGHBOURS + 1) for i in range(len(steps))]

@@ -14,7 +14,7 @@ PALETTE = (
     *("#0fa3a3", "#a07818", "#7a6ff0", "#d0559a", "#788896"),
 )
 BAND_COLOUR = "rgba(128, 140, 155, 0.22)"
-POINTS_PER_METRIC = 4_000  # of all runs, twice: raw and smoothed
+POINTS_PER_METRIC = 4_000  # of all lines, twice: raw and smoothed
 FEWEST_POINTS = 100
 MARKED_POINTS = 40  # fewer are marked one by one
 
@@ -45,7 +45,7 @@ def colour_of(number: int) -> str:
     return PALETTE[number % len(PALETTE)]
 
 
-def draw(lines: Sequence[Line], bands: Sequence[Band] = (), num_runs: int = 1) -> str:
+def draw(lines: Sequence[Line], bands: Sequence[Band] = ()) -> str:
     """A figure of these lines over these bands, as JSON."""
     figure = go.Figure(layout={"template": None, "hovermode": "x unified", "showlegend": False})
     for band in bands:
@@ -54,7 +54,7 @@ def draw(lines: Sequence[Line], bands: Sequence[Band] = (), num_runs: int = 1) -
         edge = Curve(steps, np.concatenate([band.high, band.low[::-1]]))
         fill: dict = {"fill": "toself", "fillcolor": BAND_COLOUR, "line": {"width": 0}}
         _add(figure, edge, **fill, hoverinfo="skip", name="expected")
-    most = max(FEWEST_POINTS, POINTS_PER_METRIC // num_runs)
+    most = max(FEWEST_POINTS, POINTS_PER_METRIC // len(lines))
     for line in lines:
         raw, smoothed = line.curve.thinned(most), line.curve.smoothed().thinned(most)
         is_both = line.is_smoothed and not np.array_equal(line.curve.values, smoothed.values)

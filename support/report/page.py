@@ -212,4 +212,4 @@ def _metric_panel(report: Report, name: str) -> Panel:
                 verdicts.append(text if len(report.runs) == 1 else f"{run.name}: {text}")
     expected = {e.experiment: e for e in report.expected if e and name in e.bands}
     bands = [known.bands[name] for known in expected.values()]
-    return Panel(name, report.sentence(name), draw(lines, bands, len(report.runs)), verdicts)
+    return Panel(name, report.sentence(name), draw(lines, bands), verdicts)
