@@ -9,8 +9,9 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Collection
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -45,56 +46,57 @@ def forked(
     ranks: int = 1,
     folder: Path = ROOT,
     env: dict[str, str] | None = None,
-    afresh: str = "-",
+    afresh: Collection[str] = (),
 ) -> subprocess.CompletedProcess[str]:
     """Like `run`, in forks of this process, which do not take seconds to load torch.
 
     Several `ranks` are processes of one run, as torchrun starts them: their outputs are joined.
-    The package called `afresh` is imported anew, because it reads the environment on import.
+    Modules and packages called `afresh` are imported anew: from another folder, or because they
+    read the environment.
     """
     words = [*map(str, arguments)]
     with socket.create_server(("127.0.0.1", 0)) as free:
         world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        world["WORLD_SIZE"] = str(ranks)
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         children = []
         for rank in range(ranks):
-            if ranks > 1:
-                world |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
             if not (child := os.fork()):
-                os.environ.update(world if ranks > 1 else {}, **(env or {}))
-                _be_python(words, folder, afresh, out, err)
+                os.dup2(out.fileno(), 1)
+                os.dup2(err.fileno(), 2)
+                if ranks > 1:
+                    os.environ.update(world, RANK=f"{rank}", LOCAL_RANK=f"{rank}")
+                os.environ.update(env or {})
+                _be_python(words, folder, afresh)
             children.append(child)
         states = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        status = next((state for state in states if state), 0)
         texts = [file.seek(0) or file.read() for file in (out, err)]
-    return subprocess.CompletedProcess(words, status, *texts)
+    return subprocess.CompletedProcess(words, next(filter(None, states), 0), *texts)
 
 
-def _be_python(words: list[str], folder: Path, afresh: str, out: IO[str], err: IO[str]) -> NoReturn:
+def _be_python(words: list[str], folder: Path, afresh: Collection[str]) -> NoReturn:
     """Go on as `python WORDS`, to the end of this process."""
-    status: int | str | None = 1
+    signal.alarm(300)  # ends it
+    sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
     try:
-        signal.alarm(300)  # ends it
-        os.dup2(out.fileno(), 1)
-        os.dup2(err.fileno(), 2)
-        sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
-        for name in [name for name in sys.modules if name.split(".")[0] == afresh]:
+        for name in [name for name in sys.modules if name.split(".")[0] in afresh]:
             del sys.modules[name]
         os.chdir(folder)
+        sys.argv = words
         if words[0] == "-c":
-            sys.argv = ["-c", *words[2:]]
-            exec(words[1], {"__name__": "__main__"})
+            exec(sys.argv.pop(1), {"__name__": "__main__"})
         else:
-            sys.argv = words
-            runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+            sys.path.insert(0, str(Path(words[0]).resolve().parent))
+            runpy.run_path(words[0], run_name="__main__")
         status = 0
     except SystemExit as end:
-        status = end.code
+        status = int(end.code or 0)
     except BaseException:
         traceback.print_exc()
+        status = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(int(status or 0))
+    os._exit(status)
 
 
 def run_here(script: str, *words: object) -> int:

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from commands import ROOT, run, succeed
+from commands import ROOT, forked
 from documents import SMALL, blocks, commands_of, copy_project
 
 from models import Batch, Objective, build_model
@@ -17,6 +17,8 @@ from schedules import TIME_SAMPLING, guidance_decay
 DOCUMENT = ROOT / "docs" / "extending.md"
 # What `make test` runs of these is in the changed files, or follows from the tables.
 TESTS = ("config", "config_errors", "config_keys", "structure", "readme", "extending", "slots")
+
+OURS = [path.stem for path in ROOT.iterdir()]
 
 
 def block_with(text: str) -> str:
@@ -78,8 +80,7 @@ def test_the_plain_losses_equal_the_real_ones():
 @pytest.mark.slow
 def test_training_as_a_library_makes_its_steps_and_writes_nothing(tmp_path):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    code, paths = block_with("build_run("), {"PYTHONPATH": str(ROOT)}
-    finished = run("-c", code, folder=tmp_path, env=paths)
+    finished = forked("-c", block_with("build_run("), folder=tmp_path)
     assert len(re.findall(r"'Vel_MSE': \d", finished.stdout)) == 20, finished.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["configs"]
 
@@ -93,7 +94,7 @@ def extended(tmp_path_factory):
         file = folder / name
         before = file.read_text() + "\n\n" if file.exists() else ""
         file.write_text(before + code)
-    succeed("docs/make_config.py", folder=folder)
+    assert forked("docs/make_config.py", folder=folder, afresh=OURS).returncode == 0
     return folder
 
 
@@ -102,7 +103,7 @@ def test_the_examples_train(extended):
     small = {"train.py": SMALL.split(), "inference.py": ["--num-samples", "2"]}
     for command in commands_of(DOCUMENT):
         if more := small.get(command.words[1]):
-            finished = run(*command.words[1:], *more, folder=extended)
+            finished = forked(*command.words[1:], *more, folder=extended, afresh=OURS)
             assert finished.returncode == 0, f"{command}\n{finished.stdout}{finished.stderr}"
 
 

@@ -9,6 +9,7 @@ import goldens
 import pytest
 import torch
 from commands import digits_settings
+from standins import narrow_unet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -92,7 +93,9 @@ def test_an_entry_in_a_table_is_known_to_configs_and_trained_with(
 @pytest.fixture(scope="module", params=[*BACKBONES.values(), Tiny], ids=lambda kind: kind.__name__)
 def shared_network(request) -> Backbone:
     """A small network of each kind, in which every weight matters."""
-    network = build(request.param, null_class=True)
+    with pytest.MonkeyPatch.context() as patch:
+        narrow_unet(patch)
+        network = build(request.param, null_class=True)
     goldens.fill_weights(network)
     return network
 
