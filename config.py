@@ -63,18 +63,6 @@ def _expanded(name: str) -> str:
     return name
 
 
-def _folder(name: str) -> str:
-    """`name` expanded; ValueError if no folder can have that name."""
-    folder = _expanded(name)
-    try:
-        Path(folder).stat()
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise ValueError(f"cannot be a folder ({error.strerror})") from None
-    return folder
-
-
 def _method(name: str) -> str:
     """`name`, if METHODS lists it; ValueError otherwise.
 
@@ -117,9 +105,7 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
 
-    working_dir: Annotated[Name, AfterValidator(_folder)] = changeable(
-        "", "folder of the run, relative to the current directory"
-    )
+    working_dir: Location = changeable("", "folder of the run, relative to the current directory")
     # Model
     method: Annotated[Name, AfterValidator(_method)] = key("SoFlow", "the training objective")
     noising_type: Annotated[str, Choice(PATHS)] = key(
@@ -373,21 +359,10 @@ TYPES = typing.get_type_hints(Config)
 
 def add_options(parser: argparse.ArgumentParser, needs_config: bool = True) -> None:
     """Add --config and --set, the arguments of `load_config`."""
-    parser.add_argument(
-        "--config",
-        required=needs_config,
-        type=os.path.expanduser,
-        metavar="FILE",
-        help="YAML config of the run",
-    )
-    parser.add_argument(
-        "--set",
-        action="extend",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="replace values of the config (repeatable)",
-    )
+    add = parser.add_argument
+    file_help, set_help = "YAML config of the run", "replace values of the config (repeatable)"
+    add("--config", required=needs_config, type=os.path.expanduser, metavar="FILE", help=file_help)
+    add("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help=set_help)
 
 
 def parse_options(

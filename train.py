@@ -8,7 +8,7 @@
 Everything goes into the config's working_dir: config.yaml, log.txt, ckpts/, evals/, figs/.
 """
 
-from support.system.command import run_command  # isort: skip - first: it attends to the start
+from support.system.command import command_parser, run_command  # isort: skip - first: it attends to the start
 
 import argparse
 import contextlib
@@ -81,40 +81,21 @@ def train(run: Run) -> None:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line's options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="docs/config.md explains every key of a config.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(__doc__)
+    parser.epilog = "docs/config.md explains every key of a config."
     add_options(parser)
-    parser.add_argument(
-        "--allow-changed",
-        action="append",
-        default=[],
-        metavar="KEY",
-        help="continue although this key changed, or the pictures did (`data`), which makes it "
-        "another experiment (repeatable)",
-    )
-    parser.add_argument(
-        "--check-data",
-        action="store_true",
-        help="decode every picture before the first step, and name those that cannot be read",
-    )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="print the resolved config and what the run needs, then exit",
-    )
-    parser.add_argument(
-        "--time",
-        action="store_true",
-        help="with --dry-run: time a few steps on this machine, on made-up data",
-    )
-    parser.add_argument(
-        "--replay",
-        metavar="FILE",
-        help="compute the non-finite step of broken_step_K.json again and print its norms",
-    )
+    add = parser.add_argument
+    allow_help = """continue although this key changed, or the pictures did (`data`), which makes it
+        another experiment (repeatable)"""
+    add("--allow-changed", action="append", default=[], metavar="KEY", help=allow_help)
+    check_help = "decode every picture before the first step, and name those that cannot be read"
+    add("--check-data", action="store_true", help=check_help)
+    dry_help = "print the resolved config and what the run needs, then exit"
+    add("--dry-run", action="store_true", help=dry_help)
+    time_help = "with --dry-run: time a few steps on this machine, on made-up data"
+    add("--time", action="store_true", help=time_help)
+    replay_help = "compute the non-finite step of broken_step_K.json again and print its norms"
+    add("--replay", metavar="FILE", help=replay_help)
     return parse_options(parser, argv)
 
 

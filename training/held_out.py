@@ -67,11 +67,8 @@ def measure(model: Method, frozen: list[Batch], processes: Processes) -> dict[st
     Draws nothing and leaves the model as it was, so training is not affected.
     """
     was_training = model.training
-    model.eval()
-    try:
-        sums = _sums(model, frozen, processes.device)
-    finally:
-        model.train(was_training)
+    sums = _sums(model.eval(), frozen, processes.device)
+    model.train(was_training)
     counts = processes.sum_over_ranks(sums.pop("count"))
     return {
         name: (processes.sum_over_ranks(values) / counts).tolist() for name, values in sums.items()

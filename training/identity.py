@@ -16,8 +16,6 @@ DECIDES_SHAPES = ("dataset_type", "model_type", "data_size")  # of the weights
 
 def refuse_start(config: Config) -> None:
     """Checks for starting a run, not for reading one; UserError where one fails."""
-    if config.init_from == "":
-        raise UserError("init_from: '' names no model; null starts from fresh weights")
     if DATASETS[config.dataset_type].has_files and config.dataset_path:
         data, results = (
             Path(os.path.expanduser(path)).resolve()

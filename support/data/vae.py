@@ -100,14 +100,14 @@ def _read_scaling_factor(path: Path) -> float:
 
 def load_vae(found: FoundVae, device: torch.device) -> nn.Module:
     """The VAE in float32 on `device`, in evaluation mode; UserError if its weights do not fit."""
+    from diffusers import AutoencoderKL
+    from diffusers.utils import logging
+
+    logging.set_verbosity_error()  # weights that do not fit are refused below
     weights = next(path for name in WEIGHT_FILES if (path := found.folder / name).is_file())
     kind = "not readable"
     try:
         kind = f"it is {identify(weights)}"
-        from diffusers import AutoencoderKL
-        from diffusers.utils import logging
-
-        logging.set_verbosity_error()  # weights that do not fit are refused below
         vae, fit = AutoencoderKL.from_pretrained(
             found.folder,
             local_files_only=True,
@@ -116,10 +116,6 @@ def load_vae(found: FoundVae, device: torch.device) -> nn.Module:
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported by name in `fit`
         )
-    except ImportError as error:
-        raise UserError(
-            f"vae: {found.name}: {shorten(error)}; pip install -r requirements_soflow.txt"
-        ) from error
     except Exception as error:  # diffusers and safetensors raise many kinds on damaged files
         raise UserError(f"vae: {weights}: cannot be loaded ({shorten(error)}; {kind})") from error
     # diffusers would fill in random weights.

@@ -74,15 +74,13 @@ def _difference(path: Path, module: nn.Module, inputs: Inputs) -> float:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """A block that hides the exporter's messages about its own work."""
-    before = logging.root.manager.disable
     with (
-        warnings.catch_warnings(),
+        warnings.catch_warnings(action="ignore"),
         contextlib.redirect_stdout(None),
         contextlib.redirect_stderr(None),
     ):
-        warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
         try:
             yield
         finally:
-            logging.disable(before)
+            logging.disable(logging.NOTSET)
