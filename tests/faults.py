@@ -1,10 +1,10 @@
-"""The fault harness: runs of digits that are killed, stopped, starved of disk or given damage.
+"""Fault injection: runs on digits that are killed, stopped, out of disk space or damaged.
 
-    python tests/faults.py                    every fault, in its long form; prints a table
-    python tests/faults.py --quick kills      the named ones, as the tests run them
+    python tests/faults.py                    every fault with all its cases; prints a table
+    python tests/faults.py --quick kills      only these faults, as the tests run them
 
-A try survives if all files that the fault leaves are whole, the user is told in one line, and the
-same command then ends as a run without the fault does. The table counts the others as lost.
+A run survives a fault if all the files it leaves are whole, the user gets one line, and the same
+command then ends like a run without the fault. The table counts all other runs as lost.
 """
 
 import argparse
@@ -47,8 +47,8 @@ from support.system.processes import Processes
 from training.run import build_run, continue_run
 
 TESTS = ROOT / "tests"
-INSIDE = "FAULTS_INSIDE"  # in the environment: this process has a namespace of its own
-LIMIT_SECONDS = 60  # for a process that should have ended by itself
+INSIDE = "FAULTS_INSIDE"  # environment variable: this process has its own namespace
+LIMIT_SECONDS = 60  # for a process to end by itself
 STEPS = 6
 SETTINGS = {
     "model_type": "DiT-Nano-4",
@@ -64,16 +64,16 @@ ALONE = Processes(0, 0, 1, torch.device("cpu"))
 
 @dataclass
 class Tally:
-    """The results of the tries of one fault."""
+    """How many runs survived one fault."""
 
     fault: str
     tries: int = 0
     failures: list[str] = field(default_factory=list)
-    skipped: str = ""  # why, where this machine cannot have the fault
+    skipped: str = ""  # why this machine cannot inject the fault
 
     @contextlib.contextmanager
     def attempt(self, what: object) -> Iterator[None]:
-        """One try, lost where the block raises."""
+        """Count one try; it is lost if the block raises."""
         self.tries += 1
         try:
             yield
@@ -95,7 +95,7 @@ class Tally:
 
 
 def check(holds: object, otherwise: object) -> None:
-    """An assertion that says what it found, with pytest or without."""
+    """Raise AssertionError with this message unless it holds, with or without pytest."""
     if not holds:
         raise AssertionError(str(otherwise))
 
@@ -109,9 +109,9 @@ def options_of(folder: Path, **values: object) -> list[str]:
 
 @functools.cache
 def forks() -> multiprocessing.context.ForkServerContext:
-    """Makes children of a process that has imported torch, and has done nothing with it."""
+    """A server that has imported torch, without using it, and forks itself for each process."""
     context = multiprocessing.get_context("forkserver")
-    # The last ones a run or a child imports late, which would take most of its time.
+    # Processes would import the late ones themselves, which takes most of their time.
     late = ["sklearn.datasets", "torch._dynamo", *(["pytest"] if "pytest" in sys.modules else [])]
     context.set_forkserver_preload(["faulty", *late])
     before = dict(os.environ)
@@ -128,13 +128,13 @@ def _child(options: list[str], fault: Fault | None, output: Path, world: dict[st
     os.environ.update(world)
     os.setpgid(0, 0)
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # as in a process that nobody forked
-    tqdm.set_lock(threading.RLock())  # one between processes would outlive a kill
+    multiprocessing.set_start_method("fork", force=True)  # as in a process of its own
+    tqdm.set_lock(threading.RLock())  # a lock shared by processes would stay locked after a kill
     run_command(functools.partial(work, options, fault, Path(f"{output}.json")))
 
 
 class Process:
-    """One process of a run, its output in files beside the run's folder."""
+    """One process of a run. Its output goes to files beside the run's folder."""
 
     def __init__(self, options, output: Path, fault: Fault | None = None, world=None):
         self.output = output
@@ -143,7 +143,7 @@ class Process:
         self.pid = self._process.pid
 
     def end(self) -> int:
-        """The exit status, a signal's negative, within LIMIT_SECONDS."""
+        """Wait at most LIMIT_SECONDS. Returns the exit status, negative for a signal."""
         self._process.join(LIMIT_SECONDS)
         if self._process.is_alive():
             self._process.kill()
@@ -163,17 +163,17 @@ class Process:
 
 
 def events_in(output: Path) -> list[Moment]:
-    """What happened in a process, each as the last of its kind."""
+    """The events of a process, each with how often it happened."""
     return [Moment(*event) for event in json.loads(Path(f"{output}.json").read_text())]
 
 
 def start(folder: Path, fault: Fault | None = None, **values: object) -> Process:
-    """A run of one process."""
+    """Start a run of one process."""
     return Process(options_of(folder, **values), folder.with_suffix(".rank0"), fault)
 
 
 def start_two(folder: Path, fault: Fault | None = None, **values: object) -> list[Process]:
-    """A run of two processes, without torchrun, which would end one with the other."""
+    """Start a run of two processes. torchrun would end one with the other, so it is not used."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -190,7 +190,7 @@ def start_two(folder: Path, fault: Fault | None = None, **values: object) -> lis
 
 
 def finish(processes: list[Process], saying: str = f"finished: all {STEPS} steps") -> None:
-    """Wait for a run that has to finish."""
+    """Wait for a run, which must finish."""
     for process in processes:
         status = process.end()
         check(status == 0, f"exit status {status}: {process.out()}{process.err()}")
@@ -198,7 +198,7 @@ def finish(processes: list[Process], saying: str = f"finished: all {STEPS} steps
 
 
 def refused(process: Process, *words: str) -> None:
-    """Wait for a process that has to end with one line on stderr, these words in it."""
+    """Wait for a process, which must fail with one line on stderr that has these words."""
     status, said = process.end(), process.err()
     lines = [line for line in said.splitlines() if not line.startswith("[W")]
     check(status == 1, f"exit status {status}: {said}")
@@ -212,17 +212,17 @@ def listed(run: Process | list[Process]) -> list[Process]:
 
 
 def whole(folder: Path, begin: Callable = start, **values: object) -> Path:
-    """The unbroken run to compare with."""
+    """The folder of an unbroken run to compare with."""
     if not folder.exists():
         finish(listed(begin(folder, **values)))
     return folder
 
 
-# What a run has to leave
+# What a run must leave
 
 
 def contents(folder: Path) -> dict[str, object]:
-    """Every file under a final name, read by what reads it; raises where one does not load."""
+    """The content of every finished file in the folder; raises if one cannot be read."""
     return {
         str(path.relative_to(folder)): _read(path)
         for path in sorted(folder.rglob("*"))
@@ -254,7 +254,7 @@ def _read(path: Path) -> object:
             return logged(path.read_text())
         case ".jsonl":
             return numbers_of(path.parent) if path.read_bytes().endswith(b"\n") else None
-    raise AssertionError(f"{path}: what is this?")
+    raise AssertionError(f"{path}: an unknown kind of file")
 
 
 LINE = re.compile(
@@ -265,7 +265,7 @@ START = re.compile(r"\S+ \S+ (?:resumed at step (\d+) from|fresh run in) .*")
 
 
 def logged(log: str) -> dict[int, str]:
-    """Step -> metrics, read as a reader has to: a start takes back the lines of later steps."""
+    """Step -> metrics. A start supersedes what was logged for later steps."""
     steps: dict[int, str] = {}
     for line in log.splitlines():
         if started := START.fullmatch(line):
@@ -277,19 +277,19 @@ def logged(log: str) -> dict[int, str]:
 
 
 def ends_as(folder: Path, unbroken: Path, surplus: int | None = None) -> None:
-    """Check that two runs left the same; one of them may have a checkpoint more."""
+    """Check that both runs left the same; the first may have a surplus checkpoint."""
     found, expected = contents(folder), contents(unbroken)
     for suffix in ("pt", "json"):
         if f"ckpts/{surplus}.{suffix}" not in expected:
             found.pop(f"ckpts/{surplus}.{suffix}", None)
     check(found.keys() == expected.keys(), f"files {sorted(found.keys() ^ expected.keys())}")
     differing = [name for name in found if not is_same(found[name], expected[name])]
-    check(not differing, f"other than in the unbroken run: {differing}")
+    check(not differing, f"differ from the unbroken run: {differing}")
     check(not list(folder.rglob(".*.tmp")), "temporary files are left")
 
 
 def is_same(one: object, other: object) -> bool:
-    """Equality bit for bit, through all containers."""
+    """Bitwise equality, also inside containers."""
     try:
         assert_equal(one, other)
     except AssertionError:
@@ -303,16 +303,16 @@ def steps_saved(folder: Path) -> list[int]:
 
 # The faults
 
-FAULTS: dict[str, Callable[[bool, Path], Tally]] = {}  # by name: with their quick form or the long
+FAULTS: dict[str, Callable[[bool, Path], Tally]] = {}  # by name; called with is_quick and a folder
 
 
 def each_of(
     title: str, cases: Sequence[Any], quick: int, begin: Callable = start, on_own_disk: bool = False
 ) -> Callable[[Callable[[Path, Any, Path], None]], Callable]:
-    """Register a fault whose cases are tried one by one, the first `quick` in the quick form.
+    """Register a fault and its cases; --quick tries only the first `quick` of them.
 
-    A try gets a folder of its own, the case, and the folder of an unbroken run. With `on_own_disk`
-    it may mount what it wants: nobody else sees that.
+    Each try gets its own folder, a case, and the folder of an unbroken run. With `on_own_disk` the
+    fault has its own mount namespace, so it may mount anything.
     """
 
     def register_attempt(attempt: Callable[[Path, Any, Path], None]) -> Callable:
@@ -333,7 +333,7 @@ def each_of(
 
 
 def in_namespace(tally: Tally, name: str, is_quick: bool, folder: Path) -> Tally:
-    """The tally of a fault on disks that only a process of its own sees."""
+    """The tally of a fault that is tried by a process with its own mount namespace."""
     if sys.platform != "linux":
         return dataclasses.replace(tally, skipped="needs Linux's namespaces")
     if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "x", "/mnt"]).returncode:
@@ -342,7 +342,7 @@ def in_namespace(tally: Tally, name: str, is_quick: bool, folder: Path) -> Tally
 
 
 def told_by(script: str, *arguments: str, is_inside: bool = False) -> Tally:
-    """The tally that another script prints as JSON, inside a namespace of its own if asked."""
+    """The tally that another script prints as JSON; with `is_inside`, in its own namespace."""
     command = ["unshare", "-rm"] * is_inside + [sys.executable, str(TESTS / script), "--json"]
     ended = subprocess.run(
         [*command, *arguments],
@@ -355,7 +355,7 @@ def told_by(script: str, *arguments: str, is_inside: bool = False) -> Tally:
 
 
 def goes_on(place: Path, unbroken: Path, begin: Callable = start, **values: object) -> None:
-    """Check that what is left is whole, and that the same command ends as the unbroken run."""
+    """Check that the files left are whole and that the same command ends like the unbroken run."""
     contents(place)
     finish(listed(begin(place, **values)))
     ends_as(place, unbroken)
@@ -363,7 +363,7 @@ def goes_on(place: Path, unbroken: Path, begin: Callable = start, **values: obje
 
 # Kills
 
-# What to hit: the first eight are those of the quick form.
+# The events to hit; --quick takes the first eight.
 TARGETS = (
     ("write", ".pt"),
     ("write", ".npz"),
@@ -387,7 +387,7 @@ WHILE_OPEN = ("open", "write", "fsync", "replace")
 
 @each_of("SIGKILL", [*enumerate((TARGETS * 3)[:40])], quick=8)
 def kills(place: Path, case: tuple[int, tuple[str, str]], unbroken: Path) -> None:
-    """SIGKILL at moments of every kind, most of them while a temporary file is open."""
+    """SIGKILL at every kind of moment, mostly while a temporary file is open."""
     number, (event, suffix) = case
     source = random.Random(number)
     events = events_in(unbroken.with_suffix(".rank0"))
@@ -436,7 +436,7 @@ def kills_of_two(place: Path, fault: Fault, unbroken: Path) -> None:
     begin=start_two,
 )
 def kills_under_torchrun(place: Path, fault: Fault, unbroken: Path) -> None:
-    """torchrun starts the killed process again, without anybody's help."""
+    """torchrun restarts the killed process by itself."""
     flags = ["--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     what = json.dumps([*fault.moment, fault.action, fault.rank])
     ended = run(
@@ -451,7 +451,7 @@ def kills_under_torchrun(place: Path, fault: Fault, unbroken: Path) -> None:
 
 
 def stopped(process: Process, place: Path) -> int:
-    """Wait for a process that must stop at a signal; returns the step after which it stopped."""
+    """Wait for a process, which must stop at a signal. Returns the last step it made."""
     status = process.end()
     check(status == STOPPED_STATUS, f"exit status {status}: {process.out()}{process.err()}")
     check(process.err() == "", process.err())
@@ -465,7 +465,7 @@ def stopped(process: Process, place: Path) -> int:
 @each_of(
     "SIGTERM, SIGINT",
     [
-        (Fault(Moment("sample", "", 2), "SIGTERM"), 3, {}),  # amid the eval of step 3
+        (Fault(Moment("sample", "", 2), "SIGTERM"), 3, {}),  # during the eval of step 3
         (Fault(Moment("step", "", 4), "SIGINT"), 4, {}),
         (Fault(Moment("step", "", 5), "group SIGTERM"), 5, {"num_workers": 2}),
         (Fault(Moment("write", "2.pt", 9), "SIGTERM"), None, {}),
@@ -477,7 +477,7 @@ def stopped(process: Process, place: Path) -> int:
     quick=3,
 )
 def signals(place: Path, case: tuple[Fault, int | None, dict[str, int]], unbroken: Path) -> None:
-    """They stop a run at any moment, with its step saved."""
+    """A signal stops the run at any moment, and the run saves its step first."""
     fault, step, values = case
     at = stopped(start(place, fault, **values), place)
     check(step in (at, None), f"stopped after step {at}")
@@ -492,7 +492,7 @@ def signals(place: Path, case: tuple[Fault, int | None, dict[str, int]], unbroke
     "SIGTERM to one of two processes",
     [
         (Fault(Moment("step", "", 4), "SIGTERM", 1), 5),
-        (Fault(Moment("sample", "", 2), "SIGINT", 1), 3),  # amid the eval of step 3
+        (Fault(Moment("sample", "", 2), "SIGINT", 1), 3),  # during the eval of step 3
         (Fault(Moment("write", "2.pt", 9), "SIGTERM", 0), None),
         (Fault(Moment("step", "", 5), "SIGINT", 0), 6),
     ],
@@ -500,7 +500,7 @@ def signals(place: Path, case: tuple[Fault, int | None, dict[str, int]], unbroke
     begin=start_two,
 )
 def signals_to_one_of_two(place: Path, case: tuple[Fault, int | None], unbroken: Path) -> None:
-    """Both stop after the same step: the next one, or the last."""
+    """Both processes stop after the same step: the next one or the last one."""
     fault, step = case
     processes = start_two(place, fault)
     at = stopped(processes[0], place)
@@ -511,7 +511,7 @@ def signals_to_one_of_two(place: Path, case: tuple[Fault, int | None], unbroken:
     ends_as(place, unbroken, surplus=at)
 
 
-RARELY = {"ckpt_saving_steps": 3}  # of two processes, which save a step late: so it shows
+RARELY = {"ckpt_saving_steps": 3}  # two processes save one step late; this makes it visible
 
 
 @each_of(
@@ -525,7 +525,7 @@ RARELY = {"ckpt_saving_steps": 3}  # of two processes, which save a step late: s
     quick=1,
 )
 def requests_to_save(place: Path, case: tuple[Callable, Fault, int | None], unbroken: Path) -> None:
-    """The run saves, and goes on as if nothing had happened."""
+    """The run saves a checkpoint and continues as before."""
     begin, fault, step = case
     values = RARELY if begin is start_two else {}
     if begin is start_two:
@@ -541,7 +541,7 @@ def requests_to_save(place: Path, case: tuple[Callable, Fault, int | None], unbr
 
 
 def used(folder: Path) -> tuple[int, list[str], object]:
-    """The step that a run in `folder` would go on from, what it would say, and the state."""
+    """The step from which a run in `folder` would continue, its notes, and its state."""
     config = load_config(*_split(options_of(folder)))
     run = build_run(config, ALONE)
     continue_run(run, [])
@@ -554,7 +554,7 @@ def _split(options: list[str]) -> tuple[str, list[str]]:
 
 
 def damage(is_quick: bool, folder: Path) -> Tally:
-    """The newest checkpoint is damaged: named and passed over, or the same when read."""
+    """A damaged newest checkpoint is named and passed over, unless its values are intact."""
     tally, tries = Tally("damaged newest checkpoint"), 24 if is_quick else 400
     place = whole(folder / "run")
     newest, log = place / "ckpts" / "6.pt", (place / "log.txt").read_bytes()
@@ -578,7 +578,7 @@ def damage(is_quick: bool, folder: Path) -> Tally:
         with tally.attempt(f"cut at {tenth} tenths"):
             newest.write_bytes(original[: len(original) * tenth // 10])
             refused_or_harmless(f"{tenth} tenths")
-    # Among the last bytes are the archive's directory and the weights' names and shapes.
+    # The last bytes hold the archive's directory and the weights' names and shapes.
     places = [*range(0, 100, 100 // max(1, tries // 8)), *range(-tries // 4, 0)]
     places += [source.randrange(len(original)) for _ in range(tries - len(places))]
     for index in places:
@@ -635,7 +635,7 @@ NOT_OURS = {
     "retention, killed and not",
     [
         None,
-        Fault(Moment("write", "6.pt", 50), "SIGKILL"),  # nothing may be gone yet
+        Fault(Moment("write", "6.pt", 50), "SIGKILL"),  # nothing may be deleted yet
         Fault(Moment("unlink", "2.json", 1), "SIGKILL"),
         Fault(Moment("unlink", "4.pt", 1), "SIGKILL"),
         Fault(Moment("named", "6.pt", 1), "SIGKILL"),
@@ -647,7 +647,7 @@ NOT_OURS = {
     quick=3,
 )
 def retention(place: Path, fault: Fault | None, unbroken: Path) -> None:
-    """Old checkpoints and evals go with their records once a newer one is whole; no others go."""
+    """Once a newer one is whole, old checkpoints and evals are deleted with their records."""
     if fault is not None:
         check(start(place, fault, **KEPT).end() == -signal.SIGKILL, "not killed")
         contents(place)
@@ -658,7 +658,7 @@ def retention(place: Path, fault: Fault | None, unbroken: Path) -> None:
             (place / kind).mkdir(parents=True, exist_ok=True)
             (place / kind / name).write_text(text)
     if fault is None:
-        (place / "ckpts" / "9.pt").unlink()  # with no other, the run would be refused
+        (place / "ckpts" / "9.pt").unlink()  # as the only checkpoint, it would be refused
     finish([start(place, **KEPT)])
     for kind, names in EXPECTED.items():
         left = {path.name for path in (place / kind).iterdir()}
@@ -666,7 +666,7 @@ def retention(place: Path, fault: Fault | None, unbroken: Path) -> None:
         check(left == wanted, f"{kind}: {sorted(left ^ wanted)} too many or missing")
 
 
-# Numbers that are not finite
+# Non-finite numbers
 
 IN_DATA = [
     (start, 0, {}),
@@ -708,7 +708,7 @@ NON_FINITE = [
 
 @each_of("NaN in data and weights", NON_FINITE, quick=6)
 def non_finite(place: Path, case: tuple[str, Any], unbroken: Path) -> None:
-    """NaN in the data of any process, or in a checkpoint: the run stops, and saves none of it."""
+    """With NaN in a process's data or in a checkpoint, the run stops and saves none of it."""
     kind, what = case
     {"data": nan_in_data, "checkpoint": nan_in_checkpoint, "late": nan_found_late}[kind](
         place, what, unbroken
@@ -736,7 +736,7 @@ def nan_in_checkpoint(place: Path, entry: str, unbroken: Path) -> None:
 
 
 def nan_found_late(place: Path, key: str, unbroken: Path) -> None:
-    """As on a GPU: step 4 is found broken at step 6, before that is logged, saved or sampled."""
+    """As on a GPU, step 6 finds that step 4 broke, before it logs, saves or samples."""
     values = {"logging_steps": 0, "ckpt_saving_steps": 0, "eval_steps": 0} | {key: 3}
     options = options_of(place, eval_demo_steps=0, total_steps=9, **values)
     fault = Fault(Moment("clean", "", 4), "")
@@ -754,11 +754,11 @@ def nan_found_late(place: Path, key: str, unbroken: Path) -> None:
 
 @each_of("failed write beside training", [4, 6, 0, 2], quick=2)
 def failed_writes(place: Path, step: int, unbroken: Path) -> None:
-    """A checkpoint that cannot be written beside training is told of, at the latest at the end."""
+    """A background save that fails is reported, at the latest when the run ends."""
     process = start(place, Fault(Moment("save", f"{step}.pt", 1), ""), total_steps=STEPS)
     refused(process, f"{step}.pt: the disk is on fire")
     check("finished" not in process.out(), process.out())
-    check(max(contents(place)["log.txt"], default=0) <= step + 2, "goes on all the same")
+    check(max(contents(place)["log.txt"], default=0) <= step + 2, "the run continues regardless")
     check(steps_saved(place) == list(range(0, step, 2)), steps_saved(place))
 
 
@@ -782,11 +782,11 @@ def full_disk(place: Path, moment: Moment, unbroken: Path) -> None:
     """The disk fills up just before a write of each kind."""
     place.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=120m", "x", place], check=True)
-    # Up to the end of a page, all of which tmpfs has given to the file.
+    # Leave the log little room in its page, which tmpfs has already allocated.
     (place / "log.txt").write_text("." * 3500 + "\n")
     refused(start(place, Fault(moment, "fill")), "No space left on device")
     contents(place)
-    check(not list(place.rglob(".*.tmp")), "temporary files take room")
+    check(not list(place.rglob(".*.tmp")), "temporary files take up space")
     (place / BALLAST).unlink()
     goes_on(place, unbroken)
     subprocess.run(["umount", place], check=True)
@@ -807,7 +807,7 @@ def full_disk(place: Path, moment: Moment, unbroken: Path) -> None:
     on_own_disk=True,
 )
 def read_only(place: Path, moment: Moment | None, unbroken: Path) -> None:
-    """The working_dir cannot be written, from the start (None) or all of a sudden."""
+    """The working_dir becomes read-only, before the start (None) or during the run."""
     place.mkdir()
     if moment is None:
         finish([start(place, total_steps=2)], saying="finished: all 2 steps")
@@ -816,7 +816,7 @@ def read_only(place: Path, moment: Moment | None, unbroken: Path) -> None:
         subprocess.run(["umount", place], check=True)
         return
     process = start(place, Fault(moment, "freeze"))
-    if moment.event == "unlink":  # nothing but the lock is left to write
+    if moment.event == "unlink":  # only the lock is left to remove
         finish([process])
     else:
         refused(process, "Read-only file system")
@@ -838,10 +838,10 @@ def read_only(place: Path, moment: Moment | None, unbroken: Path) -> None:
     quick=2,
 )
 def vanished(place: Path, fault: Fault, unbroken: Path) -> None:
-    """The working_dir is moved away or deleted while the run is at work."""
+    """The working_dir is moved or deleted during the run."""
     refused(start(place, fault), str(place), "No such file or directory")
     if fault.action == "vanish":
-        check(not place.exists(), "the folder is made anew")
+        check(not place.exists(), "the folder was made again")
         place.with_name(place.name + GONE).rename(place)
     goes_on(place, unbroken)
 
@@ -852,7 +852,7 @@ def vanished(place: Path, fault: Fault, unbroken: Path) -> None:
 def wait_until(holds: Callable[[], bool]) -> None:
     deadline = time.monotonic() + LIMIT_SECONDS
     while not holds():
-        check(time.monotonic() < deadline, "waited in vain")
+        check(time.monotonic() < deadline, "timed out")
         time.sleep(0.01)
 
 
@@ -871,7 +871,7 @@ def has_group(number: int) -> bool:
 
 @each_of("two runs in one working_dir", [0, 2, None], quick=3)
 def two_runs(place: Path, workers: int | None, unbroken: Path) -> None:
-    """The second run is refused until the first is dead (with so many workers) or has finished."""
+    """A second run is refused until the first, with so many workers, has died or finished."""
     if workers is None:
         late = Process(
             options_of(place),
@@ -924,14 +924,14 @@ for _name in MACHINES:
 FAULTS["slurm"] = lambda is_quick, folder: told_by("slurm.py")
 
 
-SLOW = {"slurm", *(f"machines_{name}" for name in MACHINES)}  # no test makes these
+SLOW = {"slurm", *(f"machines_{name}" for name in MACHINES)}  # too slow for the tests
 
 
 # The command
 
 
 def run_fault(name: str, is_quick: bool) -> Tally:
-    """One fault in a folder of its own."""
+    """Try one fault, in its own folder."""
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         return FAULTS[name](is_quick, Path(folder))
 
@@ -942,7 +942,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", metavar="FAULT", help=f"of {', '.join(FAULTS)}")
-    parser.add_argument("--quick", action="store_true", help="as few tries as the tests make")
+    parser.add_argument("--quick", action="store_true", help="only the tries that the tests make")
     parser.add_argument("--json", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
