@@ -1,8 +1,8 @@
-"""train.py in which something goes wrong at a moment of choice: run by torchrun, or imported.
+"""Run train.py with a fault at a chosen moment. torchrun runs this file, or it is imported.
 
     python tests/faulty.py '["step", "", 3, "SIGKILL", 1]' {options of train.py}
 
-What can happen to the process is patched in here, so that training has no hooks for it.
+This file patches the faults in, so that training needs no hooks for them.
 """
 
 import io
@@ -32,15 +32,16 @@ from training import learner
 
 BALLAST = "ballast"
 GONE = ".gone"
-AS_ON_A_GPU = "FAULTY_AS_ON_A_GPU"  # in the environment: a step's result is not looked at
+AS_ON_A_GPU = "FAULTY_AS_ON_A_GPU"  # environment variable: no step checks its result at once
 
 
 class Moment(NamedTuple):
-    """The `count`th time that something happens, to a file where it has a name.
+    """The `count`th time that an event happens, to the file `name` where it is about a file.
 
-    open, write, fsync and replace come while the file's temporary one is open, named right after;
-    unlink before a file is deleted; line amid a line of the log; lock before .lock is opened; step
-    before a training step, sample before images are made; clean and save fail by themselves.
+    open, write, fsync and replace happen while the temporary file is open, named right after that.
+    unlink comes before a file is deleted, line in the middle of a line of the log, lock before
+    .lock is opened, step before a training step, sample before images are made. clean and save are
+    calls that fail.
     """
 
     event: str
@@ -49,7 +50,7 @@ class Moment(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """What happens to the process `rank`, and when: a signal's name, or one of Watch's actions."""
+    """What happens to the process `rank`, and when. The action is a signal or a method of Watch."""
 
     moment: Moment
     action: str
@@ -57,14 +58,14 @@ class Fault(NamedTuple):
 
 
 class Watch:
-    """Counts what happens in this process, and acts at the fault's moment."""
+    """Counts the events of this process, and acts at the fault's moment."""
 
     def __init__(self, fault: Fault | None, folder: Path):
         self.fault, self.folder = fault, folder
         self.counts: Counter[tuple[str, str]] = Counter()
 
     def is_now(self, event: str, name: str = "") -> bool:
-        """Count one more; whether this is the moment."""
+        """Count the event once more. Returns whether this is the fault's moment."""
         self.counts[event, name] += 1
         now = Moment(event, name, self.counts[event, name])
         return self.fault is not None and now == self.fault.moment
@@ -79,7 +80,7 @@ class Watch:
             getattr(self, action)()
 
     def fill(self) -> None:
-        """Leave no room on the disk."""
+        """Fill the disk."""
         with open(self.folder / BALLAST, "wb", buffering=0) as file:
             for size in (1 << 20, 1 << 12):
                 try:
@@ -89,20 +90,20 @@ class Watch:
                     pass
 
     def freeze(self) -> None:
-        """Let nobody write to the folder."""
+        """Make the folder read-only."""
         subprocess.run(["mount", "--bind", self.folder, self.folder], check=True)
-        # Refused for as long as the other thread has a file open below.
+        # This fails while the other thread has a file of the folder open.
         remount = ["mount", "-o", "remount,bind,ro", self.folder]
         while subprocess.run(remount, capture_output=True).returncode:
             time.sleep(0.01)
 
     def vanish(self) -> None:
-        """Take the folder away."""
+        """Move the folder away."""
         self.folder.rename(self.folder.with_name(self.folder.name + GONE))
 
     def destroy(self) -> None:
         """Delete the folder."""
-        while self.folder.exists():  # the other thread may be making files in it
+        while self.folder.exists():  # the other thread may still create files in it
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def before(self, event: str, name: str = "") -> None:
@@ -111,13 +112,13 @@ class Watch:
 
 
 def final_name(path: str | os.PathLike) -> str | None:
-    """The name that a temporary file is to get."""
+    """The final name of a temporary file; None for any other file."""
     name = os.path.basename(path)
     return name[1:-4] if name.startswith(".") and name.endswith(".tmp") else None
 
 
 def watch_files(watch: Watch) -> None:
-    """Patch what support.system.files changes the disk by."""
+    """Patch the functions through which support.system.files changes the disk."""
     real_fsync, real_replace, real_unlink = os.fsync, os.replace, os.unlink
 
     def half(write, data, event: str, name: str):
@@ -176,7 +177,7 @@ def watch_files(watch: Watch) -> None:
 
 
 def watch_training(watch: Watch) -> None:
-    """Patch what a run consists of."""
+    """Patch the steps, the samples, the data and the saving of a run."""
     real_step, real_sample = learner.Learner.step, sampler.sample
     real_init = guard.NonFiniteGuard.__init__
     real_clean, real_save = data.PixelData.clean, results.save_checkpoint
@@ -208,13 +209,13 @@ def watch_training(watch: Watch) -> None:
 
 
 def folder_of(options: list[str]) -> Path:
-    """The working_dir that the command's options name."""
+    """The working_dir in the command's options."""
     start = "--set=working_dir="
     return [Path(option.removeprefix(start)) for option in options if option.startswith(start)][-1]
 
 
 def work(options: list[str], fault: Fault | None, notes: Path | None = None) -> None:
-    """Run train.py's command to its end, whatever comes, and write down what has happened."""
+    """Run train.py's command with the fault, and write the counts of its events to `notes`."""
     is_ours = fault is not None and fault.rank == int(os.environ.get("RANK", "0"))
     watch = Watch(fault if is_ours else None, folder_of(options))
     watch_files(watch)

@@ -1,9 +1,9 @@
-"""Runs over two machines that are namespaces of this one, joined by a virtual cable.
+"""Runs on two machines, which are namespaces of this one, joined by a virtual cable.
 
     python tests/faults.py machines_killed
 
-Each machine has processes, a name and a network of its own: alpha is 10.99.0.1, beta 10.99.0.2.
-Their names resolve to 127.0.1.1, as on a fresh Debian. Needs root and iproute2.
+Each machine has its own processes, host name and network: alpha is 10.99.0.1, beta 10.99.0.2. Each
+resolves its own name to 127.0.1.1, as a fresh Debian does. Needs root and iproute2.
 """
 
 import contextlib
@@ -39,15 +39,15 @@ NO_FAULT = json.dumps(["", "", 0, "", 0])
 REFUSED = f"""
 import socket, time
 started = time.monotonic()
-assert socket.socket().connect_ex(("{ADDRESSES[1]}", 9)) == 111  # nobody listens
+assert socket.socket().connect_ex(("{ADDRESSES[1]}", 9)) == 111  # connection refused
 print(time.monotonic() - started)
 """
 SILENCE_MINUTES = 0.15
-DELAY_SECONDS, LOSS = 0.05, 0.01  # of each packet, and share of them, on a slow cable
+DELAY_SECONDS, LOSS = 0.05, 0.01  # of each packet, and the share that is lost, on a slow cable
 
 
 class Machine:
-    """Namespaces that end, with every process in them, when their first process is killed."""
+    """Namespaces. When their first process is killed, all their processes end."""
 
     def __init__(self, index: int, folder: Path):
         self.index, self.folder = index, folder
@@ -69,13 +69,13 @@ class Machine:
         subprocess.run(self.inside(*command), check=True)
 
     def connect(self) -> None:
-        """Give its end of the cable an address."""
+        """Give this machine's end of the cable an address."""
         self.do("ip", "address", "add", f"{ADDRESSES[self.index]}/24", "dev", "eth0")
         for interface in ("lo", "eth0"):
             self.do("ip", "link", "set", interface, "up")
 
     def start(self, command: Sequence[object], **environment: object) -> "Command":
-        """A Python command on one core of its own, where there are as many."""
+        """Start a Python command on a core of its own, if there are enough cores."""
         core = self.cores[self.index % len(self.cores)]
         settings = [f"{name}={value}" for name, value in environment.items()]
         prefix = ["env", "-C", ROOT, "OMP_NUM_THREADS=1", *settings, "taskset", "-c", core]
@@ -83,18 +83,18 @@ class Machine:
         return Command(self.inside(*prefix, sys.executable, *command), output)
 
     def kill(self) -> None:
-        """End all its processes at once."""
+        """Kill all processes of the machine at once."""
         self._outer.kill()
         self._outer.wait()
 
 
 def is_sleep(pid: str) -> bool:
-    """Whether a process has become what it was started for."""
+    """Whether a process already runs `sleep`."""
     return Path(f"/proc/{pid}/comm").read_text().strip() == "sleep"
 
 
 class Command:
-    """A command on a machine, its output in a file."""
+    """A command on a machine. Its output goes to a file."""
 
     def __init__(self, command: list[str], output: Path):
         self._output = output
@@ -105,19 +105,19 @@ class Command:
         return self._output.read_text()
 
     def end(self) -> int:
-        """The exit status, within LIMIT_SECONDS."""
+        """Wait at most LIMIT_SECONDS. Returns the exit status."""
         try:
             return self._process.wait(LIMIT_SECONDS)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {LIMIT_SECONDS} s: {self.said()}") from None
 
     def refused(self, *words: str) -> None:
-        """Wait for the command to end with one line of an error, these words in it."""
+        """Wait for the command, which must fail with one error line that has these words."""
         check(self.end() != 0, self.said())
         self.complains(*words)
 
     def complains(self, *words: str) -> None:
-        """Wait for one line of an error, these words in it; torchrun may go on for minutes."""
+        """Wait for one error line that has these words; torchrun itself may run on for minutes."""
         try:
             wait_until(lambda: re.search("^error.*\n", self.said(), re.MULTILINE))
         except AssertionError:
@@ -129,7 +129,7 @@ class Command:
 
 
 class Machines:
-    """The two, and the cable between them, which may be a slow one."""
+    """Both machines and the cable between them, which may be slow."""
 
     def __init__(self, folder: Path, is_slow: bool = False):
         self.both = [Machine(index, folder) for index in range(2)]
@@ -140,7 +140,7 @@ class Machines:
             link += [str(DELAY_SECONDS), str(LOSS)]
             self._link = subprocess.Popen(link, stdout=subprocess.PIPE)
             assert self._link.stdout is not None
-            check(self._link.stdout.readline() == b"connected\n", "the slow link has not come up")
+            check(self._link.stdout.readline() == b"connected\n", "the slow link is not connected")
         else:
             cable = ["type", "veth", "peer", "name", "eth0", "netns", beta.pid]
             add = ["nsenter", "-t", alpha.pid, "-n", "ip", "link", "add", "eth0"]
@@ -149,7 +149,7 @@ class Machines:
             machine.connect()
 
     def end(self) -> None:
-        """End all that is there."""
+        """End both machines and the cable."""
         for machine in self.both:
             machine.kill()
         if self._link:
@@ -157,27 +157,27 @@ class Machines:
             self._link.wait()
 
     def plug(self, is_in: bool) -> None:
-        """Plug the cable into beta, or pull it."""
+        """Plug the cable into beta, or unplug it."""
         self.both[1].do("ip", "link", "set", "eth0", "up" if is_in else "down")
 
     def round_trip_seconds(self) -> float:
-        """How long beta takes to refuse alpha a connection."""
+        """The seconds until beta refuses a connection from alpha."""
         tried = subprocess.run(
             self.both[0].inside(sys.executable, "-c", REFUSED), capture_output=True
         )
         return float(tried.stdout)
 
     def wait_until_beta_stops(self) -> None:
-        """Wait until its part of the run is stopped, which that of alpha then waits for."""
+        """Wait until beta's process is stopped. Alpha's process then waits for it."""
         states = self.both[1].inside("ps", "-e", "-o", "stat")
         wait_until(lambda: "\nT" in subprocess.check_output(states, text=True))
 
     def go_on(self) -> None:
-        """Let beta's part of the run go on."""
+        """Let beta's process continue."""
         self.both[1].do("kill", "-CONT", "--", "-1")
 
     def start(self, index: int, place: Path, fault: str = NO_FAULT) -> Command:
-        """torchrun of a run on one of them."""
+        """Start torchrun on one machine."""
         flags = [
             *("--nnodes=2", "--nproc-per-node=1", "--rdzv-id=soflow", "--rdzv-backend=c10d"),
             f"--rdzv-endpoint={ADDRESSES[0]}:{PORT}",
@@ -191,8 +191,8 @@ class Machines:
     def start_both(self, place: Path, fault: str = NO_FAULT) -> list[Command]:
         return [self.start(index, place, fault) for index in range(2)]
 
-    def start_and_part(self, place: Path) -> list[Command]:
-        """A run on both whose cable is pulled before the fourth step."""
+    def start_and_unplug(self, place: Path) -> list[Command]:
+        """Start a run on both machines and unplug the cable before its fourth step."""
         commands = self.start_both(place, STOP_BETA)
         self.wait_until_beta_stops()
         self.plug(False)
@@ -200,7 +200,7 @@ class Machines:
         return commands
 
     def start_alone(self, index: int, place: Path, address: str = ADDRESSES[0]) -> Command:
-        """A process of a run as SLURM starts it, without torchrun."""
+        """Start a process of a run as SLURM does, without torchrun."""
         world = {"RANK": index, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1}
         where = {"MASTER_ADDR": address, "MASTER_PORT": PORT}
         options = options_of(place, timeout_minutes=SILENCE_MINUTES)
@@ -209,7 +209,7 @@ class Machines:
 
 @contextlib.contextmanager
 def machines(folder: Path, is_slow: bool = False) -> Iterator[Machines]:
-    """Two machines for the length of the block."""
+    """Two machines, during the block."""
     pair = Machines(folder, is_slow)
     try:
         yield pair
@@ -218,23 +218,23 @@ def machines(folder: Path, is_slow: bool = False) -> Iterator[Machines]:
 
 
 def finish(commands: list[Command]) -> None:
-    """Wait for a run that has to finish."""
+    """Wait for a run, which must finish."""
     for command in commands:
         check(command.end() == 0, command.said())
 
 
 def goes_on(folder: Path, unbroken: Path) -> None:
-    """The run in `folder`, started again on two machines, ends as an unbroken one."""
+    """Check that the run in `folder`, restarted on two machines, ends like an unbroken one."""
     with machines(folder) as pair:
         finish(pair.start_both(folder / "run"))
     ends_as(folder / "run", unbroken)
 
 
-# What can happen to them
+# The faults
 
 
 def trains(folder: Path, unbroken: Path) -> None:
-    """A run ends as one on one machine does, by torchrun and without."""
+    """A run ends like one on a single machine, with torchrun and without."""
     with machines(folder) as pair:
         finish(pair.start_both(folder / "torchrun"))
         ends_as(folder / "torchrun", unbroken)
@@ -243,7 +243,7 @@ def trains(folder: Path, unbroken: Path) -> None:
 
 
 def continues(folder: Path, unbroken: Path) -> None:
-    """A run whose last checkpoints are gone goes on from the first."""
+    """A run that lost its last checkpoints continues from the first one."""
     shutil.copytree(unbroken, folder / "run")
     for path in (folder / "run").glob("*/[346].*"):
         path.unlink()
@@ -251,7 +251,7 @@ def continues(folder: Path, unbroken: Path) -> None:
 
 
 def killed(folder: Path, unbroken: Path) -> None:
-    """All processes of a machine are killed; the other says so, and the same commands go on."""
+    """One machine is killed. The other reports it, and the same commands continue the run."""
     with machines(folder) as pair:
         alpha, _ = pair.start_both(folder / "run", STOP_BETA)
         pair.wait_until_beta_stops()
@@ -261,9 +261,9 @@ def killed(folder: Path, unbroken: Path) -> None:
 
 
 def blinks(folder: Path, unbroken: Path) -> None:
-    """The cable is out for less than the time-out: nothing happens."""
+    """The cable is unplugged for less than the time-out, which changes nothing."""
     with machines(folder) as pair:
-        commands = pair.start_and_part(folder / "run")
+        commands = pair.start_and_unplug(folder / "run")
         time.sleep(2)
         pair.plug(True)
         finish(commands)
@@ -271,9 +271,9 @@ def blinks(folder: Path, unbroken: Path) -> None:
 
 
 def cut(folder: Path, unbroken: Path) -> None:
-    """The cable is out for longer: both give up, and once it is in the same commands go on."""
+    """The cable is unplugged for longer. Both give up; replugged, the same commands continue."""
     with machines(folder) as pair:
-        commands = pair.start_and_part(folder / "run")
+        commands = pair.start_and_unplug(folder / "run")
         for command in commands:
             command.complains(f"another process was silent for {SILENCE_MINUTES} minutes")
     goes_on(folder, unbroken)
@@ -282,13 +282,13 @@ def cut(folder: Path, unbroken: Path) -> None:
 def slow(folder: Path, unbroken: Path) -> None:
     """Each packet takes 50 ms, and one in a hundred is lost."""
     with machines(folder, is_slow=True) as pair:
-        check(pair.round_trip_seconds() >= 2 * DELAY_SECONDS, "the cable is fast")
+        check(pair.round_trip_seconds() >= 2 * DELAY_SECONDS, "the cable is not slow")
         finish(pair.start_both(folder / "run"))
     ends_as(folder / "run", unbroken)
 
 
 def late(folder: Path, unbroken: Path) -> None:
-    """A machine comes when the other has waited for a while."""
+    """One machine joins after the other has waited for a while."""
     with machines(folder) as pair:
         alpha = pair.start(0, folder / "run")
         time.sleep(10)
@@ -297,7 +297,7 @@ def late(folder: Path, unbroken: Path) -> None:
 
 
 def unshared(folder: Path, unbroken: Path) -> None:
-    """The working_dir is each machine's own: refused, and the machine that lacks it named."""
+    """A working_dir that the machines do not share is refused, with the name of the machine."""
     place = folder / "own" / "run"
     place.parent.mkdir()
     with machines(folder) as pair:
@@ -306,11 +306,11 @@ def unshared(folder: Path, unbroken: Path) -> None:
         alpha, beta = pair.start_both(place)
         alpha.refused(*words)
         beta.refused(*words)
-    check(not list(place.rglob("*.pt")), "a checkpoint is there")
+    check(not list(place.rglob("*.pt")), "a checkpoint was written")
 
 
 def misled(folder: Path, unbroken: Path) -> None:
-    """A wrong address and a port in use end in a line, within the time-out."""
+    """A wrong address and a port in use are reported in one line within the time-out."""
     with machines(folder) as pair:
         wrong = pair.start_alone(1, folder / "run", NOBODY)
         wrong.refused("on beta: no connection", f"MASTER_ADDR {NOBODY}", "No route to host")
@@ -319,14 +319,14 @@ def misled(folder: Path, unbroken: Path) -> None:
         time.sleep(1)
         taken = pair.start_alone(0, folder / "run")
         taken.refused("on alpha", f"MASTER_PORT {PORT}")
-    check(not (folder / "run").exists(), "a folder is made")
+    check(not (folder / "run").exists(), "a folder was made")
 
 
-HAPPENINGS: dict[str, Callable[[Path, Path], None]] = {name: globals()[name] for name in MACHINES}
+SCENARIOS: dict[str, Callable[[Path, Path], None]] = {name: globals()[name] for name in MACHINES}
 
 
 def obstacle(name: str) -> str:
-    """Why this machine cannot be two, or nothing."""
+    """Why this machine cannot act as two; empty if it can."""
     if os.geteuid() != 0:
         return "needs root"
     if not all(map(shutil.which, ("ip", "unshare", "nsenter", "taskset"))):
@@ -340,7 +340,7 @@ def obstacle(name: str) -> str:
 
 
 def try_it(name: str, folder: Path) -> Tally:
-    """One happening, in a folder of its own."""
+    """Try one fault, in its own folder."""
     tally = Tally(MACHINES[name])
     if why := obstacle(name):
         return dataclasses.replace(tally, skipped=why)
@@ -349,12 +349,12 @@ def try_it(name: str, folder: Path) -> Tally:
         if name not in ("unshared", "misled"):
             whole(unbroken, start_two)
         (folder / name).mkdir()
-        HAPPENINGS[name](folder / name, unbroken)
+        SCENARIOS[name](folder / name, unbroken)
     return tally
 
 
 def main() -> None:
-    """Print the tally of one happening as JSON."""
+    """Print the tally of one fault as JSON."""
     (name,) = [word for word in sys.argv[1:] if word != "--json"]
     with tempfile.TemporaryDirectory(prefix="machines-") as folder:
         print(json.dumps([dataclasses.asdict(try_it(name, Path(folder)))]))

@@ -1,9 +1,9 @@
-"""examples/slurm.sh on SLURM itself, whose two nodes are both this machine.
+"""Runs examples/slurm.sh on a real SLURM with two nodes, both of them this machine.
 
     python tests/faults.py slurm
 
-SLURM runs in a temporary folder and in namespaces, with a network of their own, and ends with this
-command. Needs root, iproute2, and Debian's packages slurmctld, slurmd and slurm-client.
+SLURM runs in a temporary folder, in namespaces with their own network, until this command ends.
+Needs root, iproute2, and Debian's packages slurmctld, slurmd and slurm-client.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from faults import Tally, check, logged
 NODES, ADDRESS = ("alpha", "beta"), "10.99.0.1"
 ROW = "two nodes of SLURM"
 LIMIT_SECONDS = 240
-TOTAL_STEPS = 1500  # takes longer than SLURM to see that a job's time is up: a minute at most
+TOTAL_STEPS = 1500  # longer than SLURM needs to notice that a job's time is up: up to a minute
 PROCESSES = 2
 CONFIGURATION = """
 ClusterName=trial
@@ -50,7 +50,7 @@ NodeName=alpha Port=17001 CPUs=64 Gres=gpu:8
 NodeName=beta Port=17002 CPUs=64 Gres=gpu:8
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE
 """
-# Rank 0 takes its time to leave, in which a signal would be its end.
+# Rank 0 takes a while to exit; without a trap, a signal would kill it meanwhile.
 LEAVES_LAST = """#!/bin/sh
 trap : TERM
 {python} "$@"
@@ -62,7 +62,7 @@ exit $status
 
 
 def obstacle() -> str:
-    """Why there can be no SLURM here, or nothing."""
+    """Why SLURM cannot run here; empty if it can."""
     if not all(map(shutil.which, ("slurmctld", "slurmd", "sbatch"))):
         return "SLURM is not installed"
     if os.geteuid() != 0:
@@ -71,18 +71,18 @@ def obstacle() -> str:
 
 
 def say(*command: object) -> str:
-    """What a command prints; an error where it fails."""
+    """Run a command, which must succeed. Returns what it printed."""
     ended = subprocess.run([*map(str, command)], capture_output=True, text=True)
     check(ended.returncode == 0, f"{command}: {ended.stdout}{ended.stderr}")
     return ended.stdout
 
 
 def wait_for(what: str, holds, *of) -> None:
-    """Wait until something holds; where it does not, `of` are the files that may tell why."""
+    """Wait until `holds()`. If that takes too long, the error quotes the end of the files `of`."""
     deadline = time.monotonic() + LIMIT_SECONDS
     while not holds():
         told = "".join(path.read_text()[-3000:] for path in of if path.exists())
-        check(time.monotonic() < deadline, f"waited in vain for {what}: {told}")
+        check(time.monotonic() < deadline, f"timed out waiting for {what}: {told}")
         time.sleep(0.2)
 
 
@@ -91,7 +91,7 @@ def wait_for(what: str, holds, *of) -> None:
 
 @contextlib.contextmanager
 def cluster(folder: Path) -> Iterator[None]:
-    """SLURM for the length of the block, in this process's namespaces."""
+    """SLURM in this process's namespaces, during the block."""
     say("ip", "link", "add", "eth0", "type", "veth", "peer", "name", "eth1")
     say("ip", "address", "add", f"{ADDRESS}/24", "dev", "eth0")
     for interface in ("lo", "eth0", "eth1"):
@@ -128,7 +128,7 @@ def are_idle() -> bool:
 
 @dataclasses.dataclass
 class Job:
-    """A training run by the example's script."""
+    """A training run that the example script started."""
 
     number: str
     folder: Path
@@ -143,7 +143,7 @@ class Job:
         return path.read_text() if path.exists() else ""
 
     def told(self, name: str) -> str:
-        """One of the things that SLURM knows of it."""
+        """One of the values that SLURM keeps about the job."""
         found = re.search(rf"\b{name}=(\S*)", say("scontrol", "show", "job", self.number))
         return found[1] if found else ""
 
@@ -155,7 +155,7 @@ class Job:
 
 
 def submit(folder: Path, *options: str, **values: object) -> Job:
-    """A job of one process a node."""
+    """Submit a job with one process per node."""
     folder.mkdir()
     lines = (ROOT / "configs" / "digits.yaml").read_text().splitlines()
     settings = {
@@ -178,14 +178,14 @@ def submit(folder: Path, *options: str, **values: object) -> Job:
     return Job(number.strip(), folder)
 
 
-def comes_to_its_end(folder: Path) -> None:
-    """Preempted once and out of time once, a run is queued again, goes on, and finishes."""
+def finishes(folder: Path) -> None:
+    """A run that is preempted once and times out once is requeued, continues, and finishes."""
     job = submit(folder, "--time=2", "--signal=TERM@60")
     job.wait_until("its first steps", lambda: "Step: " in job.log)
     cores = say("scontrol", "show", "step", f"{job.number}.0")
     check("CPUs=8" in cores, f"not 4 cores for each of {PROCESSES} processes: {cores}")
     say("scontrol", "requeue", job.number)
-    job.wait_until("its being queued again", lambda: job.told("JobState") == "PENDING")
+    job.wait_until("its requeueing", lambda: job.told("JobState") == "PENDING")
     check(job.output.read_text().count("stopped by a signal") == 1, job.output.read_text())
     resume(job, 1)
     job.wait_until("the end of its time", lambda: job.told("Restarts") == "2")
@@ -201,14 +201,14 @@ def comes_to_its_end(folder: Path) -> None:
 
 
 def resume(job: Job, restarts: int) -> None:
-    """Wait until the job, queued again, has gone on; SLURM by itself waits for two minutes."""
-    time.sleep(2)  # in the second of its end it cannot start
+    """Wait until the requeued job has continued. SLURM itself would wait for two minutes."""
+    time.sleep(2)  # it cannot start in the second in which it ended
     say("scontrol", "update", f"JobId={job.number}", "StartTime=now")
-    job.wait_until("its going on", lambda: job.log.count("resumed at step") == restarts)
+    job.wait_until("its continuation", lambda: job.log.count("resumed at step") == restarts)
 
 
 def fails_for_good(folder: Path) -> None:
-    """A run that has an error is not queued again."""
+    """A run that fails is not requeued."""
     job = submit(folder, batch_size=13)
     job.wait_until("its failure", lambda: job.told("JobState") == "FAILED")
     said = job.output.read_text()
@@ -217,7 +217,7 @@ def fails_for_good(folder: Path) -> None:
 
 
 def stays_cancelled(folder: Path) -> None:
-    """A run that its user cancels saves, and is not queued again."""
+    """A run that its user cancels saves a checkpoint and is not requeued."""
     job = submit(folder)
     job.wait_until("its first steps", lambda: "Step: " in job.log)
     say("scancel", job.number)
@@ -227,12 +227,12 @@ def stays_cancelled(folder: Path) -> None:
 
 
 def inside(folder: Path) -> Tally:
-    """What happens to jobs on a SLURM of their own."""
+    """Try the jobs on a SLURM of their own."""
     tally = Tally(ROW)
     with cluster(folder):
-        for happening in (fails_for_good, stays_cancelled, comes_to_its_end):
-            with tally.attempt(happening.__name__):
-                happening(folder / happening.__name__)
+        for scenario in (fails_for_good, stays_cancelled, finishes):
+            with tally.attempt(scenario.__name__):
+                scenario(folder / scenario.__name__)
     return tally
 
 
@@ -240,7 +240,7 @@ def inside(folder: Path) -> Tally:
 
 
 def try_it() -> Tally:
-    """The jobs, in namespaces that end with every process in them."""
+    """Try the jobs, in namespaces whose processes all end with this command."""
     if why := obstacle():
         return Tally(ROW, skipped=why)
     kinds = ["--net", "--uts", "--mount", "--mount-proc", "--pid", "--fork", "--kill-child"]
