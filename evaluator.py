@@ -17,134 +17,22 @@ from support.system.command import run_command  # isort: skip - first: it attend
 import argparse
 import contextlib
 import functools
-import hashlib
-import platform
 import sys
 import time
 from os.path import expanduser
 from pathlib import Path
 
-import numpy as np
-
-from support import __version__
-from support.data.folders import find_pictures
 from support.data.images import EXTENSIONS
 from support.scores import image_sets, measures, references, table
 from support.scores.graph import BACKENDS, DEFAULT_NAME, FeatureGraph, find_graph
 from support.scores.image_sets import ImageSet
-from support.scores.measures import Manifold
-from support.scores.references import POOL, SPATIAL, Measured, Reference, measure
-from support.scores.table import FEW_IMAGES, Results, Stamp, Yardstick, printable
+from support.scores.references import Reference
+from support.scores.scoring import score_samples, stamp_of
+from support.scores.summary import summary
+from support.scores.table import Results, Stamp, Yardstick, printable
 from support.system.files import UserError, make_folder, natural_key, reporting_os_errors, sha256_of
 
-COMMON_IMAGES = 50_000  # behind published scores
-
-
-# One set of samples: an .npz, or a folder of pictures.
-
-
-def stamp_of(path: Path) -> Stamp:
-    return Stamp.of(*(find_pictures(path).paths if path.is_dir() else [path]))
-
-
-def score_samples(path: Path, samples: ImageSet, reference: Reference, graph: FeatureGraph) -> dict:
-    """The record of the samples at `path`: scores by column, and everything they came from.
-
-    Raises UserError if they are damaged, change meanwhile, or are of another size.
-    """
-    start_seconds = time.monotonic()
-    if samples.image_shape[:2] != graph.image_shape[:2]:  # grey counts as RGB
-        of = reference.path if reference.images else "the samples scored first"
-        shapes = f"{list(samples.image_shape)}, those of {of} are {list(graph.image_shape)}"
-        raise UserError(f"{path}: images are {shapes}")
-    stamp, origin = stamp_of(path), table.origin_of(path, samples.num_images)
-    digest = hashlib.sha256()  # of a folder's pixels
-    sha256 = None if samples.exif else sha256_of(path)
-    measured = measure(samples, graph, digest.update if samples.exif else lambda pixels: None)
-    balls = Manifold.of(measured.features, reference.distances) if reference.manifold else None
-    if stamp_of(path) != stamp:
-        raise UserError(f"{path}: changed while it was being scored")
-    return {
-        "file": path.name,
-        "scores": compare(measured, balls, reference, graph),
-        "distances": reference.distances,
-        "num_images": samples.num_images,
-        "image_shape": samples.image_shape,
-        "step": origin.get("step"),
-        "NFE": origin.get("NFE"),
-        "notes": notes(samples, balls, reference, graph),
-        **stamp._asdict(),
-        "sha256": sha256 or digest.hexdigest(),
-        "exif": samples.exif or None,
-        "reference": reference.record(),
-        "graph": {"name": graph.name, "sha256": graph.sha256, "widths": graph.widths},
-        "versions": {
-            "soflow": __version__,
-            graph.engine.name: graph.engine.version,
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-        },
-        "backend": graph.engine.name,
-        "device": graph.engine.device,
-        "seconds": round(time.monotonic() - start_seconds, 3),
-        "scored_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-
-
-def compare(
-    samples: Measured, balls: Manifold | None, reference: Reference, graph: FeatureGraph
-) -> dict[str, float]:
-    """The scores by column, as far as the reference allows; the graph names the distances."""
-    distance = "FID" if graph.is_inception else "FD"
-    scores = {"IS": measures.inception_score(samples.features, graph.class_weights)}
-    for column, kind in ((distance, POOL), (f"s{distance}", SPATIAL)):
-        if kind in reference.statistics:
-            pair = (samples.statistics[kind], reference.statistics[kind])
-            scores[column] = measures.frechet_distance(*pair)
-    if balls and reference.manifold:
-        scores["prec"], scores["recall"] = measures.precision_recall(balls, reference.manifold)
-    return scores
-
-
-def notes(
-    samples: ImageSet, balls: Manifold | None, reference: Reference, graph: FeatureGraph
-) -> list[str]:
-    """What a reader of the scores has to know."""
-    found = []
-    width = max(graph.widths[:2])
-    frechet = "FID and sFID" if graph.is_inception else "FD and sFD"
-    behind = [source.num_images for source in reference.sources.values() if source.num_images]
-    for whose, count, manifold in (
-        ("samples", samples.num_images, balls),
-        ("reference", min(behind, default=None), reference.manifold),
-    ):
-        if count is not None and count < COMMON_IMAGES:
-            bias = "biased upwards" if count < FEW_IMAGES else f"above those of {COMMON_IMAGES:,}"
-            found.append(f"{whose}: {count:,} images; {frechet} are {bias}")
-        if count is not None and count < width + 1:
-            found.append(f"{whose}: fewer images than features + 1 = {width + 1}")
-        if manifold and (overflows := manifold.num_overflows):
-            found.append(
-                f"{whose}: {overflows:,} images overflow float16; prec and recall mean nothing"
-            )
-    if reference.images is None:
-        found.append("reference: has no images, which prec and recall need")
-    if SPATIAL not in reference.statistics:
-        found.append(f"reference: has no images and no mu_s, sigma_s for {frechet.split()[-1]}")
-    if samples.exif:
-        found.append("samples: pictures of a folder; the record's SHA-256 is that of their pixels")
-    if samples.is_by_class:
-        splits = f"splits of {measures.SPLIT_IMAGES:,} images"
-        found.append(f"samples: sorted by class; lowers IS, which is the mean over {splits}")
-    from_file = [kind for kind, source in reference.sources.items() if source.origin == "file"]
-    if from_file and not (reference.names_graph or graph.is_inception):
-        found.append("reference: does not say whether this graph made its statistics")
-    return found
-
-
-# The commands.
-
-SCORING = ("ref_batch", "sample_batch_dir", "distances", "watch", "delete_evaluated")
+SCORING = ("ref_batch", "sample_batch_dir", "distances", "bootstrap", "watch", "delete_evaluated")
 MAKING = ("write_ref", "images", "image_size", "exif", "ref_images")
 
 
@@ -172,6 +60,7 @@ class Session:
         self._graph_path = find_graph(arguments.inception)
         self._loaded: tuple[Reference, FeatureGraph] | None = None
         self._distances = arguments.distances or "exact"
+        self._replicates = arguments.bootstrap or 0
         self._sha256 = sha256_of(arguments.ref_batch)
         self.yardstick = Yardstick(self._sha256, sha256_of(self._graph_path), self._distances)
         print(f"graph {self._graph_path}, SHA-256 {self.yardstick.graph_sha256}")
@@ -197,7 +86,8 @@ class Session:
 
     def score(self, path: Path, stamp: Stamp) -> None:
         """Score `path`, unless that was done or has failed on the same content, and print it."""
-        if self.failed.get(path) == stamp or self.results.has(path.name, stamp, self.yardstick):
+        known = (path.name, stamp, self.yardstick, self._replicates)
+        if self.failed.get(path) == stamp or self.results.has(*known):
             return
         try:
             read = image_sets.folder_images if path.is_dir() else image_sets.archive_images
@@ -207,13 +97,15 @@ class Session:
             return
         reference, graph = self._load(samples)
         try:
-            record = score_samples(path, samples, reference, graph)
+            record = score_samples(path, samples, reference, graph, self._replicates)
         except UserError as error:
             self._fail(path, stamp, error)
             return
         self.results.add(record)
         self.failed.pop(path, None)
         took = f"{record['num_images']} images in {record['seconds']:.1f} s"
+        if self._replicates:
+            took += f", {record['bootstrap_seconds']:.1f} s of them for the bootstrap"
         if "prec" in record["scores"]:
             took += f"; prec and recall by {record['distances']} distances"
         print(printable(table.line_of(record)), took, *record["notes"], sep="\n  ", flush=True)
@@ -221,6 +113,7 @@ class Session:
             with reporting_os_errors(f"{path}: scored, but cannot be deleted"):
                 if not path.samefile(self._arguments.ref_batch):
                     path.unlink()
+                    references.cache_of(path, graph).unlink(missing_ok=True)
 
     def _load(self, samples: ImageSet) -> tuple[Reference, FeatureGraph]:
         """The reference and the graph; for images like these samples if the reference has none."""
@@ -252,7 +145,7 @@ def score_folder(arguments: argparse.Namespace) -> int:
         if arguments.watch is None:
             raise
     if session.results.records:
-        print(session.results.table(session.yardstick))
+        print(summary(session.results.folder, session.results.records, session.yardstick))
     for path in session.failed:
         print(f"not scored: {printable(path.name)}", file=sys.stderr)
     return 1 if session.failed else 0
@@ -290,6 +183,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     path("--sample_batch_dir", metavar="DIR", help="folder of .npz files, or of pictures")
     kinds = "for precision and recall: exact (default), or float16 as in ADM's evaluator"
     add("--distances", choices=measures.DISTANCES, help=kinds)
+    times = "resample the features so many times for intervals of the distances (e.g. 100)"
+    number("--bootstrap", metavar="N", help=times)
     again = "keep scoring new files, looking every so many seconds (60)"
     number("--watch", nargs="?", const=60, metavar="SECONDS", help=again)
     add("--delete_evaluated", action="store_true", help="delete each .npz once it is scored")

@@ -13,19 +13,24 @@ import numpy as np
 import pytest
 import standins
 from PIL import ExifTags, Image
-from plain_scores import plain_frechet, plain_inception_score, plain_precision_recall
+from plain_scores import (
+    plain_frechet,
+    plain_inception_score,
+    plain_kernel_distance,
+    plain_precision_recall,
+)
 from toy_graph import write_toy_graph
 
 import evaluator
 from support.data.images import centre_crop
 from support.scores import graph as feature_graph
-from support.scores import references
+from support.scores import references, scoring
 from support.scores.graph import BACKENDS
 from support.scores.npz import read_archive
 from support.system.files import UserError, sha256_of
 
 ROOT = Path(__file__).resolve().parent.parent
-COLUMNS = ["IS", "FD", "sFD", "prec", "recall"]
+COLUMNS = ["IS", "FD", "sFD", "KD", "prec", "recall"]
 
 
 @pytest.fixture(scope="session")
@@ -121,7 +126,7 @@ def through_measure(monkeypatch):
         return measured
 
     monkeypatch.setattr(references, "measure", measure)
-    monkeypatch.setattr(evaluator, "measure", measure)
+    monkeypatch.setattr(scoring, "measure", measure)
     return changes.append
 
 
@@ -175,6 +180,7 @@ def test_scores_are_those_of_plain_numpy(place, toy, backend):
     assert scores["IS"] == pytest.approx(plain_inception_score(p, 5000), rel=1e-4)
     assert scores["FD"] == pytest.approx(plain_frechet(pools, reference_pools), rel=1e-4)
     assert scores["sFD"] == pytest.approx(plain_frechet(spatials, reference_spatials), rel=1e-4)
+    assert scores["KD"] == pytest.approx(plain_kernel_distance(pools, reference_pools), rel=1e-3)
     expected = plain_precision_recall(pools.astype(float), reference_pools.astype(float))
     assert (scores["prec"], scores["recall"]) == pytest.approx(expected, abs=0.002)
     assert 0 < scores["prec"] < 1
@@ -185,7 +191,8 @@ def test_scores_are_those_of_plain_numpy(place, toy, backend):
 def test_line_and_record_say_what_the_scores_are_and_what_made_them(place, toy):
     path = place.add()
     record = place.score()
-    scores = ", ".join(f"{column}: {record['scores'][column]!r}" for column in COLUMNS)
+    adms = [column for column in COLUMNS if column != "KD"]
+    scores = ", ".join(f"{column}: {record['scores'][column]!r}" for column in adms)
     assert place.text == f"a.npz # {scores}\n"
     assert (record["num_images"], record["image_shape"]) == (60, [8, 8, 3])
     assert record["sha256"] == sha256_of(path)
@@ -224,6 +231,50 @@ def test_samples_sorted_by_class_are_noted_where_it_changes_the_inception_score(
     place.run()
     noted = [record["file"] for record in place.records if "by class" in str(record["notes"])]
     assert noted == ["sorted.npz"] * (count > 5000)
+
+
+def test_intervals_come_from_the_bootstrap_and_features_are_kept_for_them(
+    place, measured_names, capsys
+):
+    place.add()
+    plain = place.score()
+    assert "intervals" not in plain
+    record = place.score("--bootstrap", 20)  # scored again, for the intervals
+    assert record["scores"] == plain["scores"]
+    assert record["bootstrap"] == 20
+    assert 0 < record["intervals"]["FD"] < record["scores"]["FD"]
+    assert record["intervals"]["KD"] > 0
+    assert place.run("--bootstrap", 20) == 0  # it has them
+    place.score("--bootstrap", 21)
+    assert measured_names == ["ref.npz", "a.npz", "a.npz"]
+    rows, _ = printed_table(capsys.readouterr().out)
+    assert float(rows["a.npz"]["FD"].split("±")[1]) > 0
+    assert place.run("--bootstrap", 22, "--delete_evaluated") == 0
+    assert not list(place.samples.glob("a.npz*"))
+
+
+def test_files_that_differ_in_seed_alone_have_their_mean_and_deviation_in_the_table(place, capsys):
+    for seed in (1, 2, 3):
+        place.add(f"10_1NFE_{seed}.npz", seed)
+    place.add("10_2NFE_1.npz", 4)
+    place.add("10_1NFE_4.npz", 4)
+    (place.samples / "10_1NFE_4.json").write_text('{"num_images": 60, "labels": "7"}')
+    place.run()
+    rows, _ = printed_table(capsys.readouterr().out)
+    (group,) = [name for name in rows if not name.endswith(".npz")]
+    values = [record["scores"]["FD"] for record in place.records if record["NFE"] == 1][:3]
+    assert "3 seeds" in group
+    assert rows[group]["FD"] == f"{np.mean(values):.4f}±{np.std(values, ddof=1):.4f}"
+
+
+def test_files_are_said_to_differ_only_beyond_their_intervals(place, capsys):
+    place.add("a.npz", 1)
+    place.add("b.npz", 1)
+    place.add("c.npz", 9)
+    place.run("--bootstrap", 20)
+    _, remarks = printed_table(capsys.readouterr().out)
+    shown = [line for line in remarks if "a.npz" in line.split(": ")[0]]
+    assert [line.split(": ")[1] for line in shown] == ["b.npz", "b.npz"]
 
 
 def test_table_tells_images_step_and_nfe_by_the_record_beside_or_else_by_the_name(place, capsys):
@@ -294,7 +345,8 @@ def test_distances_are_called_fid_only_with_the_inception_graph(place, monkeypat
         ["FID", "sFID"],
     ]
     rows, remarks = printed_table(capsys.readouterr().out)
-    columns = ["images", "step", "NFE", "IS", "FID", "sFID", "FD", "sFD", "prec", "recall"]
+    columns = ["images", "step", "NFE", "IS", "FID", "sFID", "FD", "sFD", "KID", "KD"]
+    columns += ["prec", "recall"]
     assert list(rows["a.npz"]) == [*columns, "distances"]
     assert [row["FID"] == "-" for row in rows.values()] == [True, True, False]
     assert "FID, sFID, FD, sFD" in remarks[0]
@@ -448,7 +500,10 @@ def test_a_changed_file_is_scored_again_and_its_last_line_counts(place, capsys):
     assert place.names == ["a.npz", "a.npz"]
     assert place.records[0]["scores"] != last
     row = printed_table(capsys.readouterr().out)[0]["a.npz"]
-    assert [row[column] for column in COLUMNS] == [f"{last[column]:.4f}" for column in COLUMNS]
+    digits = {"KD": 6}
+    assert [row[key] for key in COLUMNS] == [
+        f"{last[key]:.{digits.get(key, 4)}f}" for key in COLUMNS
+    ]
 
 
 def test_another_reference_or_graph_scores_again_and_the_table_names_what_is_gone(

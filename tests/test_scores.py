@@ -4,8 +4,14 @@ import warnings
 
 import numpy as np
 import pytest
-from plain_scores import plain_frechet, plain_inception_score, plain_precision_recall
+from plain_scores import (
+    plain_frechet,
+    plain_inception_score,
+    plain_kernel_distance,
+    plain_precision_recall,
+)
 
+from support.scores import bootstrap
 from support.scores import measures as scores
 from support.scores.measures import (
     Manifold,
@@ -13,6 +19,7 @@ from support.scores.measures import (
     Statistics,
     frechet_distance,
     inception_score,
+    kernel_distance,
     precision_recall,
 )
 from support.scores.tensorflow_start import import_tensorflow
@@ -74,6 +81,40 @@ def test_frechet_distance_with_fewer_images_than_features_is_exact_and_silent():
         distance = frechet_distance(a, b)
     assert type(distance) is float
     assert distance == pytest.approx(expected, rel=1e-6)
+
+
+# Kernel distance.
+
+
+def test_kernel_distance_is_that_of_its_definition_and_without_bias():
+    a, b = (gaussian_features(n, 6, seed).astype(np.float32) for n, seed in ((80, 1), (60, 2)))
+    assert kernel_distance(a, b).mean == pytest.approx(plain_kernel_distance(a, b), rel=1e-4)
+    same = [gaussian_features(3000, 6, 1) for _ in range(2)]  # one mixing, so one distribution
+    rows = np.random.RandomState(0).permutation(3000)
+    first, second = (same[0][part].astype(np.float32) for part in (rows[:1500], rows[1500:]))
+    found = kernel_distance(first, second)
+    assert abs(found.mean) < found.deviation
+    assert kernel_distance(first, second + 1).mean > 5 * found.deviation
+
+
+@pytest.mark.parametrize("block_rows", [7, 1000])
+def test_intervals_tell_how_distances_spread_over_other_images_of_the_same_model(
+    monkeypatch, block_rows
+):
+    monkeypatch.setattr(bootstrap, "BLOCK_ROWS", block_rows)
+    mixing = np.random.RandomState(5).normal(size=(4, 4))
+    reference = gaussian_features(400, 4, 5).astype(np.float32)
+
+    def images(seed):
+        return (np.random.RandomState(seed).normal(size=(200, 4)) @ mixing + 0.5).astype(np.float32)
+
+    statistics = statistics_of(reference)
+    frechet = [frechet_distance(statistics_of(images(seed)), statistics) for seed in range(100)]
+    kernel = [kernel_distance(images(seed), reference[:200]).mean for seed in range(20)]
+    halves = [bootstrap.frechet_half_width(images(seed), statistics, 60) for seed in range(5)]
+    assert np.mean(halves) == pytest.approx(1.96 * np.std(frechet), rel=0.25)
+    halves = [bootstrap.kernel_half_width(images(seed), reference[:200], 60) for seed in range(5)]
+    assert np.mean(halves) == pytest.approx(1.96 * np.std(kernel), rel=0.4)
 
 
 # Inception Score.

@@ -135,6 +135,7 @@ class Reference:
     images: ImageSet | None
     statistics: dict[str, Statistics]  # by kind; pool at least
     sources: dict[str, Source]  # of the statistics
+    features: np.ndarray | None  # [N, D] float32, of the images
     manifold: Manifold | None  # of the images
     names_graph: bool  # whether the file says which graph made its statistics
 
@@ -179,15 +180,15 @@ def load_reference(
         count = archive.integer("count") if "count" in archive else None
         names_graph = "graph_sha256" in archive
     sources = {kind: Source("file", count) for kind in statistics}
-    manifold = None
+    features = manifold = None
     if images is not None:
-        # Not an .npz, lest it be scored.
-        cache = path.with_name(f"{path.name}.{graph.sha256[:12]}.{graph.engine.name}.cache")
-        measured, manifold = _measure_once(images, graph, sha256, distances, cache)
-        statistics = measured.statistics | statistics
+        measured, manifold = measure_once(images, graph, sha256, distances, path)
+        features, statistics = measured.features, measured.statistics | statistics
         computed = Source("images", images.num_images)
         sources = {kind: sources.get(kind, computed) for kind in statistics}
-    return Reference(path, sha256, distances, images, statistics, sources, manifold, names_graph)
+    return Reference(
+        *(path, sha256, distances, images, statistics, sources, features, manifold, names_graph)
+    )
 
 
 def _refuse_other_graph(archive: ArchiveReader, graph: FeatureGraph) -> None:
@@ -220,10 +221,16 @@ def _read_statistics(archive: ArchiveReader, graph: FeatureGraph) -> dict[str, S
 # radii.
 
 
-def _measure_once(
-    images: ImageSet, graph: FeatureGraph, sha256: str, distances: str, cache: Path
+def cache_of(path: Path, graph: FeatureGraph) -> Path:
+    """Where a file's features are kept; not an .npz, lest it be scored."""
+    return path.with_name(f"{path.name}.{graph.sha256[:12]}.{graph.engine.name}.cache")
+
+
+def measure_once(
+    images: ImageSet, graph: FeatureGraph, sha256: str, distances: str, path: Path
 ) -> tuple[Measured, Manifold]:
-    """What the graph sees in a reference's images; from the cache, or written to it."""
+    """What the graph sees in the images of `path`; from a cache beside it, or written to one."""
+    cache = cache_of(path, graph)
     key = f"{CACHE_VERSION} {sha256} {graph.sha256} {graph.engine.name}"
     found = _read_cache(cache, key, images.num_images, graph)
     measured, radii = found or (measure(images, graph), {})

@@ -1,4 +1,4 @@
-"""What is known about the sample files of a folder: scores as lines, as records and as a table."""
+"""What is known about the sample files of a folder: their scores, as records and as lines."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from support.system.files import UserError, append_line, natural_key, regular_only
+from support.system.files import UserError, append_line, regular_only
 
 
 class Meaning(NamedTuple):
@@ -26,12 +26,18 @@ SCORES = {
     "sFID": Meaning("The same in spatial features, which keep positions in the image.", "lower"),
     "FD": Meaning("Distance between samples and reference in the graph's features.", "lower"),
     "sFD": Meaning("The same in spatial features, which keep positions in the image.", "lower"),
+    "KID": Meaning("Kernel distance in Inception's features; fair to few images.", "lower"),
+    "KD": Meaning("Kernel distance in the graph's features; fair to few images.", "lower"),
     "prec": Meaning("Precision: the share of samples that look real.", "higher"),
     "recall": Meaning("Recall: the share of the real variety that the samples cover.", "higher"),
 }
 COLUMNS = tuple(SCORES)
 FRECHET = ("FID", "sFID", "FD", "sFD")
-SAMPLES_NAME = re.compile(r"(?P<step>[0-9]{1,18})(_(?P<NFE>[0-9]{1,18})NFE_[0-9]+)?")  # no .npz
+KERNEL = ("KID", "KD")
+LINE_COLUMNS = [column for column in COLUMNS if column not in KERNEL]  # as in ADM's lines
+SAMPLES_NAME = re.compile(
+    r"(?P<step>[0-9]{1,18})(_(?P<NFE>[0-9]{1,18})NFE_(?P<seed>[0-9]+))?"
+)  # no .npz
 CHECKPOINT_NAME = re.compile(r"(.*/)?(?P<step>[0-9]{1,18})\.pt", re.DOTALL)
 FEW_IMAGES = 10_000  # with fewer, Frechet distances are far too large
 RECORD_LIMIT_BYTES = 1 << 20
@@ -63,7 +69,7 @@ class Yardstick(NamedTuple):
     @classmethod
     def of(cls, record: Mapping) -> "Yardstick":
         """The yardstick of a record."""
-        reference, graph = (_part(record, key).get("sha256") for key in ("reference", "graph"))
+        reference, graph = (part(record, key).get("sha256") for key in ("reference", "graph"))
         return cls(reference, graph, record.get("distances", "exact"))
 
 
@@ -87,11 +93,11 @@ class Results:
                 append_line(folder / "eval_results.txt", line)
         return results
 
-    def has(self, name: str, stamp: Stamp, yardstick: Yardstick) -> bool:
-        """Whether a file has a record that still fits."""
+    def has(self, name: str, stamp: Stamp, yardstick: Yardstick, replicates: int = 0) -> bool:
+        """Whether a file has a record that still fits, with intervals by so many replicates."""
         record = self.records.get(name, {})
         known = (record.get("size_bytes"), record.get("modified_ns"), Yardstick.of(record))
-        return known == (*stamp, yardstick)
+        return known == (*stamp, yardstick) and replicates in (0, record.get("bootstrap"))
 
     def add(self, record: dict) -> None:
         """Keep a new record and its line."""
@@ -99,56 +105,18 @@ class Results:
         self.records[record["file"]] = record
         append_line(self.folder / "eval_results.txt", line_of(record))
 
-    def table(self, yardstick: Yardstick) -> str:
-        """All files with their last scores, in natural order, with remarks for the reader."""
-        records = {name: self.records[name] for name in sorted(self.records, key=natural_key)}
-        columns = [name for name in COLUMNS if any(name in r["scores"] for r in records.values())]
-        texts = [["file", "images", "step", "NFE", *columns, "distances"]]
-        for name, record in records.items():
-            values = [record.get(key) for key in ("num_images", "step", "NFE")]
-            values += [record["scores"].get(column) for column in columns]
-            texts.append([name, *map(_cell, [*values, Yardstick.of(record).distances])])
-        name_width, *widths = (max(map(len, column)) for column in zip(*texts, strict=True))
-        lines = [
-            "  ".join([name.ljust(name_width), *map(str.rjust, cells, widths)])
-            for name, *cells in texts
-        ]
-        frechet = ", ".join(column for column in columns if column in FRECHET)
-        few = [name for name, record in records.items() if _fewest_images(record) < FEW_IMAGES]
-        foreign = [name for name, r in records.items() if Yardstick.of(r)[:2] != yardstick[:2]]
-        remarks = {
-            f"fewer than {FEW_IMAGES:,} images bias {frechet} upwards": few,
-            "by another reference or graph": foreign,
-        }
-        lines += [f"{remark}: {listed(names)}" for remark, names in remarks.items() if names]
-        return printable("\n".join(lines))
-
 
 def line_of(record: Mapping) -> str:
     """`{file} # IS: .., FID: .., sFID: .., prec: .., recall: ..` in full precision."""
     scores = record["scores"]
-    texts = [f"{column}: {scores[column]!r}" for column in COLUMNS if column in scores]
+    texts = [f"{column}: {scores[column]!r}" for column in LINE_COLUMNS if column in scores]
     return f"{record['file']} # {', '.join(texts)}"
-
-
-def _fewest_images(record: Mapping) -> int:
-    """The number of images of a file, or behind the statistics of its reference, if smaller."""
-    sources = _part(_part(record, "reference"), "statistics").values()
-    counts = [source.get("num_images") for source in sources if isinstance(source, dict)]
-    counts.append(record.get("num_images"))
-    return min((count for count in counts if isinstance(count, int)), default=FEW_IMAGES)
 
 
 def read_records(folder: Path) -> dict[str, dict]:
     """The last record of each file in a folder's eval_results.jsonl."""
     found = map(_parse_record, _whole_lines(folder / "eval_results.jsonl"))
     return {record["file"]: record for record in found if record}
-
-
-def _cell(value: float | str | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def listed(names: list[str]) -> str:
@@ -162,7 +130,8 @@ def origin_of(path: Path, num_images: int | None = None) -> dict[str, int]:
     The record is {stem}.json beside it. It is ignored if it is about another number of images.
     """
     match = SAMPLES_NAME.fullmatch(path.stem)
-    origin = {key: int(text) for key, text in match.groupdict().items() if text} if match else {}
+    named = {key: match[key] for key in ("step", "NFE")} if match else {}
+    origin = {key: int(text) for key, text in named.items() if text}
     record = read_record(path.with_suffix(".json"))
     if num_images not in (None, record.get("num_images")):
         return origin
@@ -201,7 +170,7 @@ def _parse_record(text: str) -> dict | None:
         return None
 
 
-def _part(record: Mapping, key: str) -> dict:
+def part(record: Mapping, key: str) -> dict:
     value = record.get(key)
     return value if isinstance(value, dict) else {}
 
