@@ -44,7 +44,7 @@ Samples = Mapping[Path, LabelledImages]  # by archive
 
 
 def print_neighbours(samples: Samples, small: SmallSet, split: Split) -> None:
-    """A row for held-out images and one for each archive: the right class, or copies?"""
+    """Print a row for held-out images and one for each archive: right class, or copies?"""
     held_out = split.held_out.part(slice(small.scored_count))
     rows = {f"{len(held_out.labels)} held-out {small.noun}": held_out}
     rows |= {f"{len(images.labels)} in {path}": images for path, images in samples.items()}
@@ -104,7 +104,7 @@ def write(path: Path, pixels: np.ndarray) -> None:
 
 
 def print_scores(samples: Samples, small: SmallSet, split: Split) -> None:
-    """A row for each archive, and two rows to compare them with."""
+    """Print a row for each archive, and two rows to compare them with."""
     count = small.scored_count
     rows = {str(path): images.part(slice(count)) for path, images in samples.items()}
     rows[f"training {small.noun}"] = split.training.part(slice(count))

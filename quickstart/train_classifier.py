@@ -19,8 +19,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from quickstart.score import right_class
 from quickstart.small_sets import DEFAULT_FOLDER, SMALL_SETS
 from support.data.images import LabelledImages
+from support.scores.graph import FeatureGraph
 from support.scores.tensorflow_start import import_tensorflow
 from support.system.command import command_parser, run_command
 from support.system.files import atomic_write
@@ -93,7 +95,8 @@ def as_rgb(pixels: np.ndarray) -> tf.Tensor:
 def train(images: LabelledImages, recipe: Recipe) -> list[tf.Variable]:
     """Weights after all epochs of AdamW with a cosine learning rate; the same on one machine."""
     weights = [tf.Variable(array) for array in initial_weights(recipe.layers)]
-    steps = recipe.epochs * (len(images.labels) // BATCH)
+    epoch_steps = len(images.labels) // BATCH
+    steps = recipe.epochs * epoch_steps
     schedule = tf.keras.optimizers.schedules.CosineDecay(LEARNING_RATE, steps)
     optimizer = tf.keras.optimizers.AdamW(schedule, weight_decay=WEIGHT_DECAY)
     optimizer.build(weights)
@@ -110,23 +113,12 @@ def train(images: LabelledImages, recipe: Recipe) -> list[tf.Variable]:
     most = recipe.largest_shift
     for _ in range(recipe.epochs):
         order = random_state.permutation(len(images.labels))
-        for start in range(0, len(order) - BATCH + 1, BATCH):
-            chosen = order[start : start + BATCH]
+        for chosen in order[: epoch_steps * BATCH].reshape(epoch_steps, BATCH):
             pixels = images.pixels[chosen]
             if most:
                 pixels = np.roll(pixels, random_state.randint(-most, most + 1, 2), axis=(1, 2))
             step(as_rgb(pixels), tf.constant(images.labels[chosen]))
     return weights
-
-
-def accuracy(images: LabelledImages, layers: Sequence[Layer], weights: list) -> float:
-    """The share of images classified correctly."""
-    right = 0
-    for start in range(0, len(images.labels), 1_000):
-        chosen = slice(start, start + 1_000)
-        logits = classify(as_rgb(images.pixels[chosen]), layers, weights)
-        right += int((logits.numpy().argmax(axis=1) == images.labels[chosen]).sum())
-    return right / len(images.labels)
 
 
 def freeze(
@@ -154,10 +146,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     tf.random.set_seed(SEED)
     split = small.load(arguments.data)
     weights = train(split.classifier, recipe)
-    own = accuracy(split.classifier, recipe.layers, weights)
-    held_out = accuracy(split.held_out, recipe.layers, weights)
-    print(f"accuracy: {own:.4f} on its training {small.noun}, {held_out:.4f} on held-out ones")
     freeze([weight.numpy() for weight in weights], recipe.layers, small.shape, small.graph)
+    graph = FeatureGraph(small.graph, small.shape)
+    own, held_out = (right_class(images, graph) for images in (split.classifier, split.held_out))
+    print(f"accuracy: {own:.4f} on its training {small.noun}, {held_out:.4f} on held-out ones")
     print(f"{small.graph}: {small.graph.stat().st_size} bytes")
 
 
