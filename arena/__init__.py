@@ -1,1 +1,1 @@
-"""Other objectives beside SoFlow, and what compares them: same network, data, draws, evaluator."""
+"""Compares SoFlow with other objectives on the same network, data, draws and evaluator."""

@@ -28,14 +28,8 @@ def run_job(job: Job, config: str, folder: Path) -> None:
     place = folder / job.file_name
     objective_file = job.objective.rpartition(":")[0]
     at_start = sources(config, objective_file)  # later changes of a file do not count
-    settings = {
-        **job.settings,
-        "method": job.objective,
-        "working_dir": place,
-        "seed": job.seed,
-        "ckpt_saving_steps": job.steps[0],
-        "device": "cpu",
-    }
+    settings = {**job.settings, "method": job.objective, "seed": job.seed, "device": "cpu"}
+    settings |= {"working_dir": place, "ckpt_saving_steps": job.steps[0]}
     (place / "samples").mkdir()
     train.main(["--config", config, *(f"--set={key}={value}" for key, value in settings.items())])
     for (step, nfe), path in job.samples(folder).items():

@@ -53,7 +53,7 @@ class Job:
         return {(step, nfe): place / f"{step}_{nfe}.npz" for step, nfe in pairs}
 
     def record(self) -> dict[str, Any]:
-        """The job's part in what its samples are, as JSON holds it."""
+        """What determines the job's samples, as JSON stores it."""
         described = json.loads(json.dumps(dataclasses.asdict(self)))
         return {key: value for key, value in described.items() if key not in ("part", "chosen_by")}
 

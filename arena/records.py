@@ -1,4 +1,4 @@
-"""Files that say what made them: a job, and the source files of the code that ran."""
+"""Records of what made a file: the job, and the source files of the code that ran."""
 
 import json
 import os

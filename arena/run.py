@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from support.system.command import command_parser, run_command  # isort: skip - first: it attends to the start
+from support.system.command import command_parser, run_command  # isort: skip - must be first
 
 import dataclasses
 import json
@@ -71,7 +71,7 @@ def score_all(jobs: Iterable[Job], plan: Plan, folder: Path) -> None:
     waiting = {job.file_name: job for job in jobs if not read_record(folder, job, "scores.json")}
     if not waiting:
         return
-    # TensorFlow comes in here, after the trainings.
+    # Imported late, because only scoring needs TensorFlow.
     from quickstart.score import score
     from quickstart.small_sets import DEFAULT_FOLDER, SMALL_SETS, read_samples
 
@@ -94,13 +94,8 @@ def rows_of(jobs: Iterable[Job], folder: Path) -> list[Record]:
     for job in jobs:
         scored = read_record(folder, job, "scores.json")
         if scored and read_record(folder, job, "job.json"):
-            described = {
-                "part": job.part,
-                "name": job.name,
-                "guided": job.guided,
-                "scale": job.settings.get("cfg_scale"),
-                "seed": job.seed,
-            }
+            described = {"part": job.part, "name": job.name, "guided": job.guided}
+            described |= {"scale": job.settings.get("cfg_scale"), "seed": job.seed}
             rows += [described | row for row in scored["rows"]]
     return rows
 

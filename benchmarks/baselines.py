@@ -1,4 +1,4 @@
-"""What a step of SoFlow is measured against, around the same network, as learners run it."""
+"""The steps that SoFlow's step is compared with, all around the same network."""
 
 from collections.abc import Callable
 from dataclasses import asdict, replace

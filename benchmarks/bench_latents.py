@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 import torch
 from measuring import bench_config, judge, machine
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 # isort: split
 from support.data.batches import DataOrder, build_loader
@@ -36,14 +36,11 @@ def write_file(folder: Path) -> None:
         file["amount"], file["latent_size"] = np.int64(NUM_LATENTS), np.int64(ROW[1])
 
 
-class OneByOne(Dataset):
+class OneByOne:
     """A latent and a label at a time, from a file that each worker opens once."""
 
     def __init__(self, path: Path):
         self.path, self.latents, self.labels = path, None, None
-
-    def __len__(self) -> int:
-        return NUM_LATENTS
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         if self.latents is None:

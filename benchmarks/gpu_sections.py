@@ -46,7 +46,7 @@ Values = Iterator[tuple[str, float | str, str]]  # what, value, unit
 
 
 class Skipped(Exception):  # noqa: N818 - no error
-    """Why there is no value, where that is no failure."""
+    """Why a value is missing although nothing failed."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def step_values(bench: Bench, model_type: str, variant: str) -> Values:
             if not is_out_of_memory(error) or batch == LEAST_BATCH:
                 raise
         step = None
-        free_memory()  # after the error, which holds what was allocated
+        free_memory()  # only now: the error kept the memory allocated
     yield f"batch {batch}", seconds / batch, "s/image"
     yield "first step", first, "s"
     if bench.on_gpu:
@@ -245,7 +245,7 @@ def write_vae(folder: Path) -> None:
     vae.save_pretrained(folder)
 
 
-# Of each section what measures, for each model (or command) and each of these variants.
+# Section -> what measures a model (or command), and the variants to measure it in.
 SECTIONS: dict[str, tuple[Callable[..., Values], Iterable]] = {
     "exactness": (beside_cpu, ("fp32", "tf32")),
     "steps": (step_values, VARIANTS),

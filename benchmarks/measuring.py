@@ -65,15 +65,11 @@ def raw_batch(learner: Learner) -> RawBatch:
 def drawn_batches(learner: Learner, raw: RawBatch) -> Iterator[Batch]:
     """The process's microbatches of `raw`, drawn as in training."""
     config, plan, processes = learner.config, learner.plan, learner.processes
-    data = PixelData(
-        torch.zeros(1, *data_shape(config), dtype=torch.uint8),
-        torch.zeros(1),
-        tuple(map(str, range(NUM_CLASSES))),
-    )
+    step, device = learner.state.finished_steps, processes.device
+    pixels = torch.zeros(1, *data_shape(config), dtype=torch.uint8)
+    data = PixelData(pixels, torch.zeros(1), tuple(map(str, range(NUM_CLASSES))))
     for microbatch in plan.microbatches_of(processes.rank):
-        yield draw_batch(
-            config, plan, data, raw, learner.state.finished_steps, microbatch, processes.device
-        )
+        yield draw_batch(config, plan, data, raw, step, microbatch, device)
 
 
 def step_of(learner: Learner) -> Callable[[], object]:
@@ -123,7 +119,7 @@ def count_flops(work: Callable[[], object]) -> int:
 
 
 def median_ratio(above: list[float], below: list[float]) -> float:
-    """The median of the ratios turn by turn, which a drift of the machine's speed leaves alone."""
+    """The median ratio of the same turns, which a drift of the machine's speed does not change."""
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 

@@ -6,11 +6,6 @@ from arena.objectives.mean_flow import MeanFlow
 from arena.objectives.shortcut import Shortcut
 from models import METHODS, SoFlow
 
-OBJECTIVES = {
-    "SoFlow": SoFlow,
-    "MeanFlow": MeanFlow,
-    "Shortcut": Shortcut,
-    "ConsistencyTraining": ConsistencyTraining,
-    "FlowMatching": FlowMatching,
-}
+COMPARED = (SoFlow, MeanFlow, Shortcut, ConsistencyTraining, FlowMatching)
+OBJECTIVES = {kind.__name__: kind for kind in COMPARED}
 METHODS.update(OBJECTIVES)
