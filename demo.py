@@ -9,7 +9,7 @@ otherwise. Requests wait in a queue for the one model, and their size is bounded
 small model into one file that needs no server.
 """
 
-from support.system.command import ROOT, command_parser, run_command  # isort: skip - first: it attends to the start
+from support.system.command import ROOT, command_parser, run_command  # isort: skip - must be first
 
 import argparse
 import ipaddress

@@ -11,7 +11,7 @@ reads it. Edit the card as you like: --overwrite keeps what you wrote. --push up
 folder to the Hugging Face Hub as it is; fill in the licence first.
 """
 
-from support.system.command import command_parser, run_command  # isort: skip - first: it handles a failing start
+from support.system.command import command_parser, run_command  # isort: skip - must be first
 
 import argparse
 import dataclasses

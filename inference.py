@@ -11,7 +11,7 @@ config if it has ckpts/, else the config's working_dir. The images go to
 evals/K_{NFE}NFE_{seed}.npz there. Guidance was trained in: there is no scale to choose.
 """
 
-from support.system.command import command_parser, run_command  # isort: skip - first: it handles a failing start
+from support.system.command import command_parser, run_command  # isort: skip - must be first
 
 import argparse
 import shlex

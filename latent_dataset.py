@@ -10,7 +10,7 @@ If it is stopped, at any moment, the same command continues. Classes are the fol
 in the order of their numbers if all names are numbers, else in alphabetical order.
 """
 
-from support.system.command import command_parser, run_command  # isort: skip - first: it attends to the start
+from support.system.command import command_parser, run_command  # isort: skip - must be first
 
 import argparse
 import contextlib

@@ -9,7 +9,7 @@ holds the model's graph and onnxruntime-web. npm fetches onnxruntime-web once, u
 its folder.
 """
 
-from support.system.command import command_parser, run_command  # isort: skip - first: it attends to the start
+from support.system.command import command_parser, run_command  # isort: skip - must be first
 
 import argparse
 import shlex

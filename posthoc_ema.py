@@ -11,7 +11,7 @@ it. The command prints how close the combination is: with few snapshots, or a le
 kept ones, it is another average than the requested one.
 """
 
-from support.system.command import command_parser, run_command  # isort: skip - first: it handles a failing start
+from support.system.command import command_parser, run_command  # isort: skip - must be first
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -37,7 +37,7 @@ from support.runs.checkpoint import read_checkpoint
 from support.runs.stored import StoredModel, of_checkpoint
 from support.system.files import UserError, numbered_files
 
-LARGEST_ERROR = 0.05  # of the profile; beyond, the result is another average than requested
+LARGEST_ERROR = 0.05  # of the profile; above it, the result is not the requested average
 
 
 def find_snapshots(run: Path, last_step: int | None) -> dict[int, Path]:

@@ -9,7 +9,7 @@ One HTML file that needs no network: RUN/report.html for one run, report.html fo
 writes the curves to expect of an experiment, from its runs with different seeds.
 """
 
-from support.system.command import command_parser, run_command  # isort: skip - first: it attends to the start
+from support.system.command import command_parser, run_command  # isort: skip - must be first
 
 import argparse
 import contextlib
@@ -33,7 +33,7 @@ from support.system.settings import may_change
 EXPECTED = Path(__file__).resolve().parent / "docs" / "expected"
 SCHEDULES, MACHINE = "Schedules", "Machine"  # sections of the page
 
-# What each metric means. A metric that is not listed has a curve all the same.
+# What each metric means. Metrics that are not listed get a curve too.
 MEANINGS = {
     "Vel_MSE": Meaning(
         "Squared error of the velocity against its target: falls fast, then slowly, never to 0, "
@@ -72,7 +72,7 @@ TARGET = (
     *("time_mean", "time_std", "dataset_type", "dataset_path", "data_size", "held_out", "vae"),
     *("augment_probability", "horizontal_flips", "unet_dropout"),
 )
-# There is no band for what a schedule or the machine decides.
+# Bands leave out what a schedule or the machine decides.
 NOT_EXPECTED = {name for name, meaning in MEANINGS.items() if meaning.section}
 
 

@@ -195,8 +195,7 @@ def load(
         raise UserError(f"report: {shorten(report)} is not a function that takes a line")
     place = _device(device)
     if dtype not in DTYPES:
-        names = ", ".join(str(one) for one in DTYPES)
-        raise UserError(f"dtype: {shorten(dtype)} is not one of {names}")
+        raise UserError(f"dtype: {shorten(dtype)} is not one of {', '.join(map(str, DTYPES))}")
     stored = read_stored(source, subfolder, "" if ema is None else str(ema))
     config = config_from_dict(stored.config, str(stored.path), (), report)
     allow_tf32(place, config.precision != "fp32")

@@ -8,7 +8,7 @@
 Everything goes into the config's working_dir: config.yaml, log.txt, ckpts/, evals/, figs/.
 """
 
-from support.system.command import command_parser, run_command  # isort: skip - first: it attends to the start
+from support.system.command import command_parser, run_command  # isort: skip - must be first
 
 import argparse
 import contextlib

@@ -1,1 +1,1 @@
-"""What a run has left in its folder, read and shown as a page."""
+"""Reads the folders of runs and shows them as a page."""

@@ -10,7 +10,7 @@ from support.system.settings import either
 
 
 def differing_keys(runs: Sequence[RecordedRun], keys: Collection[str]) -> list[str]:
-    """Those of the keys in which the runs' configs differ; a config that is unknown differs."""
+    """The keys in which the runs' configs differ; all of them if a config is unknown."""
     settings = [run.settings for run in runs]
     if not all(settings):
         return [*keys]
@@ -72,7 +72,7 @@ def results(
 
 
 def ways_of_measuring(scores: Sequence[Score]) -> str:
-    """In what scores differ that decides whether they can be compared; "" if in nothing."""
+    """What makes these scores incomparable, in words; "" if nothing does."""
     ways: dict[str, set] = {
         "numbers of images": {score.num_images for score in scores},
         "references": {score.yardstick.reference_sha256 for score in scores},

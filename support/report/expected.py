@@ -17,10 +17,10 @@ from support.report.runs import RecordedRun
 from support.system.files import UserError, atomic_write, refuse_foreign
 
 NEIGHBOURS = 4  # points to either side from which a band's width is estimated
-# Standard deviations to either side of the mean. So many, because deviations estimated from few
-# runs are often too small, and because each of a run's hundred values may be outside by chance.
+# Standard deviations to either side of the mean. Estimates from few runs are often too small, and
+# each of a run's hundred values may lie outside by chance, so there are many.
 DEVIATIONS = 6
-DIGITS = 5  # of a bound in the file
+DIGITS = 5  # of a bound
 FEWEST_RUNS = 2
 
 
@@ -44,14 +44,14 @@ class Band:
         around = [slice(max(0, i - NEIGHBOURS), i + NEIGHBOURS + 1) for i in range(len(steps))]
         reach = DEVIATIONS * np.sqrt([variances[points].mean() for points in around])
         mean = values.mean(axis=0)
-        return cls(steps, mean - reach, mean + reach)
+        return cls(steps, _rounded(mean - reach), _rounded(mean + reach))
 
     def judge(self, curve: Curve) -> str:
         """A verdict on a curve: "inside", "outside since step N", or another."""
         shared = np.isin(curve.steps, self.steps)
         interval = float(np.median(np.diff(self.steps)))
         if not shared.any() or (len(curve.steps) > 1 and curve.interval != interval):
-            # A mean over other stretches of training is another number.
+            # Means over intervals of different lengths cannot be compared.
             return f"not compared: the band is of every {interval:g} steps"
         steps, values = curve.steps[shared], curve.values[shared]
         here = np.isin(self.steps, steps)
@@ -97,17 +97,17 @@ class Expected:
     def write(self, path: Path) -> None:
         """Write the file of an experiment."""
         bands = {
-            name: {
-                "steps": band.steps.tolist(),
-                "low": [float(f"{bound:.{DIGITS}g}") for bound in band.low],
-                "high": [float(f"{bound:.{DIGITS}g}") for bound in band.high],
-            }
+            name: {key: values.tolist() for key, values in vars(band).items()}
             for name, band in self.bands.items()
         }
         content = {"experiment": self.experiment, "made_from": self.made_from, "bands": bands}
         refuse_foreign(path, b'"experiment":', "say another --band")
         with atomic_write(path) as file:
             file.write(json.dumps(content).encode() + b"\n")
+
+
+def _rounded(bounds: np.ndarray) -> np.ndarray:
+    return np.array([float(f"{bound:.{DIGITS}g}") for bound in bounds])
 
 
 def read_expected(folder: Path) -> dict[str, Expected]:
@@ -117,7 +117,7 @@ def read_expected(folder: Path) -> dict[str, Expected]:
         try:
             content = json.loads(path.read_bytes())
             bands = {
-                name: Band(*(np.array(band[key]) for key in ("steps", "low", "high")))
+                name: Band(**{key: np.array(values) for key, values in band.items()})
                 for name, band in content["bands"].items()
             }
             expected = Expected(content["experiment"], content["made_from"], bands)

@@ -49,7 +49,7 @@ def draw(lines: Sequence[Line], bands: Sequence[Band] = ()) -> str:
     """A figure of these lines over these bands, as JSON."""
     figure = go.Figure(layout={"template": None, "hovermode": "x unified", "showlegend": False})
     for band in bands:
-        # There and back, filled.
+        # The upper edge, then the lower edge backwards, encloses the area.
         steps = np.concatenate([band.steps, band.steps[::-1]])
         edge = Curve(steps, np.concatenate([band.high, band.low[::-1]]))
         fill: dict = {"fill": "toself", "fillcolor": BAND_COLOUR, "line": {"width": 0}}

@@ -123,7 +123,7 @@ def _facts(run: RecordedRun) -> dict[str, object]:
 
 
 def _state(run: RecordedRun) -> str:
-    """Whether a run still trains, as far as can be told, and when it wrote its last line."""
+    """Whether a run still trains, as far as its folder shows, and when it last logged."""
     state = f"Running on {run.holder}" if run.holder else "Stopped before its last step"
     since = f"; last line of the log {run.last_line}" if run.last_line else ""
     is_finished = run.last_step == run.total_steps and not run.holder

@@ -16,12 +16,7 @@ from typing import Any, NamedTuple
 
 from support.report.curves import Curve
 from support.scores.table import Yardstick, listed, origin_of, read_record, read_records
-from support.system.files import (
-    UserError,
-    natural_key,
-    numbered_files,
-    reporting_os_errors,
-)
+from support.system.files import UserError, natural_key, numbered_files, reporting_os_errors
 from support.system.settings import read_yaml
 
 LOG_LINE = re.compile(r"(?P<time>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (?P<text>.*)")
@@ -31,7 +26,7 @@ WARNING = re.compile(
     r"resumed at step|changed: |passed over|not finite|goes on without|stopped by a signal"
     r"|cannot be read|left out|the order of the data"
 )
-POSITIONS = ("step", "epoch", "images")  # where a line of metrics stands
+POSITIONS = ("step", "epoch", "images")  # of a line in training; no metrics
 MADE_BY = ("code_version", "torch", "device")
 
 
@@ -56,7 +51,7 @@ class HeldOut(NamedTuple):
 
 @dataclass
 class RecordedRun:
-    """Everything that a run's folder tells."""
+    """Everything that was read from a run's folder."""
 
     folder: Path
     name: str
@@ -169,7 +164,7 @@ def holder_of(lock: Path) -> str:
         return "this machine"
     except OSError:
         return ""
-    # A killed process leaves the file, unlocked; so does a live one where nothing can be locked.
+    # A killed process leaves an unlocked file. So does a live one on a file system without locks.
     host = read_record(lock).get("host", "")
     return "" if host == socket.gethostname() else str(host)
 
