@@ -27,12 +27,11 @@ from models import BACKBONES, METHODS, add_method, backbone_of
 from schedules import GAP_SCHEDULES, PATHS, SOLUTION_FORMS, TIME_SAMPLING, gap_fraction, warmed_up
 from support.data.batches import BatchPlan
 from support.data.datasets import DATASETS, DataRequest
-from support.data.vae import PIXELS_PER_LATENT, VAE_NAME
+from support.data.vae import VAE_NAME
 from support.runs.averages import LARGEST_STD, Exponential, PowerFunction, Rule
 from support.runs.optimizers import OPTIMIZERS
 from support.runs.results import ResultSchedule
 from support.runs.trackers import TRACKERS
-from support.system.digests import settings_digest
 from support.system.files import UserError, atomic_write, shorten
 from support.system.settings import (
     Choice,
@@ -52,7 +51,6 @@ from support.system.settings import (
 
 KEYS_OF_DATA = {field.name for field in fields(DataRequest)}
 QUOTES = "'\""
-LARGEST_PICTURE_PIXELS = 500_000_000  # of a grid of samples
 
 
 def _expanded(name: str) -> str:
@@ -316,11 +314,6 @@ class Config(BaseModel):
         """The rules of the averages besides `ema_decay_rate`'s."""
         return [*map(Exponential, self.ema_decay_rates), *map(PowerFunction, self.ema_power)]
 
-    @property
-    def num_averages(self) -> int:
-        """The number of averages, `ema_decay_rate`'s included."""
-        return 1 + len(self.further_averages())
-
     def batch_plan(self, world_size: int) -> BatchPlan:
         """How the batch is cut over the processes."""
         return BatchPlan(
@@ -344,10 +337,6 @@ class Config(BaseModel):
     def to_dict(self) -> dict[str, Any]:
         """The config in plain types, for YAML, JSON and `torch.load(weights_only=True)`."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in self}
-
-    def digest(self) -> str:
-        """SHA-256 of the resolved config."""
-        return settings_digest(self.to_dict())
 
 
 FIELDS = Config.model_fields
@@ -472,7 +461,6 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
         yield "working_dir", "must name the folder of the run"
     yield from _of_network(config)
     yield from _of_data(config)
-    yield from _of_averages(config)
     if config.held_out and not METHODS[config.method].error_names:
         yield "held_out", f"needs `squared_errors` of the method, which {config.method} has not"
     if config.keep_every_steps and not config.keep_last:
@@ -483,20 +471,9 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
         yield "cfg_drop_rate", "must be 0 where cfg_scale is 1 (no guidance)"
     if config.cfg_scale > 1 and config.mix_ratio == 0:
         yield "mix_ratio", "leaves nothing of the data in the guided target; 0.25 is usual"
-    batch = f"batch_size {config.batch_size}"
     if config.velocity_loss_ratio > 0 and config.flow_matching_count == 0:
-        yield "velocity_loss_ratio", f"leaves flow matching no sample of {batch}; 0 turns it off"
-    if config.batch_size % config.accumulation_steps:
-        yield "accumulation_steps", f"does not cut {batch} into equal parts"
-    side = config.data_size * (PIXELS_PER_LATENT if config.is_latent else 1)
-    height, width = (side * count for count in config.eval_demo_shape)
-    if height * width > LARGEST_PICTURE_PIXELS:
-        most = f"{LARGEST_PICTURE_PIXELS:,}"
-        yield "eval_demo_shape", f"makes pictures of {width} x {height} pixels, more than {most}"
-
-
-def _of_averages(config: Config) -> Iterator[tuple[str, str]]:
-    """Contradictions among the averages."""
+        reason = f"leaves flow matching no sample of batch_size {config.batch_size}; 0 turns it off"
+        yield "velocity_loss_ratio", reason
     for name in ("ema_decay_rates", "ema_power"):
         if len(set(values := getattr(config, name))) < len(values):
             yield name, "names an average twice"

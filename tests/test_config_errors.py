@@ -158,11 +158,8 @@ def test_the_ends_of_a_range_belong_to_it(key, value):
         ({**GUIDED, "mix_ratio": 0}, "mix_ratio", ["0.0", "0.25"]),
         ({"batch_size": 1}, "velocity_loss_ratio (default)", ["0.75", "batch_size 1"]),
         ({"velocity_loss_ratio": 0.1}, "velocity_loss_ratio", ["0.1", "batch_size 8"]),
-        ({"accumulation_steps": 3}, "accumulation_steps", ["3", "batch_size 8"]),
         ({"data_size": 16}, "data_size", ["16", "8", "Digits"]),
         ({"data_size": 64, "dataset_type": "CIFAR10"}, "data_size", ["64", "32", "CIFAR10"]),
-        ({"dataset_type": "Imagenet", "data_size": 32, "eval_demo_shape": [100, 200]},
-         "eval_demo_shape", ["[100, 200]", "51200 x 25600", "500,000,000"]),
     ],
 )  # fmt: skip
 def test_keys_that_contradict_each_other_are_refused_by_name(values, key, named):

@@ -224,9 +224,9 @@ def test_dry_run_says_what_a_run_takes_and_leaves_nothing(small_run, capsys):
     ("values", "named"),
     [
         ({"batch_size": 2000}, "batch_size: 2000 .*1197.*Digits"),
-        ({"accumulation_steps": 5}, "accumulation_steps: 5 .*batch_size 12"),
+        ({"accumulation_steps": 5}, "batch_size: 12 .*5 accumulation_steps"),
         ({"device": "cuda"}, "device: 'cuda'"),
-        ({"folder": "file/run"}, "working_dir: "),
+        ({"folder": "file/run"}, "file/run: "),
     ],
 )
 def test_a_run_that_cannot_start_is_refused_before_a_folder_is_made(

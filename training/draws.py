@@ -61,7 +61,7 @@ def draw_batch(
         augment_labels=augment_labels,
         flow_matching_rows=V,
         global_flow_matching_count=plan.first_count,
-        global_consistency_count=plan.other_count,
+        global_consistency_count=plan.batch_size - plan.first_count,
         dropout_seeds=(
             derive_seed(config.seed, "flow matching dropout", step, microbatch),
             derive_seed(config.seed, "consistency dropout", step, microbatch),

@@ -30,7 +30,7 @@ EPOCH_IMAGES = {"CIFAR10": 50_000, "Digits": 1_197, "FashionMNIST": 60_000, "Ima
 
 def describe(config: Config) -> None:
     """Print the resolved config, and what the run needs. Opens no device and writes nothing."""
-    model, averages = meta_model(config), config.num_averages
+    model, averages = meta_model(config), 1 + len(config.further_averages())
     plan = config.batch_plan(world_size_asked_for())
     microbatch = plan.batch_size // plan.num_microbatches
     kept_bytes = activations_of(config, min(microbatch, COUNTED_IMAGES))

@@ -48,10 +48,6 @@ class BatchPlan:
     def microbatch_size(self) -> int:
         return self.batch_size // self.num_microbatches
 
-    @property
-    def other_count(self) -> int:
-        return self.batch_size - self.first_count
-
     def microbatches_of(self, rank: int) -> range:
         """The microbatches of process `rank`, in order."""
         return range(rank * self.accumulation_steps, (rank + 1) * self.accumulation_steps)

@@ -289,12 +289,10 @@ def in_memory(images: LabelledImages, class_names: tuple[str, ...]) -> TrainingD
 
 def load_folder_data(request: DataRequest) -> TrainingData:
     files = list_pictures(request.folder, request.processes)
-
-    def digest() -> str:
-        # With skip_bad, `check_examples` finds what is missing or no picture.
-        return files.digest(files.sizes() if request.skip_bad else sizes_of_pictures(files))
-
-    return FolderData(files, request.processes.on_rank0(digest), request.data_size)
+    # With skip_bad, `check_examples` finds what is missing or no picture.
+    sizes_of = LabelledFiles.sizes if request.skip_bad else sizes_of_pictures
+    files_sha256 = request.processes.on_rank0(lambda: files.digest(sizes_of(files)))
+    return FolderData(files, files_sha256, request.data_size)
 
 
 def list_pictures(folder: Path, processes: Processes) -> LabelledFiles:
