@@ -14,14 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from models import BACKBONES, METHODS, add_method, backbone_of
 from schedules import GAP_SCHEDULES, PATHS, SOLUTION_FORMS, TIME_SAMPLING, gap_fraction, warmed_up
@@ -373,9 +366,7 @@ def parse_options(
 
 
 def load_config(
-    path: str | Path,
-    overrides: Sequence[str] = (),
-    pass_over: Callable[[str], None] | None = None,
+    path: str | Path, overrides: Sequence[str] = (), pass_over: Callable[[str], None] | None = None
 ) -> Config:
     """The resolved config of a YAML file with `KEY=VALUE` overrides; UserError names what is wrong.
 

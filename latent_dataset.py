@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from support.data.datasets import list_pictures
+from support.data.datasets import channels_first, list_pictures
 from support.data.folders import LabelledFiles, describe_classes
 from support.data.images import read_image, to_images
 from support.data.latent_parts import PART_IMAGES, SKIPPED_FILE, Part, PartsFolder, Plan
@@ -64,7 +64,10 @@ def say(processes: Processes, text: str) -> None:
 
 
 class LoadedPictures(NamedTuple):
-    """A batch's readable pictures, uint8 [B, 3, H, W], with their labels; and the others."""
+    """A batch's readable pictures, uint8 [B, 3, H, W], with their labels; and the others.
+
+    Without any readable picture, `pixels` is empty.
+    """
 
     pixels: torch.Tensor
     labels: list[int]
@@ -86,10 +89,8 @@ class Pictures(Dataset):
                 labels.append(int(self.files.labels[index]))
             except UserError as error:  # raised in a worker, it would be more than a line
                 unreadable.append((os.fsdecode(self.files.names[index]), str(error)))
-        stacked = np.stack(pixels) if pixels else np.empty((0, self.size, self.size, 3), np.uint8)
-        # [B, H, W, 3] -> [B, 3, H, W]
-        channels_first = torch.from_numpy(stacked).permute(0, 3, 1, 2)
-        return LoadedPictures(channels_first.contiguous(), labels, unreadable)
+        readable = channels_first(np.stack(pixels)) if pixels else torch.empty(0)
+        return LoadedPictures(readable, labels, unreadable)
 
 
 def batches_of(images: range, batch_size: int) -> list[range]:

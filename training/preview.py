@@ -10,12 +10,7 @@ from models import Method, build_model
 from support.data.batches import BatchPlan
 from support.data.datasets import DATASETS, MadeUpData, count_classes
 from support.data.vae import PIXELS_PER_LATENT
-from support.runs.budget import (
-    activation_bytes,
-    count_parameters,
-    describe_disk,
-    describe_memory,
-)
+from support.runs.budget import activation_bytes, count_parameters, describe_disk, describe_memory
 from support.runs.rehearsal import time_steps, within_memory
 from support.system.command import is_first_process
 from support.system.processes import connected, world_size_asked_for
@@ -86,7 +81,7 @@ def eval_bytes(config: Config) -> int:
 
 
 def activations_of(config: Config, images: int) -> float:
-    """Bytes that autograd keeps of a training loss on so many images, none without its label."""
+    """Bytes that autograd keeps of a training loss on so many images, all with their labels."""
     unlabelled = config.model_copy(update={"cfg_drop_rate": 0.0})
     plan = BatchPlan(images, round(images * config.velocity_loss_ratio), 1, 1)
     cpu, data = torch.device("cpu"), MadeUpData(config.data_request(), images)

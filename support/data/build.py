@@ -118,7 +118,7 @@ def hold_out(data: TrainingData, request: DataRequest, where: str) -> TrainingDa
 def compare_data(
     before: Mapping[str, Any], now: Mapping[str, Any], source: str, is_allowed: bool
 ) -> list[str]:
-    """A line where a run continues on other data than before; UserError where it must not.
+    """A line if a run continues on other data than before; UserError if it must not.
 
     Other classes are always refused, because labels would change their meaning.
     """

@@ -120,7 +120,7 @@ class TrainingData(Dataset):
         return {**self.spec.to_dict(), "class_counts": self.class_counts}
 
     def refusals(self, share: range) -> Iterator[str]:
-        """Why each example of `share` cannot be read; empty for one that can, as all in memory."""
+        """Why each example of `share` cannot be read; an empty text for one that can."""
         return itertools.repeat("", len(share))
 
     def file_of(self, index: int) -> str:
@@ -130,7 +130,7 @@ class TrainingData(Dataset):
     def prepare(self, indices: list[int]) -> RawBatch | list[int]:
         """What a loader worker does ahead of time for a batch.
 
-        It returns the batch, or the indices where sending the batch costs more than reading it.
+        Returns the batch, or its indices if sending the batch would cost more than reading it.
         """
         return self[indices]
 
@@ -165,8 +165,8 @@ class PixelData(TrainingData):
 class FolderData(TrainingData):
     """Pictures in class folders, RGB, decoded and cropped to `size` when they are asked for.
 
-    They are kept in memory where all of them take little: decoding a phone's photograph takes as
-    long as training a small network on it.
+    A small data set stays decoded in memory: decoding a phone's photograph takes as long as
+    training a small network on it.
     """
 
     def __init__(self, files: LabelledFiles, files_sha256: str, size: int):
@@ -228,7 +228,7 @@ class LatentData(TrainingData):
         return {**super().record(), **made_by}
 
     def prepare(self, indices: list[int]) -> RawBatch | list[int]:
-        """The batch; in a loader worker its indices, once its values are in the system's cache.
+        """The batch; in a loader worker, its indices once its values are in the system's cache.
 
         The training process reads them from there much faster than a worker can send them.
         """
@@ -323,7 +323,7 @@ def load_latents_data(request: DataRequest) -> TrainingData:
 def refuse_other_vae(vae_name: str, path: Path, info: LatentInfo) -> None:
     """UserError if the VAE `vae_name` is not the one that made the latents.
 
-    Under another name it may have the same weights, which are then read to find out.
+    A VAE of another name may have the same weights, so these are compared.
     """
     if vae_name == info.vae:
         return

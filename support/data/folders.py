@@ -77,7 +77,7 @@ def find_pictures(folder: str | Path) -> FoundPictures:
 
 
 def _refuse_listing(error: OSError) -> NoReturn:
-    """Files that cannot be listed must not be left out in silence."""
+    """Never leave out silently what cannot be listed."""
     raise UserError(f"{error.filename}: cannot be read as a folder ({error.strerror})") from error
 
 
@@ -140,7 +140,7 @@ def _size(path: str) -> int:
 def class_folders(folder: str | Path) -> LabelledFiles:
     """The pictures in the class folders of `folder`, class by class, in `find_pictures`' order.
 
-    UserError where there is no class folder, one without pictures, or one that cannot be read.
+    UserError if there are no class folders, or if one has no pictures or cannot be read.
     """
     names = class_names(folder)
     places = (os.path.join(folder, name) for name in names)
@@ -164,8 +164,8 @@ def class_folders(folder: str | Path) -> LabelledFiles:
 def class_names(folder: str | Path) -> list[str]:
     """The class folders of `folder` in order: numerical where all names are integers, else by name.
 
-    Hidden names are ignored. UserError where there is no class folder, or a link that leads nowhere
-    and so may have been one.
+    Hidden names are ignored. UserError if there are no class folders, or if a link is broken: it
+    may have been one.
     """
     names = []
     for entry in _entries(folder):
@@ -201,16 +201,16 @@ def _check_link(path: str, folder: str) -> None:
 
 
 def _nested_notes(folder: Path, subfolders: dict[str, list[str]]) -> list[str]:
-    """A line for classes that hold several folders and no pictures beside them.
+    """A line about classes that hold several folders and no pictures beside them.
 
-    UserError where these are the splits of a data set: the classes are one level further down.
+    UserError if these are the splits of a data set: then the classes are one level down.
     """
     splits = [name for name in subfolders if name.lower() in SPLITS]
     fewest = 1 if len(splits) == len(subfolders) else 2
     if meant := [name for name in splits if len(subfolders[name]) >= fewest]:
         best = next((name for name in meant if name.lower().startswith("train")), meant[0])
         raise UserError(
-            f"{folder}: {' and '.join(meant)} in it are no classes, but hold them; "
+            f"{folder}: {' and '.join(meant)} are splits, not classes; "
             f"did you mean {folder / best}?"
         )
     nested = [name for name, below in subfolders.items() if len(below) > 1]
@@ -283,9 +283,9 @@ def with_progress(results: Iterable[Result], total: int, doing: str, unit: str) 
 def in_threads(
     work: Callable[[Item], Result], items: Iterable[Item], num_threads: int = 16, at_once: int = 1
 ) -> Iterator[Result]:
-    """The results of `work` in order. Opening a file on a network drive takes long, but no work.
+    """The results of `work` in order. Opening a file on a network drive is mostly waiting.
 
-    A thread takes `at_once` items in a row, which saves time where each takes little.
+    A thread takes `at_once` items in a row, which saves time where each item is quick.
     """
     with ThreadPool(num_threads) as pool:
         yield from pool.imap(work, items, at_once)

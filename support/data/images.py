@@ -67,10 +67,10 @@ def read_image(
 ) -> np.ndarray:
     """The picture at `path` as RGB, uint8 [H, W, 3]; with `crop_size`, its `centre_crop`.
 
-    Decoded as Pillow does: grey is repeated, alpha dropped, and only the first frame is read. Of 16
-    bits of grey the upper 8 are kept, where Pillow would clip at white. Turned upright as the EXIF
-    data say, unless told not to. UserError where the file is damaged, of another format, or unpacks
-    to more than 89 megapixels.
+    As Pillow decodes it: grey is repeated, alpha is dropped, and only the first frame is read. Of
+    16-bit grey the upper 8 bits are kept, where Pillow would clip at white. EXIF rotation is
+    applied unless `apply_exif` is false. UserError if the file is damaged, has another format, or
+    unpacks to more than 89 megapixels.
     """
     start = b""
     try:
@@ -94,7 +94,7 @@ def read_image(
 
 
 def _as_rgb(picture: Image.Image) -> Image.Image:
-    """`picture` with 8 bits per colour; ValueError where nothing says which value is white."""
+    """`picture` with 8 bits per colour; ValueError if nothing defines which value is white."""
     # Pillow decodes PNG and PPM files of 16 bits per value to 32.
     had_sixteen = picture.mode == "I" and picture.format in ("PNG", "PPM")
     if had_sixteen or picture.mode.startswith("I;16"):

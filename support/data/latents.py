@@ -41,7 +41,7 @@ FLOATS = (np.float16, np.float32, np.float64)
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What decides a file's latents; files of two recipes do not go together."""
+    """Everything that determines a file's latents; files of two recipes must not be mixed."""
 
     images_sha256: str  # of the pictures' names and sizes
     image_size: int  # side of the pictures, in pixels
@@ -219,7 +219,7 @@ class LatentReader:
     def check_values(self) -> list[str]:
         """Look at rows spread over the file; UserError if they cannot be unscaled latents.
 
-        Gives what is unusual, in lines, for a file that says which VAE made it.
+        For a file that says which VAE made it, returns lines about what is unusual.
         """
         count = min(ROWS_LOOKED_AT, len(self))
         rows = np.unique(np.linspace(0, len(self) - 1, count).astype(np.int64))
@@ -229,7 +229,7 @@ class LatentReader:
                 f"{self.path}: row {bad[0]} has negative standard deviations: channels 4 to 7 of "
                 "latents must be those of the VAE's posterior"
             )
-        # As where an interrupted merge has not written.
+        # An interrupted merge leaves such rows.
         if (bad := rows[(moments == 0).flatten(1).all(dim=1).numpy()]).size:
             raise UserError(f"{self.path}: row {bad[0]} is all zeros: the file is not complete")
         deviation = moments[:, :LATENT_CHANNELS].double().std().item()
@@ -239,7 +239,7 @@ class LatentReader:
             f"{self.path}: the latents' standard deviation is {deviation:.2g}; unscaled latents of "
             f"pictures have about {1 / LATENT_SCALE:.1f}"
         )
-        if self.info is None:  # then nothing says that they are unscaled
+        if self.info is None:  # nothing says that they are unscaled
             raise UserError(f"{found}; if they are scaled already, divide them by {LATENT_SCALE}")
         return [found]
 
@@ -349,7 +349,7 @@ def _opened(path: Path) -> h5py.File:
 
 
 def _dataset(file: h5py.File, name: str) -> h5py.Dataset:
-    """An entry with its values in this very file; UserError otherwise."""
+    """The entry `name`; UserError unless its values are in this very file."""
     path = file.filename
     link = file.get(name, getlink=True)
     if link is None:

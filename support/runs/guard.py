@@ -1,4 +1,4 @@
-"""Keeps a step that is not finite from the weights, and ends the run."""
+"""The guard against non-finite steps: it keeps them from the weights and ends the run."""
 
 import math
 from collections.abc import Mapping
@@ -44,15 +44,14 @@ class NonFiniteGuard:
     ) -> None:
         """Keep `optimizer` from a step in which any process has a metric that is not finite.
 
-        The gradient's norm is one of this process's metrics. On a GPU this
-        does not wait for the device: it holds back all later steps too, until `refuse` is asked. On
-        the CPU the run ends here.
+        The gradient's norm is one of the metrics. On a GPU this does not wait for the device: it
+        holds back all later steps too, until `refuse` is called. On the CPU the run ends here.
         """
         values = torch.stack([*metrics.values()])
         num_broken = self.processes.sum_over_ranks((~values.isfinite()).sum())
         is_first = (num_broken > 0) & (self._step < 0)
         self._step = torch.where(is_first, step, self._step)
-        # Those before the first that is not finite.
+        # Only the norms before the first non-finite step.
         newer = torch.cat([self._norms[1:], norm.reshape(1)])
         self._norms = torch.where(self._step < 0, newer, self._norms)
         self._names = list(metrics)

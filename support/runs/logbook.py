@@ -36,7 +36,7 @@ class Logbook:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Peak memory so far, in GB: torch's on a GPU, elsewhere that resident in this process."""
+    """Peak memory so far, in GB: torch's on a GPU, otherwise this process's resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -50,7 +50,7 @@ def duration(seconds: float) -> str:
 
 @functools.cache
 def code_version() -> str:
-    """The version, with the git commit and `-dirty` if it was changed, where git is there."""
+    """The version; in a git checkout also the commit, with `-dirty` if files have changed."""
     root = Path(__file__).resolve().parent.parent.parent
     if not (root / ".git").exists():
         return support.__version__

@@ -56,8 +56,8 @@ def newest_usable(
 ) -> tuple[Path | None, dict[str, Any] | None]:
     """The newest checkpoint that fits the state; adds to `notes` a line for each passed over.
 
-    None where no file has a checkpoint's name. UserError with the newest one's reason where all
-    are unusable: only the user may decide to start afresh in that folder.
+    None if no file has a checkpoint's name. If all are unusable, UserError with the newest one's
+    reason: only the user may decide to start afresh in that folder.
     """
     found = find_checkpoints(folder)
     reasons = []

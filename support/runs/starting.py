@@ -42,8 +42,8 @@ def start_from(
 ) -> tuple[dict[str, Any], list[str]]:
     """Copy the averaged weights at `source` into a fresh network, as far as they fit.
 
-    The source is any model that MODEL_HELP describes, or a file of weights with our names. The
-    network may name its `label_table` and `null_label`. Returns a record and lines for the log.
+    The source is any model that MODEL_HELP describes, or a file of weights under our names. A
+    network may declare its `label_table` and `null_label`. Returns a record and lines for the log.
     UserError if nothing fits.
     """
     try:
@@ -72,7 +72,7 @@ def start_from(
         f"tensors copied, {copied:,} of {numbers:,} numbers",
         *transfer.notes,
         *(f"new: {name}" for name in transfer.new),
-        *(f"not copied, has no place here: {name}" for name in transfer.left),
+        *(f"not copied, unknown here: {name}" for name in transfer.left),
     ]
     return record, lines
 

@@ -25,8 +25,8 @@ from support.system.hardware import keep_freed_memory, let_segments_expand, unus
 
 Value = TypeVar("Value")
 SIOCGIFADDR = 0x8915  # Linux's request for the address of a network interface
-# gloo raises plain RuntimeErrors. They name a place in its source; those of the exchanges that end
-# because another one timed out have this text.
+# gloo raises plain RuntimeErrors that name a place in its source, or have this text if an exchange
+# ended because another one timed out.
 OF_GLOO = re.compile("gloo|Application timeout caused pair closure")
 # In the errors of torch, gloo and NCCL: another process is silent, or has ended.
 SILENT = re.compile("timed out|timeout", re.IGNORECASE)

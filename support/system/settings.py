@@ -161,9 +161,9 @@ def listed(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
-@dataclass(frozen=True, eq=False)  # hashed by pydantic, which a table is not
+@dataclass(frozen=True, eq=False)  # pydantic hashes it, and tables have no hash
 class Choice:
-    """The type of a text that must be a name in a table, the one that implements the names."""
+    """The type of a text that must be a name in the table of implementations."""
 
     table: Collection[str]
 

@@ -41,8 +41,8 @@ class Listener:
     def signalled(self, processes: Processes, may_be_late: bool = False) -> Signalled:
         """What any of the processes was told, the same on all; all have to call this.
 
-        What may be late is known to several processes at the next call, so that none waits here
-        for the slowest.
+        With `may_be_late`, several processes learn of a signal at the next call, so that none of
+        them waits here for the slowest.
         """
         told = self._exchanged()
         if told is Signalled.STOP:
@@ -53,13 +53,13 @@ class Listener:
         return max(told, self._exchanged())
 
     def saved(self) -> None:
-        """Forget what has been done."""
+        """Forget the request for a save, which has been carried out."""
         self._is_saved = True
         if self._signalled is Signalled.SAVE:
             self._signalled = Signalled.NOTHING
 
     def _exchanged(self) -> Signalled:
-        """What the exchange under way has brought, if there is one, and is not done yet."""
+        """The result of the exchange under way, unless it has been carried out already."""
         told = Signalled(self._exchange()) if self._exchange else Signalled.NOTHING
         is_done = told is Signalled.SAVE and self._is_saved
         self._exchange, self._is_saved = None, False
