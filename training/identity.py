@@ -51,15 +51,11 @@ def refuse_another_experiment(
     return [f"{key} changed: {change}" for key, change in changes.items()]
 
 
-def compare_plans(plan: BatchPlan, content: Mapping[str, Any], path: Path) -> list[str]:
-    """A line where the batch was cut differently before: noise is drawn by microbatch."""
-    before = content.get("parts", plan.record())
-    if before == plan.record():
+def compare_plans(plan: BatchPlan, content: Mapping[str, Any]) -> list[str]:
+    """A line if the batch was cut differently before: noise is drawn by microbatch."""
+    was = BatchPlan.from_record(content["parts"]) if "parts" in content else plan
+    if was == plan:
         return []
-    try:
-        was = BatchPlan.from_record(before)
-    except (KeyError, TypeError, ZeroDivisionError, UserError):
-        raise UserError(f"{path}: its entry `parts` is damaged") from None
     order = "goes on" if was.batch_size == plan.batch_size else "is another"
     noise = "goes on" if was.num_microbatches == plan.num_microbatches else "is another"
     return [f"batch {plan} now, {was} before: the order of the data {order}, the noise {noise}"]

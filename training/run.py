@@ -94,7 +94,7 @@ def continue_run(run: Run, allowed: Sequence[str]) -> None:
         if "data" in content:
             is_allowed = "data" in allowed
             notes = compare_data(content["data"], run.data.record(), str(source), is_allowed)
-        notes += compare_plans(learner.plan, content, source)
+        notes += compare_plans(learner.plan, content)
         if "config" in content:
             before = config_from_dict(content["config"], str(source))
         elif (source := folder / "config.yaml").exists() and (content or has_trained(folder)):

@@ -76,7 +76,7 @@ class BatchPlan:
 
     @classmethod
     def from_record(cls, record: Mapping[str, int]) -> "BatchPlan":
-        """The plan that `record` stored; KeyError or TypeError where it is damaged."""
+        """The plan that `record` stored."""
         return cls(*(record[name] for name in STORED_NAMES))
 
     def __str__(self) -> str:

@@ -1,8 +1,9 @@
 """The latent file imagenet_latent.hdf5: its attributes, its frame for a writer, its reader.
 
 Entries: `latents` [N, 8, S, S], the VAE's posterior mean and then its standard deviation, in the
-VAE's own scale; `labels` int64 [N]; int64 scalars `amount` = N and `latent_size` = S. Attributes
-say what made the file; the published code writes none.
+VAE's own scale; `labels` int64 [N]; for the published code, which reads them, int64 scalars
+`amount` = N and `latent_size` = S. Attributes say what made the file; the published code writes
+none.
 """
 
 import contextlib
@@ -161,7 +162,7 @@ class LatentReader:
         with _opened(self.path) as file, self._explained():
             latents, labels = _dataset(file, "latents"), _dataset(file, "labels")
             self.shape, self.dtype = latents.shape, latents.dtype
-            self._check_shapes(latents, labels, file)
+            self._check_shapes(latents, labels)
             self._check_storage(latents)
             self._check_storage(labels)
             self.labels = torch.from_numpy(labels[()].astype(np.int64))
@@ -276,7 +277,7 @@ class LatentReader:
         except Exception as error:  # h5py raises many kinds on damaged files
             raise UserError(f"{self.path}: cannot be read ({shorten(error)})") from error
 
-    def _check_shapes(self, latents: h5py.Dataset, labels: h5py.Dataset, file: h5py.File) -> None:
+    def _check_shapes(self, latents: h5py.Dataset, labels: h5py.Dataset) -> None:
         shape = latents.shape
         if len(shape) != 4 or shape[1] != MOMENT_CHANNELS or shape[2] != shape[3] or 0 in shape:
             raise UserError(
@@ -289,10 +290,6 @@ class LatentReader:
                 f"{self.path}: labels are {labels.dtype} {list(labels.shape)}; they must be int64 "
                 f"[{shape[0]}]"
             )
-        for name, value in (("amount", shape[0]), ("latent_size", shape[2])):
-            scalar = _dataset(file, name)
-            if scalar.shape != () or scalar.dtype.kind not in "iu" or scalar[()] != value:
-                raise UserError(f"{self.path}: {name} must be the number {value}, as in latents")
 
     def _check_storage(self, dataset: h5py.Dataset) -> None:
         """UserError if an array cannot be in the file, or needs much memory to be unpacked.

@@ -34,19 +34,15 @@ def describe_memory(
 
 
 def describe_disk(
-    model: nn.Module,
-    schedule: ResultSchedule,
-    eval_bytes: int,
-    num_averages: int = 1,
-    snapshot_averages: int = 0,
+    model: nn.Module, schedule: ResultSchedule, eval_bytes: int, averages: int, power_averages: int
 ) -> str:
     """A line on the disk space that the whole run fills; eval_bytes is the size of one eval."""
     written = {
-        "checkpoints": (len(schedule.steps("ckpts")), checkpoint_bytes(model, num_averages)),
+        "checkpoints": (len(schedule.steps("ckpts")), checkpoint_bytes(model, averages)),
         "evals": (len(schedule.steps("evals")), eval_bytes),
     }
     if snapshots := len(schedule.steps("averages")):
-        written["snapshots"] = (snapshots, snapshot_averages * weight_bytes(model))
+        written["snapshots"] = (snapshots, power_averages * weight_bytes(model))
     listed = ", ".join(f"{n} {kind} of {size(each)}" for kind, (n, each) in written.items())
     return f"disk: {listed}, together {size(sum(n * each for n, each in written.values()))}"
 

@@ -15,7 +15,6 @@ from support.runs.metrics import Interval
 from support.system.files import UserError, atomic_write, identify, numbered_files, shorten
 
 REFERENCE_KEYS = ("model", "ema_model", "optimizer", "finished_steps", "finished_epochs")
-RECORDS = ("config", "data", "parts", "interval", "averages", "started_from")  # our additions
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -208,12 +207,6 @@ def read_checkpoint(
         raise UserError(f"{path}: not a training checkpoint, but a {type(state).__name__}")
     if missing := [key for key in needed if key not in state]:
         raise UserError(f"{path}: not a training checkpoint, it lacks {', '.join(missing)}")
-    kinds = {"finished_steps": int, "finished_epochs": int} | dict.fromkeys(RECORDS, dict)
-    for key, kind in kinds.items():
-        if not isinstance(state.get(key, kind()), kind):
-            raise UserError(
-                f"{path}: its entry `{key}` is damaged (it is a {type(state[key]).__name__})"
-            )
     return state
 
 
