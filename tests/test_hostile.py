@@ -131,24 +131,6 @@ def packed_checkpoint(path):
             archive.writestr(name, data)
 
 
-def write_latents(path, shape, chunk, kind, label_chunk):
-    """A file of zeros, all chunks of which are one and the same compressed one."""
-    with h5py.File(path, "w") as file:
-        options = {"compression": "gzip"}
-        latents = file.create_dataset("latents", shape, kind, chunks=chunk, **options)
-        labels = file.create_dataset("labels", shape[:1], "i8", chunks=(label_chunk,), **options)
-        for data in (latents, labels):
-            packed = deflated(int(np.prod(data.chunks)) * data.dtype.itemsize)
-            for start in range(0, shape[0], data.chunks[0]):
-                data.id.write_direct_chunk((start,) + (0,) * (data.ndim - 1), packed)
-        file["amount"], file["latent_size"] = np.int64(shape[0]), np.int64(shape[2])
-
-
-def one_enormous_chunk(path):
-    rows = 36_864
-    write_latents(path, (rows, 8, 16, 16), (rows, 8, 16, 16), "f4", rows // 9)
-
-
 def text_of_many_megabytes(path):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         np.lib.format.write_array(buffer := io.BytesIO(), np.zeros((), f"U{32 * MB}"))
@@ -180,7 +162,6 @@ def with_sides_at(extension: str, place: int, layout: str, sides: tuple, after: 
 
 BOMBS = {
     "packed.pt": packed_checkpoint,
-    "chunk.hdf5": one_enormous_chunk,
     "text.npz": text_of_many_megabytes,
     "endless.yaml": lambda path: (path.touch(), os.truncate(path, 256 * MB)),
     "sides.png": lambda path: png(path, 60_000),

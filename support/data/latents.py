@@ -34,7 +34,6 @@ ROWS_LOOKED_AT = 256  # before training
 # 7; scaled ones have about 1, and those that were divided by the scale twice about 30.
 USUAL_DEVIATIONS = (2.0, 15.0)
 MAX_DEFLATION = 1100  # the most by which HDF5's compression can shrink values
-CHUNK_LIMIT_BYTES = 1 << 28  # a chunk is unpacked whole for one row; h5py's default is 1 MB
 FLOATS = (np.float16, np.float32, np.float64)
 
 # N rows, B of them read at a time, S latent side
@@ -292,9 +291,9 @@ class LatentReader:
             )
 
     def _check_storage(self, dataset: h5py.Dataset) -> None:
-        """UserError if an array cannot be in the file, or needs much memory to be unpacked.
+        """UserError if an array cannot be in the file.
 
-        Before anything is read: a few bytes can declare an array larger than any memory.
+        Checked before anything is read: a few bytes can declare an array larger than any memory.
         """
         # One piece of the file can stand for many chunks, which then count as stored.
         stored = min(dataset.id.get_storage_size(), os.path.getsize(self.path))
@@ -303,12 +302,6 @@ class LatentReader:
             raise UserError(
                 f"{self.path}: {dataset.name[1:]} {list(dataset.shape)} need {dataset.nbytes} "
                 f"bytes and the file has {stored} of them: it is not complete"
-            )
-        chunk_bytes = math.prod(dataset.chunks or ()) * dataset.dtype.itemsize
-        if chunk_bytes > CHUNK_LIMIT_BYTES:
-            raise UserError(
-                f"{self.path}: {dataset.name[1:]} are in chunks of {chunk_bytes} bytes, more than "
-                f"{CHUNK_LIMIT_BYTES}: write them with smaller ones"
             )
 
     def _read_info(self, file: h5py.File) -> LatentInfo | None:
