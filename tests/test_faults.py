@@ -9,13 +9,7 @@ from support.system.files import UserError
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("several processes")]
 
 
-# Left to `make faults`, for their time.
-LONG = {"read_only", "vanished", "two_runs", "hangs", "slurm"}
-
-
-@pytest.mark.parametrize(
-    "name", [n for n in faults.FAULTS if n not in LONG and not n.startswith("machines")]
-)
+@pytest.mark.parametrize("name", [name for name in faults.FAULTS if name not in faults.SLOW])
 def test_a_run_loses_nothing_by_this_fault_and_ends_as_an_unbroken_one(name):
     tally = faults.run_fault(name, is_quick=True)
     if tally.skipped:
