@@ -9,11 +9,7 @@ from checkpoints import fresh_state, save, step
 from safetensors.torch import save_file
 from torch import nn
 
-from support.runs.checkpoint import (
-    check_weights,
-    find_checkpoints,
-    read_checkpoint,
-)
+from support.runs.checkpoint import check_weights, find_checkpoints, read_checkpoint
 from support.system.files import UserError
 
 

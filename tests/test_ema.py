@@ -82,11 +82,7 @@ def test_kept_averages_combine_to_one_that_was_not_kept_and_say_how_nearly():
     assert combine(kept[-2:], Profile(gamma_of(0.25), 100)).error > 0.1
 
 
-AVERAGES = {
-    "ema_decay_rates": "[0.5,0.9]",
-    "ema_power": "[0.05,0.1,0.15]",
-    "ema_snapshot_steps": 2,
-}
+AVERAGES = {"ema_decay_rates": "[0.5,0.9]", "ema_power": "[0.05,0.1,0.15]", "ema_snapshot_steps": 2}
 
 
 @pytest.fixture(scope="module")

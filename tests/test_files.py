@@ -139,8 +139,7 @@ def test_download_arrives_whole_with_progress(tmp_path, server, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "line"),
-    [("absent", "absent: .*404"), ("short", "short: .*5 of 9 bytes")],
+    ("name", "line"), [("absent", "absent: .*404"), ("short", "short: .*5 of 9 bytes")]
 )
 def test_download_that_fails_is_named_and_leaves_nothing(tmp_path, server, name, line):
     with pytest.raises(UserError, match=line):
@@ -231,10 +230,7 @@ def test_nobody_is_refused_where_the_file_system_has_no_locks(tmp_path, monkeypa
 
 @pytest.mark.parametrize("lock", [lambda path: hold_lock(path, "taken"), one_at_a_time])
 def test_lock_in_a_folder_that_is_gone_is_one_line_and_makes_none(tmp_path, lock):
-    with (
-        pytest.raises(UserError, match="gone/lock: "),
-        lock(tmp_path / "gone/lock"),
-    ):
+    with pytest.raises(UserError, match="gone/lock: "), lock(tmp_path / "gone/lock"):
         pass
     assert os.listdir(tmp_path) == []
 

@@ -11,12 +11,7 @@ from commands import ROOT
 from refusals import refusal
 
 from support.data import folders
-from support.data.folders import (
-    class_folders,
-    describe_classes,
-    find_pictures,
-    sizes_of_pictures,
-)
+from support.data.folders import class_folders, describe_classes, find_pictures, sizes_of_pictures
 
 
 def make_files(folder, *names):

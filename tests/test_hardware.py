@@ -24,13 +24,7 @@ def gpu(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["auto", "cuda"])
-@pytest.mark.parametrize(
-    ("built_for", "said"),
-    [
-        ("12.8", "the driver is too old"),
-        (None, "CUDA"),
-    ],
-)
+@pytest.mark.parametrize(("built_for", "said"), [("12.8", "the driver is too old"), (None, "CUDA")])
 def test_a_gpu_that_torch_cannot_use_is_named_with_what_it_needs(
     gpu, monkeypatch, name, built_for, said
 ):

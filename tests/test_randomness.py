@@ -2,11 +2,7 @@
 
 import torch
 
-from support.system.randomness import (
-    GivenLabels,
-    PerImageStream,
-    derive_seed,
-)
+from support.system.randomness import GivenLabels, PerImageStream, derive_seed
 
 SHAPE = (3, 8, 8)
 

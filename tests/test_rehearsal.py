@@ -51,8 +51,7 @@ def test_steps_are_timed_without_data_and_files(
 
 
 @pytest.mark.parametrize(
-    ("options", "named"),
-    [(["--dry-run", "--check-data"], "--check-data"), (["--time"], "--time")],
+    ("options", "named"), [(["--dry-run", "--check-data"], "--check-data"), (["--time"], "--time")]
 )
 def test_options_that_ask_a_dry_run_for_too_much_are_refused(options, named):
     with pytest.raises(UserError, match=f"^{named}: "):

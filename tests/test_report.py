@@ -221,7 +221,7 @@ def test_the_best_of_what_can_be_compared_is_bold(tmp_path):
         report.main([*map(str, runs), "--table", str(table), *output])
     markdown = (tmp_path / "results.md").read_text().splitlines()
     assert [cell.strip() for cell in markdown[3].split("|")[1:6]] == [
-        *("a_0", "500", "2", "600", "**4.500**"),  # of two steps; the last scored step
+        *("a_0", "500", "2", "600", "**4.500**")  # of two steps; the last scored step
     ]
     assert markdown[5].split("|")[5].strip() == "5.500"
     assert r"a\_0 & 500 & 2 & 600 & \textbf{4.500}" in (tmp_path / "results.tex").read_text()

@@ -180,8 +180,7 @@ def test_every_class_asked_for_has_rows_of_its_own(given, num_images, shape, exp
 
 
 @pytest.mark.parametrize(
-    ("num_classes", "shape", "classes"),
-    [(10, (4, 8), [0, 2, 5, 7]), (2, (4, 3), [0, 0, 1, 1])],
+    ("num_classes", "shape", "classes"), [(10, (4, 8), [0, 2, 5, 7]), (2, (4, 3), [0, 0, 1, 1])]
 )
 def test_uniform_labels_fill_rows_of_classes_spread_over_all(num_classes, shape, classes):
     labels = np.random.default_rng(0).integers(num_classes, size=300)
