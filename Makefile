@@ -17,8 +17,8 @@ CHECK_PYTHON = $(PIP_PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 1
 DIGITS = runs/digits
 PAGE = $(DIGITS)/digits.html
 WORKERS ?= 2
-# Tests run side by side; tests/conftest.py says which follow each other.
-PYTEST = .venv/bin/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+# Files of tests run side by side; tests/conftest.py says in which order.
+PYTEST = .venv/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 OLDEST_TESTS = models unet train learner optimizers ema sampling checkpoint processes
 FASHION = runs/fashion
 FASHION_STEPS = $(shell sed -n 's/^total_steps: *\([0-9]*\).*/\1/p' configs/fashion.yaml)

@@ -7,6 +7,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when NumPy and torch are l
 
 import pytest
 import torch
+from commands import digits_settings
+
+import train
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -28,14 +31,37 @@ def browser():
         started.close()
 
 
+@pytest.fixture
+def new_page(browser):
+    """Opens a page; at the end, its console is empty and all requests began with one of `own`."""
+    opened = []
+
+    def open_page(own: tuple[str, ...], **options):
+        context = browser.new_context(**options)
+        page, said, asked = context.new_page(), [], []
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        opened.append((context, own, said, asked))
+        return page
+
+    yield open_page
+    for context, own, said, asked in opened:
+        assert said == []
+        assert [url for url in asked if not url.startswith(own)] == []
+        context.close()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of digits of three steps."""
+    folder = tmp_path_factory.mktemp("run") / "digits"
+    train.main([*digits_settings(folder, total_steps=3, ema_decay_rate=0.1), "--set=seed=5"])
+    return folder
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Let files share what they set up, and start with the slow, so that all workers end together.
-
-    Tests that fill the machine are one group, of which one runs at a time.
-    """
+    """Start with the slow files, so that all workers end together."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
-    for item in items:
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))

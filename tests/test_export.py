@@ -7,14 +7,12 @@ import stat
 import numpy as np
 import pytest
 import torch
-from commands import digits_settings
 from safetensors.torch import load_file
 from standins import narrow_unet
 from tiny_vae import make_tiny_vae
 from torch import nn
 
 import export
-import train
 from config import config_from_dict
 from models import build_model
 from sampler import decoding
@@ -29,13 +27,6 @@ from support.system.files import UserError
 def onnx():
     for name in ("onnxruntime", "onnxscript"):
         pytest.importorskip(name, reason=f"needs {name}")
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run") / "digits"
-    train.main([*digits_settings(folder, total_steps=3, ema_decay_rate=0.1), "--set=seed=5"])
-    return folder
 
 
 def test_an_export_is_the_averaged_weights_bit_for_bit_and_loads(run, tmp_path):

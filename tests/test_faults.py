@@ -6,7 +6,7 @@ import pytest
 from support.runs.background import background
 from support.system.files import UserError
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("several processes")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("name", [name for name in faults.FAULTS if name not in faults.SLOW])

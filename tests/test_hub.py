@@ -2,14 +2,14 @@
 
 import shutil
 
+import commands
 import numpy as np
 import pytest
 import torch
-from commands import ROOT, digits_settings, forked, run
+from commands import ROOT, forked
 from hub import serving
 
 import export
-import train
 from sampling import load
 
 pytestmark = pytest.mark.slow
@@ -27,13 +27,11 @@ NOBODY = "http://127.0.0.1:9"  # where nothing listens
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory):
+def exported(run, tmp_path_factory):
     """An exported run, and the images that it makes."""
-    place = tmp_path_factory.mktemp("hub")
-    train.main([*digits_settings(place / "run", total_steps=3), "--set=seed=5"])
-    export.main([str(place / "run"), str(place / "out")])
-    loaded = load(place / "run", device="cpu", report=lambda line: None)
-    return place, loaded.sample([1, 2], [3, 4]).latents
+    folder = tmp_path_factory.mktemp("hub") / "out"
+    export.main([str(run), str(folder)])
+    return folder, load(run, device="cpu", report=None).sample([1, 2], [3, 4]).latents
 
 
 @pytest.fixture
@@ -74,9 +72,9 @@ def refusal(done) -> str:
     return done.stderr
 
 
-def test_a_pushed_model_loads_elsewhere_and_from_the_cache(exported, hub, tmp_path):
-    place, expected = exported
-    done = pushed(hub, place / "run", tmp_path / "out", "--push", "owner/digits", "--private")
+def test_a_pushed_model_loads_elsewhere_and_from_the_cache(run, exported, hub, tmp_path):
+    _, expected = exported
+    done = pushed(hub, run, tmp_path / "out", "--push", "owner/digits", "--private")
     assert done.returncode == 0, done.stderr
     assert "/owner/digits" in done.stdout
     assert "README.md" in done.stdout  # whose licence is missing
@@ -94,7 +92,7 @@ def test_a_pushed_model_loads_elsewhere_and_from_the_cache(exported, hub, tmp_pa
 def test_a_folder_is_pushed_as_it_is_and_never_to_a_public_place_by_mistake(
     exported, hub, tmp_path
 ):
-    out = shutil.copytree(exported[0] / "out", tmp_path / "out")
+    out = shutil.copytree(exported[0], tmp_path / "out")
     card = out / "README.md"
     card.write_text(card.read_text().replace("license: unknown  # to be filled in", "license: mit"))
     done = pushed(hub, out, "--push", "owner/digits")
@@ -108,12 +106,11 @@ def test_a_folder_is_pushed_as_it_is_and_never_to_a_public_place_by_mistake(
     assert "secret" not in sent.read_text()
 
 
-def test_a_failing_push_is_refused_early_where_possible(exported, hub, tmp_path):
-    place, _ = exported
-    flags = [place / "run", tmp_path / "out", "--push", "owner/digits"]
+def test_a_failing_push_is_refused_early_where_possible(run, exported, hub, tmp_path):
+    flags = [run, tmp_path / "out", "--push", "owner/digits"]
     assert "HF_TOKEN" in refusal(pushed(hub, *flags, HF_TOKEN=""))
     assert not (tmp_path / "out").exists()
-    flags = [place / "out", "--push", "owner/digits"]
+    flags = [exported[0], "--push", "owner/digits"]
     hub.token = "hf_other"
     assert "owner/digits" in refusal(pushed(hub, *flags))
     assert not hub.folder.exists()
@@ -121,14 +118,14 @@ def test_a_failing_push_is_refused_early_where_possible(exported, hub, tmp_path)
 
 
 def test_of_a_released_repository_one_folders_config_and_newest_checkpoint_are_fetched(
-    exported, hub, tmp_path
+    run, exported, hub, tmp_path
 ):
-    place, expected = exported
+    _, expected = exported
     ckpts = hub.folder / "zlab-princeton" / "SoFlow" / "XL-2-cond" / "ckpts"
     ckpts.mkdir(parents=True)
     for step in (0, 3):
-        shutil.copy(place / "run" / "ckpts" / f"{step}.pt", ckpts)
-    shutil.copy(place / "run" / "config.yaml", ckpts.parent)
+        shutil.copy(run / "ckpts" / f"{step}.pt", ckpts)
+    shutil.copy(run / "config.yaml", ckpts.parent)
     repository = "zlab-princeton/SoFlow"
     for name, subfolder in ((repository, "XL-2-cond"), (f"{repository}/XL-2-cond", "")):
         done, latents = fetched(hub, name, tmp_path, subfolder)
@@ -137,7 +134,7 @@ def test_of_a_released_repository_one_folders_config_and_newest_checkpoint_are_f
     assert "XL-2-cond" in refusal(fetched(hub, repository, tmp_path)[0])
     # By the same name on the command line; the samples are not written into the hub's cache.
     flags = [f"--ckpt={repository}/XL-2-cond", "--num-samples=1", "--set=device=cpu"]
-    done = run(ROOT / "inference.py", *flags, folder=tmp_path, env=hub.env)
+    done = commands.run(ROOT / "inference.py", *flags, folder=tmp_path, env=hub.env)
     assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.glob("*.npz")] == ["XL-2-cond_1NFE_42.npz"]
 

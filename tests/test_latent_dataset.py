@@ -144,7 +144,6 @@ def test_latents_are_the_vaes_in_order_with_their_labels(made):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("several processes")
 def test_two_processes_make_the_same_file_and_go_on_when_one_is_killed(made, tmp_path):
     script = "tests/killed_extraction.py"
     arguments = options(made, **{"save-path": tmp_path})

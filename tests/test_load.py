@@ -6,24 +6,16 @@ import math
 import numpy as np
 import pytest
 import torch
-from commands import digits_settings, succeed
+from commands import succeed
 from exact import ExactNetwork
 from PIL import Image
 
 import export
 import inference
-import train
 from models import SoFlow
 from sampler import chain, renoise
 from sampling import load, sample
 from support.system.files import UserError
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run") / "digits"
-    train.main([*digits_settings(folder, total_steps=3, ema_decay_rate=0.1), "--set=seed=5"])
-    return folder
 
 
 @pytest.fixture(scope="module")

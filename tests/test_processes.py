@@ -20,7 +20,7 @@ from support.system.processes import Processes, reporting_lost_processes
 from support.system.randomness import PerImageStream
 from training.draws import draw_batch
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("several processes")]
+pytestmark = pytest.mark.slow
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 ALONE = Processes(0, 0, 1, torch.device("cpu"))

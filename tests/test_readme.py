@@ -25,8 +25,6 @@ from models import build_model
 sys.path.append(str(ROOT / "docs"))
 import make_config
 
-pytestmark = pytest.mark.xdist_group("several processes")
-
 BENCHMARKS = ("benchmarks/gpu.py", "benchmarks/bench_step.py")
 
 # Commands that cannot run here, by their first words. Their files and options are checked.

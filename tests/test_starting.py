@@ -137,7 +137,6 @@ def test_a_run_starts_from_the_average_and_never_looks_again(source, tmp_path, c
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("several processes")
 def test_every_process_starts_from_the_same_weights(source, tmp_path):
     folder = tmp_path / "run"
     values = {"total_steps": 1, "init_from": source, "logging_steps": 1}
