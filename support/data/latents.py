@@ -307,13 +307,7 @@ class LatentReader:
     def _read_info(self, file: h5py.File) -> LatentInfo | None:
         if "vae" not in file.attrs:
             return None
-        try:
-            info = LatentInfo.read(file.attrs)
-        except Exception as error:  # h5py raises many kinds
-            raise UserError(
-                f"{self.path}: its attributes are not those of a latent file "
-                f"({type(error).__name__}: {shorten(error)})"
-            ) from error
+        info = LatentInfo.read(file.attrs)
         if info.latent_scale != LATENT_SCALE:
             raise UserError(
                 f"{self.path}: made for the scale {info.latent_scale}; it must be {LATENT_SCALE}"
