@@ -225,7 +225,7 @@ def command_values(bench: Bench, script: str, option: str) -> Values:
 def call(script: str, *words: object) -> None:
     """Run a command to its end."""
     command = [sys.executable, str(ROOT / script), *map(str, words)]
-    done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{script}: {done.stderr.strip().splitlines()[-1:]}")
 
