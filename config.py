@@ -224,6 +224,15 @@ class Config(BaseModel):
         1, "sampling steps per image", ge=1, le=1000
     )
     eval_num_samples: Whole = changeable(50_000, "number of images for scoring", ge=1, le=10**8)
+    eval_score: bool = changeable(
+        False, "score each eval in the running job, against eval_reference, by torch"
+    )
+    eval_reference: Location | None = changeable(
+        None, "reference file for these scores, as evaluator.py takes it"
+    )
+    eval_graph: Location | None = changeable(
+        None, "frozen graph for these scores; null: the Inception graph, downloaded if absent"
+    )
     eval_demo_steps: Whole | None = changeable(
         1_000, "draw a grid of samples every so many steps; 0: never", ge=0
     )
@@ -462,6 +471,10 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
         yield "cfg_drop_rate", "must be 0 where cfg_scale is 1 (no guidance)"
     if config.cfg_scale > 1 and config.mix_ratio == 0:
         yield "mix_ratio", "leaves nothing of the data in the guided target; 0.25 is usual"
+    if config.eval_score and not config.eval_reference:
+        yield "eval_score", "needs eval_reference, a file that evaluator.py --write_ref makes"
+    if config.eval_score and not config.eval_steps:
+        yield "eval_score", "needs eval_steps, which say when there is something to score"
     if config.velocity_loss_ratio > 0 and config.flow_matching_count == 0:
         reason = f"leaves flow matching no sample of batch_size {config.batch_size}; 0 turns it off"
         yield "velocity_loss_ratio", reason

@@ -19,6 +19,7 @@ from support.system.randomness import GivenLabels, PerImageStream
 from support.system.signals import Signalled
 from training.held_out import measure
 from training.run import Run
+from training.scoring import log_line
 
 LONG_SECONDS = 10  # a first step longer than this is logged
 
@@ -150,8 +151,19 @@ def make_eval(run: Run, path: Path) -> None:
 
     batches = make_images(run, request)
     write_samples(path, batches, request.num_images, run.processes.is_main, save_record)
+    if run.scorer:
+        score_eval(run, path)
     if run.processes.is_main:
         run.results.delete_superseded("evals", state.finished_steps)
+
+
+def score_eval(run: Run, path: Path) -> None:
+    """Score an eval, for the log, metrics.jsonl and the records that report.py reads."""
+    scorer, device = run.scorer, run.processes.device
+    assert scorer is not None
+    record = run.processes.on_rank0(lambda: scorer.score(path, device))
+    run.logbook.line(log_line(record))
+    run.metrics.add(run.learner.state.finished_steps, record["scores"])
 
 
 def make_images(run: Run, request: SampleRequest) -> Iterator[ImageBatch]:

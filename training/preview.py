@@ -14,6 +14,7 @@ from support.runs.budget import activation_bytes, count_parameters, describe_dis
 from support.runs.rehearsal import time_steps, within_memory
 from support.system.command import is_first_process
 from support.system.processes import connected, world_size_asked_for
+from training import scoring
 from training.draws import draw_batch
 from training.execution import set_options
 from training.run import assemble_run, draw_batches
@@ -39,6 +40,7 @@ def describe(config: Config) -> None:
         describe_disk(
             model, config.result_schedule(), eval_bytes(config), averages, len(config.ema_power)
         ),
+        *scoring.describe(config),
     ):
         say(f"# {line}")
 
@@ -61,6 +63,8 @@ def rehearse(config: Config) -> None:
         for line in itertools.chain(run.notes, lines):
             say(f"# {line}")
         run.learner.guard.refuse()
+        for line in scoring.time_scoring(config, processes.device):
+            say(f"# {line}")
 
 
 def describe_length(config: Config) -> str:

@@ -27,6 +27,7 @@ from training.draws import draw_batch
 from training.held_out import draw_held_out
 from training.identity import compare_plans, refuse_another_experiment, refuse_start
 from training.learner import Learner, build_learner
+from training.scoring import Scorer, find_scorer
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Run:
     logbook: Logbook
     metrics: Metrics
     held_out: list[Batch]
+    scorer: Scorer | None  # on rank 0, with eval_score
     notes: list[str]  # to log at the start
     is_fresh: bool = True  # whether it starts from no checkpoint
     listener: Listener = field(default_factory=Listener)
@@ -57,13 +59,20 @@ def build_run(config: Config, processes: Processes, check_data: bool = False) ->
     plan = config.batch_plan(processes.world_size)
     decoder = find_decoder(config) if config.result_schedule().has_images else None
     check_installed(config.log_to)
+    scorer = processes.on_rank0(lambda: find_scorer(config))
     data = build_data(config.data_request(), processes, check_data)
     if decoder:
         data.notes += decoder_notes(decoder, data.record())
-    return assemble_run(config, processes, plan, data)
+    return assemble_run(config, processes, plan, data, scorer)
 
 
-def assemble_run(config: Config, processes: Processes, plan: BatchPlan, data: TrainingData) -> Run:
+def assemble_run(
+    config: Config,
+    processes: Processes,
+    plan: BatchPlan,
+    data: TrainingData,
+    scorer: Scorer | None = None,
+) -> Run:
     """A fresh run on the given data."""
     folder = Path(config.working_dir)
     learner, notes = build_learner(
@@ -82,7 +91,9 @@ def assemble_run(config: Config, processes: Processes, plan: BatchPlan, data: Tr
     metrics = Metrics(folder, processes.is_main, logbook.line)
     held_out = draw_held_out(config, data.held_out, processes) if data.held_out else []
     notes = [*data.notes, *notes]
-    return Run(config, processes, data, learner, results, logbook, metrics, held_out, notes)
+    return Run(
+        *(config, processes, data, learner, results, logbook, metrics, held_out, scorer, notes)
+    )
 
 
 def continue_run(run: Run, allowed: Sequence[str]) -> None:

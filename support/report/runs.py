@@ -15,8 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from support.report.curves import Curve
-from support.scores.table import Yardstick, listed, origin_of, read_record, read_records
-from support.system.files import UserError, natural_key, numbered_files, reporting_os_errors
+from support.scores.table import SCORES, Yardstick, listed, origin_of, read_record, read_records
+from support.system.files import (
+    UserError,
+    natural_key,
+    numbered_files,
+    reporting_os_errors,
+)
 from support.system.settings import read_yaml
 
 LOG_LINE = re.compile(r"(?P<time>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (?P<text>.*)")
@@ -87,8 +92,11 @@ def read_run(folder: Path, name: str) -> RecordedRun:
         raise UserError(f"{folder}: holds no run: neither metrics.jsonl nor log.txt is there")
     run = RecordedRun(folder, name)
     read_log(folder / "log.txt", run)
-    rows = dict(read_lines(folder / "metrics.jsonl", run.notes))
-    run.curves = curves_of(rows)
+    rows: dict[int, dict[str, Any]] = {}
+    for step, row in read_lines(folder / "metrics.jsonl", run.notes):
+        rows.setdefault(step, {}).update(row)
+    # Scores have a record in evals/, which also says what they depend on.
+    run.curves = {name: curve for name, curve in curves_of(rows).items() if name not in SCORES}
     run.last_step = max(rows, default=0)
     try:
         run.settings = read_yaml(folder / "config.yaml")

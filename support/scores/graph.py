@@ -38,7 +38,7 @@ class Features(NamedTuple):
     spatial: np.ndarray
 
 
-def find_graph(path: str | Path | None, beside: Path = ROOT) -> Path:
+def find_graph(path: str | Path | None, beside: Path = ROOT, option: str = "--inception") -> Path:
     """The graph's file: `path`, or the default name here or in `beside`, or downloaded to here.
 
     Raises UserError if it is absent and cannot be downloaded.
@@ -53,11 +53,11 @@ def find_graph(path: str | Path | None, beside: Path = ROOT) -> Path:
             except UserError as error:
                 raise UserError(
                     f"no Inception graph: {error}; download {URL} yourself and put it here as "
-                    f"{DEFAULT_NAME}, or name another with --inception"
+                    f"{DEFAULT_NAME}, or name another with {option}"
                 ) from error
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such graph; --inception takes a frozen graph, a .pb file")
+        raise UserError(f"{path}: no such graph; {option} takes a frozen graph, a .pb file")
     return path
 
 

@@ -1,0 +1,88 @@
+"""Score the evals of a run while it trains: evaluator.py's scores, by torch on the run's device."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from config import Config
+from support.data.vae import PIXELS_PER_LATENT
+from support.runs.logbook import duration
+from support.scores.graph import FeatureGraph, find_graph
+from support.scores.image_sets import archive_images
+from support.scores.references import load_reference, reference_images
+from support.scores.scoring import score_samples
+from support.scores.table import Results, line_of
+from support.system.files import UserError, sha256_of
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """The files that evals are scored with."""
+
+    reference: Path
+    graph: Path
+    num_references: int | None  # images in the reference; None: it has statistics alone
+
+    def load_graph(self, image_shape: tuple[int, ...], device: torch.device) -> FeatureGraph:
+        """The graph, on the run's device."""
+        return FeatureGraph(self.graph, image_shape, backend="torch", device=str(device))
+
+    def score(self, path: Path, device: torch.device) -> dict:
+        """Score the samples at `path`; the record is also added to those of their folder."""
+        samples = archive_images(path)
+        graph = self.load_graph(samples.image_shape, device)
+        images, digest = reference_images(self.reference), sha256_of(self.reference)
+        reference = load_reference(self.reference, images, digest, graph)
+        record = score_samples(path, samples, reference, graph)
+        Results.open(path.parent).add(record)
+        return record
+
+
+def find_scorer(config: Config) -> Scorer | None:
+    """What `eval_score` asks for, checked before the run starts; None without it."""
+    if not config.eval_score:
+        return None
+    assert config.eval_reference is not None  # the config refuses that
+    path = Path(config.eval_reference)
+    images = reference_images(path)
+    side = config.data_size * (PIXELS_PER_LATENT if config.is_latent else 1)
+    if images and images.image_shape[:2] != (side, side):
+        found = " x ".join(map(str, images.image_shape[:2]))
+        raise UserError(f"eval_reference {path}: its images are {found}, the run's {side} x {side}")
+    graph = find_graph(config.eval_graph, option="eval_graph")
+    return Scorer(path, graph, images.num_images if images else None)
+
+
+def describe(config: Config) -> list[str]:
+    """Lines on what scoring will cost; none without it."""
+    scorer = find_scorer(config)
+    if not scorer:
+        return []
+    count = config.total_steps // config.eval_steps if config.eval_steps else 0
+    line = f"scoring: {count} evals of {config.eval_num_samples:,} images"
+    if scorer.num_references:
+        line += f", and once the {scorer.num_references:,} of the reference"
+    return [f"{line}, go through {scorer.graph}"]
+
+
+def time_scoring(config: Config, device: torch.device) -> list[str]:
+    """A line on how long the images of an eval take to go through the graph; none without it."""
+    scorer = find_scorer(config)
+    if not scorer:
+        return []
+    side = config.data_size * (PIXELS_PER_LATENT if config.is_latent else 1)
+    graph = scorer.load_graph((side, side, 3), device)
+    pixels = torch.zeros(graph.batch_images, side, side, 3, dtype=torch.uint8).numpy()
+    list(graph.features(pixels))
+    started = time.monotonic()
+    list(graph.features(pixels))
+    rate = len(pixels) / (time.monotonic() - started)
+    eval_time = duration(config.eval_num_samples / rate)
+    return [f"scoring: {rate:.1f} images/s, {eval_time} an eval, while training waits"]
+
+
+def log_line(record: dict) -> str:
+    """What the log says of a score."""
+    return f"scored in {record['seconds']:.1f} s: {line_of(record)}"
