@@ -27,13 +27,16 @@ from support.scores import image_sets, measures, references, table
 from support.scores.graph import BACKENDS, DEFAULT_NAME, FeatureGraph, find_graph
 from support.scores.image_sets import ImageSet
 from support.scores.references import Reference
-from support.scores.scoring import score_samples, stamp_of
+from support.scores.scoring import no_file, score_samples, stamp_of
 from support.scores.summary import summary
 from support.scores.table import Results, Stamp, Yardstick, printable
 from support.system.files import UserError, make_folder, natural_key, reporting_os_errors, sha256_of
 
-SCORING = ("ref_batch", "sample_batch_dir", "distances", "bootstrap", "watch", "delete_evaluated")
-MAKING = ("write_ref", "images", "image_size", "exif", "ref_images")
+SCORING = (
+    *("ref_batch", "sample_batch_dir", "distances", "bootstrap", "floors"),
+    *("watch", "delete_evaluated"),
+)
+MAKING = ("write_ref", "images", "image_size", "exif", "ref_images", "pixels_only")
 
 
 def load_graph(
@@ -101,19 +104,39 @@ class Session:
         except UserError as error:
             self._fail(path, stamp, error)
             return
-        self.results.add(record)
         self.failed.pop(path, None)
+        self._keep(record)
+        if self._arguments.delete_evaluated and not samples.exif:
+            with reporting_os_errors(f"{path}: scored, but cannot be deleted"):
+                if not path.samefile(self._arguments.ref_batch):
+                    path.unlink()
+                    references.cache_of(path, graph).unlink(missing_ok=True)
+
+    def add_floors(self, source: str) -> None:
+        """Score what can be reached at best, other images at `source`, and at worst, noise.
+
+        Each has as many images as the smallest sample file, since the distances depend on it.
+        """
+        counts = [record["num_images"] for record in self.results.records.values()]
+        best = image_sets.other_part(source)
+        count = min([best.num_images, *counts])
+        for images in (
+            image_sets.part_of(best, count),
+            image_sets.noise_images(count, best.image_shape),
+        ):
+            known = (images.name, no_file(count), self.yardstick, self._replicates)
+            if not self.results.has(*known):
+                self._keep(score_samples(None, images, *self._load(images), self._replicates))
+
+    def _keep(self, record: dict) -> None:
+        """Add a record to the results, and print it."""
+        self.results.add(record)
         took = f"{record['num_images']} images in {record['seconds']:.1f} s"
         if self._replicates:
             took += f", {record['bootstrap_seconds']:.1f} s of them for the bootstrap"
         if "prec" in record["scores"]:
             took += f"; prec and recall by {record['distances']} distances"
         print(printable(table.line_of(record)), took, *record["notes"], sep="\n  ", flush=True)
-        if self._arguments.delete_evaluated and not samples.exif:
-            with reporting_os_errors(f"{path}: scored, but cannot be deleted"):
-                if not path.samefile(self._arguments.ref_batch):
-                    path.unlink()
-                    references.cache_of(path, graph).unlink(missing_ok=True)
 
     def _load(self, samples: ImageSet) -> tuple[Reference, FeatureGraph]:
         """The reference and the graph; for images like these samples if the reference has none."""
@@ -139,6 +162,8 @@ def score_folder(arguments: argparse.Namespace) -> int:
     try:
         for path, stamp in files.items():
             session.score(path, stamp)
+        if arguments.floors:
+            session.add_floors(arguments.floors)
         while arguments.watch is not None:
             watch_once(session, arguments.watch)
     except KeyboardInterrupt:
@@ -166,9 +191,10 @@ def make_reference(arguments: argparse.Namespace) -> int:
     if images.left_out_note:
         print(images.left_out_note, flush=True)
     references.refuse_to_replace(arguments.write_ref)
-    path = find_graph(arguments.inception)
-    graph = load_graph(path, images.image_shape, arguments)
-    print(f"graph {graph.path}, SHA-256 {graph.sha256}")
+    graph = None
+    if not arguments.pixels_only:
+        graph = load_graph(find_graph(arguments.inception), images.image_shape, arguments)
+        print(f"graph {graph.path}, SHA-256 {graph.sha256}")
     references.write_reference(arguments.write_ref, images, graph, arguments.ref_images)
     print(f"{arguments.write_ref}: {images.num_images} images {list(images.image_shape)}")
     return 0
@@ -185,6 +211,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--distances", choices=measures.DISTANCES, help=kinds)
     times = "resample the features so many times for intervals of the distances (e.g. 100)"
     number("--bootstrap", metavar="N", help=times)
+    scale = "also score other images, by best the data set's other part, and noise, as a scale"
+    path("--floors", metavar="SOURCE", help=scale)
     again = "keep scoring new files, looking every so many seconds (60)"
     number("--watch", nargs="?", const=60, metavar="SECONDS", help=again)
     add("--delete_evaluated", action="store_true", help="delete each .npz once it is scored")
@@ -195,6 +223,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     exif = "rotation of pictures: apply (default), or ignore as ImageNet's published recipe does"
     add("--exif", choices=("apply", "ignore"), help=exif)
     number("--ref_images", help="images to keep in the reference file (all)")
+    later = "store pictures alone in the reference file; it needs no graph until the first score"
+    add("--pixels_only", action="store_true", help=later)
     path("--inception", metavar="PATH", help=f"frozen graph (default: {DEFAULT_NAME})")
     runs = "what runs the graph: auto takes TensorFlow where it is installed, otherwise torch"
     add("--backend", choices=("auto", *BACKENDS), default="auto", help=runs)

@@ -22,9 +22,9 @@ from plain_scores import (
 from toy_graph import write_toy_graph
 
 import evaluator
-from support.data.images import centre_crop
+from support.data.images import LabelledImages, centre_crop
 from support.scores import graph as feature_graph
-from support.scores import references, scoring
+from support.scores import image_sets, references, scoring
 from support.scores.graph import BACKENDS
 from support.scores.npz import read_archive
 from support.system.files import UserError, sha256_of
@@ -966,3 +966,48 @@ def test_help_comes_without_tensorflow_and_shows_commands_that_work():
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "python evaluator.py --ref_batch" in result.stdout
+
+
+# Floors, and references without statistics.
+
+
+def test_floors_give_the_scale_from_the_other_part_of_the_data_set_to_noise(place, capsys):
+    other = place.folder / "other.npz"
+    np.savez(other, some_pixels(3, 90))
+    place.add("a.npz", count=40)
+    place.run("--floors", other)
+    rows, _ = printed_table(capsys.readouterr().out)
+    distances = {record["file"]: record["scores"]["FD"] for record in place.records}
+    assert list(distances) == ["a.npz", str(other), "Gaussian noise"]
+    assert distances["Gaussian noise"] > 3 * distances[str(other)]
+    assert [record["num_images"] for record in place.records] == [40, 40, 40]
+    assert {row["images"] for row in rows.values()} == {"40"}
+    place.run("--floors", other)  # they are scored once
+    assert len(place.records) == 3
+
+
+def test_the_other_part_of_fashion_mnist_is_what_the_reference_is_not(tmp_path, monkeypatch):
+    parts = {}
+    for name in ("load_training_set", "load_test_set"):
+        parts[name] = LabelledImages(some_pixels(len(name), 9), np.zeros(9, np.int64))
+    known = image_sets.DataSet(
+        lambda folder: folder, *(lambda folder, part=part: part for part in parts.values())
+    )
+    monkeypatch.setattr(image_sets, "DATA_SETS", (known,))
+    reference, other = image_sets.find_images(tmp_path), image_sets.other_part(tmp_path)
+    found = [np.concatenate([*images.batches()]) for images in (reference, other)]
+    for pixels, part in zip(found, parts.values(), strict=True):
+        np.testing.assert_array_equal(pixels, part.pixels)
+
+
+def test_a_reference_of_pixels_alone_needs_no_graph_and_scores_like_one_with_statistics(place):
+    source, bare = place.folder / "images.npz", place.folder / "bare.npz"
+    np.savez(source, some_pixels(0, 70))
+    place.add()
+    making = ["--write_ref", str(bare), "--images", str(source), "--pixels-only"]
+    for _ in range(2):  # it replaces its own file
+        assert evaluator.main(making) == 0
+    expected = place.score()["scores"]
+    assert place.score("--ref_batch", bare)["scores"] == expected
+    with read_archive(bare) as archive:
+        assert "mu" not in archive

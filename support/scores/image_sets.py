@@ -4,14 +4,15 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from support.data import cifar10, fashion
 from support.data.folders import find_pictures, left_out_note
-from support.data.images import EXTENSIONS, read_image
+from support.data.images import EXTENSIONS, LabelledImages, read_image, to_pixels
 from support.scores.measures import NEIGHBOUR, SPLIT_IMAGES
 from support.scores.npz import LABELS, ArchiveReader, read_archive
 from support.system.files import UserError
@@ -105,13 +106,65 @@ def array_images(name: str, pixels: np.ndarray) -> ImageSet:
     return ImageSet(name, len(pixels), pixels.shape[1:], lambda: iter(batches))
 
 
-# How a copy of a data set is found, and which of its images are the reference: for CIFAR-10 the
-# training images, as usual; for Fashion-MNIST the test images, which neither a run nor our
-# classifier trains on.
+def noise_images(count: int, image_shape: tuple[int, ...]) -> ImageSet:
+    """Gaussian noise: the worst that a model can do."""
+
+    def batches() -> Iterator[np.ndarray]:
+        random_state = np.random.RandomState(0)
+        for start in range(0, count, READ_IMAGES):
+            shape = (min(READ_IMAGES, count - start), *image_shape)
+            yield to_pixels(random_state.standard_normal(shape))
+
+    return ImageSet("Gaussian noise", count, image_shape, batches)
+
+
+def part_of(images: ImageSet, count: int) -> ImageSet:
+    """`count` of the images, spread evenly, so that a set sorted by class keeps some of each."""
+    is_kept = evenly(images.num_images, count)
+
+    def batches() -> Iterator[np.ndarray]:
+        seen = 0
+        for pixels in images.batches():
+            yield pixels[is_kept[seen : seen + len(pixels)]]
+            seen += len(pixels)
+
+    return replace(images, num_images=count, batches=batches)
+
+
+def evenly(num_images: int, count: int) -> np.ndarray:
+    """Which of the images are taken for `count` of them: bool [N]."""
+    is_kept = np.zeros(num_images, bool)
+    is_kept[np.arange(count) * num_images // count] = True
+    return is_kept
+
+
+class DataSet(NamedTuple):
+    """How a copy of a data set is found; the part that is the reference, and the other one."""
+
+    find: Callable[[Path], Path | None]
+    reference: Callable[[Path], LabelledImages]
+    other: Callable[[Path], LabelledImages]
+
+
+# Of CIFAR-10 the training images are the reference, as usual; of Fashion-MNIST the test images,
+# which neither a run nor our classifier trains on.
 DATA_SETS = (
-    (cifar10.find_copy, cifar10.load_training_set),
-    (fashion.find_copy, fashion.load_test_set),
+    DataSet(cifar10.find_copy, cifar10.load_training_set, cifar10.load_test_set),
+    DataSet(fashion.find_copy, fashion.load_test_set, fashion.load_training_set),
 )
+
+
+def data_set_at(source: Path) -> DataSet | None:
+    """The known data set in a folder."""
+    return next((known for known in DATA_SETS if source.is_dir() and known.find(source)), None)
+
+
+def other_part(source: str | Path) -> ImageSet:
+    """The part of the data set at `source` that is not the reference; of others, all images."""
+    source = Path(source)
+    if known := data_set_at(source):
+        return array_images(f"other part of {source}", known.other(source).pixels)
+    return find_images(source)
 
 
 def find_images(
@@ -120,13 +173,15 @@ def find_images(
     """The images of `source`: an .npz, a folder of a known data set, or a folder of pictures."""
     source = Path(source)
     if not source.exists():
-        raise UserError(f"{source}: no such file or folder (--images)")
-    load = next((load for find, load in DATA_SETS if source.is_dir() and find(source)), None)
-    if source.is_dir() and load is None:
+        raise UserError(f"{source}: no such file or folder")
+    known = data_set_at(source)
+    if source.is_dir() and known is None:
         return folder_images(source, image_size, exif or "apply")
     if source.is_file() and source.name.lower().endswith(EXTENSIONS):
-        raise UserError(f"{source}: --images takes a folder of pictures, not a single one")
+        raise UserError(f"{source}: a single picture; give a folder of pictures")
     for flag, value in (("image_size", image_size), ("exif", exif)):
         if value is not None:
             raise UserError(f"{source}: --{flag} is for folders of pictures")
-    return array_images(str(source), load(source).pixels) if load else archive_images(source)
+    if known:
+        return array_images(str(source), known.reference(source).pixels)
+    return archive_images(source)

@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from support.scores.graph import FeatureGraph
-from support.scores.image_sets import ImageSet, archive_images
+from support.scores.image_sets import ImageSet, archive_images, evenly
 from support.scores.measures import DISTANCES, NEIGHBOUR, Manifold, Moments, Statistics
 from support.scores.npz import IMAGES, LABELS, ArchiveReader, read_archive, write_images
 from support.system.files import UserError, atomic_write, check_writable
@@ -69,24 +69,23 @@ def refuse_to_replace(path: str | Path) -> None:
     check_writable(path)
     is_ours = not Path(path).exists()
     with contextlib.suppress(UserError), read_archive(path) as archive:
-        is_ours = "graph_sha256" in archive
+        is_ours = "image_shape" in archive
     if not is_ours:
         raise UserError(f"{path}: exists and was not made by --write_ref; name another file")
 
 
 def write_reference(
-    path: str | Path, images: ImageSet, graph: FeatureGraph, keep_images: int | None = None
+    path: str | Path, images: ImageSet, graph: FeatureGraph | None, keep_images: int | None = None
 ) -> None:
     """Write a reference file: statistics of all `images`, and `keep_images` of them (or all).
 
-    The images to keep are spread evenly, so that a folder sorted by class keeps some of each class.
+    Without a graph it gets no statistics: they are made of the kept images at the first score.
     """
     num_images = images.num_images
     kept = keep_images or num_images
     if not NEIGHBOUR < kept <= num_images:
         raise UserError(f"--ref_images {kept}: must be in {NEIGHBOUR + 1}..{num_images}")
-    is_kept = np.zeros(num_images, bool)
-    is_kept[np.arange(kept) * num_images // kept] = True
+    is_kept = evenly(num_images, kept)
     with write_images(path, kept) as writer:
         seen = 0
 
@@ -95,13 +94,17 @@ def write_reference(
             writer.append(pixels[is_kept[seen : seen + len(pixels)]])
             seen += len(pixels)
 
-        writer.further_arrays.update(
-            _by_key(measure(images, graph, keep)),
-            graph=np.array(graph.name),
-            graph_sha256=np.array(graph.sha256),
-            count=np.array(num_images),
-            image_shape=np.array(images.image_shape),
-        )
+        if graph:
+            writer.further_arrays.update(
+                _by_key(measure(images, graph, keep)),
+                graph=np.array(graph.name),
+                graph_sha256=np.array(graph.sha256),
+                count=np.array(num_images),
+            )
+        else:
+            for pixels in images.batches():
+                keep(pixels)
+        writer.further_arrays["image_shape"] = np.array(images.image_shape)
         if images.exif:
             writer.further_arrays["exif"] = np.array(images.exif)
 

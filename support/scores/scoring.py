@@ -33,36 +33,45 @@ def stamp_of(path: Path) -> Stamp:
     return Stamp.of(*(find_pictures(path).paths if path.is_dir() else [path]))
 
 
+def no_file(num_images: int) -> Stamp:
+    """The stamp of images that are in no file."""
+    return Stamp(num_images, 0)
+
+
 def score_samples(
-    path: Path, samples: ImageSet, reference: Reference, graph: FeatureGraph, replicates: int = 0
+    path: Path | None,
+    samples: ImageSet,
+    reference: Reference,
+    graph: FeatureGraph,
+    replicates: int = 0,
 ) -> dict:
     """The record of the samples at `path`: scores by column, and everything they came from.
 
-    With `replicates`, distances get intervals by the bootstrap, and the features of an .npz are
-    kept beside it. Raises UserError if the samples are damaged, change meanwhile, or are of another
-    size.
+    Without a path, the samples are in no file, and the record has their name. With `replicates`,
+    distances get intervals by the bootstrap, and the features of an .npz are kept beside it.
+    Raises UserError if the samples are damaged, change meanwhile, or are of another size.
     """
     start_seconds = time.monotonic()
     if samples.image_shape[:2] != graph.image_shape[:2]:  # grey counts as RGB
         of = reference.path if reference.images else "the samples scored first"
         shapes = f"{list(samples.image_shape)}, those of {of} are {list(graph.image_shape)}"
-        raise UserError(f"{path}: images are {shapes}")
-    stamp, origin = stamp_of(path), table.origin_of(path, samples.num_images)
-    digest = hashlib.sha256()  # of a folder's pixels
-    sha256 = None if samples.exif else sha256_of(path)
+        raise UserError(f"{samples.name}: images are {shapes}")
+    stamp = stamp_of(path) if path else no_file(samples.num_images)
+    origin = table.origin_of(path, samples.num_images) if path else {}
+    digest = hashlib.sha256()  # of the pixels, where there is no file
+    sha256 = sha256_of(path) if path and not samples.exif else None
     balls = None
-    if sha256 and replicates:
-        how = (sha256, reference.distances, path)
-        measured, balls = measure_once(samples, graph, *how)
+    if path and sha256 and replicates:
+        measured, balls = measure_once(samples, graph, sha256, reference.distances, path)
     else:
-        measured = measure(samples, graph, digest.update if samples.exif else lambda pixels: None)
+        measured = measure(samples, graph, (lambda pixels: None) if sha256 else digest.update)
     if reference.manifold and balls is None:
         balls = Manifold.of(measured.features, reference.distances)
-    if stamp_of(path) != stamp:
+    if path and stamp_of(path) != stamp:
         raise UserError(f"{path}: changed while it was being scored")
     scores, deviations = compare(measured, balls, reference, graph)
     return {
-        "file": path.name,
+        "file": path.name if path else samples.name,
         "scores": scores,
         "deviations": deviations,
         **intervals(measured, reference, graph, replicates),
