@@ -115,16 +115,9 @@ def run_here(script: str, *words: object) -> int:
 def digits_settings(folder: Path, **values: object) -> list[str]:
     """Options of a small, quick digits run in `folder`."""
     settings = {
-        "working_dir": folder,
-        "total_steps": 6,
-        "batch_size": 12,
-        "eval_demo_steps": 0,
-        "eval_steps": 0,
-        "eval_num_samples": 10,
-        "ckpt_saving_steps": 0,
-        "logging_steps": 2,
-        "eval_demo_shape": "[2, 2]",
-        **values,
-    }
+        "working_dir": folder, "total_steps": 6, "batch_size": 12, "eval_demo_steps": 0,
+        "eval_steps": 0, "eval_num_samples": 10, "ckpt_saving_steps": 0, "logging_steps": 2,
+        "eval_demo_shape": "[2, 2]", **values,
+    }  # fmt: skip
     options = [f"--set={key}={value}" for key, value in settings.items()]
     return ["--config", str(ROOT / "configs" / "digits.yaml"), *options]

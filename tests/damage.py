@@ -1,8 +1,19 @@
 """Files in memory, and ways to damage them."""
 
 import io
+import os
 
 from hypothesis import strategies as st
+
+
+class Payload:
+    """What unpickles to a call of `os.mkdir`, which leaves a trace."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.trace),)
 
 
 def in_memory(write) -> bytes:

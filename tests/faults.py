@@ -51,14 +51,9 @@ INSIDE = "FAULTS_INSIDE"  # environment variable: this process has its own names
 LIMIT_SECONDS = 60  # for a process to end by itself
 STEPS = 6
 SETTINGS = {
-    "model_type": "DiT-Nano-4",
-    "total_steps": STEPS,
-    "logging_steps": 1,
-    "ckpt_saving_steps": 2,
-    "eval_demo_steps": 3,
-    "eval_steps": 3,
-    "eval_batch_size": 4,
-}
+    "model_type": "DiT-Nano-4", "total_steps": STEPS, "logging_steps": 1, "ckpt_saving_steps": 2,
+    "eval_demo_steps": 3, "eval_steps": 3, "eval_batch_size": 4,
+}  # fmt: skip
 ALONE = Processes(0, 0, 1, torch.device("cpu"))
 
 

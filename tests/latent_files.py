@@ -9,18 +9,10 @@ from support.data.latents import LATENT_FILE, LatentInfo, locate_latents, write_
 from support.data.vae import VAE_NAME
 
 INFO = LatentInfo(
-    vae=VAE_NAME,
-    vae_revision="c" * 40,
-    vae_sha256="0" * 64,
-    latent_scale=0.18215,
-    image_size=32,
-    dtype="float32",
-    seed=42,
-    images_sha256="1" * 64,
-    class_names=("cat", "dog", "fish"),
-    class_counts=(4, 4, 4),
-    code_version="test",
-)
+    vae=VAE_NAME, vae_revision="c" * 40, vae_sha256="0" * 64, latent_scale=0.18215, image_size=32,
+    dtype="float32", seed=42, images_sha256="1" * 64, class_names=("cat", "dog", "fish"),
+    class_counts=(4, 4, 4), code_version="test",
+)  # fmt: skip
 
 
 def some_moments(count: int = 12, size: int = 4) -> np.ndarray:

@@ -159,16 +159,10 @@ def submit(folder: Path, *options: str, **values: object) -> Job:
     folder.mkdir()
     lines = (ROOT / "configs" / "digits.yaml").read_text().splitlines()
     settings = {
-        "working_dir": folder / "run",
-        "model_type": "DiT-Nano-4",
-        "total_steps": TOTAL_STEPS,
-        "batch_size": 12,
-        "eval_demo_steps": 0,
-        "eval_steps": 0,
-        "ckpt_saving_steps": 0,
-        "logging_steps": 10,
-        **values,
-    }
+        "working_dir": folder / "run", "model_type": "DiT-Nano-4", "total_steps": TOTAL_STEPS,
+        "batch_size": 12, "eval_demo_steps": 0, "eval_steps": 0, "ckpt_saving_steps": 0,
+        "logging_steps": 10, **values,
+    }  # fmt: skip
     kept = [line for line in lines if line.split(":")[0] not in settings]
     config = "\n".join([*kept, *(f"{key}: {value}" for key, value in settings.items())])
     (folder / "config.yaml").write_text(config + "\n")

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from checkpoints import fresh_state, save, step
+from damage import Payload
 from safetensors.torch import save_file
 from torch import nn
 
@@ -54,16 +55,6 @@ def test_only_whole_numbers_with_the_ending_are_checkpoints(tmp_path):
         (tmp_path / name).touch()
     assert list(find_checkpoints(tmp_path)) == [0, 9, 10]
     assert find_checkpoints(tmp_path / "none") == {}
-
-
-class Payload:
-    """A pickle that would run code."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (open, (str(self.path), "w"))
 
 
 @pytest.mark.parametrize("where", ["file", "entry", "zip"])

@@ -16,12 +16,9 @@ from support.system.files import UserError
 from support.system.settings import choices_of
 
 BASE = {
-    "working_dir": "x",
-    "dataset_type": "Digits",
-    "data_size": 8,
-    "model_type": "DiT-Nano-2",
+    "working_dir": "x", "dataset_type": "Digits", "data_size": 8, "model_type": "DiT-Nano-2",
     "batch_size": 8,
-}
+}  # fmt: skip
 UNET = {"model_type": "UNet", "dataset_type": "CIFAR10", "data_size": 32}
 GUIDED = {"cfg_scale": 2, "cfg_drop_rate": 0.1}
 

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import fresh_state, step
-from damage import damaged, in_memory
+from damage import Payload, damaged, in_memory
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from latent_files import write_reference_form
@@ -74,16 +74,6 @@ def read_latents(path):
 
 
 # Nothing runs
-
-
-class Payload:
-    """What unpickles to a call of `os.mkdir`, which leaves a trace."""
-
-    def __init__(self, trace):
-        self.trace = trace
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.trace),)
 
 
 @pytest.mark.parametrize("write", [torch.save, lambda what, path: path.write_bytes(what)])
@@ -170,14 +160,9 @@ BOMBS = {
     "frame.gif": with_sides_at("GIF", 5, "<HH", (60_000, 60_000), b",\0\0\0\0\x10"),
 }
 READERS = {
-    ".pt": read_checkpoint,
-    ".hdf5": read_latents,
-    ".npz": read_all,
-    ".yaml": load_config,
-    ".png": read_image,
-    ".jpg": read_image,
-    ".gif": read_image,
-}
+    ".pt": read_checkpoint, ".hdf5": read_latents, ".npz": read_all, ".yaml": load_config,
+    ".png": read_image, ".jpg": read_image, ".gif": read_image,
+}  # fmt: skip
 GROWTH_LIMIT_BYTES = 64 * MB
 
 

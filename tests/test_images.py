@@ -137,15 +137,12 @@ def test_other_and_exploding_pictures_are_named_with_what_they_are(tmp_path):
     for kind in (np.float32, np.int32):
         Image.fromarray(np.ones((5, 6), kind)).save(tmp_path / f"{kind.__name__}.tiff")
     save_png(tmp_path / "thread.png", some_pixels(1, 50_000, 3))
-    for name, named in {
-        "absent.png": os.strerror(errno.ENOENT),
-        "foreign.png": "JPEG",
-        "heic.jpg": "HEIC",
-        "bomb.png": "10000 x 9000",
-        "float32.tiff": "32 bits",
-        "int32.tiff": "32 bits",
+    expected = {
+        "absent.png": os.strerror(errno.ENOENT), "foreign.png": "JPEG", "heic.jpg": "HEIC",
+        "bomb.png": "10000 x 9000", "float32.tiff": "32 bits", "int32.tiff": "32 bits",
         "thread.png": "50000 x 1",
-    }.items():
+    }  # fmt: skip
+    for name, named in expected.items():
         said = refusal(read_image, tmp_path / name, 256)
         assert said.startswith(f"{tmp_path / name}: ")
         assert said.count(str(tmp_path)) == 1

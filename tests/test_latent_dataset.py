@@ -70,15 +70,9 @@ def made(tmp_path_factory):
 
 def options(folder, save="latents", **changes):
     values = {
-        "data-path": folder / "photos",
-        "save-path": folder / save,
-        "image-size": SIZE,
-        "vae": folder / "vae",
-        "device-batch-size": 3,
-        "num-workers": 0,
-        "device": "cpu",
-        **changes,
-    }
+        "data-path": folder / "photos", "save-path": folder / save, "vae": folder / "vae",
+        "image-size": SIZE, "device-batch-size": 3, "num-workers": 0, "device": "cpu", **changes,
+    }  # fmt: skip
     return [f"--{key}={value}" for key, value in values.items() if value is not None]
 
 
@@ -168,23 +162,12 @@ def test_two_processes_make_the_same_file_and_go_on_when_one_is_killed(made, tmp
 
 def training_options(made, folder, config="imagenet.yaml", **values):
     settings = {
-        "working_dir": folder,
-        "model_type": "DiT-Nano-2",
-        "data_size": SIZE // 8,
-        "dataset_path": made / "latents",
-        "vae": made / "vae",
-        "total_steps": 6,
-        "batch_size": 8,
-        "num_workers": 0,
-        "ckpt_saving_steps": 3,
-        "logging_steps": 3,
-        "eval_demo_steps": 6,
-        "eval_demo_shape": "[3, 2]",
-        "eval_steps": 6,
-        "eval_num_samples": 5,
-        "device": "cpu",
-        **values,
-    }
+        "working_dir": folder, "model_type": "DiT-Nano-2", "data_size": SIZE // 8,
+        "dataset_path": made / "latents", "vae": made / "vae", "device": "cpu",
+        "total_steps": 6, "batch_size": 8, "num_workers": 0,
+        "ckpt_saving_steps": 3, "logging_steps": 3, "eval_demo_steps": 6,
+        "eval_demo_shape": "[3, 2]", "eval_steps": 6, "eval_num_samples": 5, **values,
+    }  # fmt: skip
     options = (f"--set={key}={value}" for key, value in settings.items())
     return ["--config", str(ROOT / "configs" / config), *options]
 

@@ -21,19 +21,11 @@ from support.system.files import UserError
 
 
 def config_of(folder, **values):
-    return config_from_dict(
-        {
-            "working_dir": "x",
-            "model_type": "DiT-Nano-2",
-            "dataset_path": str(folder),
-            "data_size": 4,
-            "batch_size": 4,
-            "total_steps": 6,
-            "num_workers": 0,
-            **values,
-        },
-        "test",
-    )
+    settings = {
+        "working_dir": "x", "model_type": "DiT-Nano-2", "dataset_path": str(folder),
+        "data_size": 4, "batch_size": 4, "total_steps": 6, "num_workers": 0, **values,
+    }  # fmt: skip
+    return config_from_dict(settings, "test")
 
 
 def refusal(folder, **values):

@@ -232,6 +232,6 @@ with connected("cpu", 10) as processes:
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     """As `inference.py` writes them, on the CPU, where freed memory is kept for the next batch."""
     few, many = (
-        int(succeed("-c", GROWTH, tmp_path / "samples.npz", count)) for count in (500, 3000)
+        int(succeed("-c", GROWTH, tmp_path / "samples.npz", count)) for count in (100, 1000)
     )
-    assert many - few < 100_000  # kB; 2,500 images of 256 pixels have 490 MB
+    assert many - few < 80_000  # kB; 900 images of 256 pixels have 177 MB

@@ -19,16 +19,10 @@ from training.learner import Learner
 SHAPE = (1, 8, 8)
 CONFIG = resolve(
     Config(
-        working_dir="unused",
-        model_type="DiT-Nano-4",
-        dataset_type="Digits",
-        data_size=8,
-        batch_size=16,
-        cfg_scale=2.0,
-        mix_ratio=0.5,
-        cfg_drop_rate=0.1,
+        working_dir="unused", model_type="DiT-Nano-4", dataset_type="Digits", data_size=8,
+        batch_size=16, cfg_scale=2.0, mix_ratio=0.5, cfg_drop_rate=0.1,
     )
-)
+)  # fmt: skip
 
 
 def toy_model():
