@@ -12,6 +12,7 @@ from commands import digits_settings
 from safetensors.torch import load_file
 from torch import nn
 
+import dit
 import export
 import inference
 import posthoc_ema
@@ -88,8 +89,10 @@ AVERAGES = {"ema_decay_rates": "[0.5,0.9]", "ema_power": "[0.05,0.1,0.15]", "ema
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("averages") / "run"
-    train.main(digits_settings(folder, total_steps=12, **AVERAGES))
-    return folder
+    with pytest.MonkeyPatch.context() as patch:  # a twentieth of the bytes of each checkpoint
+        patch.setitem(dit.SIZES, "Nano", dit.Size(width=32, depth=2, heads=2))
+        train.main(digits_settings(folder, total_steps=12, **AVERAGES))
+        yield folder
 
 
 def test_several_averages_are_continued_bit_for_bit(run, tmp_path):
