@@ -54,6 +54,8 @@ def forked(
     Modules and packages called `afresh` are imported anew: from another folder, or because they
     read the environment.
     """
+    for late in ("sklearn.datasets", "torch._dynamo"):  # so that not every fork imports them
+        importlib.import_module(late)
     words = [*map(str, arguments)]
     with socket.create_server(("127.0.0.1", 0)) as free:
         world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
