@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -861,6 +862,27 @@ def test_graph_that_cannot_serve_is_named(place, toy, content, word, backend):
     refusal = place.refusal("--inception", bad, "--backend", backend)
     assert refusal.startswith(f"{bad}: ")
     assert word in refusal
+
+
+@pytest.mark.parametrize("share", [0.2, 0.9, 0.99])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_graph_cut_short_is_refused(place, toy, share, backend):
+    place.add()
+    cut = place.folder / "cut.pb"
+    cut.write_bytes(toy.read_bytes()[: int(share * toy.stat().st_size)])
+    assert place.refusal("--inception", cut, "--backend", backend).startswith(f"{cut}: ")
+    assert not (place.samples / "eval_results.txt").exists()
+
+
+def test_identical_images_are_scored_in_silence(place):
+    with open(place.samples / "a.npz", "wb") as file:
+        np.savez(file, np.repeat(some_pixels(1, 1), 30, axis=0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        record = place.score("--bootstrap", 5, "--backend", "torch")
+    assert record["scores"]["IS"] == pytest.approx(1)
+    assert record["intervals"] == pytest.approx({"FD": 0, "KD": 0}, abs=1e-6)
+    assert np.isfinite([*record["scores"].values()]).all()
 
 
 def test_absent_graph_is_refused(place):
