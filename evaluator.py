@@ -5,6 +5,7 @@
     python evaluator.py --ref_batch R.npz --sample_batch_dir folder-of-png-samples
     python evaluator.py --write_ref R.npz --images folder-of-pictures --image_size 256
     python evaluator.py --write_ref R.npz --images cifar-10-batches-py
+    python evaluator.py --verify
 
 Each .npz in the folder (uint8 `arr_0` [N, H, W, C]) gets a line in the folder's eval_results.txt
 and a record in its eval_results.jsonl, unless it has them. If there is no .npz, the pictures in the
@@ -23,7 +24,7 @@ from os.path import expanduser
 from pathlib import Path
 
 from support.data.images import EXTENSIONS
-from support.scores import image_sets, measures, references, table
+from support.scores import image_sets, measures, references, table, verification
 from support.scores.graph import BACKENDS, DEFAULT_NAME, FeatureGraph, find_graph
 from support.scores.image_sets import ImageSet
 from support.scores.references import Reference
@@ -37,6 +38,7 @@ SCORING = (
     *("watch", "delete_evaluated"),
 )
 MAKING = ("write_ref", "images", "image_size", "exif", "ref_images", "pixels_only")
+VERIFYING = ("verify", "verify_files")
 
 
 def load_graph(
@@ -225,19 +227,28 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     number("--ref_images", help="images to keep in the reference file (all)")
     later = "store pictures alone in the reference file; it needs no graph until the first score"
     add("--pixels_only", action="store_true", help=later)
+    known = "compare our scores of published images with the published scores (imagenet)"
+    checks = verification.CHECKS
+    add("--verify", nargs="?", const="imagenet", choices=checks, help=known)
+    there = "where the files of --verify are, or else are downloaded to (current folder)"
+    path("--verify_files", metavar="FOLDER", help=there)
     path("--inception", metavar="PATH", help=f"frozen graph (default: {DEFAULT_NAME})")
     runs = "what runs the graph: auto takes TensorFlow where it is installed, otherwise torch"
     add("--backend", choices=("auto", *BACKENDS), default="auto", help=runs)
     number("--batch_size", default=64, help="images per run of the graph (64)")
     arguments = parser.parse_args(list(map(underscored, sys.argv[1:] if argv is None else argv)))
     chosen = vars(arguments)
-    scoring = chosen["ref_batch"] and chosen["sample_batch_dir"]
-    making = chosen["write_ref"] and chosen["images"]
-    if bool(scoring) == bool(making):
-        parser.error("give --ref_batch and --sample_batch_dir, or --write_ref and --images")
-    stray = SCORING if making else MAKING
-    if given := [f"--{key}" for key in stray if chosen[key]]:
-        parser.error(f"{', '.join(given)}: not used with {'--write_ref' if making else 'scoring'}")
+    modes = {
+        "--ref_batch": (chosen["ref_batch"] and chosen["sample_batch_dir"], SCORING),
+        "--write_ref": (chosen["write_ref"] and chosen["images"], MAKING),
+        "--verify": (chosen["verify"], VERIFYING),
+    }
+    if len(asked := [mode for mode, (is_asked, _) in modes.items() if is_asked]) != 1:
+        ways = "--ref_batch and --sample_batch_dir, or --write_ref and --images, or --verify"
+        parser.error(f"give {ways}")
+    others = [key for mode, (_, keys) in modes.items() if mode not in asked for key in keys]
+    if stray := [f"--{key}" for key in others if chosen[key]]:
+        parser.error(f"{', '.join(stray)}: not used with {asked[0]}")
     return arguments
 
 
@@ -258,6 +269,10 @@ def positive(text: str) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; the exit status."""
     arguments = parse_arguments(argv)
+    if arguments.verify:
+        files = Path(arguments.verify_files or ".")
+        graph = (arguments.inception, arguments.backend, arguments.batch_size)
+        return verification.verify(arguments.verify, files, *graph)
     return make_reference(arguments) if arguments.write_ref else score_folder(arguments)
 
 
