@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from dit import DiT
 from models import BACKBONES, METHODS, add_method, backbone_of
 from schedules import GAP_SCHEDULES, PATHS, SOLUTION_FORMS, TIME_SAMPLING, gap_fraction, warmed_up
 from support.data.batches import BatchPlan
@@ -41,6 +42,7 @@ from support.system.settings import (
     tuple_of,
     what_is_wrong,
 )
+from training.conventions import CONVENTIONS
 
 KEYS_OF_DATA = {field.name for field in fields(DataRequest)}
 QUOTES = "'\""
@@ -111,6 +113,9 @@ class Config(BaseModel):
     )
     init_from: Location | None = key(
         None, "start from the weights of this run, file, or model on the hub"
+    )
+    init_from_as: Annotated[str, Choice(CONVENTIONS)] | None = key(
+        None, "the model that these weights are of, where their names do not tell"
     )
     # Data
     dataset_type: Annotated[str, Choice(DATASETS)] = key(
@@ -283,6 +288,11 @@ class Config(BaseModel):
     def is_latent(self) -> bool:
         """Whether x_0 is a latent of a VAE rather than an image."""
         return DATASETS[self.dataset_type].is_latent
+
+    @property
+    def F_is_velocity(self) -> bool:  # noqa: N802 - the network's letter
+        """Whether F(x, t, t) is the velocity of the linear path, x_1 - x_0."""
+        return self.noising_type == "Linear" and self.coefficient_type == "Euler"
 
     @property
     def flow_matching_count(self) -> int:
@@ -496,6 +506,12 @@ def _of_network(config: Config) -> Iterator[tuple[str, str]]:
     )
     if misfit := backbone.misfit(config.model_type, config.data_size):
         yield misfit
+    if config.init_from_as and not config.init_from:
+        yield "init_from_as", "needs init_from, the weights it speaks of"
+    if config.init_from_as and not issubclass(backbone, DiT):
+        yield "init_from_as", f"has a DiT's weights, which a {name} cannot take"
+    if config.init_from_as and not config.F_is_velocity:
+        yield "init_from_as", "needs noising_type Linear and coefficient_type Euler, its own path"
     if backbone.is_conditional and config.augment_probability:
         yield "augment_probability", f"needs model_type {others}: a {name} takes no augmentation"
     if backbone.is_conditional and config.channels_last:

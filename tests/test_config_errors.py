@@ -21,6 +21,7 @@ BASE = {
 }  # fmt: skip
 UNET = {"model_type": "UNet", "dataset_type": "CIFAR10", "data_size": 32}
 GUIDED = {"cfg_scale": 2, "cfg_drop_rate": 0.1}
+AS_SIT = {"init_from": "sit.pt", "init_from_as": "SiT"}
 
 
 def line_of(**values) -> str:
@@ -145,6 +146,10 @@ def test_the_ends_of_a_range_belong_to_it(key, value):
         ({"working_dir": " "}, "working_dir", []),
         ({"model_type": "DiT-B-3"}, "model_type", ["DiT-B-3", "data_size 8", "1, 2, 4, 8"]),
         ({"model_type": "DiT-B-16"}, "model_type", ["DiT-B-16", "data_size 8"]),
+        ({"init_from_as": "SiT"}, "init_from_as", ["SiT", "init_from,"]),
+        ({**UNET, **AS_SIT}, "init_from_as", ["SiT", "UNet"]),
+        ({**AS_SIT, "noising_type": "Trig"}, "init_from_as", ["SiT", "noising_type"]),
+        ({**AS_SIT, "coefficient_type": "Trig"}, "init_from_as", ["SiT", "coefficient_type"]),
         ({"augment_probability": 0.12}, "augment_probability", ["0.12", "model_type UNet"]),
         ({**UNET, **GUIDED}, "cfg_scale", ["2.0", "UNet", "DiT"]),
         ({**UNET, "dataset_type": "ImageFolder", "data_size": 30}, "data_size", ["30", "UNet"]),

@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 
 import train
 from models import build_model
-from support.runs.starting import match, start_from
+from support.runs.starting import match
 from support.runs.stored import StoredModel
 from support.system.files import UserError, sha256_of
+from training.conventions import start_network
 
 TABLE = "y_embedder.embedding_table.weight"
 
@@ -76,13 +77,13 @@ def test_of_a_network_without_the_gap_its_embedding_is_new(tmp_path):
     path = tmp_path / "published.pt"
     published = {f"module.{n}": t for n, t in weights.items()}
     torch.save({"ema": {**published, "epoch": 3}}, path)
-    record, _ = start_from(str(path), target, "ab")
+    record, _ = start_network(str(path), target, "ab")
     assert record["new"] == [*gap]
     assert record["file_sha256"] == sha256_of(path)
     assert_equal({**target.state_dict()}, weights | gap)
     save_file(weights, tmp_path / "published.safetensors")
     again = network()
-    start_from(str(tmp_path / "published.safetensors"), again, "ab")
+    start_network(str(tmp_path / "published.safetensors"), again, "ab")
     assert torch.equal(again.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight)
 
 
@@ -93,7 +94,7 @@ def test_what_fits_nowhere_is_refused(tmp_path, model_type):
     target = network()
     before = copy.deepcopy(target.state_dict())
     with pytest.raises(UserError, match=r"m\.pt"):
-        start_from(str(tmp_path / "m.pt"), target, "ab")
+        start_network(str(tmp_path / "m.pt"), target, "ab")
     assert_equal(target.state_dict(), before)
 
 
@@ -102,7 +103,7 @@ def test_a_source_without_weights_is_refused(tmp_path, content):
     if content is not None:
         torch.save(content, tmp_path / "m.pt")
     with pytest.raises(UserError, match=r"^init_from: .*m\.pt"):
-        start_from(str(tmp_path / "m.pt"), network(), "ab")
+        start_network(str(tmp_path / "m.pt"), network(), "ab")
 
 
 @pytest.fixture(scope="module")

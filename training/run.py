@@ -18,11 +18,11 @@ from support.runs.logbook import Logbook, device_name
 from support.runs.metrics import METRICS_FILE, Metrics
 from support.runs.results import Results
 from support.runs.resume import resume
-from support.runs.starting import start_from
 from support.runs.trackers import check_installed
 from support.system.files import atomic_write
 from support.system.processes import Processes
 from support.system.signals import Listener
+from training.conventions import start_network
 from training.draws import draw_batch
 from training.held_out import draw_held_out
 from training.identity import compare_plans, refuse_another_experiment, refuse_start
@@ -137,11 +137,14 @@ def has_trained(folder: Path) -> bool:
 
 def start_from_another(run: Run) -> list[str]:
     """Load the weights of `init_from`, as far as they fit; returns lines to log."""
-    source, state = run.config.init_from, run.learner.state
+    config, state = run.config, run.learner.state
+    source, named = config.init_from, config.init_from_as
     assert source is not None
     network = state.model.network
     names = run.data.spec.class_names
-    record, notes = run.processes.on_rank0(lambda: start_from(source, network, names))
+    record, notes = run.processes.on_rank0(
+        lambda: start_network(source, network, names, named, config.F_is_velocity)
+    )
     run.processes.broadcast_(state.model.state_dict().values())
     state.restart_averages()
     state.started_from = record

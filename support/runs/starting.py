@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -38,18 +38,13 @@ class Transfer:
 
 
 def start_from(
-    source: str, network: nn.Module, class_names: Sequence[str]
+    source: str, stored: StoredModel, network: nn.Module, class_names: Sequence[str]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Copy the averaged weights at `source` into a fresh network, as far as they fit.
+    """Copy the weights read from `source` into a fresh network, as far as they fit.
 
-    The source is any model that MODEL_HELP describes, or a file of weights under our names. A
-    network may declare its `label_table` and `null_label`. Returns a record and lines for the log.
-    UserError if nothing fits.
+    A network may declare its `label_table` and `null_label`. Returns a record and lines for the
+    log. UserError if nothing fits.
     """
-    try:
-        stored = read_source(source)
-    except UserError as error:
-        raise UserError(f"init_from: {error}") from None
     transfer = match(stored, network, class_names)
     numbers = sum(tensor.numel() for tensor in network.state_dict().values())
     copied = sum(tensor.numel() for tensor in transfer.copied.values())
@@ -78,7 +73,20 @@ def start_from(
 
 
 def read_source(source: str) -> StoredModel:
-    """The weights at a source; those of other code come without config and data record."""
+    """The averaged weights at `source`, under a network's own names.
+
+    The source is any model that MODEL_HELP describes, or a file of weights under our names. Those
+    of other code come without config and data record.
+    """
+    try:
+        stored = _read(source)
+    except UserError as error:
+        raise UserError(f"init_from: {error}") from None
+    weights = {PREFIXES.sub("", name, count=1): tensor for name, tensor in stored.weights.items()}
+    return replace(stored, weights=weights)
+
+
+def _read(source: str) -> StoredModel:
     path = find_file(source)
     if path.suffix == ".safetensors":
         is_ours = path.with_name(CONFIG_FILE).exists()
@@ -98,7 +106,7 @@ def read_source(source: str) -> StoredModel:
 
 def match(stored: StoredModel, network: nn.Module, class_names: Sequence[str]) -> Transfer:
     """Which stored weights fit where; tables that are not trained stay as they are."""
-    weights = {PREFIXES.sub("", name, count=1): tensor for name, tensor in stored.weights.items()}
+    weights = dict(stored.weights)
     label_table, found = getattr(network, "label_table", ""), Transfer()
     trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
     for name, target in network.state_dict().items():
