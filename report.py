@@ -72,6 +72,14 @@ TARGET = (
     *("time_mean", "time_std", "dataset_type", "dataset_path", "data_size", "held_out", "vae"),
     *("augment_probability", "horizontal_flips", "unet_dropout"),
 )
+# Keys that may change when a run continues, and yet decide what it learns.
+ALSO_DECIDE = (
+    *("dataset_path", "vae", "learning_rate", "betas", "weight_decay", "warmup_steps"),
+    *("gradient_clip", "precision"),
+)
+# Keys of a config that make the experiment.
+FIXED = [name for name, field in FIELDS.items() if name != "seed" and not may_change(field)]
+EXPERIMENT = (*FIXED, *ALSO_DECIDE)
 # Bands leave out what a schedule or the machine decides.
 NOT_EXPECTED = {name for name, meaning in MEANINGS.items() if meaning.section}
 
@@ -85,8 +93,7 @@ def experiment_of(run: RecordedRun) -> str | None:
         config = config_from_dict(run.settings, "config.yaml", pass_over=lambda line: None)
     except UserError:
         return None
-    names = [name for name in FIELDS if name != "seed" and not may_change(FIELDS[name])]
-    names = [name for name in names if getattr(config, name) != FIELDS[name].default]
+    names = [name for name in EXPERIMENT if getattr(config, name) != FIELDS[name].default]
     values = config.to_dict()
     return settings_digest({name: values[name] for name in names})
 

@@ -203,7 +203,8 @@ def test_the_experiment_is_neither_the_seed_nor_what_may_change_and_that_of_digi
         return report.experiment_of(RecordedRun(tmp_path, "run", settings))
 
     assert digest(seed=1, logging_steps=7, working_dir="elsewhere") == digest()
-    assert digest(ema_decay_rate=0.9) != digest()
+    for change in ({"ema_decay_rate": 0.9}, {"learning_rate": 0.5}, {"precision": "bf16"}):
+        assert digest(**change) != digest()
     assert digest(of_another_version=1) == digest()
     known = read_expected(report.EXPECTED)[digest()]
     assert len({run["seed"] for run in known.made_from}) == 3
