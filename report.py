@@ -2,6 +2,7 @@
 
     python report.py runs/digits
     python report.py runs/digits runs/digits-1 --table results.md
+    python report.py runs/digits runs/digits-1 --group seed --figures figures
     python report.py runs/digits --watch
     python report.py --band docs/expected/digits.json runs/digits runs/digits-1 runs/digits-2
 
@@ -22,7 +23,9 @@ from pathlib import Path
 from config import FIELDS, config_from_dict
 from support.report.comparison import missing_metrics
 from support.report.expected import Expected, read_expected
-from support.report.page import Report, render
+from support.report.groups import groups_of
+from support.report.page import Report, panels_of, render
+from support.report.paper import write_figures
 from support.report.runs import RecordedRun, read_runs
 from support.report.tables import check_place, write_table
 from support.scores.table import SCORES, Meaning
@@ -98,24 +101,31 @@ def experiment_of(run: RecordedRun) -> str | None:
     return settings_digest({name: values[name] for name in names})
 
 
-def make(runs: Sequence[RecordedRun], reload_seconds: float = 0) -> Report:
-    """A report of these runs."""
+def make(
+    runs: Sequence[RecordedRun], reload_seconds: float = 0, is_grouped: bool = False
+) -> Report:
+    """A report of these runs, with a table over seeds if they are grouped."""
     known = read_expected(EXPECTED)
-    expected = [known.get(experiment_of(run) or "") for run in runs]
-    return Report(runs, MEANINGS, expected, TARGET, reload_seconds)
+    experiments = [experiment_of(run) for run in runs]
+    expected = [known.get(experiment or "") for experiment in experiments]
+    groups = groups_of(runs, experiments) if is_grouped else []
+    return Report(runs, MEANINGS, expected, TARGET, reload_seconds, groups, EXPERIMENT)
 
 
 def write_report(arguments: argparse.Namespace) -> list[str]:
-    """Write the page, and the table if asked for; returns notes for the user."""
+    """Write the page, and the table and figures if asked for; returns notes for the user."""
     runs = read_runs(arguments.runs)
-    report = make(runs, arguments.every if arguments.watch else 0)
+    report = make(runs, arguments.every if arguments.watch else 0, bool(arguments.group))
     refuse_foreign(arguments.output, PAGE_MARK, "say another --output")
+    if arguments.figures:
+        write_figures(arguments.figures, panels_of(report), report.groups or range(len(runs)))
+    table, _ = report.results(over_seeds=bool(report.groups))
     page = render(report, f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}")
     with atomic_write(arguments.output) as file:
         file.write(page.encode(errors="replace"))
     if arguments.table:
-        write_table(arguments.table, report.results()[0])
-    return [*(note for run in runs for note in run.notes), *missing_metrics(runs)]
+        write_table(arguments.table, table)
+    return [*(note for run in runs for note in run.notes), *missing_metrics(runs), *table.notes]
 
 
 def make_band(path: Path, folders: Sequence[Path]) -> None:
@@ -136,12 +146,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("runs", nargs="+", type=path, metavar="RUN", help="folder of a run (its working_dir)")
     add("--output", type=path, metavar="FILE", help="the page (RUN/report.html, or report.html)")
     add("--table", type=path, metavar="FILE", help="also the results, as .md, .csv or .tex")
+    group_help = "also mean and deviation over runs that differ in the seed alone"
+    add("--group", choices=["seed"], help=f"{group_help}; in --table and --figures, these alone")
+    figures_help = "also each curve as .svg and .pdf; needs matplotlib"
+    add("--figures", type=path, metavar="FOLDER", help=figures_help)
     watch_help = "make the page again and again until Ctrl-C; an open page follows"
     add("--watch", action="store_true", help=watch_help)
     add("--every", type=positive, metavar="SECONDS", default=60, help="between two pages (60)")
     add("--band", type=path, metavar="FILE", help="write the runs' expected curves, and no page")
     arguments = parser.parse_args(argv)
-    page_options = ("output", "table", "watch")
+    page_options = ("output", "table", "watch", "group", "figures")
     if arguments.band and any(getattr(arguments, name) for name in page_options):
         parser.error("--band: makes no page, so it takes no other option")
     if arguments.table:
@@ -175,7 +189,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(arguments.band)
         return
     said = write_report(arguments)
-    print(*said, arguments.output, *filter(None, [arguments.table]), sep="\n", flush=True)
+    places = (arguments.table, arguments.figures)
+    print(*said, arguments.output, *filter(None, places), sep="\n", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         while arguments.watch:
             time.sleep(arguments.every)

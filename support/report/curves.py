@@ -1,6 +1,7 @@
 """A number over the steps of training: thinned for a page, and smoothed."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,3 +66,9 @@ class Curve:
         with np.errstate(invalid="ignore", divide="ignore"):
             means = (sums[last] - sums[first]) / count
         return Curve(self.steps, means)
+
+
+def at_shared_steps(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:
+    """The steps that all curves have [N], and their values there [curves, N]."""
+    steps = functools.reduce(np.intersect1d, [curve.steps for curve in curves])
+    return steps, np.stack([curve.values[np.isin(curve.steps, steps)] for curve in curves])

@@ -3,7 +3,6 @@
 A file of docs/expected/ has the bands of one experiment, identified by a digest of its config.
 """
 
-import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from support.report.curves import Curve
+from support.report.curves import Curve, at_shared_steps
 from support.report.runs import RecordedRun
 from support.system.files import UserError, atomic_write, refuse_foreign
 
@@ -38,8 +37,7 @@ class Band:
 
         Three seeds say little about the width at one step, so the points beside it count, too.
         """
-        steps = functools.reduce(np.intersect1d, [curve.steps for curve in curves])
-        values = np.stack([curve.values[np.isin(curve.steps, steps)] for curve in curves])
+        steps, values = at_shared_steps(curves)
         variances = values.var(axis=0, ddof=1)
         around = [slice(max(0, i - NEIGHBOURS), i + NEIGHBOURS + 1) for i in range(len(steps))]
         reach = DEVIATIONS * np.sqrt([variances[points].mean() for points in around])

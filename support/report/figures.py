@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 
 import numpy as np
 import plotly.graph_objects as go
 
 from support.report.curves import Curve
 from support.report.expected import Band
+from support.scores.table import Yardstick
 
 PALETTE = (
     *("#2f7ed8", "#e07a1f", "#2ca05a", "#b455c8", "#d64550"),
@@ -17,6 +19,7 @@ BAND_COLOUR = "rgba(128, 140, 155, 0.22)"
 POINTS_PER_METRIC = 4_000  # of all lines, twice: raw and smoothed
 FEWEST_POINTS = 100
 MARKED_POINTS = 40  # fewer are marked one by one
+RAW_OPACITY = 0.35  # of a curve under its smoothed one
 
 
 @dataclass(frozen=True)
@@ -24,10 +27,23 @@ class Line:
     """A curve of a figure, and how it is drawn."""
 
     curve: Curve
-    label: str
-    colour: str
+    run: int  # number of the run, which decides the colour
+    name: str  # of the run
+    detail: str = ""  # which of the run's curves it is
     dash: str = "solid"
     is_smoothed: bool = False  # a smoothed curve over the raw one
+    yardstick: Yardstick | None = None  # of scores
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}, {self.detail}" if self.detail else self.name
+
+    @property
+    def smoothed(self) -> Curve | None:
+        """The smoothed curve, if one is drawn over the raw one."""
+        smoothed = self.curve.smoothed() if self.is_smoothed else self.curve
+        is_same = np.array_equal(smoothed.values, self.curve.values, equal_nan=True)
+        return None if is_same else smoothed
 
 
 @dataclass(frozen=True)
@@ -36,8 +52,14 @@ class Panel:
 
     title: str
     sentence: str
-    figure: str  # JSON for Plotly's script
+    lines: Sequence[Line]
+    bands: Sequence[Band] = ()  # expected
     verdicts: Sequence[str] = ()
+
+    @property
+    def figure(self) -> str:
+        """JSON for Plotly's script."""
+        return draw(self.lines, self.bands)
 
 
 def colour_of(number: int) -> str:
@@ -56,21 +78,21 @@ def draw(lines: Sequence[Line], bands: Sequence[Band] = ()) -> str:
         _add(figure, edge, **fill, hoverinfo="skip", name="expected")
     most = max(FEWEST_POINTS, POINTS_PER_METRIC // len(lines))
     for line in lines:
-        raw, smoothed = line.curve.thinned(most), line.curve.smoothed().thinned(most)
-        is_both = line.is_smoothed and not np.array_equal(line.curve.values, smoothed.values)
-        style = {"color": line.colour, "width": 2, "dash": line.dash}
+        raw, smoothed, label = line.curve.thinned(most), line.smoothed, escape(line.label)
+        style = {"color": colour_of(line.run), "width": 2, "dash": line.dash}
         _add(
             figure,
             raw,
-            name=line.label,
-            hovertemplate=f"%{{y:.4g}}<extra>{line.label}</extra>",
-            line={**style, "width": 1} if is_both else style,
-            opacity=0.35 if is_both else 1,
-            mode="lines+markers" if len(raw.steps) < MARKED_POINTS and not is_both else "lines",
+            name=label,
+            hovertemplate=f"%{{y:.4g}}<extra>{label}</extra>",
+            line={**style, "width": 1} if smoothed else style,
+            opacity=RAW_OPACITY if smoothed else 1,
+            mode="lines+markers" if len(raw.steps) < MARKED_POINTS and not smoothed else "lines",
             marker={"size": 4},
         )
-        if is_both:
-            _add(figure, smoothed, name=f"{line.label}, smoothed", hoverinfo="skip", line=style)
+        if smoothed:
+            thick = {"name": f"{label}, smoothed", "hoverinfo": "skip", "line": style}
+            _add(figure, smoothed.thinned(most), **thick)
     values = np.concatenate([line.curve.values for line in lines])
     if not bands and np.ptp(values) == 0:
         # Plotly's own axis would reach from -1 to 1.

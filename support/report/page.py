@@ -3,10 +3,10 @@
 import base64
 import functools
 import gzip
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from plotly.offline import get_plotlyjs
 from support.report import comparison
 from support.report.curves import Curve
 from support.report.expected import Expected
-from support.report.figures import Line, Panel, colour_of, draw
+from support.report.figures import Line, Panel, colour_of
+from support.report.groups import seed_table
 from support.report.pictures import embed
 from support.report.runs import HeldOut, RecordedRun
 from support.report.tables import Table, text_of
@@ -40,6 +41,8 @@ class Report:
     expected: Sequence[Expected | None]  # for each run
     target: Sequence[str]  # keys of a config that decide what the network learns
     reload_seconds: float = 0  # how often an open page loads itself again; 0 is never
+    groups: Sequence[Hashable] = ()  # for each run; the same where the seed alone differs
+    swept: Sequence[str] = ()  # keys of a config that may differ between groups
 
     def __post_init__(self) -> None:
         self.verdicts = [
@@ -47,10 +50,15 @@ class Report:
             for run, expected in zip(self.runs, self.expected, strict=True)
         ]
 
-    def results(self) -> tuple[Table, list[str]]:
-        """The table of results, and remarks on it."""
-        better = {name: meaning.better for name, meaning in self.meanings.items() if meaning.better}
-        return comparison.results(self.runs, better, self.target)
+    def results(self, over_seeds: bool = False) -> tuple[Table, list[str]]:
+        """The table of results, of runs or of groups over seeds, and remarks on it."""
+        better = {name: of.better for name, of in self.meanings.items() if of.better}
+        measured = comparison.results_of(self.runs, better)
+        if over_seeds:
+            table = seed_table(measured, self.groups, self.swept)
+        else:
+            table = comparison.result_table(measured)
+        return table, comparison.mark_comparable(table, measured, better, self.target)
 
     def sentence(self, name: str) -> str:
         return self.meanings[name].sentence if name in self.meanings else ""
@@ -70,6 +78,7 @@ def render(report: Report, made_at: str) -> str:
         missing=comparison.missing_metrics(runs),
         results=results,
         remarks=remarks,
+        over_seeds=report.results(over_seeds=True)[0] if report.groups else None,
         pictures=embed({i: run.pictures for i, run in enumerate(runs)}, picture_notes),
         picture_notes=picture_notes,
         scores=_score_panels(report),
@@ -157,23 +166,30 @@ def _checkpoints(runs: Sequence[RecordedRun]) -> Table:
 # Curves
 
 
+def panels_of(report: Report) -> list[Panel]:
+    """All of the page's panels."""
+    metrics = itertools.chain(*_metric_panels(report).values())
+    return [*_score_panels(report), *_held_out_panels(report), *metrics]
+
+
 def _score_panels(report: Report) -> list[Panel]:
     """A figure for each score, with a line for each run, NFE and number of images."""
     panels = []
     for name in COLUMNS:
         lines = []
         for i, run in enumerate(report.runs):
-            points: dict[tuple[int | None, int | None], dict[int, float]] = {}
+            points: dict[tuple, dict[int, float]] = {}
             for score in run.scores:
                 if name in score.values:
-                    key = (score.nfe, score.num_images)
+                    key = (score.nfe, score.num_images, score.yardstick)
                     points.setdefault(key, {})[score.step] = score.values[name]
-            for (nfe, num_images), values in points.items():
-                label = escape(f"{run.name}, NFE {nfe}, {num_images:,} images")
+            for (nfe, num_images, yardstick), values in points.items():
+                counted = f"{num_images:,}" if num_images else "an unknown number of"
+                detail = f"NFE {nfe}, {counted} images"
                 dash = DASHES[((nfe or 1) - 1) % len(DASHES)]
-                lines.append(Line(Curve.of(values), label, colour_of(i), dash))
+                lines.append(Line(Curve.of(values), i, run.name, detail, dash, yardstick=yardstick))
         if lines:
-            panels.append(Panel(name, report.sentence(name), draw(lines)))
+            panels.append(Panel(name, report.sentence(name), lines))
     return panels
 
 
@@ -183,13 +199,13 @@ def _held_out_panels(report: Report) -> list[Panel]:
     for i, run in enumerate(report.runs):
         for key, curve in run.held_out.items():
             dash = "solid" if key.whose == "average" else "dash"
-            line = Line(curve, escape(f"{run.name}, {key.whose}"), colour_of(i), dash)
+            line = Line(curve, i, run.name, key.whose, dash)
             lines.setdefault(key._replace(whose=""), []).append(line)
     panels = []
     for key in sorted(lines, key=lambda key: (key.loss != "velocity", key)):
         start, end = key.bin / key.num_bins, (key.bin + 1) / key.num_bins
         title = f"{key.loss}, t from {start:g} to {end:g}"
-        panels.append(Panel(title, report.sentence(f"held-out {key.loss}"), draw(lines[key])))
+        panels.append(Panel(title, report.sentence(f"held-out {key.loss}"), lines[key]))
     return panels
 
 
@@ -206,10 +222,9 @@ def _metric_panel(report: Report, name: str) -> Panel:
     lines, verdicts = [], []
     for i, run in enumerate(report.runs):
         if name in run.curves:
-            line = Line(run.curves[name], escape(run.name), colour_of(i), is_smoothed=True)
-            lines.append(line)
+            lines.append(Line(run.curves[name], i, run.name, is_smoothed=True))
             if text := report.verdicts[i].get(name):
                 verdicts.append(text if len(report.runs) == 1 else f"{run.name}: {text}")
     expected = {e.experiment: e for e in report.expected if e and name in e.bands}
     bands = [known.bands[name] for known in expected.values()]
-    return Panel(name, report.sentence(name), draw(lines, bands), verdicts)
+    return Panel(name, report.sentence(name), lines, bands, verdicts)

@@ -4,16 +4,18 @@ import csv
 import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from math import isfinite
+from math import floor, inf, isfinite, log10
 from pathlib import Path
 from typing import Any
 
+from support.scores.summary import Value, differ
 from support.system.files import UserError, atomic_write, refuse_foreign
 from support.system.settings import either
 
 LATEX_SPECIAL = str.maketrans(
     {character: f"\\{character}" for character in "&%$#_{}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    | {"±": r"$\pm$"}
 )
 
 
@@ -24,6 +26,7 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
     best: set[tuple[int, int]] = field(default_factory=set)  # row, column
+    notes: Sequence[str] = ()  # lines under it
 
     def cells(
         self, escape: Callable[[str], str], bold: Callable[[str], str]
@@ -35,19 +38,31 @@ class Table:
 
 
 def mark_best(table: Table, better: dict[str, str]) -> None:
-    """Mark the "lower" or "higher" values of the columns in `better`, unless all are the same."""
-    for j, column in enumerate(table.columns):
-        values = {i: row[j] for i, row in enumerate(table.rows) if row[j] is not None}
-        if column in better and len({*values.values()}) > 1:
+    """Mark the "lower" or "higher" values of the columns in `better`, unless all are the same.
+
+    A mean over seeds is marked too if the deviations do not show that it differs from the best.
+    """
+    for column in better.keys() & {*table.columns}:
+        j = table.columns.index(column)
+        cells = {i: row[j] for i, row in enumerate(table.rows) if row[j] is not None}
+        values = {i: c if isinstance(c, Value) else Value(c) for i, c in cells.items()}
+        finite = {i: value for i, value in values.items() if isfinite(value.mean)}
+        if finite and len({*values.values()}) > 1:
             choose = min if better[column] == "lower" else max
-            best = choose(filter(isfinite, values.values()), default=None)
-            table.best |= {(i, j) for i, value in values.items() if value == best}
+            best = choose(finite.values(), key=lambda value: value.mean)
+            marked = (i for i, v in finite.items() if v.mean == best.mean or not differ(v, best))
+            table.best |= {(i, j) for i in marked}
 
 
 def text_of(value: Any) -> str:
-    """A value for a reader: four digits of a number with a fraction."""
+    """A value for a reader: four digits of a number with a fraction, two of a deviation."""
     if value is None:
         return "-"
+    if isinstance(value, Value):
+        if value.spread is None:
+            return text_of(value.mean)
+        digits = max(0, 1 - floor(log10(value.spread))) if 0 < value.spread < inf else 4
+        return f"{value.mean:.{digits}f} ± {value.spread:.{digits}f}"
     return f"{value:#.4g}".rstrip(".") if isinstance(value, float) else str(value)
 
 
@@ -63,9 +78,16 @@ def as_markdown(table: Table) -> str:
 
 
 def as_csv(table: Table) -> str:
-    """For other programs: values in full, nothing bold."""
+    """For other programs: values in full, nothing bold, deviations in columns of their own."""
+    columns: list[list] = []
+    for name, *cells in zip(table.columns, *table.rows, strict=True):
+        if any(isinstance(cell, Value) for cell in cells):
+            columns.append([name, *(cell and cell.mean for cell in cells)])
+            columns.append([f"{name} deviation", *(cell and cell.spread for cell in cells)])
+        else:
+            columns.append([name, *cells])
     file = io.StringIO()
-    csv.writer(file, lineterminator="\n").writerows([table.columns, *table.rows])
+    csv.writer(file, lineterminator="\n").writerows(zip(*columns, strict=True))
     return file.getvalue()
 
 
@@ -83,8 +105,8 @@ def as_latex(table: Table) -> str:
 
 
 FORMATS = {".md": as_markdown, ".csv": as_csv, ".tex": as_latex}
-# How a table of runs begins, which tells it from other files.
-MARKS = {".md": b"| run | step | NFE |", ".csv": b"run,step,NFE,", ".tex": b"\nrun & step & NFE &"}
+# In the head of a table of runs, which tells it from other files.
+MARKS = {".md": b"| step | NFE |", ".csv": b",step,NFE,", ".tex": b" & step & NFE &"}
 
 
 def check_place(path: Path) -> None:

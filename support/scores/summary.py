@@ -1,9 +1,10 @@
 """A folder's scores as a table, with groups of seeds and what a reader should not conclude."""
 
-import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from support.scores.table import (
     COLUMNS,
@@ -44,7 +45,8 @@ def summary(folder: Path, records: Mapping[str, dict], yardstick: Yardstick) -> 
     rows = [["file", "images", "step", "NFE", *columns, "distances"]]
     rows += [_row(name, record, columns, values[name]) for name, record in records.items()]
     for name, members in seed_groups(folder, records).items():
-        spread = {column: _over_seeds(members, column) for column in columns}
+        scores = [record["scores"] for record in members]
+        spread = {name: over_seeds([of.get(name) for of in scores]) for name in columns}
         known = {column: value for column, value in spread.items() if value}
         rows.append(_row(name, members[0], columns, known))
     name_width, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
@@ -92,7 +94,7 @@ def indistinct(values: Mapping[str, Mapping[str, Value]], columns: list[str]) ->
         if best is None:
             continue
         low = found.pop(best)
-        overlap = [name for name, value in found.items() if not _differ(low, value)]
+        overlap = [name for name, value in found.items() if not differ(low, value)]
         near = [n for n, v in found.items() if v.mean - low.mean < RETRAINING * low.mean]
         remarks[f"{column} not shown to differ from {best}, by the intervals"] = overlap
         remarks[
@@ -102,7 +104,7 @@ def indistinct(values: Mapping[str, Mapping[str, Value]], columns: list[str]) ->
     return remarks
 
 
-def _differ(a: Value, b: Value) -> bool:
+def differ(a: Value, b: Value) -> bool:
     """Whether two values differ by more than their intervals; True where one has none."""
     if a.spread is None or b.spread is None:
         return True
@@ -114,11 +116,14 @@ def _values(record: Mapping) -> dict[str, Value]:
     return {column: Value(value, halves.get(column)) for column, value in record["scores"].items()}
 
 
-def _over_seeds(records: list[dict], column: str) -> Value | None:
-    values = [record["scores"].get(column) for record in records]
-    if None in values:
+def over_seeds(values: Sequence[float | None]) -> Value | None:
+    """The mean and, of two values or more, the deviation; None where a value is missing."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
         return None
-    return Value(statistics.mean(values), statistics.stdev(values))
+    with np.errstate(invalid="ignore"):  # of an infinite value
+        deviation = float(np.std(known, ddof=1)) if len(known) > 1 else None
+    return Value(float(np.mean(known)), deviation)
 
 
 def _row(name: str, record: Mapping, columns: list[str], values: Mapping[str, Value]) -> list[str]:
