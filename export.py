@@ -30,6 +30,7 @@ from models import SoFlow, solution_of
 from sampler import find_decoder
 from sampling import LoadedModel, assemble
 from support.data import vae
+from support.data.autoencoders import LatentForm, kind_of
 from support.data.grids import save_grid
 from support.export.card import Card, Facts, keep_written, lacks_licence, split_card, write_card
 from support.export.records import add_records
@@ -151,7 +152,8 @@ def write_folder(
 def facts_of(title: str, loaded: LoadedModel, vae_name: str, files: dict[str, str]) -> Facts:
     """What the card tells of the model itself."""
     config, num_classes = loaded.config, loaded.num_classes
-    side = config.data_size * (vae.PIXELS_PER_LATENT if config.is_latent else 1)
+    form = LatentForm.of_record(loaded.data)
+    side = config.data_size * (form.pixels_per_latent if config.is_latent else 1)
     model = {
         "network": f"{config.model_type}, {count_parameters(loaded.model)}",
         "images": f"{side} x {side} pixels",
@@ -237,12 +239,12 @@ def write_solution(loaded: LoadedModel, path: Path) -> None:
 class Decoder(nn.Module):
     """Images, about -1..1, of latents x_0, as one graph."""
 
-    def __init__(self, decoder: nn.Module):
+    def __init__(self, decoder: nn.Module, form: LatentForm):
         super().__init__()
-        self.decoder = decoder
+        self.decoder, self.form = decoder, form
 
     def forward(self, latents: Tensor) -> Tensor:
-        return self.decoder.decode(latents / vae.LATENT_SCALE).sample  # type: ignore[operator]
+        return kind_of(self.decoder).decode(self.decoder, self.form.denormalise(latents))
 
 
 def write_decoder(loaded: LoadedModel, path: Path) -> None:
@@ -252,8 +254,9 @@ def write_decoder(loaded: LoadedModel, path: Path) -> None:
         source = torch.Generator().manual_seed(count)
         return {"latents": torch.randn(count, *loaded.shape, generator=source)}
 
-    decoder = vae.load_vae(vae.find_vae(loaded.config.vae), CPU)
-    write_graph(path, Decoder(decoder), "image", inputs)
+    found, form = vae.find_vae(loaded.config.vae), LatentForm.of_record(loaded.data)
+    vae.refuse_misfit(found, form, loaded.shape)
+    write_graph(path, Decoder(vae.load_vae(found, CPU), form), "image", inputs)
 
 
 # The command

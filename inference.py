@@ -200,7 +200,7 @@ def make_file(
             checkpoint=str(sources.checkpoint),
             weights_sha256=loaded.weights_sha256,
             **nondefault,
-            **decoder_record(config),
+            **decoder_record(config, loaded.data),
         )
         check_outputs(arguments, output, record)
 

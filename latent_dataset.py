@@ -6,6 +6,7 @@
     python latent_dataset.py --data-path photos --save-path data/photos --image-size 256 \\
         --vae folders/sd-vae-ft-mse --dtype float16 --skip-bad
 
+--vae takes any image autoencoder of diffusers: a name on the Hugging Face Hub, or a folder.
 If it is stopped, at any moment, the same command continues. Classes are the folders in --data-path,
 in the order of their numbers if all names are numbers, else in alphabetical order.
 """
@@ -17,7 +18,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os.path import expanduser
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,22 +27,20 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from support.data.autoencoders import (
+    LatentForm,
+    default_encode_batch,
+    draw_latents,
+    encode,
+    measure_form,
+    normalised_by,
+)
 from support.data.datasets import channels_first, list_pictures
 from support.data.folders import LabelledFiles, describe_classes
 from support.data.images import read_image, to_images
 from support.data.latent_parts import PART_IMAGES, SKIPPED_FILE, Part, PartsFolder, Plan
-from support.data.latents import MOMENT_CHANNELS, LatentInfo
-from support.data.vae import (
-    LATENT_SCALE,
-    PIXELS_PER_LATENT,
-    VAE_NAME,
-    FoundVae,
-    default_encode_batch,
-    encode,
-    find_vae,
-    load_vae,
-    scale_notes,
-)
+from support.data.latents import USUAL_DEVIATIONS, LatentInfo
+from support.data.vae import CONFIG_FILE, VAE_NAME, FoundVae, find_vae, load_vae
 from support.runs.logbook import code_version, duration
 from support.system.digests import weights_digest
 from support.system.files import UserError
@@ -51,7 +50,7 @@ from support.system.processes import Processes, connected
 SECONDS_BETWEEN_LINES = 10
 TIMEOUT_MINUTES = 120.0  # how long a process that is done waits for the slowest
 
-# B images of a batch, R rows of a part, S latent side
+# B images of a batch
 
 
 def say(processes: Processes, text: str) -> None:
@@ -149,14 +148,15 @@ class PartMaker:
     arguments: argparse.Namespace
     loader: Iterator[LoadedPictures]  # the batches of the parts to be made, in order
     vae: Any
+    form: LatentForm
     progress: Progress
     is_compared: bool = False  # with the same in fp32
 
     def make(self, index: int) -> Part:
         """The next part."""
         images = self.plan.images_of(index)
-        side = self.plan.image_size // PIXELS_PER_LATENT
-        moments = [np.empty((0, MOMENT_CHANNELS, side, side), self.plan.dtype)]
+        side = self.plan.image_size // self.form.pixels_per_latent
+        moments = [np.empty((0, self.form.stored_channels, side, side), self.plan.dtype)]
         labels: list[int] = []
         skipped: list[str] = []
         for batch in batches_of(images, self.arguments.device_batch_size):
@@ -178,7 +178,7 @@ class PartMaker:
         return Part(latents, np.array(labels, np.int64), tuple(skipped))
 
     def encode(self, pixels: torch.Tensor) -> np.ndarray:
-        """Moments [B, 8, S, S] of uint8 [B, 3, H, W]; the time it takes counts as the VAE's."""
+        """Latents as stored, of uint8 [B, 3, H, W]; the time it takes counts as the VAE's."""
         started = time.monotonic()
         images = to_images(pixels.to(self.progress.processes.device))
         size = self.arguments.encode_batch_size or default_encode_batch(self.plan.image_size)
@@ -200,9 +200,9 @@ class PartMaker:
         errors = (moments - exact).abs()
         say(
             processes,
-            f"precision {self.plan.precision}: the first {len(images)} pictures' moments are "
-            f"off by {errors.mean():.2g} on average and {errors.max():.2g} at most; the "
-            f"standard deviation of the means is {exact.chunk(2, dim=1)[0].std():.2g}",
+            f"precision {self.plan.precision}: the first {len(images)} pictures' latents are "
+            f"off by {errors.mean():.2g} on average and {errors.max():.2g} at most; the standard "
+            f"deviation of their means is {exact[:, : self.form.latent_channels].std():.2g}",
         )
 
 
@@ -214,16 +214,32 @@ class Extraction(NamedTuple):
 
     files: LabelledFiles
     found: FoundVae
+    form: LatentForm
     plan: Plan
     folder: PartsFolder
 
-    def describe(self, labels: np.ndarray) -> LatentInfo:
-        """The attributes of a file with these labels."""
-        names = self.files.class_names
+    def describe(self, labels: np.ndarray, rows: np.ndarray) -> LatentInfo:
+        """The attributes of a file with these labels; prints what x_0 is like, by some rows."""
+        names, form = self.files.class_names, self.form
+        side = self.plan.image_size // form.pixels_per_latent
+        stored = torch.from_numpy(rows.reshape(-1, form.stored_channels, side, side))
+        as_made = replace(form, latent_scale=1.0, latent_shift=0.0)
+        z = draw_latents(stored, torch.Generator().manual_seed(self.plan.seed), as_made)
+        how = "as its config says"
+        if not form.latent_scale:
+            form, how = normalised_by(form, z), "as measured here"
+        deviation, mean = (value.item() for value in torch.std_mean(form.normalise(z)))
+        line = f"{len(z)} pictures' x_0, normalised {how}, has mean {mean:.2g} and deviation "
+        print(f"{line}{deviation:.2g}")
+        if not USUAL_DEVIATIONS[0] <= deviation <= USUAL_DEVIATIONS[1]:
+            print(
+                f"a deviation of about 1 is usual: null as scaling_factor in the {CONFIG_FILE} of "
+                f"{self.found.name} has the scale measured"
+            )
         return LatentInfo(
             vae=self.found.name,
             vae_revision=self.found.revision,
-            latent_scale=LATENT_SCALE,
+            **vars(form),
             class_names=tuple(names),
             class_counts=tuple(np.bincount(labels, minlength=len(names)).tolist()),
             code_version=code_version(),
@@ -241,7 +257,7 @@ def run_extraction(
     files = list_pictures(Path(arguments.data_path), processes)
     say(processes, describe_classes(files.class_names, np.bincount(files.labels).tolist()))
     found = find_vae(arguments.vae)
-    for line in (*files.notes, *scale_notes(found), f"loading the VAE {found.name}"):
+    for line in (*files.notes, f"loading the VAE {found.name}, {found.vae_class}"):
         say(processes, line)
     vae = load_vae(found, processes.device)
     plan = Plan(
@@ -259,6 +275,9 @@ def run_extraction(
     if processes.on_rank0(lambda: folder.is_made(plan)):
         say(processes, f"{folder.target} was made before")
         return None
+    form = measure_form(vae, plan.image_size)
+    side = plan.image_size // form.pixels_per_latent
+    say(processes, f"data_size {side}: latents have side {side}, {form.latent_channels} channels")
     processes.on_rank0(lambda: until_end.enter_context(folder.owned()))
     plan = processes.on_rank0(lambda: folder.begin(plan))
     if not arguments.skip_bad:
@@ -275,13 +294,13 @@ def run_extraction(
     loader = DataLoader(
         Pictures(files, plan), sampler=batches, batch_size=None, num_workers=arguments.num_workers
     )
-    maker = PartMaker(plan, arguments, iter(loader), vae, progress)
+    maker = PartMaker(plan, arguments, iter(loader), vae, form, progress)
     for index in parts:
         folder.write_part(index, maker.make(index))
     summary = progress.summary()
     if missing:
         say(processes, summary)
-    return Extraction(files, found, plan, folder)
+    return Extraction(files, found, form, plan, folder)
 
 
 def refuse_skipped(folder: PartsFolder, plan: Plan, data_path: str) -> None:
@@ -305,13 +324,12 @@ def merge(extraction: Extraction) -> None:
         print(f"left out {len(ledger.skipped)} unreadable pictures, listed in {listed}")
 
 
-def whole_number(least: int, unit: int = 1) -> Callable[[str], int]:
-    """A parser of whole numbers of `least` or more, in multiples of `unit`."""
+def whole_number(least: int) -> Callable[[str], int]:
+    """A parser of whole numbers of `least` or more."""
 
     def read(text: str) -> int:
-        if not text.isdecimal() or int(text) < least or int(text) % unit:
-            multiple = "whole number" if unit == 1 else f"multiple of {unit}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {multiple} of {least} or more")
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
         return int(text)
 
     return read
@@ -321,7 +339,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line's options."""
     parser = command_parser(__doc__)
     add = parser.add_argument
-    size_help = "side to crop pictures to: 256 or 512; a config's data_size is an eighth of it"
+    size_help = "side to crop pictures to, such as 256; data_size, that of the latents, is printed"
     batch_help = "pictures loaded at a time, per process (default 256)"
     encode_help = "pictures encoded at a time (default 32 of 256 pixels, 8 of 512)"
     precision_help = (
@@ -336,8 +354,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     save_help = "folder for the file: a config's dataset_path"
     add("--data-path", required=True, type=expanduser, metavar="D", help="folder of class folders")
     add("--save-path", required=True, type=expanduser, metavar="S", help=save_help)
-    sides = whole_number(PIXELS_PER_LATENT, PIXELS_PER_LATENT)
-    add("--image-size", required=True, type=sides, metavar="PIXELS", help=size_help)
+    add("--image-size", required=True, type=whole_number(1), metavar="PIXELS", help=size_help)
     add("--device-batch-size", type=whole_number(1), default=256, metavar="B", help=batch_help)
     add("--encode-batch-size", type=whole_number(1), metavar="B", help=encode_help)
     add("--num-workers", type=whole_number(0), default=4, metavar="W", help=workers_help)

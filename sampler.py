@@ -5,9 +5,9 @@ x_0 comes from noise by steps from time 1 down to 0. It is an image, or a VAE's 
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from config import Config
 from models import Method
-from support.data import vae
+from support.data import autoencoders, vae
 from support.data.images import ImageBatch, to_pixels
 from support.scores.npz import write_images
 from support.system.files import UserError, shorten
@@ -109,8 +109,11 @@ def find_decoder(config: Config) -> vae.FoundVae | None:
     return vae.find_vae(config.vae) if config.is_latent else None
 
 
-def decoder_record(config: Config) -> dict[str, str | float]:
-    """The decoder's part of a result's record; empty if there is none."""
+def decoder_record(config: Config, data: Mapping[str, Any]) -> dict[str, Any]:
+    """The decoder's part of a result's record; empty if there is none.
+
+    `data` is the record of the training data, which says how latents were normalised.
+    """
     found = find_decoder(config)
     if found is None:
         return {}
@@ -118,19 +121,25 @@ def decoder_record(config: Config) -> dict[str, str | float]:
         "vae": found.name,
         "vae_revision": found.revision,
         "vae_sha256": vae.vae_digest(found),
-        "latent_scale": vae.LATENT_SCALE,
+        "latent_scale": autoencoders.LatentForm.of_record(data).latent_scale,
     }
 
 
 @contextlib.contextmanager
-def decoding(config: Config, device: torch.device) -> Iterator[Callable[[Tensor], Tensor]]:
-    """The function from x_0 to images; a VAE is on the device during the block only."""
+def decoding(
+    config: Config, data: Mapping[str, Any], device: torch.device
+) -> Iterator[Callable[[Tensor], Tensor]]:
+    """The function from x_0 to images; a VAE is on the device during the block only.
+
+    `data` is the record of the training data, which says how latents were normalised.
+    """
     found = find_decoder(config)
     if found is None:
         yield lambda x_0: x_0
         return
     with vae.on_device(vae.load_on_host(found), device) as loaded:
-        yield lambda x_0: vae.decode(loaded, x_0, config.vae_batch_size)
+        form = autoencoders.LatentForm.of_record(data)
+        yield lambda x_0: autoencoders.decode(loaded, x_0, config.vae_batch_size, form)
 
 
 # Many images

@@ -155,11 +155,12 @@ class LoadedModel:
         Reports once if its VAE is not the one that made the training data.
         """
         found = find_decoder(self.config)
-        for note in vae.decoder_notes(found, self.data) if found else ():
+        for note in vae.decoder_notes(found, self.data, self.shape) if found else ():
             if note not in self._said:
                 self.report(note)
                 self._said.add(note)
-        with decoding(self.config, next(self.model.parameters()).device) as decode:
+        device = next(self.model.parameters()).device
+        with decoding(self.config, self.data, device) as decode:
             yield decode
 
     def labels_of(self, words: Sequence[int | str], place: str) -> list[int]:

@@ -27,8 +27,8 @@ from support.data.datasets import (
     DataRequest,
     DataSet,
     PixelData,
-    count_classes,
     list_pictures,
+    outline,
 )
 from support.data.folders import SIZES_COMPARED, class_folders
 from support.data.images import read_image
@@ -110,7 +110,7 @@ def test_folder_alone_makes_a_data_set(photographs):
     assert raw.stored.dtype == torch.uint8
     expected = read_image(photographs / "flower" / "5.jpg", 16)
     np.testing.assert_array_equal(raw.stored[0].permute(1, 2, 0), expected)
-    assert count_classes(config_of("ImageFolder", photographs).data_request()) == 4
+    assert outline(config_of("ImageFolder", photographs).data_request()).num_classes == 4
 
 
 def test_files_that_are_no_pictures_are_named_at_the_start(tmp_path):

@@ -237,7 +237,7 @@ def test_the_decoder_of_latents_goes_into_a_second_graph(onnx, tmp_path):
     session = onnxruntime.InferenceSession(tmp_path / "out" / "decoder.onnx")
     x_0 = torch.randn(5, 4, 4, 4)
     (images,) = session.run(None, {"latents": x_0.numpy()})
-    with decoding(config, export.CPU) as decode:
+    with decoding(config, {}, export.CPU) as decode:
         assert torch.allclose(torch.from_numpy(images), decode(x_0), atol=1e-4)
 
 

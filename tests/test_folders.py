@@ -121,7 +121,7 @@ KINDS = ("ImageFolder", "CIFAR10", "FashionMNIST", "Imagenet")
 TRY = f"""
 import json, sys
 from support.data.build import build_data
-from support.data.datasets import DATASETS, DataRequest, count_classes
+from support.data.datasets import DATASETS, DataRequest, outline
 from support.data.folders import find_pictures
 from support.system.files import UserError
 def said(work, *arguments):
@@ -131,7 +131,7 @@ def said(work, *arguments):
         return str(error)
 def all_said(path):
     asked = [DataRequest(kind, DATASETS[kind].size or 8, path) for kind in {KINDS}]
-    counted = [said(find_pictures, path), said(count_classes, asked[0])]
+    counted = [said(find_pictures, path), said(outline, asked[0])]
     return counted + [said(build_data, request) for request in asked]
 print(json.dumps({{path: all_said(path) for path in sys.argv[1:]}}))
 """

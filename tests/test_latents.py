@@ -14,7 +14,7 @@ from tiny_vae import make_tiny_vae
 from config import config_from_dict
 from support.data.batches import BatchPlan
 from support.data.build import compare_data
-from support.data.datasets import count_classes
+from support.data.datasets import outline
 from support.data.latents import LATENT_FILE, LatentReader, locate_latents
 from support.data.vae import find_vae, vae_digest
 from support.system.files import UserError
@@ -111,15 +111,16 @@ def test_reference_form_has_a_thousand_classes_and_no_vae(tmp_path):
     data = data_of(config_of(tmp_path))
     assert data.spec.num_classes == 1000
     assert not any("vae" in key for key in data.record())
-    assert count_classes(config_of(tmp_path).data_request()) == 1000
-    assert count_classes(config_of(tmp_path / "absent").data_request()) == 1000
+    for folder in (tmp_path, tmp_path / "absent"):
+        seen = outline(config_of(folder).data_request())
+        assert (seen.num_classes, seen.channels, seen.image_shape) == (1000, 4, (3, 32, 32))
 
 
 def test_our_file_says_what_it_is_and_has_the_reference_entries(tmp_path):
     path = write_ours(tmp_path)
     data = data_of(config_of(tmp_path))
     assert data.spec.class_names == ("cat", "dog", "fish")
-    assert count_classes(config_of(tmp_path).data_request()) == 3
+    assert outline(config_of(tmp_path).data_request()).num_classes == 3
     assert data.reader.info == INFO
     assert data.reader.is_plain
     with h5py.File(path, "r") as file:
@@ -161,11 +162,9 @@ def test_older_file_of_ours_had_its_pictures_as_they_lay(tmp_path):
     assert LatentReader(path).info.exif == "ignore"
 
 
-def test_other_size_and_scale_are_refused(tmp_path):
+def test_another_size_is_refused(tmp_path):
     write_ours(tmp_path)
     assert "data_size: 8" in refusal(tmp_path, data_size=8)
-    write_ours(tmp_path, latent_scale=0.13025)
-    assert "0.13025" in refusal(tmp_path)
     with h5py.File(write_ours(tmp_path), "r+") as file:
         file.attrs["image_size"] = 64
     assert "image_size" in refusal(tmp_path)

@@ -145,7 +145,7 @@ def make_eval(run: Run, path: Path) -> None:
             noise_stream="image",
             finished_steps=state.finished_steps,
             weights_sha256=weights_digest(state.ema_model.state_dict()),
-            **decoder_record(config),
+            **decoder_record(config, run.data.record()),
         )
         write_record(path, record)
 
@@ -169,7 +169,7 @@ def score_eval(run: Run, path: Path) -> None:
 def make_images(run: Run, request: SampleRequest) -> Iterator[ImageBatch]:
     """Images of the EMA model, on rank 0; all processes must iterate."""
     model = run.learner.state.ema_model
-    with decoding(run.config, run.processes.device) as decode:
+    with decoding(run.config, run.data.record(), run.processes.device) as decode:
 
         def decode_unless_stopped(x_0: Tensor) -> Tensor:
             if run.listener.signalled(run.processes) is Signalled.STOP:

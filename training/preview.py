@@ -1,6 +1,7 @@
 """What a run needs, before it starts: estimated on any machine, or timed on this one."""
 
 import itertools
+import math
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -8,8 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from config import Config, as_yaml
 from models import Method, build_model
 from support.data.batches import BatchPlan
-from support.data.datasets import DATASETS, MadeUpData, count_classes
-from support.data.vae import PIXELS_PER_LATENT
+from support.data.datasets import MadeUpData, outline
 from support.runs.budget import activation_bytes, count_parameters, describe_disk, describe_memory
 from support.runs.rehearsal import time_steps, within_memory
 from support.system.command import is_first_process
@@ -78,10 +78,7 @@ def describe_length(config: Config) -> str:
 
 def eval_bytes(config: Config) -> int:
     """Bytes of the images of one eval."""
-    dataset, side = DATASETS[config.dataset_type], config.data_size
-    if dataset.is_latent:
-        return config.eval_num_samples * 3 * (PIXELS_PER_LATENT * side) ** 2
-    return config.eval_num_samples * dataset.channels * side**2
+    return config.eval_num_samples * math.prod(outline(config.data_request()).image_shape)
 
 
 def activations_of(config: Config, images: int) -> float:
@@ -102,11 +99,9 @@ def activations_of(config: Config, images: int) -> float:
 
 def meta_model(config: Config, device: str = "meta") -> Method:
     """The model of a config, without contents: on the meta device, or of fake tensors."""
-    channels = DATASETS[config.dataset_type].channels
+    seen = outline(config.data_request())
     with torch.device(device):
-        model = build_model(
-            **config.model_arguments(channels, count_classes(config.data_request()))
-        )
+        model = build_model(**config.model_arguments(seen.channels, seen.num_classes))
     model.configure(config.to_dict())
     return model
 

@@ -62,7 +62,7 @@ def build_run(config: Config, processes: Processes, check_data: bool = False) ->
     scorer = processes.on_rank0(lambda: find_scorer(config))
     data = build_data(config.data_request(), processes, check_data)
     if decoder:
-        data.notes += decoder_notes(decoder, data.record())
+        data.notes += decoder_notes(decoder, data.record(), data.spec.shape)
     return assemble_run(config, processes, plan, data, scorer)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from config import Config
-from support.data.vae import PIXELS_PER_LATENT
+from support.data.datasets import outline
 from support.runs.logbook import duration
 from support.scores.graph import FeatureGraph, find_graph
 from support.scores.image_sets import archive_images
@@ -47,7 +47,7 @@ def find_scorer(config: Config) -> Scorer | None:
     assert config.eval_reference is not None  # the config refuses that
     path = Path(config.eval_reference)
     images = reference_images(path)
-    side = config.data_size * (PIXELS_PER_LATENT if config.is_latent else 1)
+    side = outline(config.data_request()).image_shape[-1]
     if images and images.image_shape[:2] != (side, side):
         found = " x ".join(map(str, images.image_shape[:2]))
         raise UserError(f"eval_reference {path}: its images are {found}, the run's {side} x {side}")
@@ -72,7 +72,7 @@ def time_scoring(config: Config, device: torch.device) -> list[str]:
     scorer = find_scorer(config)
     if not scorer:
         return []
-    side = config.data_size * (PIXELS_PER_LATENT if config.is_latent else 1)
+    side = outline(config.data_request()).image_shape[-1]
     graph = scorer.load_graph((side, side, 3), device)
     pixels = torch.zeros(graph.batch_images, side, side, 3, dtype=torch.uint8).numpy()
     list(graph.features(pixels))

@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from support.data import cifar10, digits, fashion
+from support.data.autoencoders import LatentForm, draw_latents
 from support.data.folders import (
     LabelledFiles,
     class_folders,
@@ -23,8 +24,8 @@ from support.data.folders import (
     sizes_of_pictures,
 )
 from support.data.images import LabelledImages, read_image, to_images, why_unreadable
-from support.data.latents import LATENT_FILE, MOMENT_CHANNELS, LatentInfo, LatentReader
-from support.data.vae import LATENT_CHANNELS, VAE_NAME, draw_latents, find_vae, vae_digest
+from support.data.latents import LATENT_FILE, LatentInfo, LatentReader
+from support.data.vae import VAE_NAME, find_vae, vae_digest
 from support.system.files import UserError, reporting_os_errors
 from support.system.processes import Processes
 
@@ -32,7 +33,7 @@ from support.system.processes import Processes
 
 KEPT_BYTES = 1 << 27  # of decoded pictures in each process: 10,000 of 64 pixels a side
 CHECKED_AT_ONCE = 256  # latents
-VAE_KEYS = ("vae", "vae_revision", "vae_sha256", "latent_scale")  # as in LatentInfo
+VAE_KEYS = ("vae", "vae_revision", "vae_sha256", *(one.name for one in fields(LatentForm)))
 ALONE = Processes(0, 0, 1, torch.device("cpu"))
 
 
@@ -217,7 +218,8 @@ class LatentData(TrainingData):
     """Pictures encoded by a VAE, read from a latent file when they are asked for."""
 
     def __init__(self, reader: LatentReader):
-        spec = DataSpec(LATENT_CHANNELS, reader.size, reader.class_names, len(reader))
+        channels = reader.form.latent_channels
+        spec = DataSpec(channels, reader.size, reader.class_names, len(reader))
         super().__init__(spec, reader.labels)
         self.reader = reader
 
@@ -238,7 +240,7 @@ class LatentData(TrainingData):
         return self[indices]
 
     def stored(self, indices: list[int]) -> Tensor:
-        """[B, 8, H, W]: the posterior's mean, then its standard deviation."""
+        """Latents as stored: [B, 2C, H, W], mean and standard deviation, or [B, C, H, W]."""
         return self.reader.read(indices)
 
     def refusals(self, share: range) -> Iterator[str]:
@@ -249,8 +251,8 @@ class LatentData(TrainingData):
             yield from itertools.repeat("", len(rows))
 
     def clean(self, stored: Tensor, source: torch.Generator) -> Tensor:
-        """x_0 = (mean + std N) 0.18215, with N from `source`."""
-        return draw_latents(stored, source)
+        """x_0, drawn from the posterior with `source`."""
+        return draw_latents(stored, source, self.reader.form)
 
 
 def channels_first(pixels: np.ndarray) -> Tensor:
@@ -307,17 +309,23 @@ def list_pictures(folder: Path, processes: Processes) -> LabelledFiles:
 
 def load_latents_data(request: DataRequest) -> TrainingData:
     """The latents in dataset_path; UserError where they are not as the config describes them."""
+    reader = open_latents(request)
+    if reader.info:
+        refuse_other_vae(request.vae, reader.path, reader.info)
+    data = LatentData(reader)
+    data.notes += reader.check_values()
+    return data
+
+
+def open_latents(request: DataRequest) -> LatentReader:
+    """The latent file; UserError where its latents have another side than the config says."""
     reader = LatentReader(request.folder / LATENT_FILE)
     if reader.size != request.data_size:
         raise UserError(
             f"data_size: {request.data_size}, and the latents in {reader.path} have side "
             f"{reader.size}"
         )
-    if reader.info:
-        refuse_other_vae(request.vae, reader.path, reader.info)
-    data = LatentData(reader)
-    data.notes += reader.check_values()
-    return data
+    return reader
 
 
 def refuse_other_vae(vae_name: str, path: Path, info: LatentInfo) -> None:
@@ -358,7 +366,11 @@ class DataSet:
 
 DATASETS = {
     "Imagenet": DataSet(
-        LATENT_CHANNELS, 1000, load_latents_data, f"the folder of {LATENT_FILE}", is_latent=True
+        LatentForm.latent_channels,
+        1000,
+        load_latents_data,
+        f"the folder of {LATENT_FILE}",
+        is_latent=True,
     ),
     "CIFAR10": DataSet(
         3,
@@ -392,38 +404,51 @@ DATASETS = {
 }
 
 
-def count_classes(request: DataRequest) -> int:
-    """The number of classes, which may take a look at the folder."""
-    dataset = DATASETS[request.dataset_type]
-    if dataset.is_latent and request.dataset_path:
-        path = request.folder / LATENT_FILE
-        if path.exists():
-            return len(LatentReader(path).class_names)
-    if dataset.num_classes is None:
-        return len(class_names(request.folder))
-    return dataset.num_classes
+class Outline(NamedTuple):
+    """What is known of a data set before it is loaded."""
+
+    num_classes: int
+    channels: int  # of x_0
+    image_shape: tuple[int, int, int]  # [C, H, W] of the pictures, decoded
+    form: LatentForm | None  # of latents
+
+
+def outline(request: DataRequest) -> Outline:
+    """What a look at the folder tells; where no latent file is there yet, that of ImageNet."""
+    dataset, size = DATASETS[request.dataset_type], request.data_size
+    num_classes = dataset.num_classes or len(class_names(request.folder))
+    if not dataset.is_latent:
+        return Outline(num_classes, dataset.channels, (dataset.channels, size, size), None)
+    form = LatentForm()
+    if request.dataset_path and (request.folder / LATENT_FILE).exists():
+        reader = open_latents(request)
+        num_classes, form = len(reader.class_names), reader.form
+    side = form.pixels_per_latent * size
+    return Outline(num_classes, form.latent_channels, (3, side, side), form)
 
 
 class MadeUpData(TrainingData):
     """Grey samples in the shapes of a data set, for timing steps."""
 
     def __init__(self, request: DataRequest, num_examples: int):
-        dataset = DATASETS[request.dataset_type]
-        names = tuple(map(str, range(count_classes(request))))
-        spec = DataSpec(dataset.channels, request.data_size, names, num_examples)
+        seen = outline(request)
+        names = tuple(map(str, range(seen.num_classes)))
+        spec = DataSpec(seen.channels, request.data_size, names, num_examples)
         super().__init__(spec, torch.arange(num_examples) % len(names))
-        self.is_latent = dataset.is_latent
+        self.form = seen.form
 
     def stored(self, indices: list[int]) -> Tensor:
         """Zeros, [B, ...], as the data set itself is stored."""
         side = (self.spec.size, self.spec.size)
-        if self.is_latent:
-            return torch.zeros(len(indices), MOMENT_CHANNELS, *side)
+        if self.form:
+            return torch.zeros(len(indices), self.form.stored_channels, *side)
         return torch.zeros(len(indices), self.spec.channels, *side, dtype=torch.uint8)
 
     def clean(self, stored: Tensor, source: torch.Generator) -> Tensor:
         """x_0, by the same computation."""
-        return draw_latents(stored, source) if self.is_latent else super().clean(stored, source)
+        if self.form:
+            return draw_latents(stored, source, self.form)
+        return super().clean(stored, source)
 
     def whole(self) -> RawBatch:
         return self[list(range(len(self)))]

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from support.data.images import SKIPPED_FILE
 from support.data.latents import (
     LATENT_FILE,
+    ROWS_LOOKED_AT,
     LatentInfo,
     LatentReader,
     Recipe,
@@ -43,9 +44,12 @@ from support.system.files import (
 from support.system.locks import hold_lock
 
 PART_IMAGES = 256  # a killed process loses less work than this
+PARTS_LOOKED_AT = 16  # when their merge begins
 KEPT = "finished work is kept: mend this, and the same command continues"
 
 Record = TypeVar("Record")  # Plan or Ledger
+# Of the labels and some of the latents, a row of numbers each.
+Describe = Callable[[np.ndarray, np.ndarray], LatentInfo]
 
 # R rows of a part
 
@@ -72,7 +76,7 @@ class Plan(Recipe):
 class Part(NamedTuple):
     """The rows of some images, and the pictures left out because they cannot be read."""
 
-    latents: np.ndarray  # [R, 8, S, S], with the file's dtype
+    latents: np.ndarray  # [R, 2C or C, S, S], with the file's dtype
     labels: np.ndarray  # int64 [R]
     skipped: tuple[str, ...]
 
@@ -211,10 +215,10 @@ class PartsFolder:
 
     # Merging
 
-    def merge(self, plan: Plan, describe: Callable[[np.ndarray], LatentInfo]) -> Ledger:
+    def merge(self, plan: Plan, describe: Describe) -> Ledger:
         """Make the latent file of all parts, and delete them; continues an interrupted merge.
 
-        `describe` is given the labels. Needs little more room on the disk than the parts have.
+        Needs little more room on the disk than the parts have.
         """
         if not self.ledger_path.exists():
             self._begin_merge(plan, describe)
@@ -231,17 +235,29 @@ class PartsFolder:
             self._publish(ledger)
         return ledger
 
-    def _begin_merge(self, plan: Plan, describe: Callable[[np.ndarray], LatentInfo]) -> None:
+    def _begin_merge(self, plan: Plan, describe: Describe) -> None:
         """Write a merged file without latents, and then the ledger."""
         parts = [self.read_header(index) for index in range(plan.num_parts)]
         labels = np.array([label for part in parts for label in part.labels], np.int64)
         if len(labels) == 0:
             raise UserError(f"{self.folder}: none of the {plan.num_images} pictures can be read")
+        info = describe(labels, self._some_latents(parts, plan))
         with _kept(), atomic_write(self.merged_path) as file:
-            write_frame(file, labels, describe(labels))
+            write_frame(file, labels, info)
         rows = [len(part.labels) for part in parts]
         skipped = [path for part in parts for path in part.skipped]
         _write_json(self.ledger_path, Ledger(rows, skipped)._asdict())
+
+    def _some_latents(self, parts: list[Header], plan: Plan) -> np.ndarray:
+        """Latents of parts spread over the whole, a row of numbers each."""
+        filled = [index for index, part in enumerate(parts) if part.labels]
+        chosen = np.unique(np.linspace(0, len(filled) - 1, PARTS_LOOKED_AT).astype(int))
+        rows = []
+        for index in (filled[place] for place in chosen):
+            latents = np.frombuffer(self.read_latents(index), plan.dtype)
+            latents = latents.reshape(len(parts[index].labels), -1)
+            rows.append(latents[: -(-ROWS_LOOKED_AT // len(chosen))])
+        return np.concatenate(rows)
 
     def _merge_part(self, index: int, merged: io.FileIO, start: int, num_bytes: int) -> None:
         """Copy a part to its place, read it back from the disk, and delete it."""

@@ -1,9 +1,9 @@
 """The latent file imagenet_latent.hdf5: its attributes, its frame for a writer, its reader.
 
-Entries: `latents` [N, 8, S, S], the VAE's posterior mean and then its standard deviation, in the
-VAE's own scale; `labels` int64 [N]; for the published code, which reads them, int64 scalars
-`amount` = N and `latent_size` = S. Attributes say what made the file; the published code writes
-none.
+Entries: `latents` [N, 2C, S, S], the posterior's mean and then its standard deviation, or
+[N, C, S, S], points, in the autoencoder's own scale; `labels` int64 [N]; for the published code,
+which reads them, int64 scalars `amount` = N and `latent_size` = S. Attributes say what made the
+file; the published code writes none, and its C is 4.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,20 +23,19 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from support.data.vae import LATENT_CHANNELS, LATENT_SCALE, PIXELS_PER_LATENT
+from support.data.autoencoders import LATENT_SCALE, LatentForm, Numbers
 from support.system.files import UserError, identify, shorten
 
 LATENT_FILE = "imagenet_latent.hdf5"
-MOMENT_CHANNELS = 2 * LATENT_CHANNELS
 DEFAULT_CLASSES = 1000  # ImageNet's, for a file without attributes
 ROWS_LOOKED_AT = 256  # before training
-# Standard deviation of a file's means. Unscaled latents of pictures have 5 to 6, each channel 3 to
-# 7; scaled ones have about 1, and those that were divided by the scale twice about 30.
-USUAL_DEVIATIONS = (2.0, 15.0)
+# Standard deviation of normalised means, about 1. Those of sd-vae-ft-mse that were scaled already
+# have about 0.2, and those that were divided by the scale once more about 5.
+USUAL_DEVIATIONS = (2 * LATENT_SCALE, 15 * LATENT_SCALE)
 MAX_DEFLATION = 1100  # the most by which HDF5's compression can shrink values
 FLOATS = (np.float16, np.float32, np.float64)
 
-# N rows, B of them read at a time, S latent side
+# N rows, B of them read at a time, C channels, S latent side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +61,12 @@ class Recipe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatentInfo(Recipe):
-    """A file's attributes, under the same names."""
+class LatentInfo(Recipe, LatentForm):
+    """A file's attributes, under the same names; older files lack some of the form's."""
 
     vae: str  # as the user named it
     vae_revision: str  # the hub's commit; empty for a folder
-    latent_scale: float  # the factor for latents, which the file has without it
+    latent_scale: Numbers = field()  # always there
     class_names: tuple[str, ...]
     class_counts: tuple[int, ...]
     code_version: str
@@ -99,7 +98,7 @@ def write_frame(file: IO[bytes], labels: np.ndarray, info: LatentInfo) -> None:
     The values are one run of bytes at `locate_latents`, to be written there without HDF5: a killed
     process cannot damage the file's structure, and the same input gives the same bytes.
     """
-    size = info.image_size // PIXELS_PER_LATENT
+    size = info.image_size // info.pixels_per_latent
     # In a sparse file elsewhere: where the disk is full, HDF5 crashes instead of failing.
     with tempfile.TemporaryFile() as frame:
         with h5py.File(_create_file(frame)) as entries:
@@ -112,7 +111,7 @@ def write_frame(file: IO[bytes], labels: np.ndarray, info: LatentInfo) -> None:
             layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
             layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
             layout.set_obj_track_times(False)
-            shape = (len(labels), MOMENT_CHANNELS, size, size)
+            shape = (len(labels), info.stored_channels, size, size)
             kind = h5py.h5t.py_create(np.dtype(info.dtype).newbyteorder("<"))
             space = h5py.h5s.create_simple(shape)
             latents = h5py.h5d.create(entries.id, b"latents", kind, space, layout)
@@ -161,11 +160,12 @@ class LatentReader:
         with _opened(self.path) as file, self._explained():
             latents, labels = _dataset(file, "latents"), _dataset(file, "labels")
             self.shape, self.dtype = latents.shape, latents.dtype
+            self.info = LatentInfo.read(file.attrs) if "vae" in file.attrs else None
+            self.form = self.info or LatentForm()
             self._check_shapes(latents, labels)
             self._check_storage(latents)
             self._check_storage(labels)
             self.labels = torch.from_numpy(labels[()].astype(np.int64))
-            self.info = self._read_info(file)
             # Not there if the values are in chunks.
             self._offset = latents.id.get_offset() if latents.dtype.isnative else None
 
@@ -189,7 +189,7 @@ class LatentReader:
         return tuple(str(label) for label in range(DEFAULT_CLASSES))
 
     def read(self, indices: Sequence[int]) -> Tensor:
-        """Moments [B, 8, S, S] as stored, of rows in any order, repeated or not.
+        """Latents as stored, [B, 2C or C, S, S], of rows in any order, repeated or not.
 
         UserError names a row whose values are not finite.
         """
@@ -217,27 +217,29 @@ class LatentReader:
         self._read_plain(indices, [scratch] * len(indices))
 
     def check_values(self) -> list[str]:
-        """Look at rows spread over the file; UserError if they cannot be unscaled latents.
+        """Look at rows spread over the file; UserError if they cannot be an autoencoder's latents.
 
         For a file that says which VAE made it, returns lines about what is unusual.
         """
         count = min(ROWS_LOOKED_AT, len(self))
         rows = np.unique(np.linspace(0, len(self) - 1, count).astype(np.int64))
         moments = self.read(rows.tolist())
-        if (bad := rows[(moments[:, LATENT_CHANNELS:] < 0).flatten(1).any(dim=1).numpy()]).size:
+        channels = self.form.latent_channels
+        if (bad := rows[(moments[:, channels:] < 0).flatten(1).any(dim=1).numpy()]).size:
             raise UserError(
-                f"{self.path}: row {bad[0]} has negative standard deviations: channels 4 to 7 of "
-                "latents must be those of the VAE's posterior"
+                f"{self.path}: row {bad[0]} has negative standard deviations: channels {channels} "
+                f"to {2 * channels - 1} of latents must be those of the VAE's posterior"
             )
         # An interrupted merge leaves such rows.
         if (bad := rows[(moments == 0).flatten(1).all(dim=1).numpy()]).size:
             raise UserError(f"{self.path}: row {bad[0]} is all zeros: the file is not complete")
-        deviation = moments[:, :LATENT_CHANNELS].double().std().item()
+        means = moments[:, :channels].double()
+        deviation = self.form.normalise(means).std().item()
         if USUAL_DEVIATIONS[0] <= deviation <= USUAL_DEVIATIONS[1]:
             return []
         found = (
-            f"{self.path}: the latents' standard deviation is {deviation:.2g}; unscaled latents of "
-            f"pictures have about {1 / LATENT_SCALE:.1f}"
+            f"{self.path}: the latents' standard deviation is {means.std():.2g}, and that of x_0 "
+            f"{deviation:.2g}; usual is about 1"
         )
         if self.info is None:  # nothing says that they are unscaled
             raise UserError(f"{found}; if they are scaled already, divide them by {LATENT_SCALE}")
@@ -278,9 +280,16 @@ class LatentReader:
 
     def _check_shapes(self, latents: h5py.Dataset, labels: h5py.Dataset) -> None:
         shape = latents.shape
-        if len(shape) != 4 or shape[1] != MOMENT_CHANNELS or shape[2] != shape[3] or 0 in shape:
+        channels, info = self.form.stored_channels, self.info
+        if len(shape) != 4 or shape[1] != channels or shape[2] != shape[3] or 0 in shape:
             raise UserError(
-                f"{self.path}: latents have the shape {list(shape)}; it must be [N, 8, S, S]"
+                f"{self.path}: latents have the shape {list(shape)}; it must be [N, {channels}, "
+                "S, S]"
+            )
+        if info and info.image_size != info.pixels_per_latent * shape[2]:
+            raise UserError(
+                f"{self.path}: image_size is {info.image_size}; latents with side {shape[2]} are "
+                f"of pictures with {info.pixels_per_latent * shape[2]} pixels a side"
             )
         if latents.dtype.newbyteorder("=") not in FLOATS:
             raise UserError(f"{self.path}: latents are {latents.dtype}; they must be float32")
@@ -303,21 +312,6 @@ class LatentReader:
                 f"{self.path}: {dataset.name[1:]} {list(dataset.shape)} need {dataset.nbytes} "
                 f"bytes and the file has {stored} of them: it is not complete"
             )
-
-    def _read_info(self, file: h5py.File) -> LatentInfo | None:
-        if "vae" not in file.attrs:
-            return None
-        info = LatentInfo.read(file.attrs)
-        if info.latent_scale != LATENT_SCALE:
-            raise UserError(
-                f"{self.path}: made for the scale {info.latent_scale}; it must be {LATENT_SCALE}"
-            )
-        if info.image_size != PIXELS_PER_LATENT * self.size:
-            raise UserError(
-                f"{self.path}: image_size is {info.image_size}; latents with side {self.size} are "
-                f"of pictures with {PIXELS_PER_LATENT * self.size} pixels a side"
-            )
-        return info
 
 
 def _opened(path: Path) -> h5py.File:
