@@ -27,14 +27,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from support.data.autoencoders import (
-    LatentForm,
-    default_encode_batch,
-    draw_latents,
-    encode,
-    measure_form,
-    normalised_by,
-)
+from support.data import autoencoders
+from support.data.autoencoders import LatentForm, encode
 from support.data.datasets import channels_first, list_pictures
 from support.data.folders import LabelledFiles, describe_classes
 from support.data.images import read_image, to_images
@@ -181,7 +175,9 @@ class PartMaker:
         """Latents as stored, of uint8 [B, 3, H, W]; the time it takes counts as the VAE's."""
         started = time.monotonic()
         images = to_images(pixels.to(self.progress.processes.device))
-        size = self.arguments.encode_batch_size or default_encode_batch(self.plan.image_size)
+        size = self.arguments.encode_batch_size or autoencoders.default_encode_batch(
+            self.plan.image_size
+        )
         moments = encode(self.vae, images, size, self.plan.precision == "bf16")
         if self.plan.precision != "fp32" and not self.is_compared:
             self.is_compared = True
@@ -223,18 +219,17 @@ class Extraction(NamedTuple):
         names, form = self.files.class_names, self.form
         side = self.plan.image_size // form.pixels_per_latent
         stored = torch.from_numpy(rows.reshape(-1, form.stored_channels, side, side))
+        source = torch.Generator().manual_seed(self.plan.seed)
         as_made = replace(form, latent_scale=1.0, latent_shift=0.0)
-        z = draw_latents(stored, torch.Generator().manual_seed(self.plan.seed), as_made)
-        how = "as its config says"
+        z, by = autoencoders.draw_latents(stored, source, as_made), "the VAE's statistics"
         if not form.latent_scale:
-            form, how = normalised_by(form, z), "as measured here"
+            form, by = autoencoders.normalised_by(form, z), "statistics measured on these latents"
         deviation, mean = (value.item() for value in torch.std_mean(form.normalise(z)))
-        line = f"{len(z)} pictures' x_0, normalised {how}, has mean {mean:.2g} and deviation "
-        print(f"{line}{deviation:.2g}")
+        print(f"x_0, normalised by {by}: mean {mean:.2g}, standard deviation {deviation:.2g}")
         if not USUAL_DEVIATIONS[0] <= deviation <= USUAL_DEVIATIONS[1]:
             print(
-                f"a deviation of about 1 is usual: null as scaling_factor in the {CONFIG_FILE} of "
-                f"{self.found.name} has the scale measured"
+                f"a deviation near 1 is usual; with scaling_factor null in the VAE's {CONFIG_FILE} "
+                f"they are measured when {self.folder.target} is made anew"
             )
         return LatentInfo(
             vae=self.found.name,
@@ -275,7 +270,7 @@ def run_extraction(
     if processes.on_rank0(lambda: folder.is_made(plan)):
         say(processes, f"{folder.target} was made before")
         return None
-    form = measure_form(vae, plan.image_size)
+    form = autoencoders.measure_form(vae, plan.image_size)
     side = plan.image_size // form.pixels_per_latent
     say(processes, f"data_size {side}: latents have side {side}, {form.latent_channels} channels")
     processes.on_rank0(lambda: until_end.enter_context(folder.owned()))

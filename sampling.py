@@ -79,7 +79,7 @@ class LoadedModel:
     data: Mapping[str, Any] = field(default_factory=dict)  # the training data's record
     weights_sha256: str = ""  # of the averaged weights, if computed
     report: Callable[[str], None] = _print_to_stderr
-    _said: set[str] = field(default_factory=set)
+    _checked: set[vae.FoundVae] = field(default_factory=set)  # decoders
 
     @property
     def class_names(self) -> Sequence[str]:
@@ -155,10 +155,10 @@ class LoadedModel:
         Reports once if its VAE is not the one that made the training data.
         """
         found = find_decoder(self.config)
-        for note in vae.decoder_notes(found, self.data, self.shape) if found else ():
-            if note not in self._said:
+        if found and found not in self._checked:
+            for note in vae.decoder_notes(found, self.data, self.shape):
                 self.report(note)
-                self._said.add(note)
+            self._checked.add(found)
         device = next(self.model.parameters()).device
         with decoding(self.config, self.data, device) as decode:
             yield decode

@@ -151,12 +151,14 @@ def measure_form(vae: Any, image_size: int) -> LatentForm:
     UserError if the autoencoder does not take such pictures.
     """
     kind, name = kind_of(vae), type(vae).__name__
-    place = next(vae.parameters())
+    blank = next(vae.parameters()).new_zeros(1, 3, image_size, image_size)
     try:
-        z = kind.encode(vae, place.new_zeros(1, 3, image_size, image_size))
-        images = kind.decode(vae, z[0])
+        z = kind.encode(vae, blank)
         _, channels, side, _ = z[0].shape
-        form = LatentForm(
+        made = kind.decode(vae, z[0]).shape
+        if made != blank.shape or image_size % side:
+            raise ValueError(f"latents of side {side} are decoded to {list(made[1:])}")
+        return LatentForm(
             vae_class=name,
             latent_channels=channels,
             pixels_per_latent=image_size // side,
@@ -167,14 +169,8 @@ def measure_form(vae: Any, image_size: int) -> LatentForm:
         raise
     except Exception as error:  # each class has its own ways to fail
         raise UserError(
-            f"vae: {name} does not take pictures with {image_size} pixels a side ({shorten(error)})"
+            f"vae: {name} does not fit pictures with {image_size} pixels a side ({shorten(error)})"
         ) from error
-    if images.shape[1:] != (3, image_size, image_size) or image_size % side:
-        raise UserError(
-            f"vae: {name} does not fit pictures with {image_size} pixels a side: latents of "
-            f"side {side}, decoded to {list(images.shape[1:])}"
-        )
-    return form
 
 
 def normalised_by(form: LatentForm, z: Tensor) -> LatentForm:

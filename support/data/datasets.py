@@ -365,13 +365,7 @@ class DataSet:
 
 
 DATASETS = {
-    "Imagenet": DataSet(
-        LatentForm.latent_channels,
-        1000,
-        load_latents_data,
-        f"the folder of {LATENT_FILE}",
-        is_latent=True,
-    ),
+    "Imagenet": DataSet(4, 1000, load_latents_data, f"the folder of {LATENT_FILE}", is_latent=True),
     "CIFAR10": DataSet(
         3,
         10,

@@ -252,12 +252,11 @@ class PartsFolder:
         """Latents of parts spread over the whole, a row of numbers each."""
         filled = [index for index, part in enumerate(parts) if part.labels]
         chosen = np.unique(np.linspace(0, len(filled) - 1, PARTS_LOOKED_AT).astype(int))
-        rows = []
+        count, latents = -(-ROWS_LOOKED_AT // len(chosen)), []
         for index in (filled[place] for place in chosen):
-            latents = np.frombuffer(self.read_latents(index), plan.dtype)
-            latents = latents.reshape(len(parts[index].labels), -1)
-            rows.append(latents[: -(-ROWS_LOOKED_AT // len(chosen))])
-        return np.concatenate(rows)
+            values = np.frombuffer(self.read_latents(index), plan.dtype)
+            latents.append(values.reshape(len(parts[index].labels), -1)[:count])
+        return np.concatenate(latents)
 
     def _merge_part(self, index: int, merged: io.FileIO, start: int, num_bytes: int) -> None:
         """Copy a part to its place, read it back from the disk, and delete it."""
