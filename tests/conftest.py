@@ -4,6 +4,8 @@ import os
 import shutil
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when NumPy and torch are loaded
+# Tests compare bits, and fork processes that have loaded torch. benchmarks/gpu.py tries a GPU.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
 import torch
