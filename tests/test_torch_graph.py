@@ -180,7 +180,7 @@ def test_batch_normalisation_of_2015_gives_what_tensorflow_gives(after, is_scale
 
 
 def test_every_operation_in_the_table_is_tested():
-    windowed = {"Conv2D", "MaxPool", "AvgPool", "ResizeBilinear"}
+    windowed = {"Const", "Conv2D", "MaxPool", "AvgPool", "ResizeBilinear"}
     earlier = {"FusedBatchNorm", "FusedBatchNormV2"}  # versions with the same meaning
     assert {*OTHERS} & {*OPERATIONS} | windowed | earlier == {*OPERATIONS} - {
         "BatchNormWithGlobalNormalization"

@@ -110,12 +110,11 @@ class TorchGraph:
 
     def _compute(self, node: Node, values: Mapping[str, Tensor]) -> Tensor:
         where = f"operation {node.op} ({node.name})"
-        if node.op != "Const" and node.op not in OPERATIONS:
+        if node.op not in OPERATIONS:
             raise ValueError(f"{where} is not supported by the torch backend")
         try:
-            if node.op == "Const":
-                return _constant(node).to(self._device)
-            return OPERATIONS[node.op](node, *(values[name] for name in _sources(node)))
+            result = OPERATIONS[node.op](node, *(values[name] for name in _sources(node)))
+            return result.to(self._device)  # a constant is made in host memory
         except (RuntimeError, TypeError, ValueError, KeyError, IndexError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -156,14 +155,15 @@ def _sources(node: Node) -> list[str]:
     return [name.removesuffix(":0") for name in names]
 
 
+# The operations. B images, H height, W width, C channels; `x` is the node's first input.
+
+
+@operation("Const")
 def _constant(node: Node) -> Tensor:
     value = torch.tensor(constant(node))
     if value.ndim == 4:  # so that torch's convolutions need no copy of filters either
         value = value.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)
     return value
-
-
-# The operations. B images, H height, W width, C channels; `x` is the node's first input.
 
 
 @operation("Identity", "CheckNumerics", "StopGradient")
