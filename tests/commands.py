@@ -1,17 +1,14 @@
 """Running the project's commands: in processes of their own, in forks of this one, or here."""
 
+import functools
 import importlib
+import json
 import os
-import runpy
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import traceback
-from collections.abc import Collection
 from pathlib import Path
-from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,64 +38,40 @@ def succeed(*arguments: object, folder: Path = ROOT) -> str:
     return finished.stdout
 
 
+@functools.cache
+def template() -> subprocess.Popen[str]:
+    """The process that is forked; it ends with this one."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "forks.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+    )
+
+
 def forked(
-    *arguments: object,
-    ranks: int = 1,
-    folder: Path = ROOT,
-    env: dict[str, str] | None = None,
-    afresh: Collection[str] = (),
+    *arguments: object, ranks: int = 1, folder: Path = ROOT, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Like `run`, in forks of this process, which do not take seconds to load torch.
+    """Like `run`, in forks of a process that has loaded torch: no seconds for that.
 
     Several `ranks` are processes of one run, as torchrun starts them: their outputs are joined.
-    Modules and packages called `afresh` are imported anew: from another folder, or because they
-    read the environment.
     """
-    for late in ("sklearn.datasets", "torch._dynamo"):  # so that not every fork imports them
-        importlib.import_module(late)
     words = [*map(str, arguments)]
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        world["WORLD_SIZE"] = str(ranks)
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        children = []
-        for rank in range(ranks):
-            if not (child := os.fork()):
-                os.dup2(out.fileno(), 1)
-                os.dup2(err.fileno(), 2)
-                if ranks > 1:
-                    os.environ.update(world, RANK=f"{rank}", LOCAL_RANK=f"{rank}")
-                os.environ.update(env or {})
-                _be_python(words, folder, afresh)
-            children.append(child)
-        states = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        texts = [file.seek(0) or file.read() for file in (out, err)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    if ranks > 1:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        env["WORLD_SIZE"] = str(ranks)
+    with tempfile.TemporaryDirectory() as place:
+        paths = {name: Path(place, name) for name in ("out", "err")}
+        request = {"words": words, "ranks": ranks, "folder": str(folder), "env": env}
+        request |= {name: str(path) for name, path in paths.items()}
+        pipes = template()
+        print(json.dumps(request), file=pipes.stdin, flush=True)
+        states = json.loads(pipes.stdout.readline())
+        texts = [path.read_text() for path in paths.values()]
     return subprocess.CompletedProcess(words, next(filter(None, states), 0), *texts)
-
-
-def _be_python(words: list[str], folder: Path, afresh: Collection[str]) -> NoReturn:
-    """Go on as `python WORDS`, to the end of this process."""
-    signal.alarm(300)  # ends it
-    sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
-    try:
-        for name in [name for name in sys.modules if name.split(".")[0] in afresh]:
-            del sys.modules[name]
-        os.chdir(folder)
-        sys.argv = words
-        if words[0] == "-c":
-            exec(sys.argv.pop(1), {"__name__": "__main__"})
-        else:
-            sys.path.insert(0, str(Path(words[0]).resolve().parent))
-            runpy.run_path(words[0], run_name="__main__")
-        status = 0
-    except SystemExit as end:
-        status = int(end.code or 0)
-    except BaseException:
-        traceback.print_exc()
-        status = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
 
 
 def run_here(script: str, *words: object) -> int:

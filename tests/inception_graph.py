@@ -207,7 +207,7 @@ def write_inception_graph(path: Path, seed: int = 0, side: int = 299) -> Path:
     writer.operation("pool_3", "AvgPool", of, ksize=window, strides=ones, padding=b"VALID")
     writer.constant("pool_3/_reshape/shape", np.array([-1, channels], np.int32))
     writer.operation("pool_3/_reshape", "Reshape", "pool_3", "pool_3/_reshape/shape")
-    writer.weights("softmax/weights", channels, CLASSES, scale=0.5)
+    writer.weights("softmax/weights", channels, CLASSES, scale=0.02)
     writer.weights("softmax/biases", CLASSES, scale=0.1)
     writer.operation("softmax/logits/MatMul", "MatMul", "pool_3/_reshape", "softmax/weights")
     writer.operation("softmax/logits", "BiasAdd", "softmax/logits/MatMul", "softmax/biases")

@@ -18,8 +18,6 @@ DOCUMENT = ROOT / "docs" / "extending.md"
 # What `make test` runs of these is in the changed files, or follows from the tables.
 TESTS = ("config", "config_errors", "config_keys", "structure", "readme", "extending", "slots")
 
-OURS = [path.stem for path in ROOT.iterdir()]
-
 
 def block_with(text: str) -> str:
     """The one block of Python code that has this text."""
@@ -94,7 +92,7 @@ def extended(tmp_path_factory):
         file = folder / name
         before = file.read_text() + "\n\n" if file.exists() else ""
         file.write_text(before + code)
-    assert forked("docs/make_config.py", folder=folder, afresh=OURS).returncode == 0
+    assert forked("docs/make_config.py", folder=folder).returncode == 0
     return folder
 
 
@@ -103,7 +101,7 @@ def test_the_examples_train(extended):
     small = {"train.py": SMALL.split(), "inference.py": ["--num-samples", "2"]}
     for command in commands_of(DOCUMENT):
         if more := small.get(command.words[1]):
-            finished = forked(*command.words[1:], *more, folder=extended, afresh=OURS)
+            finished = forked(*command.words[1:], *more, folder=extended)
             assert finished.returncode == 0, f"{command}\n{finished.stdout}{finished.stderr}"
 
 

@@ -50,7 +50,7 @@ def hub(tmp_path):
 
 
 def asked(hub, *words: object, folder=ROOT, **env: str):
-    return forked(*words, folder=folder, env={**hub.env, **env}, afresh=["huggingface_hub"])
+    return forked(*words, folder=folder, env={**hub.env, **env})
 
 
 def fetched(hub, name: str, tmp_path, subfolder: str = "", **env: str):

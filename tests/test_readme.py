@@ -151,8 +151,10 @@ def checkout(tmp_path, monkeypatch):
     """The current folder: a copy of the project, and what the documents expect a reader to have."""
     copy_project(tmp_path)
     monkeypatch.chdir(tmp_path)
-    # Smaller checkpoints: 50 MB in all instead of 440.
-    monkeypatch.setitem(dit.SIZES, "Nano", dit.Size(width=32, depth=2, heads=2))
+    # Smaller checkpoints, 50 MB in all instead of 440: in this process, and in the copy.
+    small, copied = dit.Size(width=32, depth=2, heads=2), Path("dit.py")
+    monkeypatch.setitem(dit.SIZES, "Nano", small)
+    copied.write_text(f"{copied.read_text()}\nSIZES['Nano'] = {small!r}\n")
     leave_what_quickstart_leaves()
     write_image_folder(Path("my-images"), size=280)
     Path("my-images/cup").rename("my-images/dog")

@@ -244,7 +244,7 @@ for name in sys.argv[1:]:
 
 
 def found_by_name(*names, **settings):
-    done = forked("-c", FIND, *names, env=settings, afresh=["huggingface_hub"])
+    done = forked("-c", FIND, *names, env=settings)
     return done.stdout.splitlines()
 
 
