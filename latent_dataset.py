@@ -28,7 +28,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from support.data import autoencoders
-from support.data.autoencoders import LatentForm, encode
+from support.data.autoencoders import LatentForm, default_encode_batch, encode
 from support.data.datasets import channels_first, list_pictures
 from support.data.folders import LabelledFiles, describe_classes
 from support.data.images import read_image, to_images
@@ -175,9 +175,7 @@ class PartMaker:
         """Latents as stored, of uint8 [B, 3, H, W]; the time it takes counts as the VAE's."""
         started = time.monotonic()
         images = to_images(pixels.to(self.progress.processes.device))
-        size = self.arguments.encode_batch_size or autoencoders.default_encode_batch(
-            self.plan.image_size
-        )
+        size = self.arguments.encode_batch_size or default_encode_batch(self.plan.image_size)
         moments = encode(self.vae, images, size, self.plan.precision == "bf16")
         if self.plan.precision != "fp32" and not self.is_compared:
             self.is_compared = True

@@ -90,7 +90,8 @@ def made(folder, vae_class, photos):
         return folder
     settings = {"AutoencoderKL": {"latent_channels": 16}}.get(vae_class, {})
     if vae_class != "AutoencoderKLFlux2":
-        unknown = {} if vae_class == "AutoencoderRAE" else {"scaling_factor": None}
+        has_none = vae_class in ("AutoencoderRAE", "AutoencoderKLKVAE")
+        unknown = {} if has_none else {"scaling_factor": None}
         return make_tiny_vae(folder, vae_class=vae_class, **settings, **unknown)
     vae = load_vae(find_vae(str(make_tiny_vae(folder, vae_class=vae_class))), CPU)
     z = drawn(encode(vae, images_of(photos), 5), LatentForm(latent_channels=24, latent_scale=1.0))
@@ -120,6 +121,10 @@ def train_on(save, vae, run, size, **settings):
 FORMS = {  # channels, pixels a latent, point or posterior
     "AutoencoderKL": (16, 8, False),
     "AutoencoderKLFlux2": (24, 16, False),
+    "AsymmetricAutoencoderKL": (4, 2, False),
+    "AutoencoderKLHunyuanImage": (4, 2, False),
+    "AutoencoderKLKVAE": (4, 2, False),
+    "VQModel": (3, 2, True),
     "AutoencoderDC": (8, 2, True),
     "AutoencoderTiny": (4, 8, True),
     "AutoencoderRAE": (64, 8, True),

@@ -37,7 +37,26 @@ RAE = {
     "patch_size": 8,
     "encoder_input_size": 32,
 }
+HALVED = {
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "norm_num_groups": 4,
+}
+ASYMMETRIC = {**HALVED, "down_block_out_channels": (8, 8), "up_block_out_channels": (8, 8)}
+HUNYUAN = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 4,
+    "block_out_channels": (32, 32),
+    "layers_per_block": 1,
+    "spatial_compression_ratio": 2,
+    "sample_size": 32,
+}
 SETTINGS = {
+    "AsymmetricAutoencoderKL": ASYMMETRIC,
+    "AutoencoderKLHunyuanImage": HUNYUAN,
+    "AutoencoderKLKVAE": {"channels": 32, "ch_mult": (1, 1), "z_channels": 4},
+    "VQModel": {**HALVED, "block_out_channels": (8, 8), "latent_channels": 3},
     "AutoencoderKL": KL,
     "AutoencoderKLFlux2": {**KL, "latent_channels": 6},
     "AutoencoderDC": DC,

@@ -122,12 +122,14 @@ def read_batch_norm(vae: Any) -> dict[str, Numbers]:
     return {"latent_scale": (1 / deviations).tolist(), "latent_shift": vae.bn.running_mean.tolist()}
 
 
+POSTERIOR = Kind(encode_posterior, decode_image, read_statistics)
+POINT = Kind(encode_point, decode_image, read_statistics)
 # AutoencoderRAE takes images from 0 to 1 and normalises its latents itself.
 KINDS = {
-    "AutoencoderKL": Kind(encode_posterior, decode_image, read_statistics),
+    **dict.fromkeys(("AutoencoderKL", "AsymmetricAutoencoderKL"), POSTERIOR),
+    **dict.fromkeys(("AutoencoderKLHunyuanImage", "AutoencoderKLKVAE"), POSTERIOR),
     "AutoencoderKLFlux2": Kind(encode_patches, decode_patches, read_batch_norm),
-    "AutoencoderDC": Kind(encode_point, decode_image, read_statistics),
-    "AutoencoderTiny": Kind(encode_point, decode_image, read_statistics),
+    **dict.fromkeys(("AutoencoderDC", "AutoencoderTiny", "VQModel"), POINT),
     "AutoencoderRAE": Kind(
         lambda vae, images: encode_point(vae, (images + 1) / 2),
         lambda vae, z: 2 * decode_image(vae, z) - 1,
