@@ -232,5 +232,5 @@ def test_graph_of_inceptions_structure_gives_the_same_five_scores_in_both(incept
         )
     assert np.abs(features[0] - features[1]).max() < 1e-4 * features[0].std()
     assert scores[0] == pytest.approx(scores[1], rel=1e-4, abs=1e-4)
-    assert scores[0][0] > 1.01
+    assert scores[0][0] > 1.005  # not all images are of one class
     assert scores[0][1] > 1  # sets that differ
