@@ -20,7 +20,7 @@ from dit import DiT
 from models import BACKBONES, METHODS, add_method, backbone_of
 from schedules import GAP_SCHEDULES, PATHS, SOLUTION_FORMS, TIME_SAMPLING, gap_fraction, warmed_up
 from support.data.batches import BatchPlan
-from support.data.datasets import DATASETS, DataRequest
+from support.data.datasets import DATASETS, DataRequest, find_latents
 from support.data.vae import VAE_NAME
 from support.runs.averages import LARGEST_STD, Exponential, PowerFunction, Rule
 from support.runs.optimizers import OPTIMIZERS
@@ -121,6 +121,7 @@ class Config(BaseModel):
     dataset_type: Annotated[str, Choice(DATASETS)] = key(
         "Imagenet", "the data set; Imagenet is a file of latents"
     )
+    # Left out, it is that of the latent file, where there is one.
     data_size: Whole = key(32, "side of the data, in pixels or latents", ge=1, le=8192)
     dataset_path: Location | None = changeable(None, "folder of the data set")
     augment_probability: Decimal | None = key(
@@ -451,7 +452,7 @@ def config_from_dict(
 
 
 def resolve(config: Config) -> Config:
-    """Fill in the fields that the data set's recipe decides, unless the config sets them."""
+    """Fill in the fields that the data set decides, unless the config sets them."""
     dataset = DATASETS[config.dataset_type]
     recipe = {
         "optimizer": dataset.optimizer,
@@ -459,6 +460,10 @@ def resolve(config: Config) -> Config:
         "augment_probability": 0.0 if config.is_conditional else dataset.unet_augment_probability,
     }
     missing = {key: value for key, value in recipe.items() if getattr(config, key) is None}
+    if "data_size" not in config.model_fields_set and (
+        latents := find_latents(config.data_request())
+    ):
+        missing["data_size"] = latents.size
     return config.model_copy(update=missing)
 
 

@@ -162,8 +162,12 @@ def test_older_file_of_ours_had_its_pictures_as_they_lay(tmp_path):
     assert LatentReader(path).info.exif == "ignore"
 
 
-def test_another_size_is_refused(tmp_path):
+def test_the_size_is_that_of_the_file_and_another_is_refused(tmp_path):
     write_ours(tmp_path)
+    settings = config_of(tmp_path).to_dict()
+    del settings["data_size"]
+    assert config_from_dict(settings, "test").data_size == 4
+    assert config_from_dict({**settings, "dataset_path": None}, "test").data_size == 32
     assert "data_size: 8" in refusal(tmp_path, data_size=8)
     with h5py.File(write_ours(tmp_path), "r+") as file:
         file.attrs["image_size"] = 64

@@ -309,7 +309,8 @@ def list_pictures(folder: Path, processes: Processes) -> LabelledFiles:
 
 def load_latents_data(request: DataRequest) -> TrainingData:
     """The latents in dataset_path; UserError where they are not as the config describes them."""
-    reader = open_latents(request)
+    reader = LatentReader(request.folder / LATENT_FILE)
+    refuse_other_size(request, reader)
     if reader.info:
         refuse_other_vae(request.vae, reader.path, reader.info)
     data = LatentData(reader)
@@ -317,15 +318,21 @@ def load_latents_data(request: DataRequest) -> TrainingData:
     return data
 
 
-def open_latents(request: DataRequest) -> LatentReader:
-    """The latent file; UserError where its latents have another side than the config says."""
-    reader = LatentReader(request.folder / LATENT_FILE)
+def find_latents(request: DataRequest) -> LatentReader | None:
+    """The latent file of the request, if that is of latents and the file is there."""
+    if not DATASETS[request.dataset_type].is_latent or not request.dataset_path:
+        return None
+    path = request.folder / LATENT_FILE
+    return LatentReader(path) if path.exists() else None
+
+
+def refuse_other_size(request: DataRequest, reader: LatentReader) -> None:
+    """UserError where the latents have another side than the config says."""
     if reader.size != request.data_size:
         raise UserError(
             f"data_size: {request.data_size}, and the latents in {reader.path} have side "
             f"{reader.size}"
         )
-    return reader
 
 
 def refuse_other_vae(vae_name: str, path: Path, info: LatentInfo) -> None:
@@ -414,8 +421,8 @@ def outline(request: DataRequest) -> Outline:
     if not dataset.is_latent:
         return Outline(num_classes, dataset.channels, (dataset.channels, size, size), None)
     form = LatentForm()
-    if request.dataset_path and (request.folder / LATENT_FILE).exists():
-        reader = open_latents(request)
+    if reader := find_latents(request):
+        refuse_other_size(request, reader)
         num_classes, form = len(reader.class_names), reader.form
     side = form.pixels_per_latent * size
     return Outline(num_classes, form.latent_channels, (3, side, side), form)
