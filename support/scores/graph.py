@@ -120,8 +120,8 @@ class FeatureGraph:
         spatial = spatial[..., :SPATIAL_CHANNELS].reshape(len(rgb), -1)
         if not (np.isfinite(pool).all() and np.isfinite(spatial).all()):
             self._refuse(
-                f"gives features that are not finite on {self.engine.device}; on a GPU, try again "
-                "with CUDA_VISIBLE_DEVICES= (empty)"
+                f"gives features that are not finite by {self.engine.name} on "
+                f"{self.engine.device}; try the other --backend, or CUDA_VISIBLE_DEVICES= (empty)"
             )
         return Features(pool, spatial.astype(np.float32, copy=False))
 

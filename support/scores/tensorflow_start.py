@@ -36,7 +36,7 @@ def import_tensorflow():
         except ImportError as error:
             raise UserError(
                 f"TensorFlow cannot be loaded ({shorten(error)}); "
-                "pip install -r requirements_soflow_eval.txt"
+                "pip install -r requirements_soflow_eval.txt, or use --backend torch"
             ) from error
         tensorflow.config.list_physical_devices()  # the first call prints lines, too
     return tensorflow
