@@ -161,7 +161,7 @@ def facts_of(title: str, loaded: LoadedModel, vae_name: str, files: dict[str, st
         f"{config.coefficient_type}",
     }
     if config.is_latent:
-        model["decoder"] = f"{vae_name}, of latents {list(loaded.shape)}"
+        model["decoder"] = f"{vae_name}, {form.vae_class}, of latents {list(loaded.shape)}"
     if not config.is_conditional:
         return Facts(title, model, 0, (), files)
     labels = [loaded.word_of(label) for label in (0, 0, num_classes - 1)]

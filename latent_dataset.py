@@ -226,8 +226,8 @@ class Extraction(NamedTuple):
         print(f"x_0, normalised by {by}: mean {mean:.2g}, standard deviation {deviation:.2g}")
         if not USUAL_DEVIATIONS[0] <= deviation <= USUAL_DEVIATIONS[1]:
             print(
-                f"a deviation near 1 is usual; with scaling_factor null in the VAE's {CONFIG_FILE} "
-                f"they are measured when {self.folder.target} is made anew"
+                f"a deviation near 1 is usual; with null as scaling_factor in its {CONFIG_FILE}, "
+                f"statistics are measured when {self.folder.target} is made anew"
             )
         return LatentInfo(
             vae=self.found.name,
