@@ -47,6 +47,9 @@ NOT_RUN = {
     "python train.py --config configs/digits.yaml --set dataset_type": "likewise",
     "python inference.py --ckpt runs/mine": "likewise",
     "python report.py --band": "needs three finished runs",
+    "python train.py --config configs/imagenet_xl2.yaml --set working_dir=runs/from-sit": "needs "
+    "SiT's weights",
+    "python evaluator.py --verify": "needs a network",
 }
 
 # What makes each command small. Runs of the documents end after step 2 here.
