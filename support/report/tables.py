@@ -4,7 +4,7 @@ import csv
 import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from math import floor, inf, isfinite, log10
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +59,7 @@ def text_of(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, Value):
-        if value.spread is None:
-            return text_of(value.mean)
-        digits = max(0, 1 - floor(log10(value.spread))) if 0 < value.spread < inf else 4
-        return f"{value.mean:.{digits}f} ± {value.spread:.{digits}f}"
+        return text_of(value.mean) if value.spread is None else value.with_spread(" ± ")
     return f"{value:#.4g}".rstrip(".") if isinstance(value, float) else str(value)
 
 

@@ -1,6 +1,7 @@
 """A folder's scores as a table, with groups of seeds and what a reader should not conclude."""
 
 from collections.abc import Mapping, Sequence
+from math import floor, inf, log10
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,8 +34,13 @@ class Value(NamedTuple):
 
     def text(self, column: str) -> str:
         digits = 6 if column in KERNEL else 4
-        spread = "" if self.spread is None else f"±{self.spread:.{digits}f}"
-        return f"{self.mean:.{digits}f}{spread}"
+        return f"{self.mean:.{digits}f}" if self.spread is None else self.with_spread("±")
+
+    def with_spread(self, sign: str) -> str:
+        """Both numbers, to two digits of the spread."""
+        spread = self.spread or 0.0
+        digits = max(0, 1 - floor(log10(spread))) if 0 < spread < inf else 4
+        return f"{self.mean:.{digits}f}{sign}{spread:.{digits}f}"
 
 
 def summary(folder: Path, records: Mapping[str, dict], yardstick: Yardstick) -> str:
