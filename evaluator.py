@@ -189,7 +189,9 @@ def watch_once(session: Session, seconds: float) -> None:
 
 def make_reference(arguments: argparse.Namespace) -> int:
     """Write the reference file that was asked for."""
-    images = image_sets.find_images(arguments.images, arguments.image_size, arguments.exif)
+    images = image_sets.find_images(
+        arguments.images, arguments.image_size, arguments.exif, Path(arguments.write_ref).parent
+    )
     if images.left_out_note:
         print(images.left_out_note, flush=True)
     references.refuse_to_replace(arguments.write_ref)
@@ -219,7 +221,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     number("--watch", nargs="?", const=60, metavar="SECONDS", help=again)
     add("--delete_evaluated", action="store_true", help="delete each .npz once it is scored")
     path("--write_ref", metavar="OUT.npz", help="make a reference file from --images")
-    source = "folder of pictures, of CIFAR-10 or of Fashion-MNIST, or an .npz"
+    source = "folder or tar of pictures, folder of CIFAR-10 or of Fashion-MNIST, or an .npz"
     path("--images", metavar="SOURCE", help=source)
     number("--image_size", help="centre crop of pictures to this many pixels")
     exif = "rotation of pictures: apply (default), or ignore as ImageNet's published recipe does"

@@ -1,21 +1,24 @@
-"""Turn class folders of pictures into imagenet_latent.hdf5, which dataset_type Imagenet trains on.
+"""Turn pictures into imagenet_latent.hdf5, which dataset_type Imagenet trains on.
 
     python latent_dataset.py --data-path photos --save-path data/photos --image-size 256
     torchrun --nproc-per-node=8 latent_dataset.py --data-path imagenet/train \\
         --save-path data/imagenet-latents --image-size 256 --exif ignore
+    python latent_dataset.py --data-path ILSVRC2012_img_train.tar --save-path data/latents \\
+        --image-size 256 --exif ignore
     python latent_dataset.py --data-path photos --save-path data/photos --image-size 256 \\
         --vae folders/sd-vae-ft-mse --dtype float16 --skip-bad
 
 --vae takes any image autoencoder of diffusers: a name on the Hugging Face Hub, or a folder.
-If it is stopped, at any moment, the same command continues. Classes are the folders in --data-path,
-in the order of their numbers if all names are numbers, else in alphabetical order.
+If it is stopped, at any moment, the same command continues. --data-path is a folder of class
+folders, a tar of these or of a tar per class, or a folder of WebDataset's shards. Nothing is
+unpacked. Classes come in the order of their numbers if all names are numbers, else in alphabetical
+order.
 """
 
 from support.system.command import command_parser, run_command  # isort: skip - must be first
 
 import argparse
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -81,7 +84,7 @@ class Pictures(Dataset):
                 pixels.append(read_image(self.files[index], self.size, self.apply_exif))
                 labels.append(int(self.files.labels[index]))
             except UserError as error:  # raised in a worker, it would be more than a line
-                unreadable.append((os.fsdecode(self.files.names[index]), str(error)))
+                unreadable.append((self.files.name_of(index), str(error)))
         readable = channels_first(np.stack(pixels)) if pixels else torch.empty(0)
         return LoadedPictures(readable, labels, unreadable)
 
@@ -247,7 +250,7 @@ def run_extraction(
 
     The main process owns the parts' folder until the end.
     """
-    files = list_pictures(Path(arguments.data_path), processes)
+    files = list_pictures(Path(arguments.data_path), processes, Path(arguments.save_path))
     say(processes, describe_classes(files.class_names, np.bincount(files.labels).tolist()))
     found = find_vae(arguments.vae)
     for line in (*files.notes, f"loading the VAE {found.name}, {found.vae_class}"):
@@ -344,8 +347,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "whether to turn pictures upright as their EXIF data say (default apply); ImageNet's "
         "published recipe ignores them"
     )
+    data_help = "class folders, or a tar, or a folder or 'pattern*' of shards"
     save_help = "folder for the file: a config's dataset_path"
-    add("--data-path", required=True, type=expanduser, metavar="D", help="folder of class folders")
+    add("--data-path", required=True, type=expanduser, metavar="D", help=data_help)
     add("--save-path", required=True, type=expanduser, metavar="S", help=save_help)
     add("--image-size", required=True, type=whole_number(1), metavar="PIXELS", help=size_help)
     add("--device-batch-size", type=whole_number(1), default=256, metavar="B", help=batch_help)
@@ -367,7 +371,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     save_path = arguments.save_path
     if Path(save_path).resolve().is_relative_to(Path(arguments.data_path).resolve()):
         raise UserError(
-            f"--save-path {save_path}: is inside --data-path, where every folder is a class"
+            f"--save-path {save_path}: is inside --data-path, where every folder may be a class"
         )
     with contextlib.ExitStack() as until_end:
         with connected(arguments.device, TIMEOUT_MINUTES) as processes:

@@ -17,6 +17,7 @@ import torch
 from checkpoints import assert_equal, load, state_of
 from commands import ROOT, forked
 from killed_extraction import Killer
+from packed_pictures import SOURCES
 from PIL import Image
 from tiny_vae import make_tiny_vae
 
@@ -301,6 +302,17 @@ def test_files_that_are_not_read_are_said_at_the_start(scratch, capsys):
     said = capsys.readouterr().out
     assert "cat (9), china (9), flower (9)\n" in said
     assert all(named in said for named in ("china", "2 .heic", "1 .mov"))
+
+
+@pytest.mark.parametrize("form", SOURCES)
+def test_any_source_gives_the_same_latents_after_a_kill_too(made, scratch, tmp_path, form):
+    (tmp_path / "packed").mkdir()
+    source = SOURCES[form](made / "photos", tmp_path / "packed")
+    arguments = options(scratch, **{"data-path": source})
+    killed, _ = extract_and_kill(arguments, 12)
+    assert killed and len([*(tmp_path / "latents").glob("*/0*.part")]) < 7
+    latent_dataset.main(arguments)
+    assert_same_latents(tmp_path / "latents", made / "latents")
 
 
 # Killed.

@@ -16,15 +16,10 @@ from torch.utils.data import Dataset, get_worker_info
 
 from support.data import cifar10, digits, fashion
 from support.data.autoencoders import LatentForm, draw_latents
-from support.data.folders import (
-    LabelledFiles,
-    class_folders,
-    class_names,
-    in_threads,
-    sizes_of_pictures,
-)
+from support.data.folders import LabelledFiles, in_threads
 from support.data.images import LabelledImages, read_image, to_images, why_unreadable
 from support.data.latents import LATENT_FILE, LatentInfo, LatentReader
+from support.data.sources import count_classes, list_source, shards_of
 from support.data.vae import VAE_NAME, find_vae, vae_digest
 from support.system.files import UserError, reporting_os_errors
 from support.system.processes import Processes
@@ -49,21 +44,32 @@ class DataRequest:
     skip_bad: bool = False  # leave out pictures that cannot be read
     held_out: int = 0  # number of images that no step trains on
     seed: int = 0  # chooses these images
+    working_dir: str | None = None  # keeps the index of tars
     processes: Processes = ALONE
 
     @property
     def folder(self) -> Path:
-        """dataset_path; UserError where it is not set or not a folder that can be read."""
+        """dataset_path; UserError where it is not set or not a folder that can be read.
+
+        Pictures may also be in a file, or in those of a pattern.
+        """
         if not self.dataset_path:
             folder = DATASETS[self.dataset_type].folder
             raise UserError(f"dataset_path: not set; {self.dataset_type} needs {folder}")
         path = Path(os.path.expanduser(self.dataset_path))
+        in_file = DATASETS[self.dataset_type].has_files and not os.path.isdir(path)
+        if in_file and shards_of(path):
+            return path
         with (
             reporting_os_errors(f"dataset_path: {path} cannot be read as a folder"),
             contextlib.suppress(FileNotFoundError),  # some data sets are fetched
         ):
             os.scandir(path).close()
         return path
+
+    @property
+    def index_folder(self) -> Path | None:
+        return Path(self.working_dir) if self.working_dir else None
 
 
 @dataclass(frozen=True)
@@ -164,7 +170,7 @@ class PixelData(TrainingData):
 
 
 class FolderData(TrainingData):
-    """Pictures in class folders, RGB, decoded and cropped to `size` when they are asked for.
+    """Pictures of a source, RGB, decoded and cropped to `size` when they are asked for.
 
     A small data set stays decoded in memory: decoding a phone's photograph takes as long as
     training a small network on it.
@@ -211,7 +217,7 @@ class FolderData(TrainingData):
         return in_threads(refusal, share, 2 * torch.get_num_threads(), at_once=16)
 
     def file_of(self, index: int) -> str:
-        return os.fsdecode(self.files.names[index])
+        return self.files.name_of(index)
 
 
 class LatentData(TrainingData):
@@ -290,16 +296,18 @@ def in_memory(images: LabelledImages, class_names: tuple[str, ...]) -> TrainingD
 
 
 def load_folder_data(request: DataRequest) -> TrainingData:
-    files = list_pictures(request.folder, request.processes)
+    files = list_pictures(request.folder, request.processes, request.index_folder)
     # With skip_bad, `check_examples` finds what is missing or no picture.
-    sizes_of = LabelledFiles.sizes if request.skip_bad else sizes_of_pictures
-    files_sha256 = request.processes.on_rank0(lambda: files.digest(sizes_of(files)))
+    sizes_of = files.sizes if request.skip_bad else files.checked_sizes
+    files_sha256 = request.processes.on_rank0(lambda: files.digest(sizes_of()))
     return FolderData(files, files_sha256, request.data_size)
 
 
-def list_pictures(folder: Path, processes: Processes) -> LabelledFiles:
-    """`class_folders`, listed by rank 0; UserError where another process sees other pictures."""
-    files = processes.on_rank0(lambda: class_folders(folder))
+def list_pictures(
+    folder: Path, processes: Processes, index_folder: Path | None = None
+) -> LabelledFiles:
+    """`list_source`, by rank 0; UserError where another process sees other pictures."""
+    files = processes.on_rank0(lambda: list_source(folder, index_folder))
     sizes = processes.gather(files.some_sizes())
     for rank, seen in enumerate(sizes):
         if seen != sizes[0]:
@@ -393,7 +401,11 @@ DATASETS = {
         size=fashion.SIDE,
     ),
     "ImageFolder": DataSet(
-        3, None, load_folder_data, "a folder with one folder of pictures per class", has_files=True
+        3,
+        None,
+        load_folder_data,
+        "a folder with one folder of pictures per class, or a tar",
+        has_files=True,
     ),
     "Digits": DataSet(
         1,
@@ -417,7 +429,7 @@ class Outline(NamedTuple):
 def outline(request: DataRequest) -> Outline:
     """What a look at the folder tells; where no latent file is there yet, that of ImageNet."""
     dataset, size = DATASETS[request.dataset_type], request.data_size
-    num_classes = dataset.num_classes or len(class_names(request.folder))
+    num_classes = dataset.num_classes or count_classes(request.folder, request.index_folder)
     if not dataset.is_latent:
         return Outline(num_classes, dataset.channels, (dataset.channels, size, size), None)
     form = LatentForm()

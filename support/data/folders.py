@@ -15,11 +15,18 @@ from typing import NamedTuple, NoReturn, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from support.data.images import EXTENSIONS, SIGNATURE, SIGNATURE_BYTES, why_unreadable
+from support.data.images import (
+    EXTENSIONS,
+    SIGNATURE,
+    SIGNATURE_BYTES,
+    PictureSource,
+    why_unreadable,
+)
 from support.system.files import UserError, regular_only, reporting_os_errors
 
 MOST_NAMED = 5  # files, folders or endings that one message names
 MOST_CLASSES_LISTED = 20
+MOST_CLASSES = 1_000_000
 NO_ENDING, FOLDER_LINK = "without ending", "linked as a folder"  # counted like endings
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
 SIZES_COMPARED = 16
@@ -63,7 +70,7 @@ def find_pictures(folder: str | Path) -> FoundPictures:
         pictures = [name for name in files if name.lower().endswith(EXTENSIONS) and name[0] != "."]
         if len(pictures) < len(files):
             others = {*files}.difference(pictures)
-            left_out.update(_ending(name) for name in others if name[0] != ".")
+            left_out.update(ending_of(name) for name in others if name[0] != ".")
         links = sum(os.path.islink(os.path.join(place, name)) for name in folders)
         left_out.update({FOLDER_LINK: links} if links else {})
         if place == folder and not pictures:
@@ -81,7 +88,7 @@ def _refuse_listing(error: OSError) -> NoReturn:
     raise UserError(f"{error.filename}: cannot be read as a folder ({error.strerror})") from error
 
 
-def _ending(name: str) -> str:
+def ending_of(name: str) -> str:
     return os.path.splitext(name)[1].lower() or NO_ENDING
 
 
@@ -102,17 +109,25 @@ class LabelledFiles:
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> str:
+    def __getitem__(self, index: int) -> PictureSource:
         return os.path.join(self.folder, os.fsdecode(self.names[index]))
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[PictureSource]:
         start = os.path.join(self.folder, "")
         return (start + name for name in map(os.fsdecode, self.names))
+
+    def name_of(self, index: int) -> str:
+        """The name of a picture below the folder, for lists of those left out."""
+        return os.fsdecode(self.names[index])
 
     def sizes(self) -> Iterator[int]:
         """Bytes of each file; -1 for one that is missing."""
         found = in_threads(_size, self, at_once=100)
         return with_progress(found, len(self), "reading the sizes of pictures", "file")
+
+    def checked_sizes(self) -> Iterable[int]:
+        """The same; UserError names the first five that are not pictures."""
+        return sizes_of_pictures(self)
 
     def digest(self, sizes: Iterable[int] | None = None) -> str:
         """SHA-256 of the pictures' names and sizes, in order."""
@@ -130,11 +145,18 @@ class LabelledFiles:
         return [_size(self[index]) for index in few]
 
 
-def _size(path: str) -> int:
+def _size(path: PictureSource) -> int:
+    if not isinstance(path, str | Path):
+        return path.num_bytes
     try:
         return os.stat(path).st_size
     except OSError:
         return -1  # found to be unreadable when the picture is read
+
+
+def packed(names: Iterable[str]) -> np.ndarray:
+    """Names as an array of bytes. Encoded all at once, which takes a fraction of the time."""
+    return np.array(os.fsencode("\0".join(names)).split(b"\0"))  # names hold no zero bytes
 
 
 def class_folders(folder: str | Path) -> LabelledFiles:
@@ -148,11 +170,9 @@ def class_folders(folder: str | Path) -> LabelledFiles:
     listing = with_progress(map(find_pictures, places), len(names), "listing", "class")
     start = len(os.path.join(folder, ""))
     parts, counts, subfolders = [], [], {}
-    left_out = Counter(_ending(entry.name) for entry in _entries(folder) if not entry.is_dir())
+    left_out = Counter(ending_of(entry.name) for entry in entries_of(folder) if not entry.is_dir())
     for name, found in zip(names, listing, strict=True):
-        # Encoded all at once, which takes a fraction of the time: names hold no zero bytes.
-        encoded = os.fsencode("\0".join(path[start:] for path in found.paths))
-        parts.append(np.array(encoded.split(b"\0")))
+        parts.append(packed([path[start:] for path in found.paths]))
         counts.append(len(found.paths))
         left_out += found.left_out
         subfolders[name] = found.folders
@@ -162,13 +182,13 @@ def class_folders(folder: str | Path) -> LabelledFiles:
 
 
 def class_names(folder: str | Path) -> list[str]:
-    """The class folders of `folder` in order: numerical where all names are integers, else by name.
+    """The class folders of `folder`, in `in_class_order`.
 
     Hidden names are ignored. UserError if there are no class folders, or if a link is broken: it
     may have been one.
     """
     names = []
-    for entry in _entries(folder):
+    for entry in entries_of(folder):
         if entry.is_symlink():
             _check_link(entry.path, os.path.realpath(folder))
         if entry.is_dir():
@@ -177,12 +197,26 @@ def class_names(folder: str | Path) -> list[str]:
         raise UserError(
             f"{folder}: holds no class folders; put the pictures of each class into a folder there"
         )
-    if all(name.isascii() and name.isdecimal() for name in names):
-        names.sort(key=int)
-    return names
+    return in_class_order(names)
 
 
-def _entries(folder: str | Path) -> list[os.DirEntry]:
+def in_class_order(names: Iterable[str]) -> list[str]:
+    """Names of classes in order: numerical where all are integers, else lexicographic."""
+    in_order = sorted(names)
+    if all(name.isascii() and name.isdecimal() for name in in_order):
+        in_order.sort(key=int)
+    return in_order
+
+
+def numbered_classes(labels: np.ndarray, place: str) -> list[str]:
+    """Names of classes that have only numbers; UserError where a label cannot be one."""
+    if not 0 <= labels.min() <= labels.max() < MOST_CLASSES:
+        wrong = labels.min() if labels.min() < 0 else labels.max()
+        raise UserError(f"{place}: has the label {wrong}; labels go from 0 to {MOST_CLASSES - 1}")
+    return [str(number) for number in range(labels.max() + 1)]
+
+
+def entries_of(folder: str | Path) -> list[os.DirEntry]:
     """What lies in `folder`, in lexicographic order, without hidden names."""
     with (
         reporting_os_errors(f"{folder}: cannot be read as a folder"),
@@ -240,21 +274,23 @@ def printable(name: str) -> str:
     return text if len(text) <= 40 else f"{text[:30]}..."
 
 
-def sizes_of_pictures(paths: LabelledFiles | Sequence[str]) -> list[int]:
+def sizes_of_pictures(paths: LabelledFiles | Sequence[PictureSource]) -> list[int]:
     """Bytes of each file; UserError names the first five that are not pictures.
 
     Affordable for a million files: it reads the first bytes of each, and decodes only those that do
     not start as a picture does. Damage further on is left for `check_examples`.
     """
 
-    def look(path: str) -> int | str:
+    def look(path: PictureSource) -> int | str:
         try:
-            with open(path, "rb", buffering=0, opener=regular_only) as file:
-                is_picture = SIGNATURE.match(file.read(SIGNATURE_BYTES))
-                num_bytes = os.fstat(file.fileno()).st_size
+            if isinstance(path, str | Path):
+                with open(path, "rb", buffering=0, opener=regular_only) as file:
+                    start, num_bytes = file.read(SIGNATURE_BYTES), os.fstat(file.fileno()).st_size
+            else:
+                start, num_bytes = path.read(SIGNATURE_BYTES), path.num_bytes
         except OSError:
             return why_unreadable(path)
-        return num_bytes if is_picture else why_unreadable(path) or num_bytes
+        return num_bytes if SIGNATURE.match(start) else why_unreadable(path) or num_bytes
 
     looks = in_threads(look, paths, at_once=100)
     sizes, refusals = [], []

@@ -4,9 +4,10 @@
 """
 
 import contextlib
+import io
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import IO, TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
@@ -62,8 +63,27 @@ def to_images(pixels: Array) -> Array:
     return floats / 127.5 - 1
 
 
+class StoredPicture(Protocol):
+    """A picture in a larger file; its text names both."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    def read(self, most: int | None = None) -> bytes:
+        """Its bytes, or its first `most`."""
+
+
+PictureSource = str | Path | StoredPicture
+
+
+def open_picture(source: PictureSource) -> IO[bytes]:
+    if isinstance(source, str | Path):
+        return open(source, "rb", opener=regular_only)
+    return io.BytesIO(source.read())
+
+
 def read_image(
-    path: str | Path, crop_size: int | None = None, apply_exif: bool = True
+    path: PictureSource, crop_size: int | None = None, apply_exif: bool = True
 ) -> np.ndarray:
     """The picture at `path` as RGB, uint8 [H, W, 3]; with `crop_size`, its `centre_crop`.
 
@@ -74,7 +94,7 @@ def read_image(
     """
     start = b""
     try:
-        with open(path, "rb", opener=regular_only) as file:
+        with open_picture(path) as file:
             start = file.read(SIGNATURE_BYTES)
             file.seek(0)
             with Image.open(file, formats=tuple(ENDINGS)) as picture:
@@ -84,7 +104,11 @@ def read_image(
                 pixels = np.asarray(_upright(rgb, picture) if apply_exif else rgb)
         return pixels if crop_size is None else centre_crop(pixels, crop_size)
     except UnidentifiedImageError as error:
-        kind = "HEIC: convert it" if HEIC.match(start) else identify(Path(path))
+        kind = "of another format"
+        if HEIC.match(start):
+            kind = "HEIC: convert it"
+        elif isinstance(path, str | Path):
+            kind = identify(Path(path))
         raise UserError(
             f"{path}: not a readable picture (it is {kind}; readable: {', '.join(ENDINGS)})"
         ) from error
@@ -133,7 +157,7 @@ def centre_crop(pixels: np.ndarray, size: int) -> np.ndarray:
     return resized[top : top + size, left : left + size]
 
 
-def why_unreadable(path: str | Path, crop_size: int | None = None) -> str:
+def why_unreadable(path: PictureSource, crop_size: int | None = None) -> str:
     """The error with which `read_image` refuses a picture; empty where it reads it."""
     try:
         read_image(path, crop_size)

@@ -316,7 +316,7 @@ class LatentReader:
 
 def _opened(path: Path) -> h5py.File:
     if not path.is_file():
-        raise UserError(f"{path}: does not exist; latent_dataset.py makes it from class folders")
+        raise UserError(f"{path}: does not exist; latent_dataset.py makes it from pictures")
     try:
         if not h5py.is_hdf5(path):
             raise ValueError(f"it is {identify(path)}")

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -11,8 +11,15 @@ from typing import NamedTuple
 import numpy as np
 
 from support.data import cifar10, fashion
-from support.data.folders import find_pictures, left_out_note
-from support.data.images import EXTENSIONS, LabelledImages, read_image, to_pixels
+from support.data.folders import LabelledFiles, find_pictures, left_out_note
+from support.data.images import (
+    EXTENSIONS,
+    LabelledImages,
+    PictureSource,
+    read_image,
+    to_pixels,
+)
+from support.data.sources import SHARDS, list_source, shards_of
 from support.scores.measures import NEIGHBOUR, SPLIT_IMAGES
 from support.scores.npz import LABELS, ArchiveReader, read_archive
 from support.system.files import UserError
@@ -71,32 +78,45 @@ def folder_images(
     They are turned upright as their EXIF data say, unless `exif` is "ignore".
     """
     found = find_pictures(folder)
-    paths = found.paths
+    num_folders = len({os.path.dirname(path) for path in found.paths})
+    note = left_out_note(found.left_out)
+    return _picture_set(str(folder), found.paths, num_folders, note, image_size, exif)
+
+
+def _picture_set(
+    name: str,
+    paths: Sequence[PictureSource] | LabelledFiles,
+    num_classes: int,
+    note: str,
+    image_size: int | None,
+    exif: str,
+) -> ImageSet:
     read = functools.partial(read_image, crop_size=image_size, apply_exif=exif == "apply")
     image_shape = read(paths[0]).shape
 
-    def picture(path: str) -> np.ndarray:
+    def picture(path: PictureSource) -> np.ndarray:
         pixels = read(path)
         if pixels.shape != image_shape:
             raise UserError(
-                f"{path}: is {list(pixels.shape)}, {Path(paths[0]).name} is {list(image_shape)}; "
+                f"{path}: is {list(pixels.shape)}, {os.path.basename(str(paths[0]))} is "
+                f"{list(image_shape)}; "
                 "--image_size crops all to one size"
             )
         return pixels
 
     def batches() -> Iterator[np.ndarray]:
         for start in range(0, len(paths), READ_IMAGES):
-            yield np.stack([picture(path) for path in paths[start : start + READ_IMAGES]])
+            indices = range(start, min(start + READ_IMAGES, len(paths)))
+            yield np.stack([picture(paths[index]) for index in indices])
 
     return ImageSet(
-        str(folder),
+        name,
         len(paths),
         image_shape,
         batches,
-        is_by_class=len(paths) > SPLIT_IMAGES
-        and len({os.path.dirname(path) for path in paths}) > 1,
+        is_by_class=len(paths) > SPLIT_IMAGES and num_classes > 1,
         exif=exif,
-        left_out_note=left_out_note(found.left_out),
+        left_out_note=note,
     )
 
 
@@ -168,13 +188,24 @@ def other_part(source: str | Path) -> ImageSet:
 
 
 def find_images(
-    source: str | Path, image_size: int | None = None, exif: str | None = None
+    source: str | Path,
+    image_size: int | None = None,
+    exif: str | None = None,
+    index_folder: Path | None = None,
 ) -> ImageSet:
-    """The images of `source`: an .npz, a folder of a known data set, or a folder of pictures."""
+    """The images of `source`: an .npz, a known data set, pictures in a folder or in SHARDS.
+
+    The index of tars is kept in `index_folder`.
+    """
     source = Path(source)
+    known = data_set_at(source)
+    is_other_file = source.is_file() and not source.name.lower().endswith(SHARDS)
+    if not known and not is_other_file and shards_of(source):
+        files = list_source(source, index_folder)
+        by_class = (len(files.class_names), "; ".join(files.notes))
+        return _picture_set(str(source), files, *by_class, image_size, exif or "apply")
     if not source.exists():
         raise UserError(f"{source}: no such file or folder")
-    known = data_set_at(source)
     if source.is_dir() and known is None:
         return folder_images(source, image_size, exif or "apply")
     if source.is_file() and source.name.lower().endswith(EXTENSIONS):
