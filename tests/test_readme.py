@@ -12,6 +12,7 @@ import pytest
 import torch
 from commands import ROOT, forked, run_here
 from documents import DOCUMENTS, SMALL, Command, blocks, commands_of, copy_project
+from packed_pictures import tar_of_tars
 from released import LATENT_KEYS, UNET_KEYS, release
 from standins import crops, photographs, write_cifar10, write_image_folder
 from tiny_vae import make_tiny_vae
@@ -162,6 +163,7 @@ def checkout(tmp_path, monkeypatch):
     write_image_folder(Path("my-images"), size=280)
     Path("my-images/cup").rename("my-images/dog")
     write_image_folder(Path("imagenet/train"), size=256)
+    tar_of_tars(Path("imagenet/train"), Path()).rename("ILSVRC2012_img_train.tar")
     write_cifar10(Path("data/cifar10"), monkeypatch)
     make_tiny_vae(Path("vae"))
     write_toy_graph(Path("classify_image_graph_def.pb"), stride=64)
