@@ -10,9 +10,9 @@
 
 --vae takes any image autoencoder of diffusers: a name on the Hugging Face Hub, or a folder.
 If it is stopped, at any moment, the same command continues. --data-path is a folder of class
-folders, a tar of these or of a tar per class, or a folder of WebDataset's shards. Nothing is
-unpacked. Classes come in the order of their numbers if all names are numbers, else in alphabetical
-order.
+folders, a tar of these or of a tar per class, or a folder of WebDataset's shards or of parquet or
+arrow files. Nothing is unpacked. Classes have the numbers that their source gives them. Folders and
+tars come in the order of their numbers if all names are numbers, else in alphabetical order.
 """
 
 from support.system.command import command_parser, run_command  # isort: skip - must be first

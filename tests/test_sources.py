@@ -4,9 +4,19 @@ import os
 import tarfile
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import standins
-from packed_pictures import SOURCES, add, tar_of_folders, tar_of_tars, tar_shards
+from packed_pictures import (
+    SOURCES,
+    add,
+    arrow_table,
+    parquet_tables,
+    tar_of_folders,
+    tar_of_tars,
+    tar_shards,
+)
 from refusals import refusal
 
 from support.data import archives
@@ -146,3 +156,43 @@ def test_two_kinds_of_source_or_two_splits_in_one_folder_are_named(tmp_path, nam
     source = tmp_path / names[0] if len(names) == 1 else tmp_path
     line = refusal(list_source, source)
     assert all(name.split("/")[0].split("-")[0] in line for name in names)
+
+
+# Tables.
+
+
+def refusal_of_table(folder, columns):
+    pq.write_table(pa.table(columns), folder / "x.parquet")
+    return refusal(list_source, folder)
+
+
+@pytest.mark.parametrize(
+    ("columns", "named"),
+    [
+        ({"label": [1, 0], "caption": ["a", "b"]}, ["image", "label, caption"]),
+        ({"image": [b"", b""], "caption": ["a", "b"]}, ["label", "image, caption"]),
+        ({"one": [b""], "other": [b""], "label": [1]}, ["2 image", "one, other"]),
+        ({"image": [b"", b""], "label": [1, None]}, ["label", "1"]),
+        ({"image": [b"", b""], "label": [1, -1]}, ["x.parquet:1", "-1"]),
+    ],
+)
+def test_tables_without_pictures_or_labels_are_named_with_their_columns(tmp_path, columns, named):
+    line = refusal_of_table(tmp_path, columns)
+    assert all(word in line for word in [str(tmp_path / "x.parquet"), *named])
+
+
+@pytest.mark.parametrize("form", [arrow_table, parquet_tables])
+def test_a_table_that_is_cut_short_is_named(photos, tmp_path, form):
+    form(photos, tmp_path)
+    source = min(path for path in tmp_path.iterdir() if path.is_file())
+    os.truncate(source, source.stat().st_size // 2)
+    assert str(source) in refusal(list_source, source)
+
+
+def test_a_damaged_picture_is_named_with_its_table_and_row(photos, tmp_path):
+    cells = [{"bytes": b"<html>", "path": "a"}, {"bytes": None, "path": "b"}]
+    table = {"image": [*cells, {"bytes": next(photos.rglob("*.jpg")).read_bytes(), "path": "c"}]}
+    pq.write_table(pa.table({**table, "label": [0, 0, 0]}), tmp_path / "x.parquet")
+    request = DataRequest("ImageFolder", 16, str(tmp_path), skip_bad=True)
+    assert build_data(request).skipped == ["x.parquet:0", "x.parquet:1"]
+    assert f"{tmp_path}/x.parquet:0" in refusal(find_images, tmp_path)

@@ -8,9 +8,11 @@ from pathlib import Path
 from support.data.archives import list_tars
 from support.data.folders import SPLITS, LabelledFiles, class_folders, class_names, entries_of
 from support.data.images import EXTENSIONS
+from support.data.tables import list_tables
 from support.system.files import UserError
 
-SHARDS = (".tar",)
+TABLES = (".parquet", ".arrow")
+SHARDS = (".tar", *TABLES)
 
 
 def shards_of(source: Path) -> list[str]:
@@ -48,6 +50,8 @@ def list_source(
     shards = shards_of(source)
     if not shards:
         return class_folders(source)
+    if shards[0].lower().endswith(TABLES):
+        return list_tables(source, shards)
     return list_tars(source, shards, index_folder, keep_index)
 
 
