@@ -42,7 +42,6 @@ from support.system.settings import (
     tuple_of,
     what_is_wrong,
 )
-from training.conventions import CONVENTIONS
 
 KEYS_OF_DATA = {field.name for field in fields(DataRequest)}
 QUOTES = "'\""
@@ -88,6 +87,10 @@ Three, Two = BeforeValidator(tuple_of(3)), BeforeValidator(tuple_of(2))
 
 
 Location = Annotated[Name, AfterValidator(_expanded)]
+
+
+# What training/conventions.py folds. An exported Space has the config without training/.
+CONVENTIONS = ("SiT", "REPA")
 
 
 class Config(BaseModel):
