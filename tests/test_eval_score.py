@@ -1,6 +1,7 @@
 """Evals scored while training: the evaluator's numbers, and no other step."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from quickstart.small_sets import SMALL_SETS
 from report import make
 from support.report.runs import read_runs
 from support.system.files import UserError
+from training import outputs
 
 GRAPH = ROOT / "quickstart" / "digit_classifier.pb"
 
@@ -63,6 +65,7 @@ def test_what_a_score_needs_is_checked_before_the_first_step(tmp_path, reference
     for changed, named in (
         ({"eval_reference": "null"}, "eval_reference"),
         ({"eval_steps": 0}, "eval_steps"),
+        ({"eval_num_samples": 3}, "eval_num_samples"),
         ({"eval_reference": tmp_path / "absent.npz"}, "absent.npz"),
         ({"eval_reference": larger}, "16 x 16"),
         ({"eval_graph": tmp_path / "absent.pb"}, "eval_graph"),
@@ -82,3 +85,19 @@ def test_dry_run_says_what_scoring_costs(tmp_path, reference, capsys):
     assert "2 evals of 50" in line
     assert "100" in line
     assert GRAPH.name in line
+
+
+def test_a_score_that_fails_ends_no_run(tmp_path, reference, monkeypatch):
+    moved = tmp_path / "moved.npz"
+    shutil.copy(reference, moved)
+    made = outputs.write_samples
+
+    def lose_reference(*arguments):
+        made(*arguments)
+        moved.unlink(missing_ok=True)
+
+    monkeypatch.setattr(outputs, "write_samples", lose_reference)
+    train.main(settings(tmp_path / "run", moved))
+    assert load(tmp_path / "run", 4)["finished_steps"] == 4
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert log.count(str(moved)) == log.count("warning") == 2

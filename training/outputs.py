@@ -14,7 +14,7 @@ from support.runs.averages import PowerFunction
 from support.runs.logbook import duration, peak_memory_gb, write_record
 from support.runs.metrics import Interval
 from support.system.digests import weights_digest
-from support.system.files import Stopped
+from support.system.files import Stopped, UserError
 from support.system.randomness import GivenLabels, PerImageStream
 from support.system.signals import Signalled
 from training.held_out import measure
@@ -158,10 +158,17 @@ def make_eval(run: Run, path: Path) -> None:
 
 
 def score_eval(run: Run, path: Path) -> None:
-    """Score an eval, for the log, metrics.jsonl and the records that report.py reads."""
+    """Score an eval, for the log, metrics.jsonl and the records that report.py reads.
+
+    A score that fails is only logged: evaluator.py can make it later, and training is worth more.
+    """
     scorer, device = run.scorer, run.processes.device
     assert scorer is not None
-    record = run.processes.on_rank0(lambda: scorer.score(path, device))
+    try:
+        record = run.processes.on_rank0(lambda: scorer.score(path, device))
+    except UserError as error:
+        run.logbook.line(f"warning: {path} is not scored: {error}")
+        return
     run.logbook.line(log_line(record))
     run.metrics.add(run.learner.state.finished_steps, record["scores"])
 

@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from config import Config
@@ -11,10 +12,11 @@ from support.data.datasets import outline
 from support.runs.logbook import duration
 from support.scores.graph import FeatureGraph, find_graph
 from support.scores.image_sets import archive_images
+from support.scores.measures import NEIGHBOUR
 from support.scores.references import load_reference, reference_images
 from support.scores.scoring import score_samples
 from support.scores.table import Results, line_of
-from support.system.files import UserError, sha256_of
+from support.system.files import UserError, sha256_of, shorten
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,16 @@ class Scorer:
         return FeatureGraph(self.graph, image_shape, backend="torch", device=str(device))
 
     def score(self, path: Path, device: torch.device) -> dict:
-        """Score the samples at `path`; the record is also added to those of their folder."""
+        """Score the samples at `path`; the record is also added to those of their folder.
+
+        UserError where that fails, too little memory included.
+        """
+        try:
+            return self._score(path, device)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise UserError(f"{path}: too little memory to score it ({shorten(error)})") from error
+
+    def _score(self, path: Path, device: torch.device) -> dict:
         samples = archive_images(path)
         graph = self.load_graph(samples.image_shape, device)
         images, digest = reference_images(self.reference), sha256_of(self.reference)
@@ -45,6 +56,9 @@ def find_scorer(config: Config) -> Scorer | None:
     if not config.eval_score:
         return None
     assert config.eval_reference is not None  # the config refuses that
+    if config.eval_num_samples <= NEIGHBOUR:
+        least = NEIGHBOUR + 1
+        raise UserError(f"eval_num_samples {config.eval_num_samples}: eval_score needs {least}")
     path = Path(config.eval_reference)
     images = reference_images(path)
     side = outline(config.data_request()).image_shape[-1]
@@ -74,7 +88,7 @@ def time_scoring(config: Config, device: torch.device) -> list[str]:
         return []
     side = outline(config.data_request()).image_shape[-1]
     graph = scorer.load_graph((side, side, 3), device)
-    pixels = torch.zeros(graph.batch_images, side, side, 3, dtype=torch.uint8).numpy()
+    pixels = np.zeros((graph.batch_images, side, side, 3), np.uint8)
     list(graph.features(pixels))
     started = time.monotonic()
     list(graph.features(pixels))
