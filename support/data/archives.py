@@ -63,6 +63,11 @@ class ArchivedFiles(LabelledFiles):
     tars: list[str]
     places: np.ndarray  # int64 [N, 3]: the tar's number, offset and length of each picture
 
+    @property
+    def names_tell_labels(self) -> bool:
+        """Not of shards: there a label is in a file beside the picture."""
+        return os.fsdecode(self.names[0]).split("/")[0] in self.class_names
+
     def __getitem__(self, index: int) -> TarEntry:
         tar, start, num_bytes = self.places[index].tolist()
         return TarEntry(self.tars[tar], os.fsdecode(self.names[index]), start, num_bytes)

@@ -109,6 +109,11 @@ class LabelledFiles:
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def names_tell_labels(self) -> bool:
+        """Whether a picture's name has its class, as the folder of a class does."""
+        return True
+
     def __getitem__(self, index: int) -> PictureSource:
         return os.path.join(self.folder, os.fsdecode(self.names[index]))
 
@@ -130,10 +135,12 @@ class LabelledFiles:
         return sizes_of_pictures(self)
 
     def digest(self, sizes: Iterable[int] | None = None) -> str:
-        """SHA-256 of the pictures' names and sizes, in order."""
+        """SHA-256 of the pictures' names and sizes, in order; of labels that no name tells, too."""
         digest = hashlib.sha256()
         for name, num_bytes in zip(self.names, sizes or self.sizes(), strict=True):
             digest.update(b"%b\0%d\0" % (name, num_bytes))
+        if not self.names_tell_labels:
+            digest.update(np.asarray(self.labels, np.int64).tobytes())
         return digest.hexdigest()
 
     def some_sizes(self) -> list[int]:

@@ -57,6 +57,10 @@ class TableRows(LabelledFiles):
     column: str
     places: np.ndarray  # int64 [N, 3]: the table's number, the group, and the row in it
 
+    @property
+    def names_tell_labels(self) -> bool:
+        return False
+
     def __getitem__(self, index: int) -> TableRow:
         table, group, row = self.places[index].tolist()
         name = os.fsdecode(self.names[index])
