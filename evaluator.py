@@ -119,7 +119,8 @@ class Session:
 
         Each has as many images as the smallest sample file, since the distances depend on it.
         """
-        counts = [record["num_images"] for record in self.results.records.values()]
+        records = [record for record in self.results.records.values() if record["modified_ns"]]
+        counts = [record["num_images"] for record in records]  # of files, not of floors
         best = image_sets.other_part(source)
         count = min([best.num_images, *counts])
         for images in (
@@ -245,6 +246,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--write_ref": (chosen["write_ref"] and chosen["images"], MAKING),
         "--verify": (chosen["verify"], VERIFYING),
     }
+    if chosen["bootstrap"] == 1:
+        parser.error("--bootstrap 1: a deviation needs at least 2")
     if len(asked := [mode for mode, (is_asked, _) in modes.items() if is_asked]) != 1:
         ways = "--ref_batch and --sample_batch_dir, or --write_ref and --images, or --verify"
         parser.error(f"give {ways}")

@@ -960,6 +960,7 @@ def test_read_only_folder_of_samples_is_one_line_before_any_work(place):
     [
         ("", ["--ref_batch", "--sample_batch_dir", "--write_ref", "--images"]),
         ("--ref_batch r.npz", ["--sample_batch_dir"]),
+        ("--ref_batch r --sample_batch_dir s --bootstrap 1", ["--bootstrap 1", "2"]),
         ("--write_ref r --images i --watch", ["--watch: "]),
         ("--ref_batch r --sample_batch_dir e --image_size 8", ["--image_size: "]),
         ("--write_ref r --images i --batch_size 0", ["--batch_size: ", "'0'"]),
@@ -1008,6 +1009,9 @@ def test_floors_give_the_scale_from_the_other_part_of_the_data_set_to_noise(plac
     assert {row["images"] for row in rows.values()} == {"40"}
     place.run("--floors", other)  # they are scored once
     assert len(place.records) == 3
+    place.add("a.npz", count=50)  # and again beside more images
+    place.run("--floors", other)
+    assert [record["num_images"] for record in place.records[3:]] == [50, 50, 50]
 
 
 def test_the_other_part_of_fashion_mnist_is_what_the_reference_is_not(tmp_path, monkeypatch):

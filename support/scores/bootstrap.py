@@ -52,4 +52,5 @@ def kernel_half_width(samples: np.ndarray, reference: np.ndarray, replicates: in
         within += (sums * counts[:, rows]).sum(axis=1, dtype=float)
         across += counts[:, rows] @ kernel(samples[rows], reference).mean(axis=1, dtype=float)
     pairs = num_images**2 - (counts**2).sum(axis=1, dtype=float)
+    pairs = np.maximum(pairs, 1)  # of a few images, a replicate may be one of them many times
     return NORMAL_95 * float(np.std(within / pairs - 2 * across / num_images, ddof=1))

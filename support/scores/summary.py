@@ -23,7 +23,7 @@ from support.system.files import natural_key
 
 RETRAINING = 0.013  # of FID: what training again may change (arXiv 2606.20536)
 # Entries of the record beside a sample file in which the files of a group agree.
-GROUPED_BY = ("weights_sha256", "labels", "noise_stream", "sampler", "cfg_scale")
+GROUPED_BY = ("weights_sha256", "labels", "noise_stream", "sampler")
 
 
 class Value(NamedTuple):
