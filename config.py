@@ -90,7 +90,7 @@ Location = Annotated[Name, AfterValidator(_expanded)]
 
 
 # What training/conventions.py folds. An exported Space has the config without training/.
-CONVENTIONS = ("SiT", "REPA")
+CONVENTIONS = {"SiT": "-SiT(x, 1 - t)", "REPA": "REPA(x, t)"}  # F(x, t, t) by name
 
 
 class Config(BaseModel):

@@ -8,9 +8,10 @@ from commands import digits_settings
 from torch import nn
 
 import train
+from config import CONVENTIONS
 from models import build_model
 from support.system.files import UserError
-from training.conventions import CONVENTIONS, start_network
+from training.conventions import start_network
 
 CLASSES = "abc"
 FORMS = [("SiT", 2, "DiT-Nano-2"), ("SiT", 1, "DiT-Nano-4"), ("REPA", 2, "DiT-Nano-2")]

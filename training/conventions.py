@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from config import CONVENTIONS
 from dit import TIME_FEATURES, DiT, time_features
 from support.runs.starting import read_source, start_from
 from support.system.files import UserError
 
-CONVENTIONS = {"SiT": "-SiT(x, 1 - t)", "REPA": "REPA(x, t)"}  # F(x, t, t) by name
 PROJECTORS = "projectors."  # REPA's, beside the network
 GAP = "s_embedder."
 TIME_WEIGHT = "t_embedder.mlp.0.weight"
