@@ -13,6 +13,7 @@ import train
 from quickstart.small_sets import SMALL_SETS
 from report import make
 from support.report.runs import read_runs
+from support.scores import graph
 from support.system.files import UserError
 from training import outputs
 
@@ -85,6 +86,15 @@ def test_dry_run_says_what_scoring_costs(tmp_path, reference, capsys):
     assert "2 evals of 50" in line
     assert "100" in line
     assert GRAPH.name in line
+
+
+def test_dry_run_fetches_no_graph(tmp_path, reference, capsys, monkeypatch):
+    def refuse(*arguments):
+        raise AssertionError("fetched")
+
+    monkeypatch.setattr(graph, "download", refuse)
+    train.main([*settings(tmp_path / "run", reference, eval_graph="null"), "--dry-run"])
+    assert graph.DEFAULT_NAME in capsys.readouterr().out
 
 
 def test_a_score_that_fails_ends_no_run(tmp_path, reference, monkeypatch):

@@ -10,8 +10,8 @@ import torch
 from config import Config
 from support.data.datasets import outline
 from support.runs.logbook import duration
-from support.scores.graph import FeatureGraph, find_graph
-from support.scores.image_sets import archive_images
+from support.scores.graph import DEFAULT_NAME, FeatureGraph, find_graph, local_graph
+from support.scores.image_sets import ImageSet, archive_images
 from support.scores.measures import NEIGHBOUR
 from support.scores.references import load_reference, reference_images
 from support.scores.scoring import score_samples
@@ -25,7 +25,6 @@ class Scorer:
 
     reference: Path
     graph: Path
-    num_references: int | None  # images in the reference; None: it has statistics alone
 
     def load_graph(self, image_shape: tuple[int, ...], device: torch.device) -> FeatureGraph:
         """The graph, on the run's device."""
@@ -55,6 +54,12 @@ def find_scorer(config: Config) -> Scorer | None:
     """What `eval_score` asks for, checked before the run starts; None without it."""
     if not config.eval_score:
         return None
+    reference, _ = check_reference(config)
+    return Scorer(reference, find_graph(config.eval_graph, option="eval_graph"))
+
+
+def check_reference(config: Config) -> tuple[Path, ImageSet | None]:
+    """The reference, and its images if it has some; UserError where it does not fit the run."""
     assert config.eval_reference is not None  # the config refuses that
     if config.eval_num_samples <= NEIGHBOUR:
         least = NEIGHBOUR + 1
@@ -65,27 +70,30 @@ def find_scorer(config: Config) -> Scorer | None:
     if images and images.image_shape[:2] != (side, side):
         found = " x ".join(map(str, images.image_shape[:2]))
         raise UserError(f"eval_reference {path}: its images are {found}, the run's {side} x {side}")
-    graph = find_graph(config.eval_graph, option="eval_graph")
-    return Scorer(path, graph, images.num_images if images else None)
+    return path, images
 
 
 def describe(config: Config) -> list[str]:
-    """Lines on what scoring will cost; none without it."""
-    scorer = find_scorer(config)
-    if not scorer:
+    """Lines on what scoring will cost; none without it. Fetches nothing."""
+    if not config.eval_score:
         return []
+    _, references = check_reference(config)
     count = config.total_steps // config.eval_steps if config.eval_steps else 0
     line = f"scoring: {count} evals of {config.eval_num_samples:,} images"
-    if scorer.num_references:
-        line += f", and once the {scorer.num_references:,} of the reference"
-    return [f"{line}, go through {scorer.graph}"]
+    if references:
+        line += f", and once the {references.num_images:,} of the reference"
+    return [f"{line}, go through {config.eval_graph or DEFAULT_NAME}"]
 
 
 def time_scoring(config: Config, device: torch.device) -> list[str]:
-    """A line on how long the images of an eval take to go through the graph; none without it."""
-    scorer = find_scorer(config)
-    if not scorer:
+    """A line on how long the images of an eval take to go through the graph.
+
+    None without scoring, or without the graph: a rehearsal fetches nothing.
+    """
+    if not config.eval_score or not (config.eval_graph or local_graph()):
         return []
+    scorer = find_scorer(config)
+    assert scorer
     side = outline(config.data_request()).image_shape[-1]
     graph = scorer.load_graph((side, side, 3), device)
     pixels = np.zeros((graph.batch_images, side, side, 3), np.uint8)

@@ -38,16 +38,21 @@ class Features(NamedTuple):
     spatial: np.ndarray
 
 
+def local_graph(beside: Path = ROOT) -> Path | None:
+    """The Inception graph that lies here or in `beside`, if one does."""
+    places = (Path(DEFAULT_NAME), beside / DEFAULT_NAME)
+    return next((place for place in places if place.is_file()), None)
+
+
 def find_graph(path: str | Path | None, beside: Path = ROOT, option: str = "--inception") -> Path:
     """The graph's file: `path`, or the default name here or in `beside`, or downloaded to here.
 
     Raises UserError if it is absent and cannot be downloaded.
     """
     if path is None:
-        places = [Path(DEFAULT_NAME), beside / DEFAULT_NAME]
-        path = next((place for place in places if place.is_file()), None)
+        path = local_graph(beside)
         if path is None:
-            path = places[0]
+            path = Path(DEFAULT_NAME)
             try:
                 download(URL, path)
             except UserError as error:
